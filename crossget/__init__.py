@@ -1,0 +1,47 @@
+"""CrossGET: cross-guided ensemble of tokens for vision and vision-language transformers.
+
+    import crossget
+    with crossget.attach(model, crossget.CrossGET(r=16)) as attached:
+        features = model.encode_image(images)
+        print(attached.tokens)
+"""
+
+from crossget.attach import Attachment, attach, attachment
+from crossget.benchmark import benchmark
+from crossget.checkpoint import load, load_reference
+from crossget.doctor import doctor
+from crossget.ensemble import unmerge
+from crossget.flops import count_flops
+from crossget.reducers import CrossGET, Merging, Random, Reducer, ToMe, TopK
+from crossget.registry import TextInput, Tower, find_towers, register, unregister
+from crossget.schedule import Constant, Linear, PerLayer, Ratio, Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attachment",
+    "Constant",
+    "CrossGET",
+    "Linear",
+    "Merging",
+    "PerLayer",
+    "Random",
+    "Ratio",
+    "Reducer",
+    "Schedule",
+    "TextInput",
+    "ToMe",
+    "TopK",
+    "Tower",
+    "attach",
+    "attachment",
+    "benchmark",
+    "count_flops",
+    "doctor",
+    "find_towers",
+    "load",
+    "load_reference",
+    "register",
+    "unmerge",
+    "unregister",
+]

@@ -1,0 +1,58 @@
+"""The cross tokens' loss: what the two towers' cross tokens say about the joint space should agree."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Divergence = Literal["reference", "jensen_shannon"]
+
+
+def alignment_loss(first: Tensor, second: Tensor, divergence: Divergence = "reference") -> Tensor:
+    """Divergence between the cross tokens of two towers, layer by layer.
+
+    Args:
+        first: [L1, B, E] projected cross tokens of each block.
+        second: [L2, B, E]. The shorter side's layers are repeated to meet the longer one's.
+        divergence: "reference" is (KL(m||a) + KL(m||b)) / 2 with m the mean of the two distributions a and b (softmax
+            over E), as the released checkpoints were trained with; "jensen_shannon" is (KL(a||m) + KL(b||m)) / 2,
+            as the paper says.
+
+    Returns:
+        The loss, summed over E and averaged over layers and batch.
+
+    Raises:
+        ValueError: the batches or widths differ.
+
+    Source: CrossGET (arXiv 2305.17455), section 3.1; reference implementation.
+    """
+    if first.shape[1:] != second.shape[1:]:
+        raise ValueError(
+            f"the towers' cross tokens are {list(first.shape)} and {list(second.shape)}: batch and width must agree; run "
+            "both towers on as many images as texts"
+        )
+    layers = max(first.shape[0], second.shape[0])
+    first, second = (_repeat(side, layers).flatten(0, 1) for side in (first, second))
+    a, b = first.log_softmax(-1), second.log_softmax(-1)
+    mean = (a.exp() + b.exp()) / 2
+    if divergence == "reference":
+        return (F.kl_div(a, mean, reduction="batchmean") + F.kl_div(b, mean, reduction="batchmean")) / 2
+    if divergence == "jensen_shannon":
+        log = mean.log()
+        return (
+            F.kl_div(log, a, reduction="batchmean", log_target=True)
+            + F.kl_div(log, b, reduction="batchmean", log_target=True)
+        ) / 2
+    raise ValueError(f"divergence={divergence!r}: choose 'reference' or 'jensen_shannon'")
+
+
+def _repeat(side: Tensor, layers: int) -> Tensor:
+    """Repeat layers evenly: layer i stands floor((i+1) L / l) - floor(i L / l) times among L."""
+    few = side.shape[0]
+    if few == layers:
+        return side
+    counts = [(i + 1) * layers // few - i * layers // few for i in range(few)]
+    return side.repeat_interleave(torch.tensor(counts, device=side.device), 0)

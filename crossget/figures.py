@@ -1,0 +1,270 @@
+"""Pictures: which patches went together, and what a method saves. Pure functions; matplotlib only where it draws.
+
+Shape letters: H, W pixels; h, w patches; T0 tokens before any reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with every common colour vision deficiency, and in grey.
+COLOURS = {"dense": "#5f5f5f", "ToMe-style": "#e69f00", "CrossGET": "#0072b2"}
+FALLBACK_COLOURS = ("#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+
+PRUNED = -1  # in a source map: the token was dropped, not merged
+PRUNED_BRIGHTNESS = 0.15
+SMALLEST_CELL = 16  # pixels: below it the outlines would hide the patch
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method's line in the panels of `draw_costs`.
+
+    Attributes:
+        name: also its colour, see `colour_of`.
+        tokens: entering each block of the tower shown.
+        gflops: for one image.
+        speed: images per second as a ratio to dense; None when it was not measured.
+    """
+
+    name: str
+    tokens: Sequence[int]
+    gflops: float
+    speed: float | None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a row: an image, and a line over it (empty: none).
+
+    Attributes:
+        image: [H, W, 3] in 0 to 1.
+        caption: one line.
+        colour: of the caption; None is black.
+    """
+
+    image: Tensor
+    caption: str = ""
+    colour: str | None = None
+
+
+def colour_of(name: str) -> str:
+    """The colour of a method, always the same for the same name."""
+    return COLOURS.get(name) or FALLBACK_COLOURS[sum(name.encode()) % len(FALLBACK_COLOURS)]
+
+
+def patch_grid(patches: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of `patches` square patches that tile an image of height x width pixels.
+
+    Raises:
+        ValueError: no such grid.
+    """
+    rows = round((patches * height / width) ** 0.5)
+    if rows < 1 or patches % rows or patches // rows != round(rows * width / height):
+        raise ValueError(f"{patches} tokens do not tile an image of {height}x{width} pixels with square patches")
+    return rows, patches // rows
+
+
+def merge_map(
+    image: Tensor, source: Tensor, grid: tuple[int, int], prefix: int, outline: str = "#ffffff", line: int = 2
+) -> Tensor:
+    """The image with every group of merged patches in the group's mean colour, outlined; single patches as they are.
+
+    Args:
+        image: [H, W, 3] in 0 to 1.
+        source: [T0] the output token that each input token went to; -1 for a dropped one, which is darkened.
+        grid: rows and columns of patches.
+        prefix: tokens before the first patch.
+        outline: colour of the lines around groups, "#rrggbb".
+        line: their width in pixels.
+
+    Returns:
+        [h * cell, w * cell, 3] in 0 to 1, where cell is the patch size, at least 16 pixels.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    groups = _groups(source, grid, prefix)
+    canvas, cell = _canvas(image, grid)
+    merged = _is_merged(groups)
+    flat = _group_means(canvas, groups, cell)
+    pixels = _enlarge(merged, cell)[:, :, None]
+    canvas = torch.where(pixels, flat, canvas)
+    canvas = torch.where(_enlarge(groups == PRUNED, cell)[:, :, None], canvas * PRUNED_BRIGHTNESS, canvas)
+    borders = _borders(groups, merged, cell, line)
+    return torch.where(borders[:, :, None], _rgb(outline), canvas)
+
+
+def _groups(source: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """[h, w] the output token of each patch."""
+    h, w = grid
+    if source.dim() != 1 or source.shape[0] - prefix != h * w:
+        raise ValueError(
+            f"a source map of shape {list(source.shape)} less {prefix} prefix tokens is not a grid of {h}x{w} patches"
+        )
+    return source[prefix:].reshape(h, w).cpu()
+
+
+def _canvas(image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
+    """The image in a size that the grid divides evenly, and the pixels of a patch's side."""
+    if image.dim() != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected an image [H, W, 3], got shape {list(image.shape)}")
+    cell = max(round(image.shape[0] / grid[0]), SMALLEST_CELL)
+    pixels = image.detach().float().cpu().permute(2, 0, 1)[None]
+    size = (grid[0] * cell, grid[1] * cell)
+    if size != tuple(image.shape[:2]):
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    return pixels[0].permute(1, 2, 0).clamp(0, 1), cell
+
+
+def _is_merged(groups: Tensor) -> Tensor:
+    """[h, w] true where a patch shares its token with another."""
+    _, index, count = groups.unique(return_inverse=True, return_counts=True)
+    return (count[index] > 1) & (groups != PRUNED)
+
+
+def _group_means(canvas: Tensor, groups: Tensor, cell: int) -> Tensor:
+    """[H, W, 3] every pixel in the mean colour of its group."""
+    means = F.avg_pool2d(canvas.permute(2, 0, 1), cell).flatten(1).T  # [h * w, 3]
+    _, index, count = groups.flatten().unique(return_inverse=True, return_counts=True)
+    colours = torch.zeros(len(count), 3).index_add_(0, index, means) / count[:, None]
+    h, w = groups.shape
+    return colours[index].reshape(h, w, 3).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+
+
+def _borders(groups: Tensor, merged: Tensor, cell: int, line: int) -> Tensor:
+    """[H, W] true on the lines between two patches of different tokens, one of which at least is merged."""
+    label, inside = _enlarge(groups, cell), _enlarge(merged, cell)
+    border = torch.zeros_like(inside)
+    for axis in (0, 1):
+        size = label.shape[axis] - 1
+        here, there = (0, size), (1, size)
+        differs = label.narrow(axis, *here) != label.narrow(axis, *there)
+        edge = differs & (inside.narrow(axis, *here) | inside.narrow(axis, *there))
+        border.narrow(axis, *here).logical_or_(edge)
+        if line > 1:
+            border.narrow(axis, *there).logical_or_(edge)
+    return _thicken(border, line)
+
+
+def _thicken(border: Tensor, line: int) -> Tensor:
+    """Lines two pixels wide grow to `line`."""
+    extra = (line - 1) // 2
+    if extra < 1:
+        return border
+    grown = F.max_pool2d(border[None, None].float(), 2 * extra + 1, stride=1, padding=extra)
+    return grown[0, 0] > 0
+
+
+def _enlarge(cells: Tensor, cell: int) -> Tensor:
+    return cells.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+
+
+def _rgb(colour: str) -> Tensor:
+    return torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def draw_summary(title: str, subtitle: str, curves: Sequence[Curve], rows: Sequence[Sequence[Panel]]) -> Figure:
+    """One picture: what the methods cost on the left, what they merged on the right.
+
+    Args:
+        title: one line over everything.
+        subtitle: a smaller one below it.
+        curves: the first is the dense model, which the others are compared with.
+        rows: a row of panels per photograph; may be empty.
+
+    Returns:
+        A figure that belongs to no window; `figure.savefig(path)` writes it.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    figure_class = _figure_class()
+    columns = max((len(row) for row in rows), default=0)
+    height = max(6.4, 0.9 + 2.35 * len(rows))
+    width = 5.6 + 2.25 * columns
+    figure = figure_class(figsize=(width, height), dpi=110)
+    top = 1 - 0.95 / height
+    left_end = 5.0 / width
+    left = figure.add_gridspec(3, 1, left=0.62 / width, right=left_end, top=top, bottom=0.55 / height, hspace=0.62,
+                               height_ratios=(2.2, 1, 1))  # fmt: skip
+    draw_costs([figure.add_subplot(left[i]) for i in range(3)], curves)
+    if columns:
+        right = figure.add_gridspec(len(rows), columns, left=left_end + 0.35 / width, right=1 - 0.15 / width, top=top,
+                                    bottom=0.2 / height, wspace=0.05, hspace=0.16)  # fmt: skip
+        for i, row in enumerate(rows):
+            for j, panel in enumerate(row):
+                draw_panel(figure.add_subplot(right[i, j]), panel)
+    figure.text(0.2 / width, 1 - 0.22 / height, title, va="top", fontsize=13, fontweight="bold")
+    figure.text(0.2 / width, 1 - 0.52 / height, subtitle, va="top", fontsize=9.5, color="#333333")
+    return figure
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """An image without axes, its caption above it."""
+    axes.imshow(panel.image.numpy(), interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(panel.caption, fontsize=8.5, color=panel.colour or "black", pad=3)
+
+
+def draw_costs(axes: Sequence[Axes], curves: Sequence[Curve]) -> None:
+    """Tokens per block, GFLOPs, and speed: three panels, one above the other."""
+    draw_tokens(axes[0], curves)
+    dense = curves[0].gflops
+    flops = [(f"{c.gflops:.3g}" if c is curves[0] else f"{c.gflops:.3g}  ({c.gflops / dense - 1:+.0%})") for c in curves]
+    draw_bars(axes[1], curves, [c.gflops for c in curves], flops, "GFLOPs per image (a multiply-add is one)")
+    speeds = [c.speed or 0.0 for c in curves]
+    labels = ["not measured" if c.speed is None else f"{c.speed:.2f}x" for c in curves]
+    draw_bars(axes[2], curves, speeds, labels, "images per second, as a ratio to dense")
+
+
+def draw_tokens(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Tokens entering each block."""
+    for i, curve in enumerate(curves):
+        blocks = range(1, len(curve.tokens) + 1)
+        # Methods that remove the same number share one line: the later, thinner one leaves the earlier visible.
+        axes.plot(blocks, curve.tokens, color=colour_of(curve.name), label=curve.name, marker="o",
+                  markersize=7 - 1.5 * i, linewidth=4.5 - 1.3 * i)  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.set_title("tokens entering each block", fontsize=10, loc="left")
+    axes.set_xlabel("block", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    _bare(axes)
+
+
+def draw_bars(axes: Axes, curves: Sequence[Curve], values: Sequence[float], labels: Sequence[str], title: str) -> None:
+    """A horizontal bar per method, its number at the end."""
+    names = [c.name for c in curves]
+    bars = axes.barh(names, values, color=[colour_of(n) for n in names], height=0.72)
+    axes.bar_label(bars, labels=list(labels), padding=4, fontsize=9)
+    axes.set_xlim(0, (max(values) or 1.0) * 1.34)  # room for the numbers
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.set_xticks([])
+    _bare(axes, bottom=False)
+
+
+def _bare(axes: Axes, bottom: bool = True) -> None:
+    for side in ("top", "right", *(() if bottom else ("bottom",))):
+        axes.spines[side].set_visible(False)
+
+
+def _figure_class() -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError('a picture needs matplotlib: pip install "crossget[demo]"') from error
+    return Figure

@@ -1,0 +1,535 @@
+"""Make a backbone by name: open_clip's or timm's own model, weights, preprocessing and tokenizer.
+
+Pretrained weights come from where the host has them. Where that place cannot be reached, it shows within seconds: the
+hub is asked once, with a time limit, before a host starts its own patient retries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import socket
+import ssl
+import threading
+import urllib.error
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HOSTS = ("open_clip", "timm")  # in the order names are looked up
+PACKAGES = {"open_clip": "open-clip", "timm": "timm"}  # the extra that brings each
+DEFAULT = "default"  # --pretrained: whatever the host prefers
+NONE = "none"
+PATIENCE = 5.0  # seconds for the hub's first answer
+
+# Where training programs put the model in their files.
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+_HTTP_PACKAGES = {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}
+
+
+@dataclass
+class Backbone:
+    """A model in evaluation mode, and what it wants its inputs to be.
+
+    Attributes:
+        model: the host's own.
+        host: "open_clip" or "timm".
+        name: as the host knows it.
+        weights: where they came from: a tag, a file, or "random".
+        random: nothing was loaded.
+        why_random: one line on why nothing was; empty if that was asked for.
+        preprocess: the host's own, PIL image -> [3, H, W].
+    """
+
+    model: nn.Module
+    host: str
+    name: str
+    weights: str
+    random: bool
+    why_random: str
+    preprocess: Callable[[Image], Tensor] = field(repr=False)
+
+    @property
+    def reads_text(self) -> bool:
+        """It has a text tower."""
+        return self.host == "open_clip"
+
+    @property
+    def title(self) -> str:
+        """One phrase for headings."""
+        return f"{self.host} {self.name} ({'random weights' if self.random else self.weights})"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images it reads."""
+        if self.host == "timm":
+            return _timm_size(self.model)
+        size: int | Sequence[int] = self.model.visual.image_size  # type: ignore[union-attr, assignment]
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text."""
+        return int(_text_attribute(self.model, "context_length"))
+
+    def made_up(self, batch: int, *, text: bool) -> tuple[Tensor, ...]:
+        """Inputs of the right shape and no meaning, on the model's device.
+
+        Args:
+            batch: how many images, and as many texts.
+            text: add token ids [B, L]; the last id is the largest, where many text towers look for the end.
+        """
+        device = next(self.model.parameters()).device
+        images = torch.rand(batch, 3, *self.image_size, device=device)
+        if not text:
+            return (images,)
+        ids = torch.randint(1, 100, (batch, self.context_length), device=device)
+        ids[:, -1] = int(_text_attribute(self.model, "vocab_size")) - 1
+        return images, ids
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """[B, C] what a head, or another tower, would read: CLIP's embedding, or the features before the classifier."""
+        model: Any = self.model
+        if self.host == "open_clip":
+            features = model.encode_image(images)
+        else:
+            features = model.forward_head(model.forward_features(images), pre_logits=True)
+        return torch.as_tensor(features).flatten(1)
+
+    def text_features(self, ids: Tensor) -> Tensor:
+        """[B, C] CLIP's embeddings of texts."""
+        model: Any = self.model
+        return torch.as_tensor(model.encode_text(ids))
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [B, L], on the model's device.
+
+        Raises:
+            ConnectionError: the tokenizer is neither installed nor cached, and the hub does not answer.
+        """
+        import open_clip
+
+        device = next(self.model.parameters()).device
+        with _bounded_network() as reachable:
+            try:
+                ids: Tensor = open_clip.get_tokenizer(self.name)(list(texts))
+            except Exception as error:
+                if is_offline(error):
+                    raise ConnectionError(f"the tokenizer of {self.name} is not in the cache, and {reachable}") from error
+                raise
+        return ids.to(device)
+
+
+def make(
+    name: str,
+    *,
+    pretrained: str = DEFAULT,
+    checkpoint: Path | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Backbone:
+    """A backbone by its name, with weights if there is a way to get them.
+
+    Args:
+        name: a model of open_clip or timm; "open_clip:" or "timm:" in front says which.
+        pretrained: a tag of the host; "default" takes the host's preferred one and goes without where it cannot be
+            reached; "none" asks for random weights.
+        checkpoint: a file of weights, instead of `pretrained`.
+        device: where the model runs. On "meta" nothing is loaded.
+        seed: of the random weights.
+
+    Raises:
+        ValueError: no such model, tag or file, or the file does not fit.
+        ConnectionError: the tag asked for cannot be fetched.
+        RuntimeError: the host is not installed.
+    """
+    host, name = find(name)
+    maker = _Maker(host, name, torch.device(device), seed)
+    if maker.device.type == "meta":
+        return maker.from_scratch("")
+    if checkpoint is not None:
+        return maker.from_file(checkpoint)
+    if pretrained == NONE:
+        return maker.from_scratch("")
+    if pretrained == DEFAULT:
+        return maker.from_default()
+    return maker.from_tag(pretrained)
+
+
+def find(name: str) -> tuple[str, str]:
+    """Which host has a model of that name, and the name without the host in front.
+
+    Raises:
+        ValueError: none, or both; the message lists close names.
+        RuntimeError: the host that is asked for, or every host, is not installed.
+    """
+    asked, colon, rest = name.partition(":")
+    if colon and asked in HOSTS:
+        if _import(asked) is None:
+            raise RuntimeError(f'{asked} is not installed: pip install "crossget[{PACKAGES[asked]}]"')
+        hosts, name = [asked], rest
+    else:
+        hosts = [host for host in HOSTS if _import(host) is not None]
+    if not hosts:
+        raise RuntimeError('neither open_clip nor timm is installed: pip install "crossget[open-clip,timm]"')
+    having = [host for host in hosts if _has(host, name)]
+    if len(having) > 1:
+        raise ValueError(f"both hosts have a model {name!r}: write " + " or ".join(f"{host}:{name}" for host in having))
+    if not having:
+        raise ValueError(_unknown(name, hosts))
+    return having[0], name
+
+
+def is_offline(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that nobody answered: no network, offline mode, not in the cache."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if _is_network_error(chain):
+            return True
+        chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def _import(host: str) -> Any:
+    """The host's module, or None where it is not installed."""
+    try:
+        if host == "timm":
+            import timm
+
+            return timm
+        import open_clip
+
+        return open_clip
+    except ModuleNotFoundError as error:
+        if error.name in HOSTS:
+            return None
+        raise
+
+
+def _has(host: str, name: str) -> bool:
+    library = _import(host)
+    return bool(library.is_model(name)) if host == "timm" else name in library.list_models()
+
+
+def _unknown(name: str, hosts: Sequence[str]) -> str:
+    known = {host: list(_import(host).list_models()) for host in hosts}
+    message = f"no model {name!r} in " + " or ".join(f"{host} ({len(names)} names)" for host, names in known.items())
+    missing = [host for host in HOSTS if host not in hosts and _import(host) is None]
+    if missing:
+        message += f'; {missing[0]} is not installed: pip install "crossget[{PACKAGES[missing[0]]}]"'
+    close = _close(name, [n for names in known.values() for n in names])
+    return message + ("; did you mean " + ", ".join(close) + "?" if close else "; `crossget models` lists them")
+
+
+def _close(name: str, known: Sequence[str]) -> list[str]:
+    """Names spelt alike, whatever their case."""
+    by_lower = {n.lower(): n for n in known}
+    return [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.6)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes one named model in the ways that `make` offers."""
+
+    host: str
+    name: str
+    device: torch.device
+    seed: int
+
+    def from_scratch(self, why: str) -> Backbone:
+        if _config_is_on_hub(self.host, self.name):
+            return self._fetched(None, "the configuration of its text tower is", why)
+        model, preprocess = self._create(None)
+        return Backbone(model, self.host, self.name, "random", True, why, preprocess)
+
+    def from_tag(self, tag: str) -> Backbone:
+        known = self._tags()
+        if tag not in known:
+            offer = f"choose one of {', '.join(known)}" if known else "it has none at all"
+            raise ValueError(f"{self.host} {self.name} has no pretrained weights {tag!r}: {offer}")
+        return self._fetched(tag, f"weights {tag!r} are")
+
+    def from_default(self) -> Backbone:
+        known = self._tags()
+        if not known:
+            return self.from_scratch(f"{self.host} has no pretrained weights for {self.name}")
+        tag = "openai" if "openai" in known else known[0]
+        try:
+            return self._fetched(tag, f"weights {tag!r} are")
+        except ConnectionError as error:
+            return self.from_scratch(str(error))
+
+    def _fetched(self, tag: str | None, what: str, why: str = "") -> Backbone:
+        """With something that is on the hub or in its cache.
+
+        Raises:
+            ConnectionError: it is neither; every other failure is the host's own error.
+        """
+        with _bounded_network() as state:
+            try:
+                model, preprocess = self._create(tag)
+            except Exception as error:
+                if is_offline(error):
+                    raise ConnectionError(f"{what} not in the cache, and {state}") from error
+                raise
+        return Backbone(model, self.host, self.name, tag or "random", tag is None, why, preprocess)
+
+    def from_file(self, path: Path) -> Backbone:
+        weights = read_weights(path)
+        model, preprocess = self._create(None)
+        if self.host == "timm":
+            _resize_classifier(model, weights)
+        _check_fit(model, weights, path, self.name)
+        model.load_state_dict(weights)
+        return Backbone(model.to(self.device), self.host, self.name, str(path), False, "", preprocess)
+
+    def _tags(self) -> list[str]:
+        if self.host == "open_clip":
+            return list(_import("open_clip").list_pretrained_tags_by_model(self.name))
+        return _timm_tags(self.name)
+
+    def _create(self, tag: str | None) -> tuple[nn.Module, Callable[[Image], Tensor]]:
+        torch.manual_seed(self.seed)
+        make_one = _make_open_clip if self.host == "open_clip" else _make_timm
+        # The meta device for all that is made inside; elsewhere weights are drawn on the CPU, alike for every device.
+        inside = self.device if self.device.type == "meta" else torch.device("cpu")
+        with _quiet(), inside, _RealSchedules():
+            model, preprocess = make_one(self.name, tag, inside)
+        return model.to(self.device).eval(), preprocess
+
+
+class _RealSchedules(TorchFunctionMode):
+    """Older timm reads the numbers of a linspace (its drop path rates) while it builds: they stay off the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+def _config_is_on_hub(host: str, name: str) -> bool:
+    """Text towers from transformers are configured by a name on the hub."""
+    config = _import(host).get_model_config(name) if host == "open_clip" else None
+    return "hf_model_name" in (config or {}).get("text_cfg", {})
+
+
+def _make_open_clip(name: str, tag: str | None, device: torch.device) -> tuple[nn.Module, Callable[[Image], Tensor]]:
+    import inspect
+
+    import open_clip
+
+    options: dict[str, Any] = {}
+    if tag is None:
+        # Text towers from transformers would fetch their own weights; the option's name has changed in 3.0.
+        known = inspect.signature(open_clip.create_model).parameters
+        options["pretrained_text" if "pretrained_text" in known else "pretrained_hf"] = False
+    else:
+        # Tags trained with the quick approximation of GELU say so; the architecture's name alone does not.
+        options["force_quick_gelu"] = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag, device=device, **options)
+    return model, preprocess
+
+
+def _make_timm(name: str, tag: str | None, device: torch.device) -> tuple[nn.Module, Callable[[Image], Tensor]]:
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    full_name = name if tag is None or "." in name else f"{name}.{tag}"
+    model: nn.Module = timm.create_model(full_name, pretrained=tag is not None)
+    return model, create_transform(**resolve_data_config({}, model=model), is_training=False)
+
+
+def _timm_size(model: nn.Module) -> tuple[int, int]:
+    from timm.data import resolve_data_config
+
+    _, height, width = resolve_data_config({}, model=model)["input_size"]
+    return height, width
+
+
+def _timm_tags(name: str) -> list[str]:
+    """Tags of a timm model that have weights, the host's preferred one first; only that in the name, if one is."""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    names = [name] if tag else timm.list_models(architecture, pretrained=True)
+    default = timm.get_pretrained_cfg(name)
+    having = [n.partition(".")[2] for n in names if timm.get_pretrained_cfg(n).has_weights]
+    return sorted(having, key=lambda t: t != default.tag)
+
+
+def _text_attribute(model: Any, name: str) -> Any:
+    """CLIP has its text settings itself, newer classes have a text tower."""
+    for holder in (model, getattr(model, "text", None)):
+        if getattr(holder, name, None) is not None:
+            return getattr(holder, name)
+    raise TypeError(f"{type(model).__name__} does not say its {name}: its text tower cannot be given made-up texts")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors or torch file; nothing in it is executed.
+
+    Raises:
+        ValueError: no such file, or no weights in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"no checkpoint {path}: expected a safetensors or torch file")
+    content = _read(path)
+    for key in _NESTED:
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    weights = {_unwrapped(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ValueError(f"{path} holds no tensors, only {', '.join(map(str, list(content)[:5])) or 'nothing'}")
+    return weights
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    import pickle
+
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is no file of tensors: torch.load(weights_only=True) refuses it, as it does everything that would "
+            "run code (TorchScript, whole pickled models); save the model's state_dict()"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    return content
+
+
+def _unwrapped(name: str) -> str:
+    for prefix in _WRAPPERS:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _resize_classifier(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """A fine-tuned model has another number of classes: give the fresh one as many."""
+    head = model.get_classifier()
+    names = [name for name, module in model.named_modules() if module is head]
+    trained = weights.get(f"{names[0]}.weight") if names else None
+    if trained is not None and trained.shape[0] != model.num_classes:
+        model.reset_classifier(int(trained.shape[0]))
+
+
+def _check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path, name: str) -> None:
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in weights]
+    unknown = [key for key in weights if key not in expected]
+    both = expected.keys() & weights.keys()
+    shapes = [key for key in expected if key in both and expected[key].shape != weights[key].shape]
+    parts = [
+        f"{len(keys)} {what} ({keys[0]}{', ...' if len(keys) > 1 else ''})"
+        for keys, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape"))
+        if keys
+    ]
+    if parts:
+        raise ValueError(
+            f"{path} does not fit {name}: of {len(expected)} entries {', '.join(parts)}; "
+            "name the architecture that the file was saved from"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+@contextmanager
+def _bounded_network() -> Iterator[str]:
+    """Inside, a place that does not answer is given up within seconds; yields what is known, for messages."""
+    from huggingface_hub import constants
+
+    before, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
+    silent = before or not _hub_answers(PATIENCE)
+    # In offline mode the hub's client reads its cache at once; otherwise it would try again for most of a minute.
+    constants.HF_HUB_OFFLINE = silent
+    socket.setdefaulttimeout(timeout or 2 * PATIENCE)  # older hosts download with urllib, which would wait forever
+    try:
+        if before:
+            yield "HF_HUB_OFFLINE is set"
+        else:
+            yield f"{constants.ENDPOINT} cannot be reached" if silent else "the download broke off"
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        socket.setdefaulttimeout(timeout)
+
+
+def _hub_answers(seconds: float) -> bool:
+    """Whether the hub says anything within a time; also where looking up its address hangs."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    errors: list[BaseException | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=seconds)
+            errors.append(None)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds + 1)
+    if not errors:
+        return False
+    if errors[0] is not None and not is_offline(errors[0]):
+        raise errors[0]
+    return errors[0] is None
+
+
+def _is_network_error(error: BaseException) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return True
+    if getattr(error, "response", None) is not None or isinstance(error, urllib.error.HTTPError):
+        return False  # somebody answered, and said no
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError | urllib.error.URLError):
+        return True
+    # The hub's client has had three HTTP libraries so far; what they raise without a response is a failed connection.
+    return any(cls.__module__.partition(".")[0] in _HTTP_PACKAGES for cls in type(error).__mro__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hosts log that weights are random or could not be fetched; whoever asked is told so by us, in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,309 @@
+"""The methods: frozen dataclasses made of a matching, an importance, an ensemble and a schedule.
+
+A reducer *is* its configuration: it prints, compares, pickles, and an ablation is `dataclasses.replace`. It sees
+tensors only (`View`), never a model. A field that is None means the value the reference uses for that backbone;
+`resolved` fills it in when the reducer is attached.
+
+To add a method, subclass `Reducer` (or `Merging`, to change a part of it) as a frozen dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from crossget.ensemble import ENSEMBLES
+from crossget.importance import by_attention, by_guide
+from crossget.matching import MATCHINGS, Candidates, Plan, Ties
+from crossget.schedule import Schedule, as_schedule
+
+MatchingName = Literal["complete_graph", "bipartite", "random"]
+ImportanceName = Literal["cross_token", "attention", "class_token"]
+EnsembleName = Literal["guided", "size", "normalized"]
+KeysName = Literal["all_heads", "mean_heads"]
+Self = TypeVar("Self", bound="Reducer")
+
+
+@dataclass
+class View:
+    """What a reducer sees of one block, between attention and MLP.
+
+    Attributes:
+        tokens: [B, T, C] after the attention's residual.
+        queries, keys: [B, H, T, D] as the attention compared them.
+        attention: [B, T, T] probabilities averaged over heads; None unless the reducer asks (`needs_attention`).
+        sizes: [B, T] float32 input tokens per token; None while all are one.
+        protected: [B, T] true for tokens that must stay as they are.
+        n_protected: an upper bound of the protected tokens in a row.
+        valid: [B, T] false for padding; None when there is none.
+        guide: [B] position of the token that guides: cross token, or end of text; None when the tower has none.
+    """
+
+    tokens: Tensor
+    queries: Tensor
+    keys: Tensor
+    attention: Tensor | None
+    sizes: Tensor | None
+    protected: Tensor
+    n_protected: int
+    valid: Tensor | None = None
+    guide: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a reducer needs to know of a tower to fill in its None fields and to refuse what cannot work.
+
+    Attributes:
+        name: for messages.
+        has_class_token: token 0 is a class token.
+        guides_itself: a token of the host guides (the end of text), so that no cross token is needed for guidance.
+        importance, keys: what the reference uses on such a backbone.
+    """
+
+    name: str
+    has_class_token: bool = True
+    guides_itself: bool = False
+    importance: ImportanceName = "cross_token"
+    keys: KeysName = "all_heads"
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """Base of all methods: when to reduce (`r`) and whether a cross token takes part. `reduce` is the method.
+
+    Args:
+        r: tokens to remove per block: an int, one int per block, or a schedule.
+    """
+
+    r: int | Sequence[int] | Schedule
+    _: KW_ONLY
+    cross_token: bool | None = False
+    proportional_attention: bool | None = True
+
+    def __post_init__(self) -> None:
+        schedule = as_schedule(self.r)
+        if not isinstance(self.r, int | Schedule):
+            object.__setattr__(self, "r", schedule.r)  # type: ignore[attr-defined]  # a tuple hashes, a list does not
+        _check_choices(self)
+
+    @property
+    def schedule(self) -> Schedule:
+        """`r` as a schedule."""
+        return as_schedule(self.r)
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether `reduce` reads `View.attention`."""
+        return False
+
+    def resolved(self: Self, host: Host) -> Self:
+        """This reducer with every None replaced by the reference's value for `host`.
+
+        Raises:
+            ValueError: the host lacks what the method needs.
+        """
+        filled = {"cross_token": True, "proportional_attention": True, "importance": host.importance, "keys": host.keys}
+        none = {f.name: filled[f.name] for f in dataclasses.fields(self) if getattr(self, f.name) is None}
+        return dataclasses.replace(self, **none)
+
+    def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
+        """Remove about `r` tokens.
+
+        Args:
+            view: the block's tokens and what its attention saw.
+            r: wished number, at least 1.
+
+        Returns:
+            tokens [B, T - r', C], sizes [B, T - r'] (None: all one), and the plan; None when nothing can be removed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no reduce(): a method is a Reducer with reduce()")
+
+
+@dataclass(frozen=True)
+class Merging(Reducer):
+    """Sources join destinations: matching, importance and ensemble, each of them exchangeable alone.
+
+    Args:
+        matching: who may join whom, and which pairs do.
+        guided_matching: importance takes part in choosing the sources.
+        importance: what scores a token, where the matching or the ensemble asks.
+        ensemble: how a source and its destination become one token.
+        keys: what tokens are compared by: keys of all heads concatenated, or their mean over heads.
+        cross_token: append one cross token, see `CrossGET`.
+        proportional_attention: log(size) is added to the attention's logits on the key side.
+        ties: how equal similarities are ranked, see `crossget.matching.complete_graph`.
+        seed: what the random matching depends on.
+    """
+
+    _: KW_ONLY
+    matching: MatchingName = "complete_graph"
+    guided_matching: bool = False
+    importance: ImportanceName | None = None
+    ensemble: EnsembleName = "size"
+    keys: KeysName | None = None
+    ties: Ties = "reference"
+    seed: int = 0
+
+    @property
+    def _needs_importance(self) -> bool:
+        return (self.guided_matching and self.matching != "random") or self.ensemble != "size"
+
+    @property
+    def needs_attention(self) -> bool:
+        return self._needs_importance and self.importance == "attention"
+
+    def resolved(self: Self, host: Host) -> Self:
+        full = super().resolved(host)  # type: ignore[misc]  # mypy does not follow super() through a self type
+        if full._needs_importance:
+            _check_guide(full, host)
+        return full  # type: ignore[no-any-return]
+
+    def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
+        with torch.no_grad():
+            keys = _flat(view.keys, self.keys)
+            candidates = Candidates(keys, view.protected, view.n_protected, view.valid, self.ties, self.seed)
+            r = candidates.limit(r)
+            if r == 0:
+                return None
+            score = _score(self, view, candidates) if self._needs_importance else None
+            guide = score if self.guided_matching else None
+            plan = Plan(*MATCHINGS[self.matching](candidates, r, guide), int(view.tokens.shape[1]))
+        sizes = _ones(view) if view.sizes is None else view.sizes
+        tokens, sizes = ENSEMBLES[self.ensemble](view.tokens, sizes, sizes if score is None else score, plan)
+        return tokens, sizes, plan
+
+
+@dataclass(frozen=True)
+class CrossGET(Merging):
+    """Cross-Guided Ensemble of Tokens: complete-graph matching and ensemble, guided by a cross token.
+
+    A cross token travels at the end of the sequence: a copy of the class token (in text: of the end-of-text token)
+    plus a vector that every block learns. With `r` alone this computes what the reference computes on that backbone.
+
+    Args: as `Merging`.
+
+    Source: CrossGET (ICML 2024, https://arxiv.org/abs/2305.17455).
+    """
+
+    _: KW_ONLY
+    cross_token: bool | None = None
+    proportional_attention: bool | None = None
+    guided_matching: bool = True
+    ensemble: EnsembleName = "guided"
+
+
+@dataclass(frozen=True)
+class ToMe(Merging):
+    """Token Merging: bipartite soft matching on mean keys, size-weighted mean, proportional attention.
+
+    Source: ToMe (ICLR 2023, https://arxiv.org/abs/2210.09461), from the paper's equations.
+    """
+
+    _: KW_ONLY
+    matching: MatchingName = "bipartite"
+    keys: KeysName | None = "mean_heads"
+
+
+@dataclass(frozen=True)
+class Random(Merging):
+    """Random sources join random destinations: the baseline that every matching has to beat."""
+
+    _: KW_ONLY
+    matching: MatchingName = "random"
+
+
+@dataclass(frozen=True)
+class TopK(Reducer):
+    """Importance pruning: the `r` least important tokens are dropped.
+
+    Where the full grid is needed again, a dropped token gets the mean of the surviving patch tokens, so that average
+    pooling sees the survivors only.
+
+    Args:
+        importance: what scores a token.
+        keys: as in `Merging`.
+    """
+
+    _: KW_ONLY
+    importance: ImportanceName | None = "class_token"
+    keys: KeysName | None = None
+
+    @property
+    def needs_attention(self) -> bool:
+        return self.importance == "attention"
+
+    def resolved(self, host: Host) -> TopK:
+        full = super().resolved(host)
+        _check_guide(full, host)
+        return full
+
+    def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
+        with torch.no_grad():
+            candidates = Candidates(_flat(view.keys, self.keys), view.protected, view.n_protected, view.valid)
+            r = candidates.limit(r)
+            if r == 0:
+                return None
+            score = _score(self, view, candidates).masked_fill(view.protected, torch.inf)
+            if view.valid is not None:
+                score = score.masked_fill(~view.valid & ~view.protected, -torch.inf)
+            plan = Plan(score.argsort(1)[:, :r], None, int(view.tokens.shape[1]))
+        tokens = view.tokens.gather(1, plan.kept[:, :, None].expand(-1, -1, view.tokens.shape[2]))
+        return tokens, None if view.sizes is None else view.sizes.gather(1, plan.kept), plan
+
+
+def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tensor:
+    if reducer.importance == "attention":
+        if view.attention is None:
+            raise RuntimeError("importance='attention' got no attention probabilities from the block")
+        return by_attention(view.attention)
+    guide = view.guide
+    if reducer.importance == "class_token":
+        guide = torch.zeros_like(view.protected[:, 0], dtype=torch.long)
+    if guide is None:
+        raise RuntimeError("importance='cross_token' found no guide among the tokens")
+    return by_guide(candidates.keys, _flat(view.queries, reducer.keys), guide)
+
+
+def _flat(heads: Tensor, keys: KeysName | None) -> Tensor:
+    """[B, H, T, D] as one vector per token: [B, T, H * D], or the mean over heads [B, T, D]."""
+    return heads.mean(1) if keys == "mean_heads" else heads.transpose(1, 2).flatten(2)
+
+
+def _ones(view: View) -> Tensor:
+    return torch.ones(view.tokens.shape[:2], dtype=torch.float32, device=view.tokens.device)
+
+
+def _check_guide(reducer: Merging | TopK, host: Host) -> None:
+    if reducer.importance == "class_token" and not host.has_class_token:
+        raise ValueError(
+            f"importance='class_token' needs a class token, and {host.name} has none: use importance='attention'"
+            " or, with a cross token, importance='cross_token'"
+        )
+    if reducer.importance == "cross_token" and not (reducer.cross_token or host.guides_itself):
+        raise ValueError(
+            f"importance='cross_token' needs cross_token=True on {host.name}: use importance='class_token' or "
+            "'attention', or do without importance (guided_matching=False, ensemble='size')"
+        )
+
+
+def _check_choices(reducer: Reducer) -> None:
+    """Compare every field of a Literal type with its choices."""
+    for name, hint in _hints(type(reducer)).items():
+        choices = [c for part in (get_args(hint) or ()) for c in (get_args(part) or (part,))]
+        value = getattr(reducer, name)
+        if choices and all(isinstance(c, str) or c is type(None) for c in choices) and value not in choices:
+            if value is None and type(None) in choices:
+                continue
+            names = ", ".join(repr(c) for c in choices if isinstance(c, str))
+            raise ValueError(f"{type(reducer).__name__}({name}={value!r}): choose one of {names}")
+
+
+def _hints(cls: type[Reducer]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {name: hint for name, hint in get_type_hints(cls).items() if name in names}

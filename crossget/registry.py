@@ -1,0 +1,170 @@
+"""From a model to its towers: class -> adapter, found along the MRO, loaded when the class is first met.
+
+An adapter is a function that says where a backbone's towers are; it knows no method. `register` adds one:
+
+    @crossget.register(MyViT)
+    def my_vit(model: MyViT) -> list[crossget.Tower]:
+        return [crossget.Tower("visual", blocks=model.layers, width=model.width, prefix=1, class_token=True)]
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from crossget.reducers import Host, ImportanceName, KeysName
+from crossget.state import TokenState
+
+_LAZY = {"timm.": "crossget.integrations.timm", "open_clip.": "crossget.integrations.open_clip"}
+
+
+@dataclass
+class TextInput:
+    """How a text tower learns where its texts end.
+
+    Attributes:
+        embedding: the module that is called with the token ids [B, T] before the blocks run.
+        read: ids [B, T] -> the position [B] of the token that is read out in the end, and which tokens are real
+            [B, T] (None: padding is treated like text, as CLIP does).
+    """
+
+    embedding: nn.Module
+    read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class Tower:
+    """One stack of transformer blocks that pass a sequence [B, T, C] from one to the next.
+
+    Attributes:
+        name: what users call it: "visual" or "text".
+        blocks: in the order they run.
+        width: C.
+        prefix: leading tokens that are never merged: class token, registers, start of text.
+        class_token: the first token is a class token.
+        causal: tokens see earlier tokens only.
+        padding: a mask given to the attention may hide padding.
+        text: how the end of each text is found; None for a tower that reads no text.
+        restore: the last block gives back as many tokens as the first one got, so that whatever reads them needs no
+            change. False leaves them reduced.
+        importance, keys: what the reference uses on such a backbone.
+        project: [N, C] cross tokens -> the space that towers share, for the alignment loss; its parameters are not
+            to be trained by that loss.
+        readers: (module, method name) of host methods that look at the tokens between the blocks, such as
+            forward_intermediates. While one runs, every block hands out the full grid.
+        refit: (block, argument name, value, state) -> value, for arguments of a block with one row per token, such
+            as rotary tables. Called when the tokens are no longer the host's.
+    """
+
+    name: str
+    blocks: Sequence[nn.Module]
+    width: int
+    prefix: int = 0
+    class_token: bool = False
+    causal: bool = False
+    padding: bool = False
+    text: TextInput | None = None
+    restore: bool = True
+    importance: ImportanceName = "cross_token"
+    keys: KeysName = "all_heads"
+    project: Callable[[Tensor], Tensor] | None = None
+    readers: Sequence[tuple[nn.Module, str]] = ()
+    refit: Callable[[nn.Module, str, Any, TokenState], Any] | None = None
+
+    @property
+    def host(self) -> Host:
+        """What a reducer needs to know of this tower."""
+        return Host(
+            f"tower {self.name!r}", self.class_token, self.text is not None, self.importance, self.keys
+        )
+
+
+Adapter = Callable[[Any], "list[Tower]"]
+AdapterT = TypeVar("AdapterT", bound=Adapter)
+_adapters: dict[type, Adapter] = {}
+
+
+def register(*backbones: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
+    """Decorator on a function model -> towers, for models of the given classes and their subclasses.
+
+    Raises:
+        TypeError: a backbone is not a class of modules.
+        ValueError: a backbone has an adapter already.
+    """
+    for backbone in backbones:
+        if not (isinstance(backbone, type) and issubclass(backbone, nn.Module)):
+            raise TypeError(f"register takes classes of nn.Module, not {backbone!r}")
+        if backbone in _adapters:
+            raise ValueError(
+                f"{_name(backbone)} has the adapter {_name(_adapters[backbone])} already: subclass the backbone and "
+                "register that, or unregister it first (crossget.unregister)"
+            )
+
+    def add(adapter: AdapterT) -> AdapterT:
+        _adapters.update(dict.fromkeys(backbones, adapter))
+        return adapter
+
+    return add
+
+
+def unregister(backbone: type[nn.Module]) -> None:
+    """Forget the adapter of exactly this class.
+
+    Raises:
+        KeyError: it has none.
+    """
+    del _adapters[backbone]
+
+
+def find_towers(model: nn.Module) -> list[Tower]:
+    """The towers that `attach` would reduce.
+
+    Raises:
+        TypeError: no adapter knows the model; the message says why, where that is known.
+        RuntimeError: the adapter found nothing to reduce.
+    """
+    reasons = []
+    for cls in type(model).__mro__:
+        module = _load_integration(cls)
+        if cls in _adapters:
+            towers = _adapters[cls](model)
+            _check(towers, model, _adapters[cls])
+            return towers
+        explain = getattr(module, "explain", None)
+        reasons += [explain(model)] if explain is not None else []
+    reason = reasons[0] if reasons else "no adapter is registered for it or its bases"
+    known = ", ".join(sorted({_name(cls) for cls in _adapters})) or "none yet"
+    raise TypeError(
+        f"cannot reduce {_name(type(model))}: {reason}. If its blocks do carry one sequence [B, T, C], write an adapter "
+        f"with crossget.register (docs/adapters.md). Registered in this process: {known}"
+    )
+
+
+def _load_integration(cls: type) -> Any:
+    for prefix, name in _LAZY.items():
+        if (cls.__module__ + ".").startswith(prefix):
+            return importlib.import_module(name)
+    return None
+
+
+def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:
+    where = f"{_name(adapter)} on {_name(type(model))}"
+    if not towers:
+        raise RuntimeError(f"{where} found no tower: nothing would be reduced")
+    names = [tower.name for tower in towers]
+    if len(set(names)) != len(names):
+        raise RuntimeError(f"{where} gave the tower names {names}: each tower needs a name of its own")
+    for tower in towers:
+        if len(tower.blocks) == 0:
+            raise RuntimeError(f"{where} found no block in tower {tower.name!r}: nothing would be reduced")
+        strangers = [type(block).__name__ for block in tower.blocks if not isinstance(block, nn.Module)]
+        if strangers:
+            raise RuntimeError(f"{where}: tower {tower.name!r} lists {strangers} among its blocks, which are no modules")
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"

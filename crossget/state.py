@@ -1,0 +1,138 @@
+"""What travels with the tokens from block to block: sizes, where they came from, which are protected.
+
+The state is an attribute of the very tensor that the host passes on. Nothing is kept on modules between blocks, so
+gradient checkpointing, threads, copies and interrupted forwards need no care and no reset.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossget.ensemble import unmerge
+from crossget.matching import Plan
+
+_ATTRIBUTE = "_crossget_state"
+
+
+class Record:
+    """What one forward through one tower leaves behind for its user to look at.
+
+    Attributes:
+        tokens: layer -> how many tokens entered the block.
+        cross_tokens: layer -> [B, C] the cross token as it entered the block, with its graph.
+        source: [B, T0] output token of each input token.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, int] = {}
+        self.cross_tokens: dict[int, Tensor] = {}
+        self.source: Tensor | None = None
+
+
+class TokenState:
+    """The tokens' history in one forward. Never changed in place, except by the block that made it.
+
+    Attributes:
+        length: T0, the host's own number of tokens, without cross token.
+        cross: a cross token stands at the end.
+        prefix: leading protected tokens.
+        sizes: [B, T] float32, None while all are one.
+        positions: [B, T] the input position of each token (a merged token keeps that of its destination).
+        source: [B, T0 + cross] the current token of each input token, -1 if dropped.
+        protected: [B, T] bool.
+        n_protected: protected tokens in a row, at most.
+        valid: [B, T] false for padding, or None.
+        end: [B] current position of the end of text, or None.
+        dropped: some token may have been dropped.
+        changed: tokens were removed since the first block.
+        compact: the reduced tokens, where the tensor that carries this state shows the full grid; else None.
+        record: what the user will see.
+    """
+
+    def __init__(self, length: int, cross: bool, prefix: int, record: Record) -> None:
+        self.length, self.cross, self.prefix, self.record = length, cross, prefix, record
+        self.sizes: Tensor | None = None
+        self.positions: Tensor
+        self.source: Tensor
+        self.protected: Tensor
+        self.n_protected = 0
+        self.valid: Tensor | None = None
+        self.end: Tensor | None = None
+        self.dropped = False
+        self.changed = False
+        self.compact: Tensor | None = None
+
+    @classmethod
+    def start(
+        cls, batch: int, length: int, device: torch.device, *, cross: bool, prefix: int, end: Tensor | None,
+        valid: Tensor | None,
+    ) -> TokenState:  # fmt: skip
+        """The state in front of the first block.
+
+        Args:
+            batch, length: B and T0.
+            device: where the tokens are.
+            cross: a cross token is appended.
+            prefix: leading tokens to protect.
+            end: [B] position of the end of text, protected too.
+            valid: [B, T0] false for padding.
+        """
+        self = cls(length, cross, prefix, Record())
+        total = length + int(cross)
+        order = torch.arange(total, device=device)
+        self.positions = self.source = order.expand(batch, total)
+        fixed = (order < prefix) | (order >= length)
+        self.protected = fixed.expand(batch, total)
+        self.n_protected = prefix + int(cross)
+        if end is not None:
+            self.protected = self.protected | (order == end[:, None])
+            self.n_protected += 1
+            self.end = end
+        self.valid = valid
+        if valid is not None and cross:
+            self.valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
+        return self
+
+    @property
+    def pristine(self) -> bool:
+        """The tokens are still exactly the host's."""
+        return not self.changed and not self.cross
+
+    def advance(self, plan: Plan, sizes: Tensor | None) -> TokenState:
+        """The state behind a reduction."""
+        new = TokenState(self.length, self.cross, self.prefix, self.record)
+        new.sizes = sizes
+        new.positions = self.positions.gather(1, plan.kept)
+        new.source = plan.index.gather(1, self.source.clamp(min=0))
+        new.dropped = self.dropped or plan.destination is None
+        if self.dropped:
+            new.source = torch.where(self.source < 0, self.source, new.source)
+        new.protected = self.protected.gather(1, plan.kept)
+        new.n_protected = self.n_protected
+        new.valid = None if self.valid is None else self.valid.gather(1, plan.kept)
+        new.end = None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1)
+        new.changed = True
+        return new
+
+    def restored(self, tokens: Tensor) -> Tensor:
+        """Reduced tokens [B, T, C] on the host's grid [B, T0, C], without the cross token."""
+        source = self.source[:, : self.length]
+        if not self.changed:
+            return tokens[:, : self.length] if self.cross else tokens
+        if not self.dropped:
+            return unmerge(tokens, source)
+        last = int(tokens.shape[1]) - int(self.cross)
+        return unmerge(tokens, source, tokens[:, self.prefix : last].mean(1, keepdim=True))
+
+
+def carry(tokens: Tensor, state: TokenState) -> Tensor:
+    """`tokens`, with the state on it."""
+    setattr(tokens, _ATTRIBUTE, state)
+    return tokens
+
+
+def carried(tokens: Tensor) -> TokenState | None:
+    """The state that `tokens` carry."""
+    state: TokenState | None = getattr(tokens, _ATTRIBUTE, None)
+    return state

@@ -1,0 +1,320 @@
+"""How a block is reduced without a copy of its code: the host's own forward runs, and is watched.
+
+A `torch.overrides.TorchFunctionMode` sees every torch function that runs inside a `with` block, before it runs. In a
+transformer block two of them matter:
+
+1. The attention: `F.scaled_dot_product_attention`, `F.multi_head_attention_forward`, or a matrix product followed by
+   a softmax. Here the keys and queries are noted, log(size) is added on the key side (proportional attention), and a
+   mask that the host made for its own tokens is brought to the tokens that are left.
+2. The first addition, after that, in which one of the summands *is* the block's input: the residual behind the
+   attention. Here the sum is computed and reduced, and the host goes on with fewer tokens. Its MLP, layer scale,
+   drop path, second norm and second residual all follow, as it never learns how many tokens there were.
+
+What is not recognised is an error, never a silent no-op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from crossget.importance import attention_weights
+from crossget.matching import Plan
+from crossget.reducers import Reducer, View
+from crossget.state import TokenState
+
+_ADD = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__}
+_SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax}
+_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
+
+
+class BlockWatch(TorchFunctionMode):
+    """Watches one run of one block.
+
+    Args:
+        tokens: [B, T, C] the block's input.
+        state: the tokens' history; replaced by the one behind the reduction.
+        reducer: the method, with all fields resolved.
+        r: tokens to remove in this block.
+        causal: the cross token at the end is hidden from the others.
+        cross_like_first: the cross token is a copy of token 0 and takes over its row and column of a mask.
+        find_padding: look for padding in the attention's mask.
+    """
+
+    def __init__(
+        self, tokens: Tensor, state: TokenState, reducer: Reducer, r: int, *, causal: bool, cross_like_first: bool,
+        find_padding: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.state, self.reducer, self.r = state, reducer, r
+        self.causal, self.cross_like_first, self.find_padding = causal, cross_like_first, find_padding
+        self.batch, self.tokens = int(tokens.shape[0]), int(tokens.shape[1])
+        self.residuals = [tokens]
+        self.queries: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.attention: Tensor | None = None
+        self.weighed = False
+        self.done = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.done:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._sdpa(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._multi_head_attention(*args, **kwargs)
+        if func in _ADD and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            return self._add(func, args[0], args[1], kwargs)
+        if func in _MATMUL and self.keys is None:
+            self._note_product(*args)
+        if func in _SOFTMAX and tuple(args[0].shape[-2:]) == (self.tokens, self.tokens):
+            return self._softmax(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    # The attention ----------------------------------------------------------------------------------------------
+
+    def _sdpa(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        if not self._is_ours(query, key):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        mask = self._fit(attn_mask)
+        bias = self._bias(query.dtype)
+        if is_causal and bias is not None:
+            # Tokens keep their order, so causality stays a lower triangle at every length.
+            mask, is_causal = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=query.device).tril(), False
+        mask = _plus(mask, bias, query.dtype)
+        self._note(query, key, mask, is_causal, kwargs.get("scale"))
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **kwargs)
+
+    def _multi_head_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, embed_dim: int, heads: int, in_weight: Tensor | None,
+        in_bias: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero_attn: bool, dropout_p: float,
+        out_weight: Tensor, out_bias: Tensor | None, training: bool = True, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, use_separate_proj_weight: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """What nn.MultiheadAttention computes, [T, B, C] in and out: torch hides its inside from a mode."""
+        if not (query is key is value and query.dim() == 3 and query.shape[0] == self.tokens):
+            raise RuntimeError(
+                "nn.MultiheadAttention in the block is not plain self-attention over the block's tokens"
+                f" [{self.tokens}, {self.batch}, C] (query {list(query.shape)}, key {list(key.shape)})"
+            )
+        if use_separate_proj_weight or bias_k is not None or add_zero_attn or in_weight is None:
+            raise RuntimeError("nn.MultiheadAttention with bias_k, add_zero_attn or separate widths is not supported")
+        q, k, v = (_split(part, heads) for part in F.linear(query, in_weight, in_bias).chunk(3, -1))
+        mask = _mha_mask(attn_mask, key_padding_mask, self.batch, q.dtype)
+        dropout_p = dropout_p if training else 0.0
+        weights = None
+        if need_weights:
+            out, weights = self._explicit(q, k, v, mask, dropout_p)
+            weights = weights.mean(1) if kwargs.get("average_attn_weights", True) else weights
+        else:
+            out = self._sdpa(q, k, v, mask, dropout_p)
+        out = out.permute(2, 0, 1, 3).reshape(query.shape)
+        return F.linear(out, out_weight, out_bias), weights
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+        mask = _plus(self._fit(mask), self._bias(q.dtype), q.dtype)
+        logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
+        logits = logits if mask is None else logits + mask
+        self._note(q, k, mask, False, None)
+        weights = logits.softmax(-1)
+        weights = F.dropout(weights, dropout_p) if dropout_p > 0 else weights
+        return weights @ v, weights
+
+    def _note_product(self, a: Any, b: Any, *rest: Any) -> None:
+        """Note queries and keys if this is the product of queries [.., T, D] and keys [.., D, T]."""
+        tokens = self.tokens
+        if not (a.dim() >= 3 and a.dim() == b.dim() and a.shape[-2] == tokens and b.shape[-1] == tokens):
+            return
+        heads = (self.batch, -1)
+        self.queries = a.reshape(*heads, *a.shape[-2:])
+        self.keys = b.transpose(-1, -2).reshape(*heads, tokens, b.shape[-2])
+
+    def _softmax(self, func: Callable[..., Tensor], logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bias = self._bias(logits.dtype)
+        if bias is not None:
+            heads = logits.reshape(self.batch, -1, self.tokens, self.tokens)
+            logits = (heads + bias).reshape(logits.shape)
+        self.weighed = True
+        weights = func(logits, *args, **kwargs)
+        if self.keys is not None and self._wants_attention():
+            heads = weights.detach().reshape(self.batch, -1, self.tokens, self.tokens)
+            self.attention = heads.float().mean(1)
+        return weights
+
+    def _note(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> None:
+        if self.keys is not None:
+            return
+        # Grouped-query attention: every query head is compared with the key head it reads.
+        key = key if key.shape[1] == query.shape[1] else key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        self.queries, self.keys, self.weighed = query, key, True
+        if self._wants_attention():
+            with torch.no_grad():
+                scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+                logits = (query * scale) @ key.transpose(-1, -2)
+                if is_causal:
+                    hidden = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=query.device).triu(1)
+                    logits = logits.masked_fill(hidden, -math.inf)
+                if mask is not None:
+                    logits = logits + _additive(mask, logits.dtype)
+                self.attention = attention_weights(logits)
+
+    def _wants_attention(self) -> bool:
+        return self.reducer.needs_attention and self.r > 0
+
+    def _is_ours(self, query: Tensor, key: Tensor) -> bool:
+        return query.dim() == 4 and query.shape[-2] == self.tokens and key.shape[-2] == self.tokens
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """log(size) [B, 1, 1, T]; None while every token stands for itself."""
+        if self.state.sizes is None or not self.reducer.proportional_attention:
+            return None
+        return self.state.sizes.log().to(dtype)[:, None, None, :]
+
+    # Masks and biases the host made for its own tokens ------------------------------------------------------------
+
+    def _fit(self, mask: Tensor | None) -> Tensor | None:
+        """The host's mask [.., T0 or 1, T0] for the tokens that are left: [B, .., T or 1, T]."""
+        if mask is None:
+            return None
+        mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
+        if self.find_padding and self.state.valid is None:
+            self.state.valid = self._padding(mask)
+        if int(mask.shape[-1]) == self.tokens and self.state.pristine:
+            return mask
+        if self.state.cross and int(mask.shape[-1]) == self.state.length:
+            mask = self._with_cross(mask)
+        expected = self.state.length + int(self.state.cross)
+        if int(mask.shape[-1]) != expected or int(mask.shape[-2]) not in (1, expected):
+            raise RuntimeError(
+                f"the attention got a mask of shape {list(mask.shape)} in a block with {self.tokens} tokens of "
+                f"originally {self.state.length}: expected {self.state.length} keys. The tower's mask cannot follow "
+                "its tokens; detach, or give the tower's adapter a way to make the mask"
+            )
+        rows = self.state.positions
+        mask = mask.expand(self.batch, *mask.shape[1:])
+        heads = int(mask.shape[1])
+        if int(mask.shape[2]) != 1:
+            mask = mask.gather(2, rows[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
+        return mask.gather(3, rows[:, None, None, :].expand(-1, heads, mask.shape[2], -1))
+
+    def _with_cross(self, mask: Tensor) -> Tensor:
+        """A row and a column for the cross token: those of the token it copies; nobody sees it in a causal tower."""
+        boolean = mask.dtype == torch.bool
+        shown, hidden = (True, False) if boolean else (0.0, -math.inf)
+        first = self.cross_like_first and not self.causal
+        column = mask[..., :1] if first else torch.full_like(mask[..., :1], hidden if self.causal else shown)
+        mask = torch.cat([mask, column], -1)
+        if int(mask.shape[-2]) == 1:
+            return mask
+        row = mask[..., :1, :] if first else mask[..., -1:, :]
+        if not first:
+            row = torch.cat([row[..., :-1], torch.full_like(row[..., :1], shown)], -1)
+        return torch.cat([mask, row], -2)
+
+    def _padding(self, mask: Tensor) -> Tensor:
+        """[B, T] which tokens any query may see."""
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        seen = seen.any(2).any(1).expand(self.batch, -1)
+        if int(seen.shape[1]) < self.tokens:
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+        return seen
+
+    # The residual -------------------------------------------------------------------------------------------------
+
+    def _add(self, func: Callable[..., Tensor], a: Tensor, b: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        if any(a is known or b is known for known in self.residuals):
+            total = torch.add(a, b, **kwargs)
+            if self.keys is not None and total.dim() == 3 and int(total.shape[1]) == self.tokens:
+                return self._reduce(total)
+            self.residuals.append(total)  # a position embedding, say, that a block adds before its attention
+            return total
+        scores = self.keys is not None and a.dim() >= 3 and tuple(a.shape[-2:]) == (self.tokens, self.tokens)
+        if scores and not self.weighed and not self.state.pristine and int(b.shape[-1]) == self.state.length:
+            mask = self._fit(b)
+            return a + (mask if a.dim() == 4 or mask is None else mask.reshape(a.shape))
+        return func(a, b, **kwargs)
+
+    def _reduce(self, total: Tensor) -> Tensor:
+        self.done = True
+        if not self.weighed and self.state.sizes is not None:
+            raise RuntimeError(
+                "the block's attention has no softmax over its scores that could be seen, so token sizes could not "
+                "take part; set proportional_attention=False, or use F.scaled_dot_product_attention in the block"
+            )
+        if self.r <= 0:
+            return total
+        reduced = self._reduced(total)
+        if reduced is None:
+            return total
+        tokens, sizes, plan = reduced
+        self.state = self.state.advance(plan, sizes)
+        return tokens
+
+    def _reduced(self, total: Tensor) -> tuple[Tensor, Tensor | None, Plan] | None:
+        state = self.state
+        queries, keys = _seen(self.queries), _seen(self.keys)
+        view = View(
+            total, queries, keys, self.attention, state.sizes, state.protected, state.n_protected, state.valid,
+            self._guide(total),
+        )  # fmt: skip
+        if not torch.is_autocast_enabled(total.device.type):
+            return self.reducer.reduce(view, self.r)
+        with torch.autocast(total.device.type, enabled=False):  # the choice of tokens is made in full precision
+            return self.reducer.reduce(view, self.r)
+
+    def _guide(self, total: Tensor) -> Tensor | None:
+        if self.state.end is not None:
+            return self.state.end
+        if not self.state.cross:
+            return None
+        return torch.full((self.batch,), self.tokens - 1, device=total.device)
+
+
+def _seen(part: Tensor | None) -> Tensor:
+    if part is None:
+        raise RuntimeError("the block's residual came before any attention was seen")
+    return part
+
+
+def _split(part: Tensor, heads: int) -> Tensor:
+    """[T, B, C] -> [B, H, T, D]"""
+    tokens, batch, width = part.shape
+    return part.reshape(tokens, batch, heads, width // heads).permute(1, 2, 0, 3)
+
+
+def _plus(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The sum of a boolean or additive mask and a bias, additive as soon as there is a bias."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    return _additive(mask, dtype) + bias
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
+
+
+def _mha_mask(mask: Tensor | None, padding: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
+    """nn.MultiheadAttention's masks as one additive mask [1 or B, 1 or H, T or 1, T]."""
+    parts = []
+    if mask is not None:
+        parts.append(mask[None, None] if mask.dim() == 2 else mask.view(batch, -1, *mask.shape[-2:]))
+    if padding is not None:
+        parts.append(padding[:, None, None, :])
+    # There, true means hidden.
+    parts = [_additive(~part, dtype) if part.dtype == torch.bool else part for part in parts]
+    return None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1]

@@ -1,0 +1,1 @@
+"""Programs that measure crossget; not installed, run from the repository root."""

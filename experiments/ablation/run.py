@@ -1,0 +1,193 @@
+"""Measure every row of the ablation without training: `python -m experiments.ablation.run --help`."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import crossget
+from crossget.reducers import Reducer
+from experiments import common
+from experiments.ablation.presets import PRESETS, REDUCTIONS
+from experiments.ablation.settings import SETTINGS, Images, load_images, load_model
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the queue: a row of `presets.PRESETS` at one r."""
+
+    setting: str
+    preset: str
+    r: int
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        seed = f"_seed{self.seed}" if PRESETS[self.preset].seeded else ""
+        r = f"_r{self.r}" if PRESETS[self.preset].swept else ""
+        return f"{self.setting}/{self.preset}{r}{seed}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and on which images."""
+
+    setting: Literal["imagenet", "cifar10"]
+    """Model and preprocessing."""
+    data: Path
+    """Folder with labels.csv (file,label), or with one folder of images per class."""
+    weights: Path | None = None
+    """Safetensors file with the model's parameters; without it timm's are downloaded."""
+    presets: tuple[str, ...] = tuple(PRESETS)
+    """Rows to run."""
+    r: tuple[int, ...] = REDUCTIONS
+    """Tokens removed per block."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the rows in which chance takes part; the others use the first."""
+    batch: int = 50
+    """Images per forward."""
+    limit: int | None = None
+    """Take this many images only."""
+    device: str = "cpu"
+    """Where the model runs."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+    overwrite: bool = False
+    """Run again what has a result file."""
+
+
+def queue(options: Options) -> list[Run]:
+    """Return all runs that the options ask for.
+
+    Raises:
+        ValueError: a preset does not exist.
+    """
+    unknown = sorted(set(options.presets) - set(PRESETS))
+    if unknown:
+        raise ValueError(f"unknown presets {unknown}; there are {sorted(PRESETS)}")
+    return [
+        Run(options.setting, name, r, seed)
+        for name in options.presets
+        for r in (options.r if PRESETS[name].swept else (0,))
+        for seed in (options.seeds if PRESETS[name].seeded else options.seeds[:1])
+    ]
+
+
+@torch.no_grad()
+def predict(model: nn.Module, pixels: Tensor, batch: int, device: str) -> Tensor:
+    """Return the logits [N, classes] of all images, on the CPU."""
+    return torch.cat([model(images.to(device)).float().cpu() for images in pixels.split(batch)])
+
+
+def measure(logits: Tensor, labels: Tensor, dense: Tensor) -> common.Json:
+    """Return how well logits predict the labels, and how near they are to the dense model's.
+
+    Args:
+        logits: [N, classes].
+        labels: [N].
+        dense: [N, classes] of the untouched model.
+
+    Returns:
+        `top1` in %, `n`, `correct` (a string of 0 and 1, in the images' order), `agreement` (% of images with the
+        dense model's answer), `loss` (cross-entropy) and `divergence` (mean KL from the dense model's distribution).
+    """
+    answer = logits.argmax(1)
+    correct = (answer == labels).tolist()
+    divergence = F.kl_div(logits.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="batchmean")
+    return {
+        "top1": round(100 * sum(correct) / len(correct), 4),
+        "n": len(correct),
+        "agreement": round(100 * float((answer == dense.argmax(1)).double().mean()), 4),
+        "loss": round(float(F.cross_entropy(logits, labels)), 6),
+        "divergence": round(float(divergence), 6),
+        "correct": "".join("1" if right else "0" for right in correct),
+    }
+
+
+def evaluate(
+    model: nn.Module, images: Images, reducer: Reducer | None, dense: Tensor, batch: int = 50, device: str = "cpu"
+) -> common.Json:
+    """Attach the reducer, classify all images, count, and detach.
+
+    Args:
+        model: one tower, untouched.
+        images: what to classify.
+        reducer: None measures the untouched model.
+        dense: [N, classes] the untouched model's logits.
+        batch: images per forward.
+        device: where the model is.
+
+    Returns:
+        `measure`'s entries, `tokens` entering each block, and `gflops` of one image, dense and reduced.
+    """
+    one = images.pixels[:1].to(device)
+    if reducer is None:
+        # Its logits are at hand; the tokens of the untouched model are those of a reducer that removes none.
+        with crossget.attach(model, crossget.ToMe(0)) as attached:
+            predict(model, one, 1, device)
+            return {**measure(dense, images.labels, dense), **cost(model, attached, one)}
+    with crossget.attach(model, reducer) as attached:
+        logits = predict(model, images.pixels, batch, device)
+        return {**measure(logits, images.labels, dense), **cost(model, attached, one)}
+
+
+def cost(model: nn.Module, attached: crossget.Attachment, one: Tensor) -> common.Json:
+    """Return tokens per block of the last forward, and the multiply-adds of one image in units of 10^9."""
+    (tokens,) = attached.tokens.values()
+    flops = crossget.count_flops(model, one)
+    return {"tokens": list(tokens), "gflops": {"dense": flops.dense / 1e9, "reduced": flops.reduced / 1e9}}
+
+
+def command_of(options: Options) -> Callable[[Run], str]:
+    """Return the function that writes the command which repeats one run; of paths it keeps the name only."""
+
+    def command(run: Run) -> str:
+        words = ["python", "-m", "experiments.ablation.run", "--setting", run.setting, "--data", options.data.name]
+        words += ["--weights", options.weights.name] if options.weights else []
+        words += ["--limit", str(options.limit)] if options.limit else []
+        words += ["--presets", run.preset, "--r", str(run.r), "--seeds", str(run.seed), "--batch", str(options.batch)]
+        return shlex.join(words)
+
+    return command
+
+
+def main(options: Options) -> int:
+    """Work off the queue and return the number of runs executed."""
+    runs = queue(options)
+    if not common.pending(runs, options.results, options.overwrite):
+        return 0
+    setting = SETTINGS[options.setting]
+    model = load_model(setting, options.weights).to(options.device)
+    images = load_images(setting, options.data, options.limit)
+    dense = predict(model, images.pixels, options.batch, options.device)
+    weights = {"file": options.weights.name, "sha256": common.file_digest(options.weights)} if options.weights else None
+
+    def execute(run: Run) -> common.Json:
+        reducer = PRESETS[run.preset].make(run.r, run.seed)
+        method = None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
+        config = {**asdict(run), "reducer": method, "weights": weights, "data": images.source, "batch": options.batch}
+        return {"run": config, "result": evaluate(model, images, reducer, dense, options.batch, options.device)}
+
+    return common.work_off(
+        runs,
+        options.results,
+        execute,
+        command=command_of(options),
+        environment=common.environment(options.device),
+        overwrite=options.overwrite,
+    )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    done = main(tyro.cli(Options, description=__doc__))
+    print(f"{done} runs executed")

@@ -1,0 +1,218 @@
+"""The ablation's programs, end to end on random weights and generated images."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+pytest.importorskip("timm")
+pytest.importorskip("matplotlib")
+
+from experiments import common
+from experiments.ablation import report, run, settings
+from experiments.ablation.presets import COMPARISONS, FULL, METHODS, PRESETS
+
+
+def picture(file: Path, seed: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten class folders with two images each."""
+    for i in range(20):
+        picture(tmp_path / "images" / f"class{i % 10}" / f"{i}.png", i)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Random weights of the CIFAR model in half precision."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    parameters = settings.vit_cifar().state_dict()
+    save_file({name: value.half() for name, value in parameters.items()}, tmp_path / "vit.safetensors")
+    return tmp_path / "vit.safetensors"
+
+
+@pytest.fixture
+def images(folder: Path) -> settings.Images:
+    return settings.load_images(settings.SETTINGS["cifar10"], folder)
+
+
+@pytest.fixture
+def model(weights: Path) -> nn.Module:
+    return settings.load_model(settings.SETTINGS["cifar10"], weights)
+
+
+def options(tmp_path: Path, folder: Path, weights: Path, **changes: object) -> run.Options:
+    given = {"presets": ("dense", "tome", "random", "crossget"), "r": (2, 8), "seeds": (0, 1), "batch": 8}
+    return run.Options("cifar10", folder, weights, results=tmp_path / "results", **{**given, **changes})
+
+
+def test_a_run_leaves_one_result_file_each_and_is_not_repeated(tmp_path, folder, weights):
+    wanted = options(tmp_path, folder, weights)
+    assert run.main(wanted) == 1 + 2 + 4 + 2
+    names = sorted(file.stem for file in (tmp_path / "results" / "cifar10").iterdir())
+    assert names == sorted(
+        ["dense", "tome_r2", "tome_r8", "crossget_r2", "crossget_r8"]
+        + [f"random_r{r}_seed{seed}" for r in (2, 8) for seed in (0, 1)]
+    )
+    assert run.main(wanted) == 0
+    (tmp_path / "results" / "cifar10" / "tome_r8.json").unlink()
+    assert run.main(wanted) == 1
+    assert run.main(options(tmp_path, folder, weights, presets=("tome",), overwrite=True)) == 2
+
+
+def test_a_result_file_says_what_was_run_where_and_with_what_outcome(tmp_path, folder, weights):
+    run.main(options(tmp_path, folder, weights, presets=("dense", "crossget"), r=(8,)))
+    text = (tmp_path / "results" / "cifar10" / "crossget_r8.json").read_text()
+    assert str(tmp_path) not in text
+    content = json.loads(text)
+    assert list(content) == ["run", "command", "environment", "result", "seconds"]
+    assert content["run"]["reducer"]["name"] == "CrossGET"
+    assert content["run"]["weights"] == {"file": "vit.safetensors", "sha256": common.file_digest(weights)}
+    assert {"commit", "dirty", "source_sha256", "torch"} <= set(content["environment"])
+    result = content["result"]
+    assert result["tokens"] == [66, 58, 50, 42]
+    assert result["gflops"]["reduced"] < result["gflops"]["dense"]
+    assert len(result["correct"]) == result["n"] == 20
+    assert result["top1"] == 5 * result["correct"].count("1")
+    dense = json.loads((tmp_path / "results" / "cifar10" / "dense.json").read_text())["result"]
+    assert dense["tokens"] == [65] * 4
+    assert dense["gflops"]["reduced"] == dense["gflops"]["dense"] == result["gflops"]["dense"]
+    assert (dense["agreement"], dense["divergence"]) == (100, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "dense"])
+def test_every_preset_reduces_and_lets_go_of_the_model(name, model, images):
+    dense = run.predict(model, images.pixels, 10, "cpu")
+    preset = PRESETS[name]
+    result = run.evaluate(model, images, preset.make(8 if preset.swept else 0, 0), dense, batch=10)
+    assert result["divergence"] > 0
+    assert (result["tokens"][-1] < result["tokens"][0]) == preset.swept
+    assert torch.equal(run.predict(model, images.pixels, 10, "cpu"), dense)
+
+
+def test_presets_differ_from_one_another(model, images):
+    dense = run.predict(model, images.pixels, 20, "cpu")
+    seen: dict[float, str] = {}
+    # Two of a kind by nature: an untrained cross token is the class token's twin, and without equal similarities
+    # the rules for ties have nothing to decide.
+    twins = {"full_class_token", "full_stable", "untrained_stable"}
+    for name in sorted(set(PRESETS) - twins):
+        preset = PRESETS[name]
+        divergence = run.evaluate(model, images, preset.make(8 if preset.swept else 0, 0), dense)["divergence"]
+        assert divergence not in seen, f"{name} does what {seen[divergence]} does"
+        seen[divergence] = name
+
+
+def test_seeds_matter_where_chance_takes_part_only():
+    for preset in PRESETS.values():
+        assert (preset.make(8, 0) == preset.make(8, 1)) == (not preset.seeded)
+
+
+def test_comparisons_name_presets():
+    for base, others in COMPARISONS.items():
+        assert {base, *others} <= set(PRESETS)
+    assert set(report.LINES) <= set(METHODS)
+    assert PRESETS["crossget"].make(8, 0) == type(FULL)(8)
+
+
+def test_the_report_is_rebuilt_and_keeps_what_is_written_by_hand(tmp_path, folder, weights):
+    run.main(options(tmp_path, folder, weights))
+    where = report.Options(tmp_path / "results", tmp_path / "out")
+    report.main(where)
+    file = tmp_path / "out" / "RESULTS.md"
+    first = file.read_text()
+    assert "| ToMe: bipartite, size-weighted" in first
+    assert (tmp_path / "out" / "figures" / "accuracy_over_flops.png").stat().st_size > 10_000
+    file.write_text(first.replace("# Ablation without training", "# Mine\n\nA finding."))
+    report.main(where)
+    assert file.read_text() == first.replace("# Ablation without training", "# Mine\n\nA finding.")
+    file.write_text("no marks")
+    with pytest.raises(ValueError, match="put them where the tables belong"):
+        report.main(where)
+
+
+def test_the_report_refuses_results_of_different_images(tmp_path, folder, weights):
+    run.main(options(tmp_path, folder, weights, presets=("dense",)))
+    run.main(options(tmp_path, folder, weights, presets=("tome",), limit=10))
+    with pytest.raises(ValueError, match="differ in their images"):
+        report.main(report.Options(tmp_path / "results", tmp_path / "out"))
+    with pytest.raises(ValueError, match="no result file"):
+        report.main(report.Options(tmp_path / "nothing", tmp_path / "out"))
+
+
+def test_images_are_listed_by_table_or_by_folder(tmp_path, folder):
+    by_folder = settings.list_samples(folder)
+    assert by_folder == sorted(by_folder)
+    assert dict(by_folder)["class3/13.png"] == 3
+    table = tmp_path / "sample"
+    picture(table / "images" / "a.png", 0)
+    with (table / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file", "label", "wnid", "name"), ("images/a.png", 999, "n0", "thing")])
+    assert settings.list_samples(table) == [("images/a.png", 999)]
+    loaded = settings.load_images(settings.SETTINGS["imagenet"], table)
+    assert loaded.pixels.shape == (1, 3, 224, 224)
+    assert loaded.source["folder"] == "sample"
+    with pytest.raises(ValueError, match="label 999"):
+        settings.load_images(settings.SETTINGS["cifar10"], table)
+    with pytest.raises(ValueError, match="no image in"):
+        settings.list_samples(tmp_path)
+
+
+def test_a_wrong_choice_is_refused(tmp_path, folder, weights):
+    with pytest.raises(ValueError, match="unknown presets"):
+        run.main(options(tmp_path, folder, weights, presets=("tomme",)))
+    with pytest.raises(ValueError, match="no weights are published"):
+        settings.load_model(settings.SETTINGS["cifar10"], None)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        settings.load_model(settings.SETTINGS["imagenet"], weights)
+
+
+def test_bootstrap_is_that_of_resampled_items():
+    chance = np.random.default_rng(1)
+    a, b = (chance.integers(0, 2, 200).astype(float) for _ in range(2))
+    interval = common.paired_bootstrap(a, b)
+    items = chance.integers(0, 200, (20_000, 200))
+    low, high = np.quantile((a - b)[items].mean(1), [0.025, 0.975])
+    assert interval.mean == pytest.approx((a - b).mean())
+    assert interval.low == pytest.approx(low, abs=0.011)
+    assert interval.high == pytest.approx(high, abs=0.011)
+    assert common.paired_bootstrap(a, b) == interval
+    assert common.paired_bootstrap(a, a) == (0, 0, 0)
+    with pytest.raises(ValueError, match="same items"):
+        common.paired_bootstrap(a, b[:-1])
+
+
+def test_the_code_is_named_also_where_there_is_no_commit(monkeypatch, tmp_path):
+    environment = common.environment()
+    assert len(environment["source_sha256"]) == 64
+    assert environment["dirty"] in (True, False, None)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setitem(os.environ, "GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert common.environment()["commit"] is None
+    assert common.environment()["dirty"] is None
+
+
+def test_an_interrupted_run_leaves_no_result(tmp_path):
+    def execute(line: run.Run) -> common.Json:
+        if line.preset == "tome":
+            raise RuntimeError("stopped")
+        return {"run": {}, "result": {}}
+
+    runs = [run.Run("cifar10", name, 0, 0) for name in ("dense", "tome", "topk")]
+    with pytest.raises(RuntimeError, match="stopped"):
+        common.work_off(runs, tmp_path, execute, command=lambda line: "", environment={})
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["dense.json"]
+    assert common.pending(runs, tmp_path) == runs[1:]

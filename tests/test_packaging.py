@@ -1,0 +1,191 @@
+"""What gets installed is one package, which needs torch and fvcore and no host."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Import names of what only the extras bring.
+HOSTS = ["timm", "open_clip", "transformers", "torchvision", "safetensors", "huggingface_hub", "matplotlib", "sklearn"]
+CORE = sorted(path.stem for path in (ROOT / "crossget").glob("*.py"))
+ADAPTERS = sorted(path.name for path in (ROOT / "integrations").glob("*.py"))
+
+IMPORT_CORE = "import crossget, importlib\n" + "\n".join(
+    f"importlib.import_module('crossget.{name}')" for name in CORE if not name.startswith("__")
+)
+FIND_HOSTS = f"import importlib.util as u\nprint([name for name in {HOSTS!r} if u.find_spec(name)])"
+
+# Makes the hosts unimportable in a process, installed or not.
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HOSTS!r}:
+            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """What the command prints; it has to succeed."""
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout.strip()
+
+
+def python(code: str, interpreter: str | Path = sys.executable, cwd: Path = ROOT) -> str:
+    return run(interpreter, "-c", code, cwd=cwd)
+
+
+def last_error(code: str, interpreter: str | Path = sys.executable, cwd: Path = ROOT) -> str:
+    """The last line of the traceback; the code has to fail."""
+    done = subprocess.run([str(interpreter), "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_importing_the_core_imports_no_host() -> None:
+    # What torch and fvcore themselves import is theirs to choose.
+    loaded = python(
+        "import sys, torch, fvcore.nn\nbefore = set(sys.modules)\n"
+        f"{IMPORT_CORE}\nprint(sorted(set(sys.modules) - before))"
+    )
+    assert {name.partition(".")[0] for name in ast.literal_eval(loaded)}.isdisjoint(HOSTS)
+
+
+def test_core_imports_where_the_hosts_are_blocked() -> None:
+    python(BLOCKER + IMPORT_CORE)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_blocker_blocks(host: str) -> None:
+    assert last_error(f"{BLOCKER}import {host}") == f"ModuleNotFoundError: blocked: {host}"
+
+
+def test_adapters_have_one_name() -> None:
+    # Under a second name the same file would register its backbones twice.
+    assert "crossget.integrations" in last_error("import integrations")
+
+
+# The rest builds and installs, which needs a package index for setuptools.
+
+
+def build_tree(folder: Path, links: bool) -> Path:
+    """A copy, so that setuptools leaves nothing in the checkout; git lays `links=False` where it cannot link."""
+    (folder / "crossget").mkdir(parents=True)
+    (folder / "integrations").mkdir()
+    papers = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "crossget/py.typed")]
+    for source in [*papers, *(ROOT / "crossget").glob("*.py"), *(ROOT / "integrations").glob("*.py")]:
+        (folder / source.relative_to(ROOT)).write_bytes(source.read_bytes())
+    link = folder / "crossget" / "integrations"
+    if links:
+        link.symlink_to("../integrations", target_is_directory=True)
+    else:
+        link.write_text("../integrations")
+    return folder
+
+
+def build_wheel(folder: Path, links: bool) -> Path:
+    tree = build_tree(folder / "tree", links)
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder / "dist", tree, cwd=folder)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"), links=True)
+
+
+def files_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.mark.slow
+def test_wheel_has_one_name_and_all_adapters(wheel: Path) -> None:
+    files = {name for name in files_in(wheel) if ".dist-info/" not in name}
+    assert {PurePosixPath(name).parts[0] for name in files} == {"crossget"}
+    expected = {f"crossget/{name}.py" for name in CORE} | {f"crossget/integrations/{name}" for name in ADAPTERS}
+    assert files == expected | {"crossget/py.typed"}
+
+
+@pytest.mark.slow
+def test_wheel_is_the_same_where_git_makes_no_links(wheel: Path, tmp_path: Path) -> None:
+    assert files_in(build_wheel(tmp_path, links=False)) == files_in(wheel)
+
+
+def needed(requires: list[str]) -> set[str]:
+    """The distributions that these requirements bring along here, themselves included."""
+    todo = [(Requirement(line), "") for line in requires]
+    seen: set[tuple[str, str]] = set()
+    while todo:
+        requirement, extra = todo.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for wanted in {"", *requirement.extras}:
+            if (requirement.name, wanted) not in seen:
+                seen.add((requirement.name, wanted))
+                todo += [(Requirement(line), wanted) for line in metadata.requires(requirement.name) or []]
+    return {name for name, _ in seen}
+
+
+def link_distributions(names: set[str], folder: Path) -> None:
+    for distribution in map(metadata.distribution, names):
+        tops = {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
+        for top in tops:
+            link = folder / top
+            if not link.exists():  # several distributions share the namespace package `nvidia`
+                link.symlink_to(Path(str(distribution.locate_file(top))).resolve())
+
+
+@pytest.fixture(scope="module")
+def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment with the wheel and what its metadata ask for.
+
+    The environment and the installation of the wheel are real. Its requirements are links to the ones installed here,
+    in place of a second download of several gigabytes; nothing else that is installed here can be seen from it.
+    """
+    folder = tmp_path_factory.mktemp("clean")
+    run(sys.executable, "-m", "venv", folder / "venv")
+    interpreter = folder / "venv" / "bin" / "python"
+    run(interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+
+    site = Path(python("import sysconfig; print(sysconfig.get_path('purelib'))", interpreter, folder))
+    (installed,) = metadata.distributions(name="crossget", path=[str(site)])
+    (folder / "requirements").mkdir()
+    link_distributions(needed(installed.requires or []), folder / "requirements")
+    (site / "requirements.pth").write_text(f"{folder / 'requirements'}\n")
+    return interpreter
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
+class TestCleanEnvironment:
+    def test_has_no_host(self, clean_python: Path, tmp_path: Path) -> None:
+        assert python(FIND_HOSTS, clean_python, tmp_path) == "[]"
+        assert {"timm", "open_clip", "transformers"} <= set(ast.literal_eval(python(FIND_HOSTS)))  # but here it has
+
+    def test_imports_the_installed_core(self, clean_python: Path, tmp_path: Path) -> None:
+        where = python(f"{IMPORT_CORE}\nprint(crossget.__file__)", clean_python, tmp_path)
+        assert Path(where).is_relative_to(clean_python.parents[1])
+
+    def test_has_no_second_name(self, clean_python: Path, tmp_path: Path) -> None:
+        code = "import importlib.util as u\nprint([u.find_spec(n) for n in ('integrations', 'tests', 'experiments')])"
+        assert python(code, clean_python, tmp_path) == "[None, None, None]"
+
+    def test_says_what_it_cannot_reduce(self, clean_python: Path, tmp_path: Path) -> None:
+        code = "import crossget, torch\ncrossget.attach(torch.nn.Linear(2, 2), crossget.CrossGET(1))"
+        assert last_error(code, clean_python, tmp_path).startswith("TypeError")
+
+    def test_command_runs(self, clean_python: Path, tmp_path: Path) -> None:
+        assert "usage" in run(clean_python.parent / "crossget", "--help", cwd=tmp_path).lower()

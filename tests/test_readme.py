@@ -1,0 +1,118 @@
+"""The Python code that README.md and docs/ print is run, as printed, from top to bottom of each page."""
+
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_NOT_RUN = 4  # over all pages; a page of code that nobody runs is soon wrong
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n`]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
+NOT_RUN = re.compile(r"<!-- *not run:(?P<reason>[^\n]*?)-->\s*\Z")
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+    line: int  # of the first line of code in its page, from 1
+    not_run: str | None  # the reason, or None
+
+
+def blocks(text: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(text):
+        not_run = NOT_RUN.search(text, 0, match.start())
+        found.append(
+            Block(
+                language=match["language"].lower(),
+                code=textwrap.dedent(match["code"]),
+                line=text.count("\n", 0, match.start("code")) + 1,
+                not_run=not_run["reason"].strip() if not_run else None,
+            )
+        )
+    return found
+
+
+def python_blocks(page: Path) -> list[Block]:
+    return [block for block in blocks(page.read_text(encoding="utf-8")) if block.language == "python"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_runs_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("page")  # a real module: dataclasses and pickle look their classes up in sys.modules
+    monkeypatch.setitem(sys.modules, "page", module)
+    monkeypatch.chdir(tmp_path)  # what the code writes is not left in the checkout
+    for block in python_blocks(page):
+        if block.not_run is None:
+            # The empty lines make a traceback point at the line of the page.
+            code = "\n" * (block.line - 1) + block.code
+            exec(compile(code, str(page), "exec"), module.__dict__)
+
+
+def test_readme_has_code_that_runs() -> None:
+    assert any(block.not_run is None for block in python_blocks(ROOT / "README.md"))
+
+
+def test_what_is_not_run_is_little_and_says_why() -> None:
+    not_run = [block.not_run for page in PAGES for block in python_blocks(page) if block.not_run is not None]
+    assert len(not_run) <= MOST_NOT_RUN
+    assert all(not_run), "write the reason: <!-- not run: reason -->"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_python_hides_behind_another_name(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert {block.language for block in blocks(text)}.isdisjoint({"py", "python3", "pycon", "ipython"})
+    # As many fences as the parser has taken in pairs: none was overlooked.
+    assert len(re.findall(r"^\s*(?:```|~~~)", text, re.M)) == 2 * len(blocks(text))
+
+
+def test_readme_names_one_test_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (marked,) = re.findall(r"<!-- test-command -->(.*?)<!-- /test-command -->", text, re.S)
+    (block,) = blocks(marked)
+    assert len(block.code.strip().splitlines()) == 1  # .ci/run runs this very line
+
+
+class TestParser:
+    PAGE = textwrap.dedent("""\
+        # Title
+        ```python
+        x = 1
+        ```
+        text
+        <!-- not run: downloads a model -->
+        ```python
+        1 / 0
+        ```
+        1. in a list
+
+           ```python
+           y = x
+           ```
+        ```bash
+        ls
+        ```
+        """)
+
+    def test_finds_language_code_and_line(self) -> None:
+        found = blocks(self.PAGE)
+        assert [block.language for block in found] == ["python", "python", "python", "bash"]
+        assert [block.code for block in found] == ["x = 1\n", "1 / 0\n", "y = x\n", "ls\n"]
+        assert [block.line for block in found] == [3, 8, 13, 16]
+
+    def test_reads_the_reason_right_above_only(self) -> None:
+        assert [block.not_run for block in blocks(self.PAGE)] == [None, "downloads a model", None, None]
+        assert blocks("<!-- not run: -->\n```python\n```\n")[0].not_run == ""
+        assert blocks("<!-- not run: no -->\ntext\n```python\n```\n")[0].not_run is None
+
+    def test_reason_of_an_earlier_block_does_not_reach_over(self) -> None:
+        text = "<!-- not run: a -->\n```python\n```\n<!-- other -->\n```python\n```\n"
+        assert [block.not_run for block in blocks(text)] == ["a", None]
