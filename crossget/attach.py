@@ -29,6 +29,8 @@ from crossget.watch import BlockWatch
 _SEAT = "_crossget_seat"
 _BASE = "_crossget_base"
 _END = "_crossget_end"
+# How many texts, where each ends (None: nowhere in particular), and which of their tokens are real (None: all).
+TextEnds = tuple[int, "Tensor | None", "Tensor | None"]
 
 
 class AttachedTower:
@@ -48,7 +50,7 @@ class AttachedTower:
         self.cross: nn.Parameter | None = None
         # What the host's entry points know and its blocks do not, by thread: the end of each text, and whether
         # somebody looks at the tokens between the blocks.
-        self.ends: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.ends: dict[int, TextEnds] = {}
         self.read: set[int] = set()
         self.reducer = reducer
         self.set_reducer(reducer)
@@ -57,7 +59,7 @@ class AttachedTower:
         """Use another reducer from the next forward on; cross tokens that exist are kept."""
         resolved = reducer.resolved(self.tower.host)
         for layer in range(len(self.tower.blocks)):
-            resolved.schedule.remove(layer, len(self.tower.blocks), 1)
+            resolved.schedule.removed(layer, len(self.tower.blocks), 1)
         if resolved.cross_token and self.cross is None:
             like = next(self.tower.blocks[0].parameters())
             shape = (len(self.tower.blocks), self.tower.width)
@@ -81,7 +83,7 @@ class AttachedTower:
         if self.tower.refit is not None and not state.pristine:
             args = tuple(self.tower.refit(block, name, value, state) for name, value in zip(names[1:], args))  # noqa: B905
             kwargs = {name: self.tower.refit(block, name, value, state) for name, value in kwargs.items()}
-        r = self.reducer.schedule.remove(layer, len(self.tower.blocks), count)
+        r = self.reducer.schedule.removed(layer, len(self.tower.blocks), count)
         watch = BlockWatch(
             tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
             find_padding=self.tower.padding,
@@ -104,25 +106,33 @@ class AttachedTower:
             batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
         )
         if cross:
-            prefix = self.tower.prefix
-            origin = tokens[:, :1] if self.tower.class_token else tokens[:, prefix:].mean(1, keepdim=True)
-            tokens = torch.cat([tokens, origin.detach()], 1)
+            tokens = torch.cat([tokens, self._origin(tokens, valid).detach()], 1)
         return tokens, state
+
+    def _origin(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """What the cross token starts as: [B, 1, C]. In the first block the end of text, if there is one, replaces it."""
+        if self.tower.class_token:
+            return tokens[:, :1]
+        if valid is None:
+            return tokens[:, self.tower.prefix :].mean(1, keepdim=True)
+        real = valid[:, :, None].to(tokens.dtype)
+        return (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
 
     def _end_of_text(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.tower.text is None:
             return None, None
         # Left on the input too, where the recomputation of a checkpoint finds it again.
-        found = self.ends.pop(_thread(), None) or getattr(tokens, _END, None)
+        known: TextEnds | None = getattr(tokens, _END, None)
+        found = self.ends.pop(_thread(), None) if known is None else known
         batch, length, _ = tokens.shape
-        if found is None or tuple(found[0].shape) != (batch,):
-            seen = "no token ids" if found is None else f"token ids of {found[0].shape[0]} texts"
+        if found is None or found[0] != batch:
+            seen = "no token ids" if found is None else f"token ids of {found[0]} texts"
             raise RuntimeError(
                 f"tower {self.tower.name!r} got {batch} texts of {length} tokens, and its embedding saw {seen} before: "
                 "call the model's own encode_text (or forward) with token ids, or Attachment.read_ids(ids) first"
             )
         setattr(tokens, _END, found)
-        return found
+        return found[1:]
 
     def _continue(self, tokens: Tensor, layer: int) -> tuple[Tensor, TokenState]:
         state = carried(tokens)
@@ -278,7 +288,7 @@ class Attachment:
         attached = self._towers[tower]
         if attached.tower.text is None:
             raise ValueError(f"tower {tower!r} reads no text")
-        attached.ends[_thread()] = attached.tower.text.read(ids)
+        attached.ends[_thread()] = (int(ids.shape[0]), *attached.tower.text.read(ids))
 
     def save(self, folder: str | Path) -> None:
         """Write the cross tokens and the reducers to `folder`, see `crossget.load`."""
@@ -485,7 +495,7 @@ def _thread() -> int:
 
 def _note_ids(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...]) -> None:
     if attached.tower.text is not None:
-        attached.ends[_thread()] = attached.tower.text.read(args[0])
+        attached.ends[_thread()] = (int(args[0].shape[0]), *attached.tower.text.read(args[0]))
 
 
 def _read_between(attached: AttachedTower, module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -23,33 +23,36 @@ FALLBACK_COLOURS = ("#009e73", "#d55e00", "#cc79a7", "#56b4e9")
 
 PRUNED = -1  # in a source map: the token was dropped, not merged
 PRUNED_BRIGHTNESS = 0.15
+TEXT_BRIGHTNESS = 0.7  # text is thinner than lines and needs more contrast with the paper
 SMALLEST_CELL = 16  # pixels: below it the outlines would hide the patch
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's line in the panels of `draw_costs`.
+    """One method's numbers in the panels on the left of the sheet.
 
     Attributes:
         name: also its colour, see `colour_of`.
         tokens: entering each block of the tower shown.
         gflops: for one image.
+        cosine: of the output feature with the dense model's.
         speed: images per second as a ratio to dense; None when it was not measured.
     """
 
     name: str
     tokens: Sequence[int]
     gflops: float
+    cosine: float
     speed: float | None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a row: an image, and a line over it (empty: none).
+    """One picture of a row.
 
     Attributes:
         image: [H, W, 3] in 0 to 1.
-        caption: one line.
+        caption: above it; empty for none.
         colour: of the caption; None is black.
     """
 
@@ -174,14 +177,33 @@ def _rgb(colour: str) -> Tensor:
     return torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
-def draw_summary(title: str, subtitle: str, curves: Sequence[Curve], rows: Sequence[Sequence[Panel]]) -> Figure:
-    """One picture: what the methods cost on the left, what they merged on the right.
+@dataclass(frozen=True)
+class Summary:
+    """What `draw_summary` puts on one sheet.
 
-    Args:
+    Attributes:
         title: one line over everything.
         subtitle: a smaller one below it.
         curves: the first is the dense model, which the others are compared with.
-        rows: a row of panels per photograph; may be empty.
+        rows: panels, one row per photograph; may be empty.
+        item: what a forward reads, for the axes' titles.
+        footer: small lines at the bottom.
+    """
+
+    title: str
+    subtitle: str
+    curves: Sequence[Curve]
+    rows: Sequence[Sequence[Panel]] = ()
+    item: str = "image"
+    footer: Sequence[str] = ()
+
+
+# Inches; the sheet grows with the photographs.
+_LEFT, _COLUMN, _PANEL, _HEAD, _FOOT_LINE = 1.05, 5.3, 2.2, 1.1, 0.17
+
+
+def draw_summary(summary: Summary) -> Figure:
+    """One picture: what the methods cost on the left, what they merged on the right.
 
     Returns:
         A figure that belongs to no window; `figure.savefig(path)` writes it.
@@ -189,43 +211,48 @@ def draw_summary(title: str, subtitle: str, curves: Sequence[Curve], rows: Seque
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    figure_class = _figure_class()
-    columns = max((len(row) for row in rows), default=0)
-    height = max(6.4, 0.9 + 2.35 * len(rows))
-    width = 5.6 + 2.25 * columns
-    figure = figure_class(figsize=(width, height), dpi=110)
-    top = 1 - 0.95 / height
-    left_end = 5.0 / width
-    left = figure.add_gridspec(3, 1, left=0.62 / width, right=left_end, top=top, bottom=0.55 / height, hspace=0.62,
-                               height_ratios=(2.2, 1, 1))  # fmt: skip
-    draw_costs([figure.add_subplot(left[i]) for i in range(3)], curves)
-    if columns:
-        right = figure.add_gridspec(len(rows), columns, left=left_end + 0.35 / width, right=1 - 0.15 / width, top=top,
-                                    bottom=0.2 / height, wspace=0.05, hspace=0.16)  # fmt: skip
-        for i, row in enumerate(rows):
-            for j, panel in enumerate(row):
-                draw_panel(figure.add_subplot(right[i, j]), panel)
-    figure.text(0.2 / width, 1 - 0.22 / height, title, va="top", fontsize=13, fontweight="bold")
-    figure.text(0.2 / width, 1 - 0.52 / height, subtitle, va="top", fontsize=9.5, color="#333333")
+    columns = max((len(row) for row in summary.rows), default=0)
+    foot = 0.25 + _FOOT_LINE * len(summary.footer)
+    width = _COLUMN + (0.3 + columns * (_PANEL + 0.06) if columns else 0.2)
+    height = _HEAD + foot + max(5.4, len(summary.rows) * (_PANEL + 0.26))
+    figure = require_matplotlib()(figsize=(width, height), dpi=110)
+    top, bottom = 1 - _HEAD / height, foot / height
+    _draw_left(figure, summary, (_LEFT / width, _COLUMN / width), top, bottom)
+    for i, row in enumerate(summary.rows):
+        for j, panel in enumerate(row):
+            # From the top down, so that a single photograph stands beside the curves' head, not in mid-air.
+            x = _COLUMN + 0.25 + j * (_PANEL + 0.06)
+            y = height - _HEAD - i * (_PANEL + 0.26) - _PANEL
+            draw_panel(figure.add_axes((x / width, y / height, _PANEL / width, _PANEL / height)), panel)
+    figure.text(0.2 / width, 1 - 0.18 / height, summary.title, va="top", fontsize=14, fontweight="bold")
+    figure.text(0.2 / width, 1 - 0.5 / height, summary.subtitle, va="top", fontsize=10, color="#333333")
+    for i, line in enumerate(reversed(summary.footer)):
+        figure.text(0.2 / width, (0.1 + _FOOT_LINE * i) / height, line, fontsize=8, color="#333333")
     return figure
+
+
+def _draw_left(figure: Figure, summary: Summary, sides: tuple[float, float], top: float, bottom: float) -> None:
+    axis = 0.35 / figure.get_figheight()  # below the last bars stands nothing, below the curves the block numbers
+    curves, dense = summary.curves, summary.curves[0].gflops
+    grid = figure.add_gridspec(4, 1, left=sides[0], right=sides[1], top=top, bottom=bottom + axis / 3, hspace=0.55,
+                               height_ratios=(2.4, 1, 1, 1))  # fmt: skip
+    axes = [figure.add_subplot(grid[i]) for i in range(4)]
+    draw_tokens(axes[0], curves)
+    flops = [f"{c.gflops:.3g}" + ("" if c is curves[0] else f"  ({c.gflops / dense - 1:+.0%})") for c in curves]
+    draw_bars(axes[1], curves, [c.gflops for c in curves], flops, f"GFLOPs per {summary.item} (a multiply-add is one)")
+    speeds = [c.speed or 0.0 for c in curves]
+    labels = ["not measured" if c.speed is None else f"{c.speed:.2f}x" for c in curves]
+    draw_bars(axes[2], curves, speeds, labels, f"{summary.item}s per second, as a ratio to dense")
+    cosines = [c.cosine for c in curves]
+    draw_bars(axes[3], curves, cosines, [f"{c:.3f}" for c in cosines], "image feature: mean cosine with the dense one")
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
     """An image without axes, its caption above it."""
     axes.imshow(panel.image.numpy(), interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(panel.caption, fontsize=8.5, color=panel.colour or "black", pad=3)
-
-
-def draw_costs(axes: Sequence[Axes], curves: Sequence[Curve]) -> None:
-    """Tokens per block, GFLOPs, and speed: three panels, one above the other."""
-    draw_tokens(axes[0], curves)
-    dense = curves[0].gflops
-    flops = [(f"{c.gflops:.3g}" if c is curves[0] else f"{c.gflops:.3g}  ({c.gflops / dense - 1:+.0%})") for c in curves]
-    draw_bars(axes[1], curves, [c.gflops for c in curves], flops, "GFLOPs per image (a multiply-add is one)")
-    speeds = [c.speed or 0.0 for c in curves]
-    labels = ["not measured" if c.speed is None else f"{c.speed:.2f}x" for c in curves]
-    draw_bars(axes[2], curves, speeds, labels, "images per second, as a ratio to dense")
+    colour = _rgb(panel.colour or "#000000") * TEXT_BRIGHTNESS
+    axes.set_title(panel.caption, fontsize=9, color=tuple(colour.tolist()), pad=3)
 
 
 def draw_tokens(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -234,7 +261,7 @@ def draw_tokens(axes: Axes, curves: Sequence[Curve]) -> None:
         blocks = range(1, len(curve.tokens) + 1)
         # Methods that remove the same number share one line: the later, thinner one leaves the earlier visible.
         axes.plot(blocks, curve.tokens, color=colour_of(curve.name), label=curve.name, marker="o",
-                  markersize=7 - 1.5 * i, linewidth=4.5 - 1.3 * i)  # fmt: skip
+                  markersize=8 - 2 * i, linewidth=5 - 1.6 * i)  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.set_title("tokens entering each block", fontsize=10, loc="left")
     axes.set_xlabel("block", fontsize=9)
@@ -249,7 +276,7 @@ def draw_bars(axes: Axes, curves: Sequence[Curve], values: Sequence[float], labe
     names = [c.name for c in curves]
     bars = axes.barh(names, values, color=[colour_of(n) for n in names], height=0.72)
     axes.bar_label(bars, labels=list(labels), padding=4, fontsize=9)
-    axes.set_xlim(0, (max(values) or 1.0) * 1.34)  # room for the numbers
+    axes.set_xlim(0, (max(values) or 1.0) * 1.3)  # room for the numbers
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
     axes.tick_params(axis="y", length=0, labelsize=9)
@@ -262,7 +289,12 @@ def _bare(axes: Axes, bottom: bool = True) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _figure_class() -> type[Figure]:
+def require_matplotlib() -> type[Figure]:
+    """The class that draws.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

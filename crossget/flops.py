@@ -196,7 +196,7 @@ def count_flops(model: nn.Module, inputs: Inputs) -> FlopReport:
         TypeError: `inputs` is none of the three.
         RuntimeError: the forward cannot be traced (from torch, with its reason).
     """
-    call = _Call.of(inputs)
+    call = as_call(inputs)
     shapes = tuple(tuple(tensor.shape) for tensor in call.tensors)
     attachment = find_attachment(model)
     if attachment is None:
@@ -209,35 +209,42 @@ def count_flops(model: nn.Module, inputs: Inputs) -> FlopReport:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """The arguments of one call, and the distinct tensors in them."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
 
-    @classmethod
-    def of(cls, inputs: Inputs) -> _Call:
-        if isinstance(inputs, Tensor):
-            inputs = (inputs,)
-        if isinstance(inputs, tuple):
-            args, kwargs = inputs, {}
-        elif isinstance(inputs, Mapping):
-            args, kwargs = (), dict(inputs)
-        else:
-            raise TypeError(
-                f"inputs is a {type(inputs).__name__}: expected a tensor, a tuple of positional arguments or a mapping"
-                " of keyword arguments; wrap a single argument of another type as (argument,)"
-            )
-        # A tensor given twice (query, key and value, say) must stay one object: hosts ask `query is key`.
-        distinct = {id(tensor): tensor for tensor in _tensors((args, kwargs))}
-        return cls(args, kwargs, tuple(distinct.values()))
-
     def replaced(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with other tensors in place of `self.tensors`."""
         swap = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
         args = tuple(_substitute(value, swap) for value in self.args)
         return args, {name: _substitute(value, swap) for name, value in self.kwargs.items()}
+
+
+def as_call(inputs: Inputs) -> Call:
+    """The call that `inputs` stand for.
+
+    Raises:
+        TypeError: they are no tensor, tuple or mapping.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Tensor):
+        args = (inputs,)
+    elif isinstance(inputs, tuple):
+        args = inputs
+    elif isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    else:
+        raise TypeError(
+            f"inputs is a {type(inputs).__name__}: expected a tensor, a tuple of positional arguments or a mapping of"
+            " keyword arguments; wrap a single argument of another type as (argument,)"
+        )
+    # A tensor given twice (query, key and value, say) must stay one object: hosts ask `query is key`.
+    distinct = {id(tensor): tensor for tensor in _tensors((args, kwargs))}
+    return Call(args, kwargs, tuple(distinct.values()))
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -261,7 +268,8 @@ def _substitute(tree: Any, swap: Mapping[int, Tensor]) -> Any:
     if isinstance(tree, Mapping):
         return {name: _substitute(value, swap) for name, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return [_substitute(v, swap) for v in tree] if isinstance(tree, list) else tuple(_substitute(v, swap) for v in tree)
+        values = [_substitute(value, swap) for value in tree]
+        return values if isinstance(tree, list) else tuple(values)
     return tree
 
 
@@ -273,7 +281,7 @@ class _Traceable(nn.Module):
     second-to-last layer is read) still counts, for it costs its time.
     """
 
-    def __init__(self, model: nn.Module, call: _Call, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, call: Call, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
         self.model = model
         # Parameters outside the model (cross tokens) must be inputs of the trace: it refuses them as constants.
@@ -319,7 +327,7 @@ class _Traceable(nn.Module):
         return isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
-def _count(model: nn.Module, call: _Call, parameters: Iterable[nn.Parameter] = ()) -> Count:
+def _count(model: nn.Module, call: Call, parameters: Iterable[nn.Parameter] = ()) -> Count:
     traceable = _Traceable(model, call, parameters)
     tensors = (*call.tensors, *model.parameters())
     kernels = _MetaConvolutions() if any(tensor.is_meta for tensor in tensors) else nullcontext()
@@ -368,19 +376,19 @@ class _MetaConvolutions(TorchFunctionMode):
 
 
 def _named_padding(
-    convolution: Any, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *args: Any, **kw: Any
-) -> Any:
+    convolve: Any, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *args: Any, **kw: Any
+) -> Any:  # fmt: skip
     if not isinstance(padding, str):
         spatial = weight.dim() - 2
         widths = [padding] * spatial if isinstance(padding, int) else list(padding) * (spatial // len(padding))
         x = functional.pad(x, [width for width in reversed(widths) for _ in range(2)]) if any(widths) else x
         padding = "valid"
-    return convolution(x, weight, bias, stride, padding, *args, **kw)
+    return convolve(x, weight, bias, stride, padding, *args, **kw)
 
 
 @contextmanager
 def _unchanged(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put back what a forward in training mode moves (random state, running statistics) and what a failed trace leaves."""
+    """Undo what a forward in training mode moves (random state, running statistics) and what a failed trace leaves."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     try:
@@ -451,7 +459,7 @@ def _transformer_encoder_layer(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _convolution_mode(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """Convolution with padding given by name; weight [out, in / groups, ...]. Called "conv", as fvcore calls them all."""
+    """Convolution with padding given by name; weight [out, in / groups, ...]. fvcore calls them all "conv"."""
     return Counter(conv=prod(_shape(outputs[0])) * prod(_shape(inputs[1])[1:]))
 
 
@@ -509,31 +517,25 @@ _HANDLES: dict[str, _Handle] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # What counts 0 by fvcore's convention, as opposed to what nobody has a formula for
 
-_ZERO = frozenset(
-    # softmax, reductions, order
-    "softmax _softmax log_softmax _log_softmax logsumexp mean sum nansum prod std var std_mean var_mean norm"
-    " linalg_norm linalg_vector_norm cumsum cumprod amax amin aminmax max min argmax argmin sort argsort topk kthvalue"
-    " any all unique_consecutive _unique2 bincount searchsorted bucketize isin equal"
-    # activations and normalisations without the tag, which are elementwise where they are written out in Python
-    " hardswish hardsigmoid hardtanh relu6 leaky_relu prelu mish glu threshold selu celu elu softplus"
-    " rms_norm _fused_rms_norm cosine_similarity normalize"
-    # reading and writing by index
-    " embedding one_hot scatter scatter_add scatter_reduce index_add index_copy index_fill index_select index_put"
-    " masked_scatter masked_select take take_along_dim fill zero"
-    # shapes and copies
-    " expand_as view_as reshape_as clone alias lift_fresh lift detach_ repeat repeat_interleave tile flip movedim"
-    " moveaxis swapaxes swapdims unflatten ravel diagonal diag diag_embed tril triu pad unfold unfold_copy im2col"
-    " col2im pixel_shuffle pixel_unshuffle channel_shuffle broadcast_to broadcast_tensors meshgrid hstack vstack"
-    " concat concatenate tensor_split numpy_T mT adjoint resolve_conj real imag view_as_complex view_as_real"
-    " squeeze_ resize_as set_ item _local_scalar_dense is_nonzero numel dim _shape_as_tensor _cast_Float cpu cuda"
-    " float double half bfloat16 long int bool IntImplicit FloatImplicit Float Bool scalar_tensor tensor result_type"
-    # making tensors, drawing numbers
-    " empty_like ones_like rand rand_like randn randn_like randint randperm new_ones new_tensor linspace eye"
-    " bernoulli uniform normal multinomial native_dropout feature_dropout alpha_dropout"
-    # pooling by comparison, and integer or logical arithmetic under Python's names
-    " max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool2d"
-    " __or__ __xor__ __lshift__ __rshift__ __not__ __getitem__ and or not".split()
-)
+# Those that torch does not tag as pointwise: softmax, reductions and order; activations and normalisations that are
+# elementwise where they are written out in Python; indexing; shapes and copies; new and random tensors; max pooling.
+_UNTAGGED = """
+    softmax _softmax log_softmax _log_softmax logsumexp mean sum prod std var std_mean var_mean norm linalg_norm
+    linalg_vector_norm cumsum cumprod amax amin aminmax argmax argmin sort argsort topk any all bincount searchsorted
+    bucketize isin equal
+    hardswish hardsigmoid hardtanh relu6 leaky_relu prelu mish glu softplus selu celu elu rms_norm _fused_rms_norm
+    embedding one_hot scatter scatter_add scatter_reduce index_add index_copy index_fill index_select index_put
+    masked_scatter masked_select take take_along_dim
+    expand_as view_as reshape_as clone alias lift_fresh repeat repeat_interleave tile flip movedim moveaxis swapaxes
+    swapdims unflatten diagonal diag diag_embed tril triu pad unfold im2col col2im pixel_shuffle pixel_unshuffle
+    broadcast_to broadcast_tensors meshgrid hstack vstack concat concatenate tensor_split numpy_T mT real imag
+    view_as_complex view_as_real _cast_Float float half bfloat16 long int bool cpu cuda item is_nonzero
+    _shape_as_tensor scalar_tensor IntImplicit FloatImplicit Float Bool __or__ __xor__ __lshift__ __rshift__
+    empty_like ones_like fill zero new_ones linspace eye rand rand_like randn randn_like randint randperm bernoulli
+    uniform normal multinomial native_dropout feature_dropout
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool2d
+"""
+_ZERO = frozenset(_UNTAGGED.split())
 
 
 def _is_zero(kind: str) -> bool:

@@ -158,8 +158,8 @@ def bipartite(candidates: Candidates, r: int, importance: Tensor | None = None) 
     """
     free = ~candidates.protected
     turn = free.long().cumsum(1)
-    # Sorted by set: sources' set, destinations' set, protected. Dealing ends early enough for the static sizes.
-    group = torch.where(free, turn % 2, 2)
+    # Sorted by set: sources' set, destinations' set, others. As many are dealt in every row, so that sizes are static.
+    group = torch.where(free & (turn <= candidates.n_free), turn % 2, 2)
     tokens = int(group.shape[1])
     order = (group * tokens + torch.arange(tokens, device=group.device)).argsort(1)
     n_sources = candidates.n_free // 2

@@ -28,12 +28,15 @@ class TextInput:
 
     Attributes:
         embedding: the module that is called with the token ids [B, T] before the blocks run.
-        read: ids [B, T] -> the position [B] of the token that is read out in the end, and which tokens are real
-            [B, T] (None: padding is treated like text, as CLIP does).
+        read: ids [B, T] -> the position [B] of the token that is read out in the end (None: the mean of all is), and
+            which tokens are real [B, T] (None: padding is treated like text, as CLIP does).
+        pools_one: `read` gives a position. That token guides then, and the cross token copies it before every block;
+            otherwise the cross token starts as the mean of the real tokens, and guides.
     """
 
     embedding: nn.Module
-    read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    read: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+    pools_one: bool = True
 
 
 @dataclass
@@ -78,9 +81,12 @@ class Tower:
     @property
     def host(self) -> Host:
         """What a reducer needs to know of this tower."""
-        return Host(
-            f"tower {self.name!r}", self.class_token, self.text is not None, self.importance, self.keys
-        )
+        return Host(f"tower {self.name!r}", self.class_token, self.has_end, self.importance, self.keys)
+
+    @property
+    def has_end(self) -> bool:
+        """One token of each text is read out in the end: it is protected, and guides."""
+        return self.text is not None and self.text.pools_one
 
 
 Adapter = Callable[[Any], "list[Tower]"]

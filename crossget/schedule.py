@@ -13,9 +13,12 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What `r` may be, besides an int or a sequence of ints."""
+    """What `r` may be, besides an int or a sequence of ints.
 
-    def remove(self, layer: int, depth: int, tokens: int) -> int:
+    The method is not called `remove`: a list has one, and would pass for a schedule.
+    """
+
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
         """Tokens that block `layer` (counted from 0) of `depth` blocks should remove from `tokens`."""
         ...
 
@@ -29,7 +32,7 @@ class Constant:
     def __post_init__(self) -> None:
         _check_count("r", self.r)
 
-    def remove(self, layer: int, depth: int, tokens: int) -> int:
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
         return self.r
 
 
@@ -44,7 +47,7 @@ class PerLayer:
         for layer, count in enumerate(self.r):
             _check_count(f"r[{layer}]", count)
 
-    def remove(self, layer: int, depth: int, tokens: int) -> int:
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
         if len(self.r) != depth:
             raise ValueError(
                 f"r lists {len(self.r)} layers but the tower has {depth} blocks: give one number per block, "
@@ -68,7 +71,7 @@ class Linear:
         _check_count("start", self.start)
         _check_count("end", self.end)
 
-    def remove(self, layer: int, depth: int, tokens: int) -> int:
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
         if depth == 1:
             return self.start
         # Halves are rounded towards the start, so that start and end may be exchanged without changing the total.
@@ -87,7 +90,7 @@ class Ratio:
         if not 0.0 <= self.share <= 0.5:
             raise ValueError(f"share is {self.share}: a block can remove between 0 and 0.5 of its tokens")
 
-    def remove(self, layer: int, depth: int, tokens: int) -> int:
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
         return int(self.share * tokens)
 
 
@@ -128,6 +131,6 @@ def planned_tokens(schedule: Schedule, depth: int, tokens: int, n_protected: int
     """
     counts = [tokens]
     for layer in range(depth):
-        wish = schedule.remove(layer, depth, counts[-1])
+        wish = schedule.removed(layer, depth, counts[-1])
         counts.append(counts[-1] - max(0, min(wish, (counts[-1] - n_protected) // 2)))
     return counts

@@ -126,8 +126,13 @@ class BlockWatch(TorchFunctionMode):
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
         mask = _plus(self._fit(mask), self._bias(q.dtype), q.dtype)
-        logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
-        logits = logits if mask is None else logits + mask
+        # Scaled and added as torch does it, so that r = 0 is exact.
+        scaled, keys = q * math.sqrt(1.0 / float(q.shape[-1])), k.transpose(-1, -2)
+        if mask is None:
+            logits = scaled @ keys
+        else:
+            mask = mask.expand(*q.shape[:2], self.tokens, self.tokens)
+            logits = torch.baddbmm(mask.flatten(0, 1), scaled.flatten(0, 1), keys.flatten(0, 1)).view(mask.shape)
         self._note(q, k, mask, False, None)
         weights = logits.softmax(-1)
         weights = F.dropout(weights, dropout_p) if dropout_p > 0 else weights

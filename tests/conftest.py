@@ -11,6 +11,9 @@ import hypothesis
 import pytest
 import torch
 
+# The asserts in these explain themselves, too.
+pytest.register_assert_rewrite("contract", "reference")
+
 # No deadline: the first call of an operator pays for its set-up. Derandomized: a failure here is one everywhere.
 hypothesis.settings.register_profile("crossget", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("crossget")

@@ -148,19 +148,28 @@ class Boom(Exception):
     pass
 
 
-def detaches_after_an_exception(case: Case) -> None:
-    model, inputs = build(case)
-    dense, before = run(model, inputs), identity(model)
-    tower = crossget.find_towers(model)[0]
-    inner = [module for module in tower.blocks[-1].modules() if isinstance(module, nn.Linear)][-1]
+@contextlib.contextmanager
+def exploding(model: nn.Module) -> Iterator[None]:
+    """Inside, the last block raises in the first linear layer that runs."""
 
     def explode(*_: Any) -> None:
         raise Boom
 
-    handle = inner.register_forward_pre_hook(explode)
-    with pytest.raises(Boom), crossget.attach(model, everywhere(model, crossget.CrossGET(r=case.r))) as attached:
-        run(model, inputs)
-    handle.remove()
+    block = crossget.find_towers(model)[0].blocks[-1]
+    hooks = [m.register_forward_pre_hook(explode) for m in block.modules() if isinstance(m, nn.Linear)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def detaches_after_an_exception(case: Case) -> None:
+    model, inputs = build(case)
+    dense, before = run(model, inputs), identity(model)
+    with exploding(model):
+        with pytest.raises(Boom), crossget.attach(model, everywhere(model, crossget.CrossGET(r=case.r))) as attached:
+            run(model, inputs)
     assert not attached.is_attached
     assert identity(model) == before
     assert all_equal(run(model, inputs), dense)
@@ -170,16 +179,8 @@ def survives_an_exception(case: Case) -> None:
     model, inputs = build(case)
     with crossget.attach(model, everywhere(model, crossget.CrossGET(r=case.r))):
         expected = run(model, inputs)
-        tower = crossget.find_towers(model)[0]
-        inner = [module for module in tower.blocks[-1].modules() if isinstance(module, nn.Linear)][-1]
-
-        def explode(*_: Any) -> None:
-            raise Boom
-
-        handle = inner.register_forward_pre_hook(explode)
-        with pytest.raises(Boom):
+        with exploding(model), pytest.raises(Boom):
             run(model, inputs)
-        handle.remove()
         assert all_equal(run(model, inputs), expected)
 
 

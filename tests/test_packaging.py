@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 
 # Import names of what only the extras bring.
-HOSTS = ["timm", "open_clip", "transformers", "torchvision", "safetensors", "huggingface_hub", "matplotlib", "sklearn"]
+HOSTS = ["timm", "open_clip", "transformers", "torchvision", "safetensors", "huggingface_hub", "matplotlib", "skimage"]
 CORE = sorted(path.stem for path in (ROOT / "crossget").glob("*.py"))
 ADAPTERS = sorted(path.name for path in (ROOT / "integrations").glob("*.py"))
 
@@ -122,6 +122,15 @@ def test_wheel_has_one_name_and_all_adapters(wheel: Path) -> None:
 @pytest.mark.slow
 def test_wheel_is_the_same_where_git_makes_no_links(wheel: Path, tmp_path: Path) -> None:
     assert files_in(build_wheel(tmp_path, links=False)) == files_in(wheel)
+
+
+@pytest.mark.slow
+def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    tree = build_tree(tmp_path / "tree", links=True)
+    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", tree)  # the sdist, then the wheel from it
+    (rebuilt,) = (tmp_path / "dist").glob("*.whl")
+    assert files_in(rebuilt) == files_in(wheel)
 
 
 def needed(requires: list[str]) -> set[str]:

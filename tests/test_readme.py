@@ -3,11 +3,14 @@
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from crossget.registry import _adapters, unregister
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,10 +47,19 @@ def python_blocks(page: Path) -> list[Block]:
     return [block for block in blocks(page.read_text(encoding="utf-8")) if block.language == "python"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_runs_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("page")  # a real module: dataclasses and pickle look their classes up in sys.modules
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """What a page's code runs in. A real module: dataclasses and pickle look their classes up in sys.modules."""
+    module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
+    yield module
+    # The adapters that a page writes as an example are not there for the tests after it.
+    for backbone in [backbone for backbone, adapter in _adapters.items() if adapter.__module__ == "page"]:
+        unregister(backbone)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_runs_as_printed(page: Path, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what the code writes is not left in the checkout
     for block in python_blocks(page):
         if block.not_run is None:

@@ -143,7 +143,8 @@ def cost(model: nn.Module, attached: crossget.Attachment, one: Tensor) -> common
     """Return tokens per block of the last forward, and the multiply-adds of one image in units of 10^9."""
     (tokens,) = attached.tokens.values()
     flops = crossget.count_flops(model, one)
-    return {"tokens": list(tokens), "gflops": {"dense": flops.dense / 1e9, "reduced": flops.reduced / 1e9}}
+    gflops = {"dense": flops.dense.total / 1e9, "reduced": flops.total / 1e9}
+    return {"tokens": tokens, "gflops": gflops}
 
 
 def command_of(options: Options) -> Callable[[Run], str]:

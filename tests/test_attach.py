@@ -1,0 +1,407 @@
+"""Attaching: choice of towers, errors, what the handle says. The contract for each host is in contract.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import contract
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import crossget
+from crossget.schedule import planned_tokens
+
+IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def load_example() -> dict[str, Any]:
+    """The worked example of docs/adapters.md: its model and its adapter, as printed."""
+    text = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
+    space: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]:
+        exec(block, space)  # noqa: S102
+    return space
+
+
+@pytest.fixture
+def home() -> Iterator[type[nn.Module]]:
+    space = load_example()
+    yield space["HomeViT"]
+    crossget.unregister(space["HomeViT"])
+
+
+def test_the_adapter_of_the_docs_is_short() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
+    adapter = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert "@crossget.register" in adapter
+    assert len(adapter.splitlines()) <= 20
+
+
+# A class defined by exec cannot be pickled, attached or not; the plain backbone below is.
+@pytest.mark.parametrize("probe", [p for p in contract.PROBES if p is not contract.copies_are_independent], ids=contract.name)
+def test_contract_on_a_home_made_backbone(home: type[nn.Module], probe: Any) -> None:
+    probe(contract.Case("home", home, lambda: (IMAGE.clone(),), r=5, fused=False))
+
+
+class Block(nn.Module):
+    """A block with every choice the watcher knows, for the tests below."""
+
+    def __init__(self, width: int = 32, attention: str = "sdpa", residual: str = "plus") -> None:
+        super().__init__()
+        self.attention, self.residual = attention, residual
+        self.norm, self.mlp = nn.LayerNorm(width), nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mha = nn.MultiheadAttention(width, 4, batch_first=True)
+
+    def attend(self, x: Tensor) -> Tensor:
+        if self.attention.startswith("mha"):
+            return self.mha(x, x, x, need_weights=self.attention == "mha_weights")[0]  # type: ignore[no-any-return]
+        q, k, v = (z.unflatten(-1, (4, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
+        if self.attention == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v)
+        elif self.attention == "eager":
+            out = F.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)), dim=-1) @ v
+        elif self.attention == "bmm":
+            q, k, v = (z.flatten(0, 1) for z in (q, k, v))
+            out = torch.bmm(torch.softmax(torch.bmm(q, k.mT) * q.shape[-1] ** -0.5, -1), v).unflatten(0, (-1, 4))
+        elif self.attention == "own_softmax":
+            scores = (q @ k.mT * q.shape[-1] ** -0.5).exp()
+            out = scores / scores.sum(-1, keepdim=True) @ v
+        else:
+            return x.cumsum(1)
+        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attend(self.norm(x))
+        if self.residual == "plus":
+            x = x + y
+        elif self.residual == "reversed":
+            x = y + x
+        elif self.residual == "add":
+            x = torch.add(x, y)
+        elif self.residual == "in_place":
+            y += x
+            x = y
+        elif self.residual == "onto":
+            x = x.clone() + y
+        return x + self.mlp(x)
+
+
+class Plain(nn.Module):
+    def __init__(self, depth: int = 3, **kwargs: Any) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([Block(**kwargs) for _ in range(depth)])
+        self.wide = nn.Linear(3, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return x.mean(1)
+
+
+@pytest.fixture(autouse=True)
+def plain() -> Iterator[None]:
+    @crossget.register(Plain)
+    def adapter(model: Plain) -> list[crossget.Tower]:
+        return [crossget.Tower("visual", blocks=list(model.stages), width=32, prefix=1, class_token=True)]
+
+    yield
+    crossget.unregister(Plain)
+
+
+TOKENS = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
+ATTENTIONS = ["sdpa", "mha", "mha_weights", "eager", "bmm"]
+RESIDUALS = ["plus", "reversed", "add", "in_place"]
+
+
+@pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_contract_on_a_plain_backbone(attention: str, probe: Any) -> None:
+    fused = attention in ("sdpa", "mha")
+    probe(contract.Case("plain", lambda: Plain(attention=attention), lambda: (TOKENS.clone(),), r=3, fused=fused))
+
+
+@pytest.mark.parametrize("reducer", [crossget.CrossGET(3), crossget.ToMe(3), crossget.CrossGET(3, importance="attention")])
+def test_every_way_to_attend_gives_the_same(reducer: crossget.Reducer) -> None:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    results = []
+    for attention in ATTENTIONS:
+        for stage in model.stages:
+            stage.attention = attention
+            stage.mha.in_proj_weight, stage.mha.in_proj_bias = stage.qkv.weight, stage.qkv.bias
+            stage.mha.out_proj.weight, stage.mha.out_proj.bias = stage.proj.weight, stage.proj.bias
+        with torch.no_grad(), crossget.attach(model, reducer):
+            results.append(model(TOKENS))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_every_way_to_add_gives_the_same(residual: str) -> None:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    with torch.no_grad(), crossget.attach(model, crossget.CrossGET(3)) as attached:
+        expected = model(TOKENS)
+        for stage in model.stages:
+            stage.residual = residual
+        assert torch.equal(model(TOKENS), expected)
+        assert attached.tokens == {"visual": [21, 18, 15]}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"residual": "onto"}, "showed no residual addition behind its attention"),
+        ({"attention": "none"}, "showed no attention over its tokens"),
+        ({"attention": "own_softmax"}, "no softmax over its scores.*proportional_attention=False"),
+    ],
+)
+def test_what_cannot_be_seen_is_an_error(kwargs: dict[str, str], message: str) -> None:
+    model = Plain(**kwargs).eval()
+    with crossget.attach(model, crossget.CrossGET(3)), pytest.raises(RuntimeError, match=message):
+        model(TOKENS)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_merged_token_weighs_as_much_as_its_copies(attention: str) -> None:
+    """Proportional attention: a token of size 3 is attended to like three equal tokens."""
+    torch.manual_seed(0)
+    model = Plain(depth=2, attention=attention).eval()
+    copies = torch.cat([TOKENS[:, :1], TOKENS[:, 1:2].expand(-1, 3, -1), TOKENS[:, 2:3]], 1)
+    with torch.no_grad():
+        dense = model(copies)
+        with crossget.attach(model, crossget.ToMe((2, 0), matching="complete_graph")) as attached:
+            torch.testing.assert_close(model(copies), dense, rtol=1e-5, atol=1e-5)
+            assert attached.source["visual"].tolist() == [[0, 1, 1, 1, 2]] * 2
+            attached.reducer = crossget.ToMe((2, 0), matching="complete_graph", proportional_attention=False)
+            assert (model(copies) - dense).abs().max() > 1e-3
+
+
+# Which towers ---------------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeing, self.other = Plain(), Plain(depth=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seeing(x) + self.other(x)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    @crossget.register(Pair)
+    def adapter(model: Pair) -> list[crossget.Tower]:
+        blocks = {"other": model.other.stages, "visual": model.seeing.stages}
+        return [crossget.Tower(name, list(stages), 32, prefix=1, class_token=True) for name, stages in blocks.items()]
+
+    torch.manual_seed(0)
+    yield Pair().eval()
+    crossget.unregister(Pair)
+
+
+def test_one_reducer_takes_the_vision_tower(pair: Pair) -> None:
+    with crossget.attach(pair, crossget.CrossGET(3)) as attached:
+        pair(TOKENS)
+        assert attached.tokens == {"visual": [21, 18, 15], "other": [21, 21]}
+        assert set(attached.cross_tokens) == {"visual", "other"}
+    with crossget.attach(pair, crossget.ToMe(3)) as attached:
+        pair(TOKENS)
+        assert attached.tokens == {"visual": [20, 17, 14]}  # nothing to do in the other tower
+        assert list(attached.parameters()) == []
+
+
+def test_a_dict_names_the_towers(pair: Pair) -> None:
+    with crossget.attach(pair, {"other": crossget.CrossGET([4, 2])}) as attached:
+        pair(TOKENS)
+        assert attached.tokens == {"other": [21, 17]}
+        assert attached.source["other"].shape == (2, 20)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "error", "message"),
+    [
+        ({"vision": crossget.CrossGET(3)}, ValueError, r"names the towers \['vision'\].*has \['other', 'visual'\]"),
+        ({}, ValueError, r"names the towers \[\]"),
+        ({"visual": 3}, TypeError, r"reducer\['visual'\] is 3: give a reducer such as"),
+        (16, TypeError, r"reducer is 16: give a reducer such as crossget.CrossGET\(r=16\)"),
+        ({"visual": crossget.CrossGET([1, 2])}, ValueError, "lists 2 layers but the tower has 3 blocks"),
+        ({"visual": crossget.CrossGET(3), "other": crossget.CrossGET(3, cross_token=False)}, ValueError, "cross_token=True"),
+    ],
+)
+def test_bad_input_leaves_nothing_attached(pair: Pair, reducer: Any, error: type[Exception], message: str) -> None:
+    before = contract.identity(pair)
+    with pytest.raises(error, match=message):
+        crossget.attach(pair, reducer)
+    assert contract.identity(pair) == before
+
+
+def test_a_patched_block_is_refused_and_nothing_is_half_attached(pair: Pair) -> None:
+    pair.other.stages[1].forward = lambda x: x
+    before = contract.identity(pair)
+    with pytest.raises(ValueError, match="block 1 of tower 'other' has a forward of its own on the instance"):
+        crossget.attach(pair, crossget.CrossGET(3))
+    assert contract.identity(pair) == before
+
+
+def test_attaching_a_part_of_an_attached_model_is_refused(pair: Pair) -> None:
+    with crossget.attach(pair, crossget.CrossGET(3)), pytest.raises(ValueError, match="already attached"):
+        crossget.attach(pair.seeing, crossget.CrossGET(3))
+    with crossget.attach(pair.seeing, crossget.CrossGET(3)), pytest.raises(ValueError, match="already attached"):
+        crossget.attach(pair, crossget.CrossGET(3))
+
+
+# The registry ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_backbone() -> None:
+    with pytest.raises(TypeError, match=r"cannot reduce torch.nn.modules.linear.Linear: no adapter.*crossget.register"):
+        crossget.attach(nn.Linear(2, 2), crossget.CrossGET(3))
+
+
+def test_a_backbone_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="Plain has the adapter .*adapter already"):
+        crossget.register(Plain)
+    with pytest.raises(TypeError, match="classes of nn.Module"):
+        crossget.register(Plain(), crossget)  # type: ignore[arg-type]
+
+
+def test_a_subclass_is_found_along_the_mro() -> None:
+    class Child(Plain):
+        pass
+
+    assert [tower.name for tower in crossget.find_towers(Child())] == ["visual"]
+
+
+@pytest.mark.parametrize(
+    ("towers", "message"),
+    [
+        ([], "found no tower: nothing would be reduced"),
+        ([crossget.Tower("visual", [], 32)], "found no block in tower 'visual': nothing would be reduced"),
+        ([crossget.Tower("a", [nn.Identity()], 1)] * 2, r"\['a', 'a'\]: each tower needs a name of its own"),
+        ([crossget.Tower("a", ["block"], 1)], r"lists \['str'\] among its blocks"),  # type: ignore[list-item]
+    ],
+)
+def test_an_adapter_that_finds_nothing_is_an_error(towers: list[crossget.Tower], message: str) -> None:
+    class Empty(nn.Module):
+        pass
+
+    crossget.register(Empty)(lambda model: towers)
+    with pytest.raises(RuntimeError, match=message):
+        crossget.attach(Empty(), crossget.CrossGET(1))
+    crossget.unregister(Empty)
+
+
+# The handle -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_reducer_can_be_exchanged_in_place(pair: Pair) -> None:
+    with torch.no_grad(), crossget.attach(pair, crossget.CrossGET(3)) as attached:
+        vectors = attached.cross_tokens["visual"]
+        attached.reducer = crossget.CrossGET(5)
+        pair(TOKENS)
+        assert attached.tokens["visual"] == [21, 16, 11]
+        assert attached.cross_tokens["visual"] is vectors
+        attached.reducer = {"visual": crossget.ToMe(2)}
+        pair(TOKENS)
+        assert attached.tokens["visual"] == [20, 18, 16]
+        assert attached.tokens["other"] == [21, 21]
+        before = attached.reducers
+        with pytest.raises(ValueError, match="lists 1 layers"):
+            attached.reducer = {"other": crossget.CrossGET(1), "visual": crossget.CrossGET([1])}
+        assert attached.reducers == before
+
+
+def test_paused_is_the_dense_model(pair: Pair) -> None:
+    with torch.no_grad():
+        dense = pair(TOKENS)
+        with crossget.attach(pair, crossget.CrossGET(3)) as attached:
+            reduced = pair(TOKENS)
+            with attached.paused():
+                assert torch.equal(pair(TOKENS), dense)
+            assert torch.equal(pair(TOKENS), reduced)
+            assert crossget.attachment(pair) is attached
+    with pytest.raises(ValueError, match="Pair is not attached: call crossget.attach"):
+        crossget.attachment(pair)
+
+
+def test_detach_refuses_when_a_class_was_changed_since(pair: Pair) -> None:
+    attached = crossget.attach(pair, crossget.CrossGET(3))
+    block = pair.seeing.stages[0]
+    watched = type(block)
+    block.__class__ = type("Wrapped", (watched,), {})
+    with torch.no_grad():
+        pair(TOKENS)  # a further subclass still runs
+    with pytest.raises(RuntimeError, match="a block's class is Wrapped now.*then detach"):
+        attached.detach()
+    block.__class__ = watched
+    attached.detach()
+
+
+def test_a_lost_state_is_an_error() -> None:
+    model = Plain().eval()
+    with crossget.attach(model, crossget.CrossGET(3)):
+        half = model.stages[0](TOKENS)
+        with pytest.raises(RuntimeError, match=r"block 1 of tower 'visual' got tokens \[2, 18, 32\] without their state"):
+            model.stages[1](half.clone())
+
+
+def test_alignment_loss_says_what_is_missing(pair: Pair) -> None:
+    with crossget.attach(pair, crossget.CrossGET(3)) as attached:
+        pair(TOKENS)
+        with pytest.raises(RuntimeError, match="needs two towers with cross tokens in one space, found 0"):
+            attached.alignment_loss()
+
+
+def test_cross_tokens_learn(pair: Pair) -> None:
+    with crossget.attach(pair, crossget.CrossGET(3)) as attached:
+        vectors = attached.cross_tokens["visual"]
+        assert vectors.shape == (3, 32)
+        assert not vectors.any()
+        pair(TOKENS).square().sum().backward()
+        assert vectors.grad is not None
+        assert (vectors.grad[:2].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random, crossget.TopK])
+@pytest.mark.parametrize("r", [0, 1, 3, 100, (5, 0, 2), crossget.Linear(6, 0), crossget.Ratio(0.2), crossget.Ratio(0.5)], ids=str)
+def test_every_method_follows_every_schedule(method: type[crossget.Reducer], r: Any) -> None:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    reducer = method(r)
+    with torch.no_grad(), crossget.attach(model, reducer) as attached:
+        assert torch.isfinite(model(TOKENS)).all()
+        cross = int(bool(attached.reducers["visual"].cross_token))
+        plan = planned_tokens(reducer.schedule, 3, 20 + cross, 1 + cross)
+        assert attached.tokens["visual"] == plan[:3]
+
+
+def test_every_part_can_be_exchanged_alone() -> None:
+    """One forward for each value of each field, all different from the default's but where they must not be."""
+    torch.manual_seed(0)
+    model = Plain().eval()
+    base = crossget.CrossGET(3)
+    changes = [
+        {"matching": "bipartite"}, {"matching": "random"}, {"guided_matching": False}, {"importance": "attention"},
+        {"importance": "class_token"}, {"ensemble": "size"}, {"ensemble": "normalized"}, {"keys": "mean_heads"},
+        {"cross_token": False, "importance": "attention"}, {"proportional_attention": False},
+    ]  # fmt: skip
+    outputs = []
+    with torch.no_grad(), crossget.attach(model, base) as attached:
+        with torch.no_grad():
+            for parameter in attached.parameters():
+                parameter.normal_()
+        for change in [{}, *changes]:
+            attached.reducer = dataclasses.replace(base, **change)
+            outputs.append(model(TOKENS))
+    for i, a in enumerate(outputs):
+        for b in outputs[i + 1 :]:
+            assert not torch.allclose(a, b, atol=1e-6)

@@ -1,0 +1,326 @@
+"""The fast reducers against the loops of reference.py, and their invariants."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import crossget
+from crossget.matching import Candidates
+from crossget.reducers import Host, Merging, View
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+HOST = Host("tower 'visual'")
+
+
+@st.composite
+def views(draw: Any, tied: bool = False) -> tuple[View, int]:
+    """A random block: shapes, sizes, protected tokens, padding, and an r that may be too large."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, tokens, heads = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.sampled_from([1, 2, 4]))
+    dtype = draw(st.sampled_from(DTYPES))
+    head_width = 16 // heads
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    keys, queries = random(batch, heads, tokens, head_width), random(batch, heads, tokens, head_width)
+    if tied:  # length 4, so that all cosines are multiples of 1/16: exact in every dtype, and full of ties
+        keys, queries = keys.sign() + (keys == 0), queries.sign() + (queries == 0)
+    prefix, cross = draw(st.integers(0, 3)), draw(st.booleans())
+    place = torch.arange(tokens)
+    protected = ((place < prefix) | (cross & (place == tokens - 1))).expand(batch, tokens)
+    n_protected = prefix + int(cross)
+    guide = torch.full((batch,), tokens - 1)
+    if draw(st.booleans()):
+        guide = torch.randint(tokens, (batch,), generator=generator)
+        protected = protected | (place == guide[:, None])
+        n_protected += 1
+    valid = None
+    if draw(st.booleans()):
+        lengths = torch.randint(1, tokens + 1, (batch, 1), generator=generator)
+        valid = place < lengths
+    sizes = None if draw(st.booleans()) else torch.randint(1, 9, (batch, tokens), generator=generator).float()
+    attention = random(batch, tokens, tokens).float().softmax(-1)
+    view = View(
+        random(batch, tokens, 8), queries, keys, attention, sizes, protected, n_protected, valid, guide
+    )
+    return view, draw(st.integers(1, 30))
+
+
+def image_of(view: View, row: int, reducer: Merging) -> reference.Image:
+    heads = view.keys[row].mean(0) if reducer.keys == "mean_heads" else view.keys[row].transpose(0, 1).flatten(1)
+    wide = heads.double() if heads.dtype == torch.float64 else heads.float()
+    unit = wide / wide.norm(dim=-1, keepdim=True)
+    batch = Candidates(_flat(view.keys, reducer), view.protected, view.n_protected)
+    similarity = (batch.keys @ batch.keys.transpose(1, 2))[row]
+    if reducer.ties == "stable":
+        similarity = torch.maximum(similarity, similarity.T)
+    tokens = view.tokens.shape[1]
+    queries = view.queries[row].mean(0) if reducer.keys == "mean_heads" else view.queries[row].transpose(0, 1).flatten(1)
+    assert view.guide is not None
+    assert view.attention is not None
+    importance = {
+        "attention": lambda: reference.attention_importance(view.attention[row]),
+        "class_token": lambda: reference.guide_importance(unit, queries, 0),
+        "cross_token": lambda: reference.guide_importance(unit, queries, int(view.guide[row])),
+    }[reducer.importance or "cross_token"]()
+    return reference.Image(
+        view.tokens[row],
+        [1.0] * tokens if view.sizes is None else view.sizes[row].tolist(),
+        view.protected[row].tolist(),
+        [True] * tokens if view.valid is None else view.valid[row].tolist(),
+        similarity,
+        importance,
+    )
+
+
+def _flat(heads: Tensor, reducer: Merging) -> Tensor:
+    return heads.mean(1) if reducer.keys == "mean_heads" else heads.transpose(1, 2).flatten(2)
+
+
+def limit(view: View, r: int) -> int:
+    reserve = 0 if view.valid is None else 2
+    return max(0, min(r, (view.tokens.shape[1] - view.n_protected - reserve) // 2))
+
+
+reducers = st.builds(
+    crossget.CrossGET,
+    r=st.just(1),
+    matching=st.sampled_from(["complete_graph", "bipartite"]),
+    guided_matching=st.booleans(),
+    importance=st.sampled_from(["cross_token", "attention", "class_token"]),
+    ensemble=st.sampled_from(["guided", "size", "normalized"]),
+    keys=st.sampled_from(["all_heads", "mean_heads"]),
+    cross_token=st.just(True),
+)
+
+
+def check_against_loops(view: View, r: int, reducer: Merging, same_pairs: bool) -> None:
+    out = reducer.reduce(view, r)
+    count = limit(view, r)
+    if count == 0:
+        assert out is None
+        return
+    assert out is not None
+    tokens, sizes, plan = out
+    assert sizes is not None
+    assert tokens.dtype == view.tokens.dtype
+    assert plan.destination is not None
+    for row in range(len(tokens)):
+        image = image_of(view, row, reducer)
+        pairs = list(zip(plan.source[row].tolist(), plan.destination[row].tolist(), strict=True))
+        if same_pairs:
+            if reducer.matching == "complete_graph":
+                expected = reference.complete_graph(image, count, reducer.guided_matching, reducer.ties)
+            else:
+                expected = reference.bipartite(image, count, reducer.guided_matching, reducer.ties, view.n_protected)
+            assert pairs == expected
+        rows, expected_sizes = reference.ensemble(image, pairs, reducer.ensemble)
+        tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(tokens.dtype, 2e-5)
+        torch.testing.assert_close(tokens[row].double(), rows, rtol=tolerance, atol=tolerance)
+        assert sizes[row].tolist() == expected_sizes
+
+
+def margins(view: View, reducer: Merging) -> bool:
+    """Whether rounding cannot decide anything: the guide's scores are exact, or do not take part in the choice."""
+    return not reducer.guided_matching
+
+
+@given(views(), reducers)
+@settings(max_examples=150, deadline=None)
+def test_fast_equals_loops(case: tuple[View, int], reducer: Merging) -> None:
+    view, r = case
+    # Scores are rounded differently in the loops, so where they take part in the choice only close calls may differ:
+    # those inputs are compared in float64, where none comes close.
+    check_against_loops(view, r, reducer, same_pairs=margins(view, reducer) or view.keys.dtype == torch.float64)
+
+
+@given(views(tied=True), reducers, st.sampled_from(["reference", "stable"]))
+@settings(max_examples=150, deadline=None)
+def test_fast_equals_loops_with_ties(case: tuple[View, int], reducer: Merging, ties: Any) -> None:
+    view, r = case
+    reducer = dataclasses.replace(reducer, ties=ties, guided_matching=False)
+    if reducer.keys == "mean_heads":
+        reducer = dataclasses.replace(reducer, keys="all_heads")
+    check_against_loops(view, r, reducer, same_pairs=True)
+
+
+@given(views(), st.sampled_from([crossget.CrossGET, crossget.ToMe, crossget.Random]), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_invariants(case: tuple[View, int], method: type[Merging], tied: bool) -> None:
+    view, r = case
+    reducer = method(1).resolved(HOST)
+    out = reducer.reduce(view, r)
+    if out is None:
+        assert limit(view, r) == 0
+        return
+    tokens, sizes, plan = out
+    batch, count, _ = view.tokens.shape
+    assert sizes is not None
+    assert tokens.shape == (batch, count - limit(view, r), 8)
+    before = torch.ones(batch, count) if view.sizes is None else view.sizes
+    assert torch.equal(sizes.sum(1), before.sum(1))
+    assert torch.equal(plan.kept, plan.kept.sort(1).values)
+    for row in range(batch):
+        sources, destinations = plan.source[row].tolist(), plan.destination[row].tolist()  # type: ignore[union-attr]
+        assert len(set(sources)) == len(sources)
+        assert not set(sources) & set(destinations)
+        assert not view.protected[row, sources + destinations].any()
+        if view.valid is not None:
+            assert torch.equal(view.valid[row, sources], view.valid[row, destinations])
+        kept = plan.kept[row].tolist()
+        assert sorted(kept + sources) == list(range(count))
+        for new, old in enumerate(kept):
+            assert plan.index[row, old] == new
+        for source, destination in zip(sources, destinations, strict=True):
+            assert plan.index[row, source] == plan.index[row, destination]
+        # The way there and back again: every input position gets its group's token.
+        back = crossget.unmerge(tokens, plan.index)[row]
+        assert torch.equal(back[kept], tokens[row])
+        untouched = [i for i in kept if i not in destinations]
+        torch.testing.assert_close(back[untouched], view.tokens[row, untouched], rtol=2e-2, atol=1e-6)
+
+
+@given(views(), st.sampled_from(["size", "normalized"]))
+@settings(max_examples=50, deadline=None)
+def test_constants_are_preserved(case: tuple[View, int], ensemble: Any) -> None:
+    view, r = case
+    view.tokens = torch.full_like(view.tokens, 3.0)
+    out = crossget.CrossGET(1, ensemble=ensemble).resolved(HOST).reduce(view, r)
+    if out is not None:
+        torch.testing.assert_close(out[0], torch.full_like(out[0], 3.0))
+
+
+def test_guided_ensemble_does_not_preserve_constants() -> None:
+    """The reference's ensemble is not an average once sizes differ: the reason for `normalized`."""
+    torch.manual_seed(0)
+    view = View(
+        torch.full((1, 12, 4), 3.0), torch.randn(1, 1, 12, 8), torch.randn(1, 1, 12, 8), None,
+        torch.arange(1.0, 13.0)[None], torch.zeros(1, 12, dtype=torch.bool), 0, None, torch.tensor([11]),
+    )  # fmt: skip
+    out = crossget.CrossGET(1).resolved(HOST).reduce(view, 4)
+    assert out is not None
+    assert (out[0] - 3.0).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_topk_drops_the_least_important(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    protected = torch.zeros(2, 9, dtype=torch.bool)
+    protected[:, 0] = True
+    view = View(torch.randn(2, 9, 4, dtype=dtype), *torch.randn(2, 2, 2, 9, 8).to(dtype).unbind(0), None, None, protected, 1)
+    reducer = crossget.TopK(1).resolved(HOST)
+    out = reducer.reduce(view, 3)
+    assert out is not None
+    tokens, sizes, plan = out
+    assert sizes is None
+    assert plan.destination is None
+    for row in range(2):
+        keys = view.keys[row].transpose(0, 1).flatten(1).float()
+        queries = view.queries[row].transpose(0, 1).flatten(1)
+        score = reference.guide_importance(keys / keys.norm(dim=-1, keepdim=True), queries, 0)
+        drop = sorted(range(1, 9), key=lambda i: score[i])[:3]
+        assert set(plan.source[row].tolist()) == set(drop)
+        assert torch.equal(tokens[row], view.tokens[row, [i for i in range(9) if i not in drop]])
+        assert (plan.index[row, drop] == -1).all()
+
+
+def test_selection_carries_no_gradient_and_values_do() -> None:
+    torch.manual_seed(0)
+    tokens, queries, keys = (torch.randn(*s, requires_grad=True) for s in [(1, 10, 4), (1, 2, 10, 8), (1, 2, 10, 8)])
+    protected = torch.zeros(1, 10, dtype=torch.bool)
+    view = View(tokens, queries, keys, None, None, protected, 0, None, torch.tensor([9]))
+    out = crossget.CrossGET(1).resolved(HOST).reduce(view, 3)
+    assert out is not None
+    out[0].square().sum().backward()
+    assert tokens.grad is not None
+    assert (tokens.grad.abs().sum(-1) > 0).all()
+    assert queries.grad is None
+    assert keys.grad is None
+
+
+def test_random_matching_repeats_itself_and_listens_to_its_seed() -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(4, 1, 50, 8)
+    view = View(torch.randn(4, 50, 4), keys, keys, None, None, torch.zeros(4, 50, dtype=torch.bool), 0)
+    plans = [crossget.Random(1, seed=seed).resolved(HOST).reduce(view, 10) for seed in (0, 0, 1)]
+    pairs = [(out[2].source, out[2].destination) for out in plans if out is not None]
+    assert torch.equal(pairs[0][0], pairs[1][0])
+    assert torch.equal(pairs[0][1], pairs[1][1])  # type: ignore[arg-type]
+    assert not torch.equal(pairs[0][0], pairs[2][0])
+    assert len({tuple(row.tolist()) for row in pairs[0][0]}) == 4  # rows differ
+
+
+# Fields ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random, crossget.TopK])
+def test_a_reducer_is_its_configuration(method: type[crossget.Reducer]) -> None:
+    reducer = method([3, 2, 1])
+    assert reducer == method((3, 2, 1))
+    assert hash(reducer) == hash(method((3, 2, 1)))
+    assert pickle.loads(pickle.dumps(reducer)) == reducer  # noqa: S301  # our own bytes
+    assert dataclasses.replace(reducer, r=4) == method(4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        reducer.r = 5  # type: ignore[misc]
+    resolved = reducer.resolved(HOST)
+    assert all(getattr(resolved, field.name) is not None for field in dataclasses.fields(resolved))
+
+
+def test_the_default_is_the_reference() -> None:
+    clip = crossget.CrossGET(16).resolved(HOST)
+    assert dataclasses.asdict(clip) == {
+        "r": 16, "matching": "complete_graph", "guided_matching": True, "importance": "cross_token",
+        "ensemble": "guided", "keys": "all_heads", "cross_token": True, "proportional_attention": True,
+        "ties": "reference", "seed": 0,
+    }  # fmt: skip
+    llava = crossget.CrossGET(13).resolved(Host("x", importance="attention", keys="mean_heads"))
+    assert (llava.importance, llava.keys) == ("attention", "mean_heads")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: crossget.CrossGET(-1), r"r is -1.*cannot be negative"),
+        (lambda: crossget.CrossGET([1, -2]), r"r\[1\] is -2"),
+        (lambda: crossget.CrossGET(1, matching="complet"), "matching='complet'.*'complete_graph', 'bipartite', 'random'"),
+        (lambda: crossget.CrossGET(1, importance="cls"), "importance='cls'.*'cross_token', 'attention', 'class_token'"),
+        (lambda: crossget.CrossGET(1, ties=None), "ties=None.*'reference', 'stable'"),
+        (lambda: crossget.Ratio(0.7), "share is 0.7.*between 0 and 0.5"),
+    ],
+)
+def test_bad_values_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("r", [1.5, "16", None, True])
+def test_r_of_another_kind_is_refused(r: Any) -> None:
+    with pytest.raises(TypeError, match="r is .*int"):
+        crossget.CrossGET(r)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "host", "message"),
+    [
+        (crossget.CrossGET(1, cross_token=False), HOST, "needs cross_token=True.*importance='class_token'"),
+        (crossget.CrossGET(1, importance="class_token"), Host("t", has_class_token=False), "needs a class token, and t has none"),
+        (crossget.TopK(1), Host("t", has_class_token=False), "importance='attention'"),
+    ],
+)
+def test_what_cannot_work_on_a_tower_is_refused(reducer: crossget.Reducer, host: Host, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reducer.resolved(host)
+
+
+def test_text_guides_without_cross_token() -> None:
+    crossget.CrossGET(1, cross_token=False).resolved(Host("text", guides_itself=True))
