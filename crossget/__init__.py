@@ -1,9 +1,9 @@
 """CrossGET: cross-guided ensemble of tokens for vision and vision-language transformers.
 
-    import crossget
-    with crossget.attach(model, crossget.CrossGET(r=16)) as attached:
-        features = model.encode_image(images)
-        print(attached.tokens)
+import crossget
+with crossget.attach(model, crossget.CrossGET(r=16)) as attached:
+features = model.encode_image(images)
+print(attached.tokens)
 """
 
 from crossget.attach import Attachment, attach, attachment

@@ -31,8 +31,8 @@ def alignment_loss(first: Tensor, second: Tensor, divergence: Divergence = "refe
     """
     if first.shape[1:] != second.shape[1:]:
         raise ValueError(
-            f"the towers' cross tokens are {list(first.shape)} and {list(second.shape)}: batch and width must agree; run "
-            "both towers on as many images as texts"
+            f"the towers' cross tokens are {list(first.shape)} and {list(second.shape)}: batch and width must agree; "
+            "run both towers on as many images as texts"
         )
     layers = max(first.shape[0], second.shape[0])
     first, second = (_repeat(side, layers).flatten(0, 1) for side in (first, second))

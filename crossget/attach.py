@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from crossget.alignment import Divergence, alignment_loss
 from crossget.reducers import Reducer
-from crossget.registry import Tower, find_towers
+from crossget.registry import Tower, absent_towers, find_towers
 from crossget.state import Record, TokenState, carried, carry
 from crossget.watch import BlockWatch
 
@@ -110,7 +110,7 @@ class AttachedTower:
         return tokens, state
 
     def _origin(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """What the cross token starts as: [B, 1, C]. In the first block the end of text, if there is one, replaces it."""
+        """What the cross token starts as: [B, 1, C]. Where a text has an end, that replaces it."""
         if self.tower.class_token:
             return tokens[:, :1]
         if valid is None:
@@ -237,8 +237,8 @@ class Attachment:
             sides.append(torch.stack([tower.project(record.cross_tokens[i]) for i in range(len(tower.blocks))]))
         if len(sides) != 2:
             raise RuntimeError(
-                f"alignment_loss() needs two towers with cross tokens in one space, found {len(sides)}: attach "
-                "CrossGET to a model with an image and a text tower"
+                f"alignment_loss() needs two towers with cross tokens in one space, found {len(sides)}{_why_not(self)}: "
+                "attach CrossGET to a model with an image and a text tower"
             )
         return alignment_loss(sides[0], sides[1], divergence)
 
@@ -313,7 +313,7 @@ class Attachment:
             raise RuntimeError("already detached: attach again with crossget.attach(model, reducer)")
         blocks = [block for attached in self._towers.values() for block in attached.tower.blocks]
         for block in blocks:
-            if _SEAT not in block.__dict__ or _SUBCLASSES.get(getattr(type(block), _BASE, None)) is not type(block):
+            if _SEAT not in block.__dict__ or _SUBCLASSES.get(getattr(type(block), _BASE, object)) is not type(block):
                 raise RuntimeError(
                     f"a block's class is {type(block).__name__} now, not the one attach gave it: undo first what "
                     "wrapped or subclassed it since (FSDP, for instance), then detach"
@@ -376,7 +376,7 @@ def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer]) -> Attach
             "crossget.attachment(model).detach()), or set its .reducer"
         )
     towers = {tower.name: tower for tower in find_towers(model)}
-    chosen = _choose(towers, reducer)
+    chosen = _choose(towers, reducer, absent_towers(model))
     attachment = Attachment({name: AttachedTower(towers[name], value) for name, value in chosen.items()})
     attachment._enter()
     return attachment
@@ -403,21 +403,37 @@ def attachment(model: nn.Module) -> Attachment:
     return found
 
 
-def _choose(towers: Mapping[str, Tower], reducer: Reducer | Mapping[str, Reducer]) -> dict[str, Reducer]:
-    """Which reducer goes to which tower."""
+def _choose(
+    towers: Mapping[str, Tower], reducer: Reducer | Mapping[str, Reducer], absent: Mapping[str, str] | None = None
+) -> dict[str, Reducer]:
+    """Which reducer goes to which tower; `absent` says why a tower is not there."""
+    absent = absent or {}
     if isinstance(reducer, Reducer):
+        if "visual" in absent:
+            raise ValueError(
+                f"one reducer is for the tower 'visual', which cannot be reduced here: {absent['visual']}. Name the "
+                f"towers instead, of {sorted(towers)}, as in {{{next(iter(towers))!r}: {reducer}}}"
+            )
         main = "visual" if "visual" in towers else next(iter(towers))
         others = [name for name in towers if name != main and reducer.resolved(towers[name].host).cross_token]
         return {main: reducer, **{name: replace(reducer, r=0) for name in others}}
     if not isinstance(reducer, Mapping):
-        raise TypeError(f"reducer is {reducer!r}: give a reducer such as crossget.CrossGET(r=16), or a dict by tower name")
+        raise TypeError(
+            f"reducer is {reducer!r}: give a reducer such as crossget.CrossGET(r=16), or a dict by tower name"
+        )
     unknown = sorted(set(reducer) - set(towers))
     if unknown or not reducer:
-        raise ValueError(f"reducer names the towers {sorted(reducer)}: this model has {sorted(towers)}")
+        reasons = "".join(f"; {name!r}: {absent[name]}" for name in unknown if name in absent)
+        raise ValueError(f"reducer names the towers {sorted(reducer)}: this model has {sorted(towers)}{reasons}")
     for name, value in reducer.items():
         if not isinstance(value, Reducer):
             raise TypeError(f"reducer[{name!r}] is {value!r}: give a reducer such as crossget.CrossGET(r=16)")
     return dict(reducer)
+
+
+def _why_not(attachment: Attachment) -> str:
+    blind = [name for name, tower in attachment.towers.items() if tower.project is None]
+    return f" (no projection of single tokens is known for: {', '.join(blind)})" if blind else ""
 
 
 def _check_blocks(tower: Tower) -> None:
@@ -429,7 +445,9 @@ def _check_blocks(tower: Tower) -> None:
             )
     for module, method in tower.readers:
         if method in module.__dict__:
-            raise ValueError(f"{type(module).__name__}.{method} is patched on the instance: remove that before attaching")
+            raise ValueError(
+                f"{type(module).__name__}.{method} is patched on the instance: remove that before attaching"
+            )
 
 
 # Swapping classes ---------------------------------------------------------------------------------------------------
@@ -437,14 +455,14 @@ def _check_blocks(tower: Tower) -> None:
 _SUBCLASSES: dict[type, type] = {}
 
 
-def _subclass(base: type) -> type:
+def _subclass(base: type) -> Any:
     """The watched subclass of a block's class: one per class, so that compiled code sees a single type."""
     if base not in _SUBCLASSES:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # `watched`, not type(self): others (FSDP2) may subclass the block again.
             _, attached, layer = self.__dict__[_SEAT]
-            return attached.run(self, layer, super(watched, self).forward, args, kwargs)  # type: ignore[misc]
+            return attached.run(self, layer, super(watched, self).forward, args, kwargs)
 
         def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
             # The subclass cannot be imported by name: pickle its base, and swap again while unpickling.
@@ -453,14 +471,15 @@ def _subclass(base: type) -> type:
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body = {"forward": forward, "__reduce_ex__": reduce, _BASE: base, **names}
-        watched = type(base.__name__, (base,), body)
+        watched: Any = type(base.__name__, (base,), body)
         _SUBCLASSES[base] = watched
     return _SUBCLASSES[base]
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
     watched = _subclass(base)
-    return watched.__new__(watched)  # type: ignore[no-any-return]
+    block: nn.Module = watched.__new__(watched)
+    return block
 
 
 def _input_names(block: nn.Module) -> list[str]:
@@ -479,9 +498,9 @@ def _take_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _not_seen(block: nn.Module, layer: int, tower: Tower, watch: BlockWatch) -> str:
     what = "no attention over its tokens" if watch.keys is None else "no residual addition behind its attention"
     return (
-        f"block {layer} ({type(block).__name__}) of tower {tower.name!r} showed {what} ({watch.tokens} tokens): expected "
-        "F.scaled_dot_product_attention, nn.MultiheadAttention or matmul and softmax over [.., T, T], then an addition "
-        "to the block's own input. See docs/adapters.md for what can be watched"
+        f"block {layer} ({type(block).__name__}) of tower {tower.name!r} showed {what} ({watch.tokens} tokens): "
+        "expected F.scaled_dot_product_attention, nn.MultiheadAttention or matmul and softmax over [.., T, T], then an "
+        "addition to the block's own input. See docs/adapters.md for what can be watched"
     )
 
 

@@ -282,11 +282,11 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _peak_memory(run: Callable[[], None], device: torch.device, turn: _Turn) -> int:
     """Bytes that one call needs at most, on top of what is allocated before it; in a pass of its own, untimed."""
     with turn():
-        run()
         return _peak_on_cuda(run, device) if device.type == "cuda" else _peak_on_cpu(run)
 
 
 def _peak_on_cuda(run: Callable[[], None], device: torch.device) -> int:
+    run()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -300,17 +300,21 @@ def _peak_on_cpu(run: Callable[[], None]) -> int:
 
     The process's own high-water mark would not do: it cannot be reset between methods.
     """
+    measured = "crossget: measured call"
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with _quiet_profiler(), profile:
-        run()
+        run()  # what this call leaves behind, the measured one replaces
+        with torch.profiler.record_function(measured):
+            run()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    start = next(event["ts"] for event in events if event.get("name") == measured)
     changes = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     live = peak = 0
-    for _, _, change in changes:
-        live += change
+    for time_stamp, _, change in changes:
+        live += change if time_stamp >= start else 0
         peak = max(peak, live)
     return peak
 

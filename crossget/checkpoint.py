@@ -105,7 +105,9 @@ def load_reference(
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f'{path} is not a CLIP checkpoint of the reference: expected {{"model": state_dict}}, found {keys}')
+        raise ValueError(
+            f'{path} is not a CLIP checkpoint of the reference: expected {{"model": state_dict}}, found {keys}'
+        )
     state = {name: value for name, value in content["model"].items() if name not in _OPENAI_EXTRAS}
     cross = {tower: state.pop(key) for tower, key in _REFERENCE_KEYS.items() if key in state}
     missing = [_REFERENCE_KEYS[tower] for tower in _REFERENCE_KEYS if tower not in cross]
@@ -149,7 +151,11 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], missing_cross: l
     own = model.state_dict()
     missing = [*missing_cross, *sorted(set(own) - set(state))]
     extra = sorted(set(state) - set(own))
-    bad = [f"{k}: {list(state[k].shape)} for {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    bad = [
+        f"{k}: {list(state[k].shape)} for {list(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     if missing or extra or bad:
         raise ValueError(
             f"{path} does not fit {type(model).__name__}; missing: {missing or 'none'}; left over: {extra or 'none'}; "
@@ -194,7 +200,9 @@ def _reducer_from_json(entry: Mapping[str, Any]) -> Reducer:
     fields = dict(entry)
     name = fields.pop("method")
     if name not in methods:
-        raise ValueError(f"the saved method {name!r} is not known here: import the module that defines it. Known: {sorted(methods)}")
+        raise ValueError(
+            f"the saved method {name!r} is not known here: import the module that defines it. Known: {sorted(methods)}"
+        )
     fields["r"] = _schedule_from_json(fields["r"])
     return methods[name](**fields)
 

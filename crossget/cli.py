@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatch
-from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
 
 TOUR = """\
 CrossGET and ToMe-style token reduction for backbones of timm and open_clip, by name. A tour:
@@ -75,28 +77,46 @@ def demo(options: argparse.Namespace) -> int:
 
 def models(options: argparse.Namespace) -> int:
     """Which backbones can be reduced, and why the others cannot."""
-    rows = [row for row in _progress(_matrix(options.host, options.filter)) if options.all or row["supported"]]
+    rows = []
+    for host in [options.host] if options.host else _installed():
+        rows += [{"host": host, **dataclasses.asdict(row)} for row in _matrix(host, options.filter)]
+    if options.filter and not rows:
+        raise ValueError(f"--filter {options.filter!r} matches no name: it is a pattern for whole names, such as '*dino*'")
+    shown = [row for row in rows if row["supported"] or not options.supported]
     if options.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(shown, indent=2))
         return 0
+    body = [[row["host"], row["name"], row["architecture"], _verdict(row)] for row in shown]
+    print(tabulate(body, ["host", "name", "class", "towers, or why not"]))
+    print(f"\n{sum(row['supported'] for row in rows)} of {len(rows)} can be reduced")
     return 0
 
 
 def flops(options: argparse.Namespace) -> int:
     """Multiply-adds by module, dense and reduced, counted on the meta device."""
     import crossget
+    from crossget.demo import schedules
     from crossget.hosts import make
 
     backbone = make(options.model, device="meta")
-    reducers = _reducers(options)
-    with crossget.attach(backbone.model, reducers["CrossGET"]):
+    reducers = {tower: crossget.CrossGET(r) for tower, r in schedules(backbone, options.r, options.text_r).items()}
+    with crossget.attach(backbone.model, reducers):
         report = crossget.count_flops(backbone.model, backbone.made_up(options.batch, text=backbone.reads_text))
     print(report.to_json() if options.json else report.table(options.depth))
     return 0
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Speed of dense, ToMe-style and CrossGET on made-up inputs and random weights."""
+    """Speed of dense, ToMe-style and CrossGET on made-up inputs and random weights: neither changes the time."""
+    from crossget.demo import METHODS, TEXT, measure, schedules
+    from crossget.hosts import make
+
+    backbone = make(options.model, pretrained="none", device=options.device)
+    wanted = schedules(backbone, options.r, options.text_r)
+    methods = {name: {tower: method(r) for tower, r in wanted.items()} for name, method in METHODS.items()}
+    inputs = backbone.made_up(options.batch, text=TEXT in wanted)
+    report = measure(backbone.model, inputs, methods, options.rounds)
+    print(report.to_json() if options.json else report.table())
     return 0
 
 
@@ -109,3 +129,174 @@ def doctor(options: argparse.Namespace) -> int:
     diagnosis = crossget.doctor(backbone.model, backbone.made_up(2, text=backbone.reads_text))
     print(diagnosis)
     return 0 if diagnosis.ok else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the commands share
+
+
+def _installed() -> list[str]:
+    from crossget.hosts import HOSTS, PACKAGES, installed
+
+    found = [host for host in HOSTS if installed(host)]
+    if not found:
+        extras = ",".join(PACKAGES.values())
+        raise RuntimeError(f'neither open_clip nor timm is installed: pip install "crossget[{extras}]"')
+    return found
+
+
+def _matrix(host: str, pattern: str | None) -> Iterator[Any]:
+    """The rows of a host's support matrix whose names match."""
+    from crossget.hosts import PACKAGES, installed
+
+    if not installed(host):
+        raise RuntimeError(f'{host} is not installed: pip install "crossget[{PACKAGES[host]}]"')
+    rows = importlib.import_module(f"crossget.integrations.{host}").support_matrix(pattern)
+    yield from tqdm(rows, desc=f"building the models of {host}", disable=None, leave=False, unit=" models")
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    return "; ".join(row["towers"]) if row["supported"] else f"no: {row['reason']}"
+
+
+def _say(line: str) -> None:
+    """A line for the user beside the output proper."""
+    tqdm.write(f"crossget: {line}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    import crossget
+
+    parser = argparse.ArgumentParser("crossget", description=TOUR, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"crossget {crossget.__version__}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND", help="demo, models, flops, bench or doctor; each has its own --help")
+    _add_demo(commands)
+    _add_models(commands)
+    _add_flops(commands)
+    _add_bench(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add(commands: Any, command: Callable[[argparse.Namespace], int], epilog: str = "") -> argparse.ArgumentParser:
+    summary = (command.__doc__ or "").strip()
+    one: argparse.ArgumentParser = commands.add_parser(
+        command.__name__, description=summary, epilog=epilog, formatter_class=_Formatter
+    )
+    one.set_defaults(command=command)
+    one.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return one
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults in the help, and epilogs as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" and "(default: False)" tell nobody anything.
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def _add_demo(commands: Any) -> None:
+    from crossget.demo import SHIPPED, Options
+
+    credits = "\n".join(f"  {name:<14} {credit}" for name, _, credit in SHIPPED)
+    one = _add(commands, demo, f"Photographs, where --images gives none, are those in scikit-image's package:\n{credits}")
+    one.add_argument("model", nargs="?", default=Options.model, help="a name of open_clip or timm; if both have it, host:name")
+    _add_r(one)
+    one.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of your own: safetensors, or torch with tensors only")
+    one.add_argument("--pretrained", default=Options.pretrained, metavar="TAG",
+                     help="weights of the host; 'default' tries the host's preferred ones, 'none' is random")  # fmt: skip
+    one.add_argument("--images", type=Path, metavar="FOLDER", help="photographs of your own")
+    _add_speed(one)
+    one.add_argument("--out", type=Path, default=Options.out, metavar="FILE", help="where the picture goes")
+    one.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")
+    one.add_argument("--seed", type=int, default=Options.seed, help="of random weights")
+
+
+def _add_models(commands: Any) -> None:
+    one = _add(commands, models, "Every model is built without memory; all of them take a minute or two.")
+    one.add_argument("--host", choices=["timm", "open_clip"], help="only this one")
+    one.add_argument("--filter", metavar="PATTERN", help="only names like this, * being anything; quote it")
+    one.add_argument("--supported", action="store_true", help="leave out those that cannot be reduced")
+    _add_json(one)
+
+
+def _add_flops(commands: Any) -> None:
+    one = _add(commands, flops, "A multiply-add is one. Nothing is downloaded or computed, so any size will do.")
+    _add_model(one)
+    _add_r(one)
+    one.add_argument("--batch", type=_positive, default=1, help="images, and texts")
+    one.add_argument("--depth", type=int, default=2, help="levels of modules to list; 0 is the total alone")
+    _add_json(one)
+
+
+def _add_bench(commands: Any) -> None:
+    one = _add(commands, bench)
+    _add_model(one)
+    _add_r(one)
+    _add_speed(one)
+    _add_json(one)
+
+
+def _add_doctor(commands: Any) -> None:
+    one = _add(commands, doctor, "The exit code is 1 if a check fails.")
+    _add_model(one)
+    one.add_argument("--device", type=_device, default="cpu", help="where the model runs")
+
+
+def _add_model(one: argparse.ArgumentParser) -> None:
+    one.add_argument("model", metavar="MODEL", help="a name of open_clip or timm; if both have it, host:name")
+
+
+def _add_r(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--r", type=_reduction, default="16", help=R_HELP)
+    one.add_argument("--text-r", type=_reduction, default="0", metavar="R", help="the same for the text tower; 0 leaves it alone")
+
+
+def _add_speed(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--batch", type=_positive, default=8, help="images per call, for the speed")
+    one.add_argument("--rounds", type=int, metavar="N", help="of the speed measurement; if not given, about half a minute's worth")
+    one.add_argument("--device", type=_device, default="cpu", help="where the model runs")
+
+
+def _add_json(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--json", action="store_true", help="for programs instead of for people")
+
+
+def _reduction(text: str) -> Any:
+    """What may stand behind --r."""
+    from crossget.schedule import Ratio, as_schedule
+
+    try:
+        if text.endswith("%"):
+            return Ratio(float(text[:-1]) / 100)
+        numbers = [int(part) for part in text.split(",")]
+        r = numbers[0] if len(numbers) == 1 else tuple(numbers)
+        as_schedule(r)
+    except ValueError as error:
+        reason = "" if "invalid literal" in str(error) or "could not convert" in str(error) else f" ({error})"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {R_HELP.replace('%%', '%')}{reason}") from None
+    return r
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 up")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    import torch
+
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch: expected cpu, cuda, cuda:1, mps or the like") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r}: torch finds no CUDA device on this machine")
+    return text

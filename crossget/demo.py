@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 TOME, CROSSGET = "ToMe-style", "CrossGET"
 METHODS: Mapping[str, type[ToMe] | type[CrossGET]] = {TOME: ToMe, CROSSGET: CrossGET}
 VISUAL, TEXT = "visual", "text"
+Reduction = int | Sequence[int] | Schedule
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MOST_IMAGES = 32  # of a folder: enough for a mean, and soon over
 MOST_SHOWN = 4  # in the picture
@@ -87,8 +88,8 @@ class Options:
     """
 
     model: str = "ViT-B-16"
-    r: int | Sequence[int] | Schedule = 16
-    text_r: int | Sequence[int] | Schedule = 0
+    r: Reduction = 16
+    text_r: Reduction = 0
     checkpoint: Path | None = None
     pretrained: str = DEFAULT
     images: Path | None = None
@@ -365,14 +366,8 @@ class _Looks:
     def __init__(self, options: Options, backbone: Backbone, photographs: list[Photograph]) -> None:
         self.options, self.backbone, self.photographs = options, backbone, photographs
         self.notes: list[str] = []
-        towers = {tower.name: tower for tower in find_towers(backbone.model)}
-        self.r = {VISUAL: as_schedule(options.r)}
-        if _removes(options.text_r):
-            self.r[TEXT] = as_schedule(options.text_r)
-        for name in self.r:
-            if name not in towers:
-                raise ValueError(f"{backbone.name} has no {name} tower that can be reduced, only {', '.join(towers)}")
-        self.tower = towers[VISUAL]
+        self.r = schedules(backbone, options.r, options.text_r)
+        (self.tower,) = (tower for tower in find_towers(backbone.model) if tower.name == VISUAL)
         self.images = torch.stack([backbone.preprocess(p.image) for p in photographs]).to(options.device)
         self.ids = self._caption_ids()
 
@@ -484,6 +479,25 @@ class _Looks:
             row.speed, row.speed_quartiles = measured.median_speed, measured.speed_quartiles
 
 
+def schedules(backbone: Backbone, r: Reduction, text_r: Reduction) -> dict[str, Schedule]:
+    """What each tower loses; the text is left alone where it loses nothing.
+
+    Raises:
+        ValueError: there is no such tower.
+    """
+    wanted = {VISUAL: as_schedule(r)}
+    if any(text_r) if isinstance(text_r, Sequence) else text_r != 0:
+        wanted[TEXT] = as_schedule(text_r)
+    found = [tower.name for tower in find_towers(backbone.model)]
+    for name, option in ((VISUAL, "--r"), (TEXT, "--text-r")):
+        if name in wanted and name not in found:
+            raise ValueError(
+                f"{option} is for a {name} tower, and of {backbone.host} {backbone.name} only {' and '.join(found)} can be "
+                "reduced: choose another model (`crossget models`)" + (" or leave it out" if name == TEXT else "")
+            )
+    return wanted
+
+
 def measure(
     model: nn.Module, inputs: tuple[Tensor, ...], methods: Mapping[str, Mapping[str, Reducer]], rounds: int | None
 ) -> BenchmarkReport:
@@ -528,10 +542,6 @@ class _Until:
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         return self.schedule.removed(layer, depth, tokens) if layer < self.blocks else 0
-
-
-def _removes(r: int | Sequence[int] | Schedule) -> bool:
-    return any(r) if isinstance(r, Sequence) else r != 0
 
 
 def _pixels(images: Tensor, preprocess: Any) -> Tensor:

@@ -99,7 +99,9 @@ def _identity(model: nn.Module) -> tuple[Any, ...]:
 def _difference(a: list[Tensor], b: list[Tensor]) -> float:
     if [x.shape for x in a] != [x.shape for x in b]:
         return float("inf")
-    return max((float((x.float() - y.float()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+    return max(
+        (float((x.float() - y.float()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0
+    )
 
 
 def _repeatable(first: list[Tensor], second: list[Tensor]) -> Check:
@@ -116,8 +118,8 @@ def _effect(tokens: Mapping[str, list[int]], reducers: Mapping[str, Reducer], to
     details, ok = [], True
     for name, seen in tokens.items():
         tower, reducer = towers[name], reducers[name]
-        n_protected = tower.prefix + bool(reducer.cross_token) + (tower.text is not None)
-        plan = planned_tokens(reducer.schedule, len(tower.blocks), seen[0] if seen else 0, n_protected)
+        reserved = tower.n_reserved(bool(reducer.cross_token))
+        plan = planned_tokens(reducer.schedule, len(tower.blocks), seen[0] if seen else 0, reserved)
         ok = ok and seen == plan[:-1] and plan[-1] < plan[0]
         details.append(f"{name} {' '.join(map(str, seen))}" + ("" if seen == plan[:-1] else f" (planned {plan[:-1]})"))
     return Check("r > 0 reaches the planned tokens", ok, "; ".join(details))

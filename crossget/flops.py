@@ -148,8 +148,8 @@ class FlopReport:
 
     def _title(self) -> str:
         shapes = ", ".join(str(list(shape)) for shape in self.inputs)
-        reducers = ", ".join(f"{tower}: {reducer}" for tower, reducer in self.reducers.items())
-        return f"{self.model}, inputs {shapes}: multiply-adds" + (f"\n{reducers}" if reducers else "")
+        reducers = [f"{tower}: {reducer}" for tower, reducer in self.reducers.items()]
+        return "\n".join([f"{self.model}, inputs {shapes}: multiply-adds", *reducers])
 
     def _footer(self) -> list[str]:
         zero = _larger([count.zero for count in self._counts()])
@@ -196,6 +196,7 @@ def count_flops(model: nn.Module, inputs: Inputs) -> FlopReport:
         TypeError: `inputs` is none of the three.
         RuntimeError: the forward cannot be traced (from torch, with its reason).
     """
+    model = getattr(model, "_orig_mod", model)  # compiled code cannot be traced; what it was compiled from can
     call = as_call(inputs)
     shapes = tuple(tuple(tensor.shape) for tensor in call.tensors)
     attachment = find_attachment(model)
@@ -542,7 +543,7 @@ def _is_zero(kind: str) -> bool:
     """Whether an operator is elementwise (by torch's own tag), or one of those above."""
     namespace, _, name = kind.partition("::")
     if namespace != "aten":
-        return False
+        return namespace == "profiler" or name == "PythonOp._NoopSaveInputs"  # marks of torch's own; no arithmetic
     name = name.removesuffix("_") if not name.endswith("__") else name
     packet = getattr(torch.ops.aten, name, None)
     pointwise = packet is not None and any(

@@ -190,6 +190,11 @@ def find(name: str) -> tuple[str, str]:
     return having[0], name
 
 
+def installed(host: str) -> bool:
+    """Whether a host can be imported."""
+    return _import(host) is not None
+
+
 def is_offline(error: BaseException) -> bool:
     """Whether an error, or one that led to it, says that nobody answered: no network, offline mode, not in the cache."""
     chain: BaseException | None = error

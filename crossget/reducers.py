@@ -109,8 +109,13 @@ class Reducer:
             ValueError: the host lacks what the method needs.
         """
         filled = {"cross_token": True, "proportional_attention": True, "importance": host.importance, "keys": host.keys}
-        none = {f.name: filled[f.name] for f in dataclasses.fields(self) if getattr(self, f.name) is None}
-        return dataclasses.replace(self, **none)
+        none: Any = {f.name: filled[f.name] for f in dataclasses.fields(self) if getattr(self, f.name) is None}
+        full = dataclasses.replace(self, **none)
+        full.check(host)
+        return full
+
+    def check(self, host: Host) -> None:
+        """Refuse a host that lacks what the method needs, with a ValueError."""
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
         """Remove about `r` tokens.
@@ -158,11 +163,9 @@ class Merging(Reducer):
     def needs_attention(self) -> bool:
         return self._needs_importance and self.importance == "attention"
 
-    def resolved(self: Self, host: Host) -> Self:
-        full = super().resolved(host)  # type: ignore[misc]  # mypy does not follow super() through a self type
-        if full._needs_importance:
-            _check_guide(full, host)
-        return full  # type: ignore[no-any-return]
+    def check(self, host: Host) -> None:
+        if self._needs_importance:
+            _check_guide(self, host)
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
         with torch.no_grad():
@@ -238,10 +241,8 @@ class TopK(Reducer):
     def needs_attention(self) -> bool:
         return self.importance == "attention"
 
-    def resolved(self, host: Host) -> TopK:
-        full = super().resolved(host)
-        _check_guide(full, host)
-        return full
+    def check(self, host: Host) -> None:
+        _check_guide(self, host)
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from crossget.reducers import Host, ImportanceName, KeysName
@@ -88,6 +89,11 @@ class Tower:
         """One token of each text is read out in the end: it is protected, and guides."""
         return self.text is not None and self.text.pools_one
 
+    def n_reserved(self, cross_token: bool) -> int:
+        """How many tokens of a row always stay: the protected ones, and in padded texts one of either kind."""
+        padded = self.padding and self.text is not None
+        return self.prefix + int(cross_token) + int(self.has_end) + 2 * int(padded)
+
 
 Adapter = Callable[[Any], "list[Tower]"]
 AdapterT = TypeVar("AdapterT", bound=Adapter)
@@ -126,6 +132,16 @@ def unregister(backbone: type[nn.Module]) -> None:
     del _adapters[backbone]
 
 
+def absent_towers(model: nn.Module) -> dict[str, str]:
+    """Why a supported model lacks a tower that its kind may have (a convolutional image tower, say), by name."""
+    for cls in type(model).__mro__:
+        absent = getattr(_load_integration(cls), "absent", None)
+        if absent is not None:
+            reasons: dict[str, str] = absent(model)
+            return reasons
+    return {}
+
+
 def find_towers(model: nn.Module) -> list[Tower]:
     """The towers that `attach` would reduce.
 
@@ -142,11 +158,13 @@ def find_towers(model: nn.Module) -> list[Tower]:
             return towers
         explain = getattr(module, "explain", None)
         reasons += [explain(model)] if explain is not None else []
+    if isinstance(model, torch.jit.ScriptModule):
+        reasons = ["it is a TorchScript model, whose compiled code cannot be watched: load it without jit"]
     reason = reasons[0] if reasons else "no adapter is registered for it or its bases"
     known = ", ".join(sorted({_name(cls) for cls in _adapters})) or "none yet"
     raise TypeError(
-        f"cannot reduce {_name(type(model))}: {reason}. If its blocks do carry one sequence [B, T, C], write an adapter "
-        f"with crossget.register (docs/adapters.md). Registered in this process: {known}"
+        f"cannot reduce {_name(type(model))}: {reason}. If its blocks do carry one sequence [B, T, C], write an "
+        f"adapter with crossget.register (docs/adapters.md). Registered in this process: {known}"
     )
 
 
@@ -160,7 +178,8 @@ def _load_integration(cls: type) -> Any:
 def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:
     where = f"{_name(adapter)} on {_name(type(model))}"
     if not towers:
-        raise RuntimeError(f"{where} found no tower: nothing would be reduced")
+        reasons = "".join(f"; {name}: {reason}" for name, reason in absent_towers(model).items())
+        raise RuntimeError(f"{where} found no tower: nothing would be reduced{reasons}")
     names = [tower.name for tower in towers]
     if len(set(names)) != len(names):
         raise RuntimeError(f"{where} gave the tower names {names}: each tower needs a name of its own")
@@ -169,7 +188,9 @@ def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:
             raise RuntimeError(f"{where} found no block in tower {tower.name!r}: nothing would be reduced")
         strangers = [type(block).__name__ for block in tower.blocks if not isinstance(block, nn.Module)]
         if strangers:
-            raise RuntimeError(f"{where}: tower {tower.name!r} lists {strangers} among its blocks, which are no modules")
+            raise RuntimeError(
+                f"{where}: tower {tower.name!r} lists {strangers} among its blocks, which are no modules"
+            )
 
 
 def _name(thing: Any) -> str:

@@ -71,7 +71,8 @@ class TokenState:
         """The state in front of the first block.
 
         Args:
-            batch, length: B and T0.
+            batch: B.
+            length: T0.
             device: where the tokens are.
             cross: a cross token is appended.
             prefix: leading tokens to protect.

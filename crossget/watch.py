@@ -29,9 +29,17 @@ from crossget.matching import Plan
 from crossget.reducers import Reducer, View
 from crossget.state import TokenState
 
-_ADD = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.add_, torch.Tensor.__iadd__}
-_SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax}
-_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
+# Tuples: Dynamo of torch 2.6 cannot look a function up in a set.
+_ADD = (
+    torch.Tensor.add,
+    torch.add,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.add_,
+    torch.Tensor.__iadd__,
+)
+_SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
+_MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 
 
 class BlockWatch(TorchFunctionMode):
@@ -124,7 +132,9 @@ class BlockWatch(TorchFunctionMode):
         out = out.permute(2, 0, 1, 3).reshape(query.shape)
         return F.linear(out, out_weight, out_bias), weights
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+    def _explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
         mask = _plus(self._fit(mask), self._bias(q.dtype), q.dtype)
         # Scaled and added as torch does it, so that r = 0 is exact.
         scaled, keys = q * math.sqrt(1.0 / float(q.shape[-1])), k.transpose(-1, -2)
@@ -199,13 +209,16 @@ class BlockWatch(TorchFunctionMode):
             self.state.valid = self._padding(mask)
         if int(mask.shape[-1]) == self.tokens and self.state.pristine:
             return mask
-        if self.state.cross and int(mask.shape[-1]) == self.state.length:
+        length, expected = self.state.length, self.state.length + int(self.state.cross)
+        if self.state.cross and int(mask.shape[-1]) == expected:
+            # Made inside a block, which took the cross token for one more of the host's tokens.
+            mask = mask[..., :length, :length] if int(mask.shape[-2]) == expected else mask[..., :length]
+        if self.state.cross and int(mask.shape[-1]) == length:
             mask = self._with_cross(mask)
-        expected = self.state.length + int(self.state.cross)
         if int(mask.shape[-1]) != expected or int(mask.shape[-2]) not in (1, expected):
             raise RuntimeError(
                 f"the attention got a mask of shape {list(mask.shape)} in a block with {self.tokens} tokens of "
-                f"originally {self.state.length}: expected {self.state.length} keys. The tower's mask cannot follow "
+                f"originally {length}: expected {length} keys. The tower's mask cannot follow "
                 "its tokens; detach, or give the tower's adapter a way to make the mask"
             )
         rows = self.state.positions
@@ -216,7 +229,11 @@ class BlockWatch(TorchFunctionMode):
         return mask.gather(3, rows[:, None, None, :].expand(-1, heads, mask.shape[2], -1))
 
     def _with_cross(self, mask: Tensor) -> Tensor:
-        """A row and a column for the cross token: those of the token it copies; nobody sees it in a causal tower."""
+        """A row and a column for the cross token: those of the first token if it copies that.
+
+        Otherwise all see it and it sees what the first token sees; in a causal tower nobody sees it, and it sees
+        what the last token sees.
+        """
         boolean = mask.dtype == torch.bool
         shown, hidden = (True, False) if boolean else (0.0, -math.inf)
         first = self.cross_like_first and not self.causal
@@ -224,7 +241,7 @@ class BlockWatch(TorchFunctionMode):
         mask = torch.cat([mask, column], -1)
         if int(mask.shape[-2]) == 1:
             return mask
-        row = mask[..., :1, :] if first else mask[..., -1:, :]
+        row = mask[..., -1:, :] if self.causal else mask[..., :1, :]
         if not first:
             row = torch.cat([row[..., :-1], torch.full_like(row[..., :1], shown)], -1)
         return torch.cat([mask, row], -2)
@@ -246,11 +263,18 @@ class BlockWatch(TorchFunctionMode):
                 return self._reduce(total)
             self.residuals.append(total)  # a position embedding, say, that a block adds before its attention
             return total
-        scores = self.keys is not None and a.dim() >= 3 and tuple(a.shape[-2:]) == (self.tokens, self.tokens)
-        if scores and not self.weighed and not self.state.pristine and int(b.shape[-1]) == self.state.length:
-            mask = self._fit(b)
-            return a + (mask if a.dim() == 4 or mask is None else mask.reshape(a.shape))
+        if self._adds_mask(a, b):
+            mask = self._fit(b.view(self.batch, -1, *b.shape[-2:]) if a.dim() == b.dim() == 3 and len(b) > 1 else b)
+            if mask is not None and not self.state.pristine:
+                heads = mask if a.dim() == 4 else mask.expand(self.batch, len(a) // self.batch, *a.shape[-2:])
+                return func(a, heads.reshape(a.shape) if a.dim() == 3 else heads, **kwargs)
         return func(a, b, **kwargs)
+
+    def _adds_mask(self, a: Tensor, b: Tensor) -> bool:
+        """Whether `b`, a mask or a bias of the host, is added to the scores `a` [.., T, T] of an eager attention."""
+        if self.keys is None or self.weighed or a.dim() < 3 or tuple(a.shape[-2:]) != (self.tokens, self.tokens):
+            return False
+        return int(b.shape[-1]) in (self.state.length, self.state.length + int(self.state.cross))
 
     def _reduce(self, total: Tensor) -> Tensor:
         self.done = True
@@ -295,7 +319,7 @@ def _seen(part: Tensor | None) -> Tensor:
 
 
 def _split(part: Tensor, heads: int) -> Tensor:
-    """[T, B, C] -> [B, H, T, D]"""
+    """[T, B, C] -> [B, H, T, D]."""
     tokens, batch, width = part.shape
     return part.reshape(tokens, batch, heads, width // heads).permute(1, 2, 0, 3)
 

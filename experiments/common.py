@@ -76,10 +76,12 @@ def environment(device: str = "cpu") -> Json:
         `crossget.benchmark.environment` and `commit` (None: not in a repository, or nothing committed), `dirty`
         (whether the code differs from that commit; None: no repository) and `source_sha256`.
     """
+    import crossget
     from crossget.benchmark import environment as machine
 
     changes = git("status", "--porcelain", "--", *CODE)
     return {
+        "crossget": crossget.__version__,
         **machine(device),
         "commit": git("rev-parse", "--verify", "HEAD"),
         "dirty": None if changes is None else bool(changes),

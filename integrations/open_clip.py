@@ -1,71 +1,214 @@
-"""open_clip: both towers of CLIP, CustomTextCLIP and CoCa, native, timm and Hugging Face."""
+"""open_clip: both towers of CLIP, CustomTextCLIP and CoCa: native, timm's for images, Hugging Face's for texts.
+
+Reduced are the image tower and the text tower. CoCa's multimodal decoder is not: it reads the text tower's tokens on
+the full grid. Features, not captions, are what a reduced CoCa is for: a merged token may tell of words behind it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from crossget.integrations import timm as timm_towers
 from crossget.registry import TextInput, Tower, find_towers, register
+from crossget.state import TokenState
+
+# model_type of the Hugging Face encoders that HFTextEncoder knows -> where their blocks and their last norm are.
+_HF_BLOCKS = {
+    "bert": "encoder.layer",
+    "roberta": "encoder.layer",
+    "xlm-roberta": "encoder.layer",
+    "mt5": "block",
+    "m2m_100": "layers",
+}
+_HF_FINAL_NORM = {"mt5": "final_layer_norm", "m2m_100": "layer_norm"}
 
 
 @register(open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa)
 def clip(model: Any) -> list[Tower]:
-    """The vision tower (if it is a transformer) and the text tower."""
-    return [*_visual(model.visual), _text(model)]
+    """The image tower and the text tower, without those that cannot be reduced (`absent` says why)."""
+    return [tower for tower in (_visual(model.visual), _text(model)) if isinstance(tower, Tower)]
 
 
-def _visual(visual: Any) -> list[Tower]:
-    if hasattr(visual, "trunk"):
-        return _trunk(visual.trunk)
-    if not hasattr(visual, "transformer"):
-        return []
+@register(VisionTransformer, TimmModel, TextTransformer, HFTextEncoder)
+def part(model: Any) -> list[Tower]:
+    """One tower on its own."""
+    look = _visual if isinstance(model, (VisionTransformer, TimmModel)) else _text
+    tower = look(model)
+    return [tower] if isinstance(tower, Tower) else []
+
+
+def absent(model: Any) -> dict[str, str]:
+    """Why a tower is not among those of `model`, by name."""
+    parts = {}
+    if hasattr(model, "visual") or isinstance(model, (VisionTransformer, TimmModel)):
+        parts["visual"] = _visual(getattr(model, "visual", model))
+    if not isinstance(model, (VisionTransformer, TimmModel)):
+        parts["text"] = _text(model)
+    return {name: reason for name, reason in parts.items() if isinstance(reason, str)}
+
+
+def explain(model: nn.Module) -> str:
+    """Why a module of open_clip has no adapter."""
+    if isinstance(model, ModifiedResNet):
+        return str(_visual(model))
+    return "it is neither a model of open_clip nor one of its towers"
+
+
+# Images -------------------------------------------------------------------------------------------------------------
+
+
+def _visual(visual: Any) -> Any:
+    """The image tower, or in words why there is none."""
+    if isinstance(visual, TimmModel):
+        return _trunk(visual)
+    if not isinstance(visual, VisionTransformer):
+        return f"{type(visual).__name__} is convolutional: it has no sequence of tokens to reduce"
     project = None if visual.attn_pool is not None else partial(_project, visual.ln_pre, visual, "proj")
-    return [
-        Tower(
-            "visual",
-            blocks=_blocks(visual.transformer),
-            width=int(visual.class_embedding.shape[0]),
-            prefix=1,
-            class_token=True,
-            project=project,
-            readers=_readers(visual.transformer),
-        )
-    ]
+    return Tower(
+        "visual",
+        blocks=_blocks(visual.transformer),
+        width=int(visual.class_embedding.shape[0]),
+        prefix=1,
+        class_token=True,
+        project=project,
+        readers=_readers(visual.transformer),
+    )
 
 
-def _trunk(trunk: nn.Module) -> list[Tower]:
+def _trunk(visual: Any) -> Any:
     try:
-        return find_towers(trunk)
-    except TypeError:  # a convolutional or windowed trunk: only the text can be reduced
-        return []
+        (tower,) = find_towers(visual.trunk)
+    except TypeError:
+        return f"timm's {type(visual.trunk).__name__}: {timm_towers.explain(visual.trunk)}"
+    return dataclasses.replace(tower, project=_trunk_projection(visual))
 
 
-def _text(model: Any) -> Tower:
-    text = getattr(model, "text", model)
-    pool = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", "argmax")
+def _trunk_projection(visual: Any) -> Any:
+    """What takes one token to the joint space; None behind an attention pool, which has no answer for one token."""
+    norm = getattr(visual.trunk, "norm_pre", None)
+    if isinstance(getattr(visual.head, "proj", None), nn.Linear):
+        return partial(_project, norm, visual.head, "proj")
+    pools = getattr(visual.trunk, "attn_pool", None) is not None
+    if not pools and isinstance(getattr(visual.trunk, "head", None), nn.Linear):
+        return partial(_project, norm, visual.trunk, "head")
+    return None
+
+
+# Texts --------------------------------------------------------------------------------------------------------------
+
+
+def _text(model: Any) -> Any:
+    """The text tower, or in words why there is none."""
+    text = getattr(model, "text", model)  # CLIP has unpacked its text tower into itself
+    if isinstance(text, HFTextEncoder):
+        return _hf_text(text)
+    pool = str(getattr(text, "pool_type", None) or getattr(text, "text_pool_type", "argmax"))
     eos = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
-    class_embedding = getattr(text, "cls_emb", None) is not None
+    if getattr(text, "cls_emb", None) is not None:
+        pool = "appended"
     return Tower(
         "text",
         blocks=_blocks(text.transformer),
         width=int(text.positional_embedding.shape[1]),
         prefix=1,
         causal=text.attn_mask is not None,
-        padding=class_embedding or getattr(text, "use_pad_mask", False),
-        text=TextInput(text.token_embedding, partial(_behind if class_embedding else _end, pool, eos)),
+        padding=pool == "appended" or getattr(text, "use_pad_mask", False),
+        text=TextInput(text.token_embedding, partial(_end, pool, eos), pools_one=pool != "none"),
         project=partial(_project, text.ln_final, text, "text_projection"),
         readers=_readers(text.transformer),
     )
 
 
+def _end(pool: str, eos: Any, ids: Tensor) -> tuple[Tensor | None, None]:
+    """Position of the token that a native text tower pools. Padding shows in its attention's mask, if anywhere."""
+    if pool == "none":
+        return None, None
+    if pool == "argmax":
+        return ids.argmax(-1), None
+    if pool == "eos":
+        return ids.eq(eos).int().argmax(-1), None
+    # "appended": CoCa pools a class embedding that it puts behind the text.
+    position = {"first": 0, "last": ids.shape[1] - 1, "appended": ids.shape[1]}[pool]
+    return torch.full_like(ids[:, 0], position), None
+
+
+def _hf_text(text: Any) -> Any:
+    config, kind = text.config, text.config.model_type
+    if kind not in _HF_BLOCKS:
+        return f"the Hugging Face text encoder {kind!r} is not known here; known are {', '.join(_HF_BLOCKS)}"
+    if getattr(config, "is_decoder", False):
+        return f"the Hugging Face text encoder {kind!r} is set up as a decoder (is_decoder=True)"
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        return (
+            f"{type(text.transformer).__name__} computes {config.position_embedding_type!r} positions inside its "
+            "attention from the current order of tokens, which changes when tokens merge"
+        )
+    if getattr(text.transformer, "layerdrop", 0) > 0:
+        return (
+            f"{type(text.transformer).__name__} skips layers at random in training (layerdrop="
+            f"{text.transformer.layerdrop}), so its tokens' way cannot be planned; set text.transformer.layerdrop = 0"
+        )
+    pools_one = hasattr(text.pooler, "cls_token_position")
+    return Tower(
+        "text",
+        blocks=list(text.transformer.get_submodule(_HF_BLOCKS[kind])),
+        width=int(text.transformer.get_input_embeddings().weight.shape[1]),
+        prefix=0 if pools_one else 1,
+        padding=True,
+        text=TextInput(
+            text.transformer.get_input_embeddings(),
+            partial(_first if pools_one else _all, config.pad_token_id),
+            pools_one=pools_one,
+        ),
+        project=_hf_projection(text),
+        refit=_refit_mask if kind == "mt5" else None,
+    )
+
+
+def _first(pad: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(ids[:, 0]), ids != pad
+
+
+def _all(pad: int, ids: Tensor) -> tuple[None, Tensor]:
+    return None, ids != pad
+
+
+def _hf_projection(text: Any) -> Any:
+    if getattr(text.transformer, "pooler", None) is not None:
+        return None  # a pooler of its own stands between the tokens and the projection
+    name = _HF_FINAL_NORM.get(text.config.model_type)
+    return partial(_project, None if name is None else getattr(text.transformer, name), text, "proj")
+
+
+def _refit_mask(block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
+    """T5 makes its position bias for as many tokens as it sees, and adds the padding mask to that.
+
+    So with a cross token the mask must have one more column. What it says there is not used.
+    """
+    if name != "attention_mask" or value is None or not state.cross or int(value.shape[-1]) != state.length:
+        return value
+    rows = int(value.shape[-2]) == state.length
+    return F.pad(value, (0, 1, 0, int(rows)))
+
+
+# Both ---------------------------------------------------------------------------------------------------------------
+
+
 def _blocks(transformer: Any) -> list[nn.Module]:
     if not getattr(transformer, "batch_first", True):
-        raise TypeError(
+        raise ValueError(
             "cannot reduce an open_clip tower made with batch_first=False: its blocks pass [T, B, C]; make the model "
             "with batch_first=True"
         )
@@ -76,30 +219,15 @@ def _readers(transformer: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(transformer, "forward_intermediates")] if hasattr(transformer, "forward_intermediates") else []
 
 
-def _end(pool: str, eos: int | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Position of the token that the text tower pools."""
-    if pool == "argmax":
-        return ids.argmax(-1), None
-    if pool == "eos":
-        return (ids == eos).int().argmax(-1), None
-    last = 0 if pool == "first" else ids.shape[1] - 1
-    return torch.full_like(ids[:, 0], last), None
-
-
-def _behind(pool: str, eos: int | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """CoCa appends a class embedding behind the text and pools that."""
-    return torch.full_like(ids[:, 0], ids.shape[1]), None
-
-
-def _project(norm: nn.Module, owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
+def _project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
     """Cross tokens [N, C] into the joint space [N, E], without gradient for the parameters on the way."""
-    if isinstance(norm, nn.LayerNorm):
-        weight, bias = (None if p is None else p.detach() for p in (norm.weight, norm.bias))
-        tokens = F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
+    tokens = tokens if norm is None else _frozen(norm, tokens)
     projection = getattr(owner, name)
-    if projection is None:
-        return tokens
-    if isinstance(projection, nn.Linear):
-        bias = None if projection.bias is None else projection.bias.detach()
-        return F.linear(tokens, projection.weight.detach(), bias)
-    return tokens @ projection.detach()
+    if isinstance(projection, nn.Module):
+        return _frozen(projection, tokens)
+    return tokens if projection is None else tokens @ projection.detach()
+
+
+def _frozen(module: nn.Module, tokens: Tensor) -> Tensor:
+    out: Tensor = functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (tokens,))
+    return out

@@ -1,25 +1,147 @@
-"""timm: every architecture whose blocks pass one sequence [B, T, C]."""
+"""timm: every architecture whose blocks pass one sequence [B, T, C] from the first to the last.
+
+All of them keep these blocks in `blocks`. What differs: how many tokens stand in front of the patches, whether the
+first of them is a class token, and how the blocks get their rotary tables.
+"""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import timm.models.vision_transformer as vision_transformer
-from torch import nn
+import timm.models
+import torch
+from timm.models import _features
+from torch import Tensor, nn
 
-from crossget.registry import Tower, register
+from crossget.integrations._support import SupportRow, support_row
+from crossget.registry import Tower, find_towers, register
+from crossget.state import TokenState
 
 
-@register(vision_transformer.VisionTransformer)
+def _present(*names: str) -> tuple[type[nn.Module], ...]:
+    """The classes of these names that the installed timm has: some are younger than the oldest timm supported."""
+    found = (getattr(timm.models, name, None) or getattr(_features, name, None) for name in names)
+    return tuple(cls for cls in found if cls is not None)
+
+
+_VIT = _present(
+    "VisionTransformer", "VisionTransformerRelPos", "NaFlexVit", "Eva", "Beit",
+    "Qwen3VitEncoder", "DeepseekVitEncoder", "Gemma4VitEncoder",
+)  # fmt: skip
+_CAIT = _present("Cait")
+_AROUND = _present("Qwen3VitClassifier", "DeepseekVitClassifier", "Gemma4VitClassifier", "FeatureGetterNet")
+
+
+@register(*_VIT)
 def vit(model: Any) -> list[Tower]:
-    """ViT, DeiT, DINOv2, SigLIP and their kin."""
-    return [
-        Tower(
-            "visual",
-            blocks=list(model.blocks),
-            width=int(model.embed_dim),
-            prefix=int(model.num_prefix_tokens),
-            class_token=bool(model.has_class_token),
-            readers=[(model, "forward_intermediates")],
-        )
-    ]
+    """ViT and its kin: class token, distillation token and registers, if any, stand in front."""
+    embedding = getattr(model, "embeds", model)
+    class_token = getattr(embedding, "cls_token", None) is not None
+    return [_tower(model, int(model.num_prefix_tokens), class_token)]
+
+
+@register(*_CAIT)
+def cait(model: Any) -> list[Tower]:
+    """CaiT's class token joins behind the blocks over patches; the last ones, which only it attends in, stay."""
+    return [_tower(model, 0, False)]
+
+
+@register(*_AROUND)
+def around(model: Any) -> list[Tower]:
+    """A classifier around an encoder, or what `features_only=True` puts around a model."""
+    return find_towers(getattr(model, "encoder", None) or model.model)
+
+
+def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
+    arguments = inspect.signature(model.forward_features).parameters
+    mixed = getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False)
+    return Tower(
+        "visual",
+        blocks=list(model.blocks),
+        width=int(model.embed_dim),
+        prefix=prefix,
+        class_token=class_token,
+        padding=not arguments.keys().isdisjoint({"attn_mask", "patch_valid"}),
+        readers=[(model, "forward_intermediates")] if hasattr(model, "forward_intermediates") else [],
+        refit=partial(rotary_rows, bool(mixed)),
+    )
+
+
+# Rotary tables ------------------------------------------------------------------------------------------------------
+
+
+def rotary_rows(mixed: bool, block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
+    """The rows of a rotary table for the tokens that are left: a merged token keeps its destination's position.
+
+    Tables have no rows for the prefix, which is not rotated; the cross token, last, gets a row that rotates nothing.
+
+    Args:
+        mixed: a table [H, N, D] has one part per head; otherwise one with three axes is [B, N, D].
+        block: whose argument this is.
+        name: the argument's name. "rope" holds sines and cosines side by side, [.., N, 2 * D].
+        value: the table: [N, D], [H, N, D], [B, N, D] or [B, 1 or H, N, D].
+        state: where the tokens were in the beginning.
+    """
+    if value is None or name not in ("rope", "rope_sin", "rope_cos"):
+        return value
+    by_image = value.dim() == 3 and not mixed
+    table = value[:, None] if by_image else value[(None,) * (4 - value.dim())]
+    skipped = state.length - int(table.shape[2])
+    if state.cross:
+        table = torch.cat([table, _no_rotation(name, table[:, :, :1])], 2)
+    rows = (state.positions[:, skipped:] - skipped)[:, None, :, None]
+    table = table.expand(rows.shape[0], -1, -1, -1).gather(2, rows.expand(-1, table.shape[1], -1, table.shape[3]))
+    return table.squeeze(1) if by_image else table
+
+
+def _no_rotation(name: str, like: Tensor) -> Tensor:
+    """Rows like `like` with sine 0 and cosine 1."""
+    if name == "rope":
+        sine, cosine = like.chunk(2, -1)
+        return torch.cat([torch.zeros_like(sine), torch.ones_like(cosine)], -1)
+    return torch.zeros_like(like) if name == "rope_sin" else torch.ones_like(like)
+
+
+# Everything else in timm --------------------------------------------------------------------------------------------
+
+NO_ATTENTION = "its blocks compare no tokens: it is a convolutional, MLP, recurrent or state space network"
+UNKNOWN = "its class is not known, and its blocks have an attention of their own"
+# By the module of timm that defines the model. Where a module has models with and without attention, this is about
+# the former. "Needs the grid" is about something else than the attention: a convolution, a pooling, a patch merging.
+REASONS = {
+    "convolutions inside or between its blocks need the full image grid": (
+        "byobnet coat cpubone csatv2 efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra fastvit iformer "
+        "lowformer maxxvit metaformer mobilenetv3 mobilenetv5 nextvit shvit swiftformer visformer"
+    ),
+    "its attention runs inside windows of the image grid": (
+        "davit gcvit nest swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit"
+    ),
+    "the number of tokens changes between its blocks (a pyramid)": "hiera levit mvitv2 pit pvt_v2 twins volo",
+    "its blocks pass an image grid [B, H, W, C] and attend in windows of it": "hieradet_sam2 vision_transformer_sam",
+    "it attends over channels: there is no T x T attention between tokens": "edgenext xcit",
+    "it has two sequences of tokens that take part in each other": "crossvit tnt",
+    "its first blocks weigh tokens by distances on the full grid, and its class token joins only then": "convit",
+}
+_GATES = r"SplitAttn|SelectiveKernelAttn|AttentionPool\w*|RotAttentionPool\w*"
+_ATTENTION = re.compile(rf"(?!(?:{_GATES})$)\w*(?:Attn|Attention|MHSA|GPSA|SHSA|SHMA|LiteMLA|XCA|Lambda)")
+
+
+def explain(model: nn.Module) -> str:
+    """Why a model of timm that has no adapter has none."""
+    if not any(_ATTENTION.match(type(module).__name__) for module in model.modules()):
+        return NO_ATTENTION
+    home = type(model).__module__.rpartition(".")[2]
+    return next((reason for reason, homes in REASONS.items() if home in homes.split()), UNKNOWN)
+
+
+def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
+    """One row for each name of `timm.list_models(pattern)`, built without weights and without memory."""
+    for name in timm.list_models(pattern or ""):
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+        known = isinstance(model, (*_VIT, *_CAIT, *_AROUND))
+        yield support_row(name, model, find_towers(model) if known else [], explain(model))

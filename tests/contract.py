@@ -101,7 +101,10 @@ def zero_is_identity(case: Case) -> None:
     model, inputs = build(case)
     with without_fast_path():
         dense = run(model, inputs)
-        for reducer in (crossget.ToMe(r=0), crossget.CrossGET(r=0, cross_token=False, guided_matching=False, ensemble="size")):
+        for reducer in (
+            crossget.ToMe(r=0),
+            crossget.CrossGET(r=0, cross_token=False, guided_matching=False, ensemble="size"),
+        ):
             with crossget.attach(model, everywhere(model, reducer)) as attached:
                 assert all_equal(run(model, inputs), dense)
                 assert attached.tokens.keys() == {tower.name for tower in crossget.find_towers(model)}
@@ -118,10 +121,8 @@ def reaches_planned_tokens(case: Case) -> None:
             assert not all_equal(out, dense)
             for tower_name, tokens in attached.tokens.items():
                 tower, reducer = attached.towers[tower_name], attached.reducers[tower_name]
-                n_protected = tower.prefix + bool(reducer.cross_token) + (tower.text is not None)
-                if tower.padding:  # one destination is kept back on either side
-                    n_protected += 2
-                plan = planned_tokens(reducer.schedule, len(tower.blocks), tokens[0], n_protected)
+                reserved = tower.n_reserved(bool(reducer.cross_token))
+                plan = planned_tokens(reducer.schedule, len(tower.blocks), tokens[0], reserved)
                 assert tokens == plan[:-1]
                 assert plan[-1] < plan[0]
                 source = attached.source[tower_name]
@@ -167,9 +168,9 @@ def exploding(model: nn.Module) -> Iterator[None]:
 def detaches_after_an_exception(case: Case) -> None:
     model, inputs = build(case)
     dense, before = run(model, inputs), identity(model)
-    with exploding(model):
-        with pytest.raises(Boom), crossget.attach(model, everywhere(model, crossget.CrossGET(r=case.r))) as attached:
-            run(model, inputs)
+    reducers = everywhere(model, crossget.CrossGET(r=case.r))
+    with exploding(model), pytest.raises(Boom), crossget.attach(model, reducers) as attached:
+        run(model, inputs)
     assert not attached.is_attached
     assert identity(model) == before
     assert all_equal(run(model, inputs), dense)
@@ -231,9 +232,9 @@ def checkpointing_changes_nothing(case: Case) -> None:
         return
     if case.reentrant:
         switch(True)
-        with crossget.attach(model, everywhere(model, crossget.CrossGET(r=case.r))):
-            with pytest.raises(RuntimeError, match="without their state.*use_reentrant=False"):
-                sum(x.square().mean() for x in leaves(model(*inputs)) if x.requires_grad).backward()
+        lost = pytest.raises(RuntimeError, match="without their state.*use_reentrant=False")
+        with crossget.attach(model, everywhere(model, crossget.CrossGET(r=case.r))), lost:
+            sum(x.square().mean() for x in leaves(model(*inputs)) if x.requires_grad).backward()
         return
     with crossget.attach(model, everywhere(model, crossget.CrossGET(r=case.r))) as attached, without_fast_path():
         results = []
@@ -261,7 +262,7 @@ def copies_are_independent(case: Case) -> None:
             nn.init.normal_(parameter, std=0.1)
         expected = run(model, inputs)
         twin = copy.deepcopy(model)
-        loaded = pickle.loads(pickle.dumps(model))  # noqa: S301  # our own bytes
+        loaded = pickle.loads(pickle.dumps(model))  # our own bytes
         buffer = io.BytesIO()
         torch.save(model, buffer)
         buffer.seek(0)
@@ -271,7 +272,9 @@ def copies_are_independent(case: Case) -> None:
             assert handle is not attached
             assert handle.reducers == attached.reducers
             assert all_equal(run(other, inputs), expected)
-            assert crossget.find_towers(other)[0].blocks[0] is not attached.towers[next(iter(attached.towers))].blocks[0]
+            assert (
+                crossget.find_towers(other)[0].blocks[0] is not attached.towers[next(iter(attached.towers))].blocks[0]
+            )
             handle.detach()
             assert not all_equal(run(other, inputs), expected)
         assert all_equal(run(model, inputs), expected)
@@ -291,8 +294,7 @@ def threads_and_neighbours_do_not_disturb(case: Case) -> None:
         found: list[bool] = []
 
         def work(number: int) -> None:
-            for _ in range(3):
-                found.append(all_equal(run(*jobs[number]), expected[number]))
+            found.extend(all_equal(run(*jobs[number]), expected[number]) for _ in range(3))
 
         threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1, 2, 0)]
         for thread in threads:
@@ -348,7 +350,9 @@ def fused_attention_stays(case: Case) -> None:
     counts = []
     with without_fast_path():
         for reducer in (None, crossget.CrossGET(r=case.r), crossget.CrossGET(r=case.r, importance="attention")):
-            context = contextlib.nullcontext() if reducer is None else crossget.attach(model, everywhere(model, reducer))
+            context = (
+                contextlib.nullcontext() if reducer is None else crossget.attach(model, everywhere(model, reducer))
+            )
             with context, _FusedCalls() as calls:
                 run(model, inputs)
             counts.append(calls.count)

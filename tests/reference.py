@@ -71,9 +71,7 @@ def bipartite(image: Image, r: int, guided: bool, ties: str, n_protected: int) -
     givers, takers = free[1::2], free[0::2]
     rows = similarity_of(image)
     nearest = [first_best(takers, rows[i]) for i in givers]
-    priority = [
-        (image.importance[i] if guided else 0.0) - rows[i][j] for i, j in zip(givers, nearest, strict=True)
-    ]
+    priority = [(image.importance[i] if guided else 0.0) - rows[i][j] for i, j in zip(givers, nearest, strict=True)]
     order = sort(priority, False, ties, image.similarity)[:r]
     return [(givers[k], nearest[k]) for k in order]
 

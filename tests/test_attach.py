@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import contract
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import contract
 import crossget
 from crossget.schedule import planned_tokens
 
@@ -25,7 +25,7 @@ def load_example() -> dict[str, Any]:
     text = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
     space: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]:
-        exec(block, space)  # noqa: S102
+        exec(block, space)
     return space
 
 
@@ -44,7 +44,9 @@ def test_the_adapter_of_the_docs_is_short() -> None:
 
 
 # A class defined by exec cannot be pickled, attached or not; the plain backbone below is.
-@pytest.mark.parametrize("probe", [p for p in contract.PROBES if p is not contract.copies_are_independent], ids=contract.name)
+@pytest.mark.parametrize(
+    "probe", [p for p in contract.PROBES if p is not contract.copies_are_independent], ids=contract.name
+)
 def test_contract_on_a_home_made_backbone(home: type[nn.Module], probe: Any) -> None:
     probe(contract.Case("home", home, lambda: (IMAGE.clone(),), r=5, fused=False))
 
@@ -127,7 +129,9 @@ def test_contract_on_a_plain_backbone(attention: str, probe: Any) -> None:
     probe(contract.Case("plain", lambda: Plain(attention=attention), lambda: (TOKENS.clone(),), r=3, fused=fused))
 
 
-@pytest.mark.parametrize("reducer", [crossget.CrossGET(3), crossget.ToMe(3), crossget.CrossGET(3, importance="attention")])
+@pytest.mark.parametrize(
+    "reducer", [crossget.CrossGET(3), crossget.ToMe(3), crossget.CrossGET(3, importance="attention")]
+)
 def test_every_way_to_attend_gives_the_same(reducer: crossget.Reducer) -> None:
     torch.manual_seed(0)
     model = Plain().eval()
@@ -234,7 +238,11 @@ def test_a_dict_names_the_towers(pair: Pair) -> None:
         ({"visual": 3}, TypeError, r"reducer\['visual'\] is 3: give a reducer such as"),
         (16, TypeError, r"reducer is 16: give a reducer such as crossget.CrossGET\(r=16\)"),
         ({"visual": crossget.CrossGET([1, 2])}, ValueError, "lists 2 layers but the tower has 3 blocks"),
-        ({"visual": crossget.CrossGET(3), "other": crossget.CrossGET(3, cross_token=False)}, ValueError, "cross_token=True"),
+        (
+            {"visual": crossget.CrossGET(3), "other": crossget.CrossGET(3, cross_token=False)},
+            ValueError,
+            "cross_token=True",
+        ),
     ],
 )
 def test_bad_input_leaves_nothing_attached(pair: Pair, reducer: Any, error: type[Exception], message: str) -> None:
@@ -350,7 +358,9 @@ def test_a_lost_state_is_an_error() -> None:
     model = Plain().eval()
     with crossget.attach(model, crossget.CrossGET(3)):
         half = model.stages[0](TOKENS)
-        with pytest.raises(RuntimeError, match=r"block 1 of tower 'visual' got tokens \[2, 18, 32\] without their state"):
+        with pytest.raises(
+            RuntimeError, match=r"block 1 of tower 'visual' got tokens \[2, 18, 32\] without their state"
+        ):
             model.stages[1](half.clone())
 
 
@@ -372,7 +382,9 @@ def test_cross_tokens_learn(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random, crossget.TopK])
-@pytest.mark.parametrize("r", [0, 1, 3, 100, (5, 0, 2), crossget.Linear(6, 0), crossget.Ratio(0.2), crossget.Ratio(0.5)], ids=str)
+@pytest.mark.parametrize(
+    "r", [0, 1, 3, 100, (5, 0, 2), crossget.Linear(6, 0), crossget.Ratio(0.2), crossget.Ratio(0.5)], ids=str
+)
 def test_every_method_follows_every_schedule(method: type[crossget.Reducer], r: Any) -> None:
     torch.manual_seed(0)
     model = Plain().eval()

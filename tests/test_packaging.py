@@ -13,7 +13,10 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 
 # Import names of what only the extras bring.
-HOSTS = ["timm", "open_clip", "transformers", "torchvision", "safetensors", "huggingface_hub", "matplotlib", "skimage"]
+HOSTS = [
+    *("timm", "open_clip", "transformers", "torchvision", "safetensors", "huggingface_hub"),
+    *("matplotlib", "skimage", "tyro"),
+]
 CORE = sorted(path.stem for path in (ROOT / "crossget").glob("*.py"))
 ADAPTERS = sorted(path.name for path in (ROOT / "integrations").glob("*.py"))
 

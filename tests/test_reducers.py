@@ -7,13 +7,13 @@ import pickle
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import crossget
+import reference
 from crossget.matching import Candidates
 from crossget.reducers import Host, Merging, View
 
@@ -50,9 +50,7 @@ def views(draw: Any, tied: bool = False) -> tuple[View, int]:
         valid = place < lengths
     sizes = None if draw(st.booleans()) else torch.randint(1, 9, (batch, tokens), generator=generator).float()
     attention = random(batch, tokens, tokens).float().softmax(-1)
-    view = View(
-        random(batch, tokens, 8), queries, keys, attention, sizes, protected, n_protected, valid, guide
-    )
+    view = View(random(batch, tokens, 8), queries, keys, attention, sizes, protected, n_protected, valid, guide)
     return view, draw(st.integers(1, 30))
 
 
@@ -65,7 +63,9 @@ def image_of(view: View, row: int, reducer: Merging) -> reference.Image:
     if reducer.ties == "stable":
         similarity = torch.maximum(similarity, similarity.T)
     tokens = view.tokens.shape[1]
-    queries = view.queries[row].mean(0) if reducer.keys == "mean_heads" else view.queries[row].transpose(0, 1).flatten(1)
+    queries = (
+        view.queries[row].mean(0) if reducer.keys == "mean_heads" else view.queries[row].transpose(0, 1).flatten(1)
+    )
     assert view.guide is not None
     assert view.attention is not None
     importance = {
@@ -217,7 +217,9 @@ def test_topk_drops_the_least_important(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     protected = torch.zeros(2, 9, dtype=torch.bool)
     protected[:, 0] = True
-    view = View(torch.randn(2, 9, 4, dtype=dtype), *torch.randn(2, 2, 2, 9, 8).to(dtype).unbind(0), None, None, protected, 1)
+    view = View(
+        torch.randn(2, 9, 4, dtype=dtype), *torch.randn(2, 2, 2, 9, 8).to(dtype).unbind(0), None, None, protected, 1
+    )
     reducer = crossget.TopK(1).resolved(HOST)
     out = reducer.reduce(view, 3)
     assert out is not None
@@ -268,7 +270,7 @@ def test_a_reducer_is_its_configuration(method: type[crossget.Reducer]) -> None:
     reducer = method([3, 2, 1])
     assert reducer == method((3, 2, 1))
     assert hash(reducer) == hash(method((3, 2, 1)))
-    assert pickle.loads(pickle.dumps(reducer)) == reducer  # noqa: S301  # our own bytes
+    assert pickle.loads(pickle.dumps(reducer)) == reducer  # our own bytes
     assert dataclasses.replace(reducer, r=4) == method(4)
     with pytest.raises(dataclasses.FrozenInstanceError):
         reducer.r = 5  # type: ignore[misc]
@@ -292,7 +294,10 @@ def test_the_default_is_the_reference() -> None:
     [
         (lambda: crossget.CrossGET(-1), r"r is -1.*cannot be negative"),
         (lambda: crossget.CrossGET([1, -2]), r"r\[1\] is -2"),
-        (lambda: crossget.CrossGET(1, matching="complet"), "matching='complet'.*'complete_graph', 'bipartite', 'random'"),
+        (
+            lambda: crossget.CrossGET(1, matching="complet"),
+            "matching='complet'.*'complete_graph', 'bipartite', 'random'",
+        ),
         (lambda: crossget.CrossGET(1, importance="cls"), "importance='cls'.*'cross_token', 'attention', 'class_token'"),
         (lambda: crossget.CrossGET(1, ties=None), "ties=None.*'reference', 'stable'"),
         (lambda: crossget.Ratio(0.7), "share is 0.7.*between 0 and 0.5"),
@@ -313,7 +318,11 @@ def test_r_of_another_kind_is_refused(r: Any) -> None:
     ("reducer", "host", "message"),
     [
         (crossget.CrossGET(1, cross_token=False), HOST, "needs cross_token=True.*importance='class_token'"),
-        (crossget.CrossGET(1, importance="class_token"), Host("t", has_class_token=False), "needs a class token, and t has none"),
+        (
+            crossget.CrossGET(1, importance="class_token"),
+            Host("t", has_class_token=False),
+            "needs a class token, and t has none",
+        ),
         (crossget.TopK(1), Host("t", has_class_token=False), "importance='attention'"),
     ],
 )

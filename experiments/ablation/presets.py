@@ -34,7 +34,8 @@ class Preset:
 def part(label: str, base: CrossGET, **fields: object) -> Preset:
     """Return the row of `base` with some of its parts exchanged."""
     method = replace(base, **fields)  # type: ignore[arg-type]
-    return Preset(label, lambda r, seed: replace(method, r=r, seed=seed), seeded=method.matching == "random")
+    seeded = method.matching == "random"
+    return Preset(label, lambda r, seed: replace(method, r=r, seed=seed if seeded else 0), seeded)
 
 
 # The baselines, and the way from ToMe to CrossGET, each row adding one part to the row above it.

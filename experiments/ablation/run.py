@@ -73,11 +73,13 @@ def queue(options: Options) -> list[Run]:
     unknown = sorted(set(options.presets) - set(PRESETS))
     if unknown:
         raise ValueError(f"unknown presets {unknown}; there are {sorted(PRESETS)}")
+    # Seeds outermost: a program stopped early has seen every row once.
     return [
         Run(options.setting, name, r, seed)
+        for seed in options.seeds
         for name in options.presets
+        if PRESETS[name].seeded or seed == options.seeds[0]
         for r in (options.r if PRESETS[name].swept else (0,))
-        for seed in (options.seeds if PRESETS[name].seeded else options.seeds[:1])
     ]
 
 
@@ -126,7 +128,8 @@ def evaluate(
         device: where the model is.
 
     Returns:
-        `measure`'s entries, `tokens` entering each block, and `gflops` of one image, dense and reduced.
+        `measure`'s entries, `resolved` (the reducer with the host's values in place of None), `tokens` entering each
+        block, and `gflops` of one image, dense and reduced.
     """
     one = images.pixels[:1].to(device)
     if reducer is None:
@@ -140,11 +143,11 @@ def evaluate(
 
 
 def cost(model: nn.Module, attached: crossget.Attachment, one: Tensor) -> common.Json:
-    """Return tokens per block of the last forward, and the multiply-adds of one image in units of 10^9."""
-    (tokens,) = attached.tokens.values()
+    """Return what was attached, tokens per block of the last forward, and multiply-adds of one image / 10^9."""
+    ((tower, tokens),) = attached.tokens.items()
     flops = crossget.count_flops(model, one)
     gflops = {"dense": flops.dense.total / 1e9, "reduced": flops.total / 1e9}
-    return {"tokens": tokens, "gflops": gflops}
+    return {"resolved": asdict(attached.reducers[tower]), "tokens": tokens, "gflops": gflops}
 
 
 def command_of(options: Options) -> Callable[[Run], str]:

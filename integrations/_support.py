@@ -1,0 +1,83 @@
+"""What a host's models look like to crossget, as rows of a table: shared by the adapters' support_matrix()."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from crossget.registry import Tower
+
+
+@dataclass(frozen=True)
+class SupportRow:
+    """One model of a host, by the name under which the host builds it.
+
+    Attributes:
+        name: as in the host's own list of models.
+        architecture: the model's class.
+        supported: it has a tower that can be reduced.
+        towers: one line each, "visual: 12 blocks (Block), prefix 1, class token".
+        reason: why it is not supported; empty if it is.
+    """
+
+    name: str
+    architecture: str
+    supported: bool
+    towers: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def support_row(name: str, model: nn.Module, towers: Sequence[Tower], reason: str = "") -> SupportRow:
+    """The row of a model with these towers, or with none for this reason."""
+    return SupportRow(name, type(model).__name__, bool(towers), tuple(map(describe, towers)), "" if towers else reason)
+
+
+def describe(tower: Tower) -> str:
+    """A tower in one line."""
+    kinds = ", ".join(sorted({type(block).__name__ for block in tower.blocks}))
+    parts = [f"{len(tower.blocks)} blocks ({kinds})", f"prefix {tower.prefix}"]
+    parts += [label for label in ("class token", "causal") if getattr(tower, label.replace(" ", "_"))]
+    return f"{tower.name}: {', '.join(parts)}"
+
+
+def markdown(rows: Iterable[SupportRow]) -> str:
+    """The matrix as a page's text: supported classes, what is not supported and why, and every supported name."""
+    rows = list(rows)
+    supported = [r for r in rows if r.supported]
+    parts = [f"{len(supported)} of {len(rows)} names can be reduced.", "## Supported", _classes(supported)]
+    if len(supported) < len(rows):
+        parts += ["## Not supported", _reasons([r for r in rows if not r.supported])]
+    names = ", ".join(f"`{r.name}`" for r in supported)
+    return "\n\n".join([*parts, f"<details><summary>All {len(supported)} names</summary>\n\n{names}\n\n</details>"]) + "\n"
+
+
+def _classes(rows: list[SupportRow]) -> str:
+    """One line for each class and kind of tower; depths are left out, as they differ between sizes."""
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for r in rows:
+        kinds[r.architecture, "; ".join(_without_depth(tower) for tower in r.towers)].append(r.name)
+    lines = [[f"`{c}`", towers, str(len(names)), f"`{names[0]}`"] for (c, towers), names in kinds.items()]
+    return _table(["class", "towers", "names", "for example"], sorted(lines, key=lambda line: (line[0], -int(line[2]))))
+
+
+def _without_depth(tower: str) -> str:
+    name, _, text = tower.partition(": ")
+    return f"{name}: {text.partition(' blocks ')[2]}"
+
+
+def _reasons(rows: list[SupportRow]) -> str:
+    families: dict[str, Counter[str]] = defaultdict(Counter)
+    for r in rows:
+        families[r.reason][r.architecture] += 1
+    lines = [
+        [reason, ", ".join(f"{c} {n}" for c, n in classes.most_common()), str(classes.total())]
+        for reason, classes in sorted(families.items(), key=lambda item: -item[1].total())
+    ]
+    return _table(["reason", "classes and how many names each", "names"], lines)
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
