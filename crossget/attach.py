@@ -24,7 +24,7 @@ from crossget.alignment import Divergence, alignment_loss
 from crossget.reducers import Reducer
 from crossget.registry import Tower, absent_towers, find_towers
 from crossget.state import Record, TokenState, carried, carry
-from crossget.watch import BlockWatch
+from crossget.watch import BlockWatch, visible
 
 _SEAT = "_crossget_seat"
 _BASE = "_crossget_base"
@@ -75,7 +75,10 @@ class AttachedTower:
         """Run `forward`, the host's own, on fewer tokens."""
         names = self.inputs[getattr(type(block), _BASE)]
         tokens, args, kwargs = _take_tokens(names, args, kwargs)
-        tokens, state = self._start(tokens) if layer == 0 else self._continue(tokens, layer)
+        if layer == 0:
+            tokens, state = self._start(tokens, {**dict(zip(names[1:], args)), **kwargs})  # noqa: B905
+        else:
+            tokens, state = self._continue(tokens, layer)
         count = int(tokens.shape[1])
         state.record.tokens[layer] = count
         if self.reducer.cross_token:
@@ -94,13 +97,16 @@ class AttachedTower:
             raise RuntimeError(_not_seen(block, layer, self.tower, watch))
         return self._leave(out, watch.state, layer)
 
-    def _start(self, tokens: Tensor) -> tuple[Tensor, TokenState]:
+    def _start(self, tokens: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, TokenState]:
         if tokens.dim() != 3:
             raise RuntimeError(
                 f"tower {self.tower.name!r} got tokens of shape {list(tokens.shape)}: expected one sequence [B, T, C]"
             )
         batch, length = int(tokens.shape[0]), int(tokens.shape[1])
         end, valid = self._end_of_text(tokens)
+        mask = arguments.get("attn_mask") if self.tower.padding and valid is None else None
+        if mask is not None and mask.dim() == 4:  # otherwise, the attention's mask is looked at when it is seen
+            valid = visible(mask, batch)
         cross = bool(self.reducer.cross_token)
         state = TokenState.start(
             batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
@@ -116,6 +122,8 @@ class AttachedTower:
         if valid is None:
             return tokens[:, self.tower.prefix :].mean(1, keepdim=True)
         real = valid[:, :, None].to(tokens.dtype)
+        if self.tower.text is None:
+            tokens, real = tokens[:, self.tower.prefix :], real[:, self.tower.prefix :]
         return (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
 
     def _end_of_text(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:

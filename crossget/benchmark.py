@@ -172,26 +172,18 @@ def benchmark(
     _check(rounds, warmup, call.tensors)
     turns, texts = _turns(model, methods)
     device = call.tensors[0].device
-    names = list(turns)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
 
     def run() -> None:
         model(*call.args, **call.kwargs)
 
+    # Not inference_mode: what a host caches in its first forward must still serve in training.
     with _in_eval_mode(model), torch.no_grad():
-        # Not inference_mode: what a host caches in its first forward must still serve in training.
-        for i in range(warmup + rounds):
-            start = i % len(names)
-            for name in names[start:] + names[:start]:
-                with turns[name]():
-                    elapsed = _timed(run, device)
-                if i >= warmup:
-                    seconds[name].append(elapsed)
+        seconds = _take_turns(run, device, turns, rounds, warmup)
         memory = {name: _peak_memory(run, device, turn) for name, turn in turns.items()}
     batch = int(call.tensors[0].shape[0]) if call.tensors[0].dim() else 1
-    speed = {name: tuple(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True)) for name in names}
+    speed = {name: tuple(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True)) for name in turns}
     measurements = tuple(
-        Measurement(name, texts[name], tuple(seconds[name]), speed[name], batch, memory[name]) for name in names
+        Measurement(name, texts[name], tuple(seconds[name]), speed[name], batch, memory[name]) for name in turns
     )
     where = {**environment(device), "dtype": _dtype(model, device), "batch": batch}
     shapes = tuple(tuple(tensor.shape) for tensor in call.tensors)
@@ -247,6 +239,22 @@ def _turns(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict
     for name, method in methods.items():
         turns[name] = lambda method=method: attach(model, method)  # type: ignore[misc]
     return turns, {DENSE: "", **{name: str(method) for name, method in methods.items()}}
+
+
+def _take_turns(
+    run: Callable[[], None], device: torch.device, turns: Mapping[str, _Turn], rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Seconds of a call, round by round; every round starts with another method."""
+    names = list(turns)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(warmup + rounds):
+        start = i % len(names)
+        for name in names[start:] + names[:start]:
+            with turns[name]():
+                elapsed = _timed(run, device)
+            if i >= warmup:
+                seconds[name].append(elapsed)
+    return seconds
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> float:

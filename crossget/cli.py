@@ -27,6 +27,7 @@ CrossGET and ToMe-style token reduction for backbones of timm and open_clip, by 
 In Python: crossget.attach(model, crossget.CrossGET(r=16)).
 """
 
+MODEL_HELP = "a name of open_clip or timm; if both have it, host:name"
 R_HELP = "tokens to remove in each block: a number (16), one per block (16,16,8,...), or a share of what enters (10%%)"
 
 
@@ -81,7 +82,7 @@ def models(options: argparse.Namespace) -> int:
     for host in [options.host] if options.host else _installed():
         rows += [{"host": host, **dataclasses.asdict(row)} for row in _matrix(host, options.filter)]
     if options.filter and not rows:
-        raise ValueError(f"--filter {options.filter!r} matches no name: it is a pattern for whole names, such as '*dino*'")
+        raise ValueError(f"--filter {options.filter!r} matches no name: it stands for whole names, as '*dino*' does")
     shown = [row for row in rows if row["supported"] or not options.supported]
     if options.json:
         print(json.dumps(shown, indent=2))
@@ -174,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("crossget", description=TOUR, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"crossget {crossget.__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(metavar="COMMAND", help="demo, models, flops, bench or doctor; each has its own --help")
+    commands = parser.add_subparsers(metavar="COMMAND", help="demo, models, flops, bench or doctor; each has a --help")
     _add_demo(commands)
     _add_models(commands)
     _add_flops(commands)
@@ -205,12 +206,12 @@ def _add_demo(commands: Any) -> None:
     from crossget.demo import SHIPPED, Options
 
     credits = "\n".join(f"  {name:<14} {credit}" for name, _, credit in SHIPPED)
-    one = _add(commands, demo, f"Photographs, where --images gives none, are those in scikit-image's package:\n{credits}")
-    one.add_argument("model", nargs="?", default=Options.model, help="a name of open_clip or timm; if both have it, host:name")
+    one = _add(commands, demo, f"Without --images, the photographs are those in scikit-image's package:\n{credits}")
+    one.add_argument("model", nargs="?", default=Options.model, help=MODEL_HELP)
     _add_r(one)
-    one.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of your own: safetensors, or torch with tensors only")
-    one.add_argument("--pretrained", default=Options.pretrained, metavar="TAG",
-                     help="weights of the host; 'default' tries the host's preferred ones, 'none' is random")  # fmt: skip
+    one.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of your own: a safetensors or torch file")
+    help_text = "weights of the host; 'default' tries the host's preferred ones, 'none' is random"
+    one.add_argument("--pretrained", default=Options.pretrained, metavar="TAG", help=help_text)
     one.add_argument("--images", type=Path, metavar="FOLDER", help="photographs of your own")
     _add_speed(one)
     one.add_argument("--out", type=Path, default=Options.out, metavar="FILE", help="where the picture goes")
@@ -250,17 +251,21 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _add_model(one: argparse.ArgumentParser) -> None:
-    one.add_argument("model", metavar="MODEL", help="a name of open_clip or timm; if both have it, host:name")
+    one.add_argument("model", metavar="MODEL", help=MODEL_HELP)
 
 
 def _add_r(one: argparse.ArgumentParser) -> None:
     one.add_argument("--r", type=_reduction, default="16", help=R_HELP)
-    one.add_argument("--text-r", type=_reduction, default="0", metavar="R", help="the same for the text tower; 0 leaves it alone")
+    one.add_argument(
+        "--text-r", type=_reduction, default="0", metavar="R", help="the same for texts; 0 leaves them alone"
+    )
 
 
 def _add_speed(one: argparse.ArgumentParser) -> None:
     one.add_argument("--batch", type=_positive, default=8, help="images per call, for the speed")
-    one.add_argument("--rounds", type=int, metavar="N", help="of the speed measurement; if not given, about half a minute's worth")
+    one.add_argument(
+        "--rounds", type=int, metavar="N", help="turns in the measurement; if not given, about half a minute"
+    )
     one.add_argument("--device", type=_device, default="cpu", help="where the model runs")
 
 
@@ -296,7 +301,7 @@ def _device(text: str) -> str:
     try:
         kind = torch.device(text).type
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch: expected cpu, cuda, cuda:1, mps or the like") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch: expected cpu, cuda, cuda:1 or mps") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text!r}: torch finds no CUDA device on this machine")
     return text

@@ -182,7 +182,8 @@ class Demo:
             "name": self.backbone.name, "host": self.backbone.host, "weights": self.backbone.weights,
             "random_weights": self.backbone.random,
         }  # fmt: skip
-        rows = [{f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "sources"} for row in self.rows]
+        names = [f.name for f in dataclasses.fields(Row) if f.name != "sources"]
+        rows = [{name: getattr(row, name) for name in names} for row in self.rows]
         options = dataclasses.asdict(self.options)
         content = {
             "backbone": backbone, "options": options, "methods": rows, "notes": self.notes,
@@ -196,7 +197,8 @@ class Demo:
         curves = [
             figures.Curve(row.name, row.tokens[VISUAL], row.gflops, row.cosine["image"], row.speed) for row in self.rows
         ]
-        title = f"crossget demo: {self.backbone.host} {self.backbone.name}, {_r_text(self.options.r)} tokens removed per block"
+        name = f"{self.backbone.host} {self.backbone.name}"
+        title = f"crossget demo: {name}, {_r_text(self.options.r)} tokens removed per block"
         rows = self._panels()
         shown = self.photographs[: len(rows)]
         credits = "; ".join(f"{p.name}: {p.credit}" for p in shown if p.credit)
@@ -205,13 +207,14 @@ class Demo:
                "touch); patches that are still on their own are left as they are."] if rows else []),
             *([f"Photographs: {credits}"] if credits else []),
         ]  # fmt: skip
-        return figures.draw_summary(
-            figures.Summary(title, self._weights(), curves, rows, "image + caption pair" if self.pairs else "image", footer)
-        )
+        item = "image-caption pair" if self.pairs else "image"
+        return figures.draw_summary(figures.Summary(title, self._weights(), curves, rows, item, footer))
 
     def _weights(self) -> str:
         if self.backbone.random:
-            return "RANDOM WEIGHTS: costs are real, but which patches are merged, and the cosine, say nothing about a trained model"
+            return (
+                "RANDOM WEIGHTS: the costs are real; the merged patches and the cosine say nothing of a trained model"
+            )
         name = self.backbone.weights if self.options.checkpoint is None else self.options.checkpoint.name
         return f"weights: {name}; cross tokens untrained"
 
@@ -241,7 +244,8 @@ class Demo:
             ]
             for row in self.rows
         ]
-        return tabulate(body, [_two_lines(h) for h in headers], disable_numparse=True, colalign=["left"] + ["right"] * 9)
+        headers = [_two_lines(header) for header in headers]
+        return tabulate(body, headers, disable_numparse=True, colalign=["left"] + ["right"] * 9)
 
     def _tokens(self) -> str:
         body = [
@@ -277,9 +281,9 @@ class Demo:
                 colour = figures.colour_of(row.name)
                 left = len(source[self.prefix :].unique())
                 # The first row's captions head the columns: every photograph loses as many tokens.
-                caption = f"{row.name}, after block {depth}:\n{left} tokens for {grid[0] * grid[1]} patches" if i == 0 else ""
+                head = f"{row.name}, after block {depth}:\n{left} tokens for {grid[0] * grid[1]} patches"
                 drawn = figures.merge_map(image, source, grid, self.prefix, outline=colour)
-                panels.append(figures.Panel(drawn, caption, colour))
+                panels.append(figures.Panel(drawn, head if i == 0 else "", colour))
         return panels
 
 
@@ -331,7 +335,11 @@ def load_photographs(folder: Path | None) -> list[Photograph]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"--images {folder}: no image in it; looked for {', '.join(SUFFIXES)}")
-    return [_read(path, "a photo of " + path.stem.replace("_", " ").replace("-", " "), "") for path in paths[:MOST_IMAGES]]
+    return [_read(path, f"a photo of {_words(path.stem)}", "") for path in paths[:MOST_IMAGES]]
+
+
+def _words(stem: str) -> str:
+    return stem.replace("_", " ").replace("-", " ")
 
 
 def _read(path: Path, caption: str, credit: str) -> Photograph:
@@ -348,7 +356,7 @@ def _shipped_folder() -> Path:
     # find_spec does not import the package: its files are all that is needed.
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError('no photographs: pip install "crossget[demo]" brings some, or give your own with --images FOLDER')
+        raise RuntimeError('no photographs: pip install "crossget[demo]", or give your own with --images FOLDER')
     folder = Path(spec.submodule_search_locations[0]) / "data"
     missing = [name for name, _, _ in SHIPPED if not (folder / name).is_file()]
     if missing:
@@ -384,7 +392,7 @@ class _Looks:
             step("measuring")
             self._measure(rows)
         if self.backbone.random:
-            self.notes.append("random weights: tokens, GFLOPs, speed and memory are what they are; the cosines mean little")
+            self.notes.append("random weights: the costs are real; the cosines say nothing of a trained model")
         pixels, prefix, grid = _pixels(self.images, self.backbone.preprocess), self.tower.prefix, self._grid(rows[1])
         return Demo(self.options, self.backbone, self.photographs, rows, self.notes, pixels, prefix, grid)
 
@@ -396,6 +404,11 @@ class _Looks:
             self.notes.append(f"no picture of merged patches: {error}")
             return None
 
+    @property
+    def _kinds(self) -> list[str]:
+        """The features that a reduced tower makes."""
+        return ["image", *(["text"] if TEXT in self.r else [])]
+
     def _reducers(self, name: str) -> dict[str, Reducer]:
         return {tower: METHODS[name](r) for tower, r in self.r.items()}
 
@@ -405,14 +418,12 @@ class _Looks:
         with attach(self.backbone.model, {tower: ToMe(r=0) for tower in self.r}) as attached, torch.no_grad():
             self.backbone.model(*self._inputs(1))
             tokens = attached.tokens
-        return Row(DENSE, tokens, 0.0, 0, dict.fromkeys(self.dense, 1.0), self._choices(self.dense))
+        return Row(DENSE, tokens, 0.0, 0, dict.fromkeys(self._kinds, 1.0), self._choices(self.dense))
 
     def _reduced(self, name: str) -> Row:
         with attach(self.backbone.model, self._reducers(name)) as attached:
             features = self._features()
-            cosine = {
-                kind: float(F.cosine_similarity(features[kind].float(), self.dense[kind].float()).mean()) for kind in features
-            }
+            cosine = {kind: _cosine(features[kind], self.dense[kind]) for kind in self._kinds}
             parameters = sum(p.numel() for p in attached.parameters())
             row = Row(name, attached.tokens, 0.0, parameters, cosine, self._choices(features))
             row.sources = self._sources(attached)
@@ -451,7 +462,7 @@ class _Looks:
             return []
         scale = getattr(self.backbone.model, "logit_scale", None)
         images, texts = (F.normalize(features[kind].float(), dim=-1) for kind in ("image", "text"))
-        logits = images @ texts.T * (100.0 if scale is None else float(scale.exp()))
+        logits = images @ texts.T * (100.0 if scale is None else float(scale.detach().exp()))
         return [[float(p) for p in row] for row in logits.softmax(-1)]
 
     def _gflops(self, name: str) -> tuple[float, float]:
@@ -489,11 +500,12 @@ def schedules(backbone: Backbone, r: Reduction, text_r: Reduction) -> dict[str, 
     if any(text_r) if isinstance(text_r, Sequence) else text_r != 0:
         wanted[TEXT] = as_schedule(text_r)
     found = [tower.name for tower in find_towers(backbone.model)]
+    who = f"{backbone.host} {backbone.name}"
     for name, option in ((VISUAL, "--r"), (TEXT, "--text-r")):
         if name in wanted and name not in found:
             raise ValueError(
-                f"{option} is for a {name} tower, and of {backbone.host} {backbone.name} only {' and '.join(found)} can be "
-                "reduced: choose another model (`crossget models`)" + (" or leave it out" if name == TEXT else "")
+                f"{option} is for a {name} tower, and of {who} only {' and '.join(found)} can be reduced: "
+                "choose another model (`crossget models`)" + (" or leave it out" if name == TEXT else "")
             )
     return wanted
 
@@ -504,7 +516,9 @@ def measure(
     """`crossget.benchmark` with a progress bar, which moves at every call of the model.
 
     Args:
-        model, inputs, methods: see there.
+        model: see there.
+        inputs: see there.
+        methods: see there.
         rounds: None takes as many as half a minute allows, at least 3.
     """
     on_cpu = inputs[0].device.type == "cpu"
@@ -544,12 +558,16 @@ class _Until:
         return self.schedule.removed(layer, depth, tokens) if layer < self.blocks else 0
 
 
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a.float(), b.float()).mean())
+
+
 def _pixels(images: Tensor, preprocess: Any) -> Tensor:
     """[B, H, W, 3] in 0 to 1: what the model saw, without the normalisation."""
     for transform in getattr(preprocess, "transforms", ()):
         if hasattr(transform, "mean") and hasattr(transform, "std"):
-            mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device) for v in (transform.mean, transform.std))
-            images = images * std.reshape(-1, 1, 1) + mean.reshape(-1, 1, 1)
+            mean, std = (torch.as_tensor(v).to(images).reshape(-1, 1, 1) for v in (transform.mean, transform.std))
+            images = images * std + mean
     return images.permute(0, 2, 3, 1).clamp(0, 1).cpu()
 
 

@@ -89,7 +89,7 @@ def merge_map(
         grid: rows and columns of patches.
         prefix: tokens before the first patch.
         outline: colour of the lines around groups, "#rrggbb".
-        line: their width in pixels.
+        line: their width in pixels, an even number; 0 draws none.
 
     Returns:
         [h * cell, w * cell, 3] in 0 to 1, where cell is the patch size, at least 16 pixels.
@@ -104,6 +104,8 @@ def merge_map(
     pixels = _enlarge(merged, cell)[:, :, None]
     canvas = torch.where(pixels, flat, canvas)
     canvas = torch.where(_enlarge(groups == PRUNED, cell)[:, :, None], canvas * PRUNED_BRIGHTNESS, canvas)
+    if line == 0:
+        return canvas
     borders = _borders(groups, merged, cell, line)
     return torch.where(borders[:, :, None], _rgb(outline), canvas)
 
@@ -133,14 +135,15 @@ def _canvas(image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
 def _is_merged(groups: Tensor) -> Tensor:
     """[h, w] true where a patch shares its token with another."""
     _, index, count = groups.unique(return_inverse=True, return_counts=True)
-    return (count[index] > 1) & (groups != PRUNED)
+    shared: Tensor = count[index] > 1
+    return shared & (groups != PRUNED)
 
 
 def _group_means(canvas: Tensor, groups: Tensor, cell: int) -> Tensor:
     """[H, W, 3] every pixel in the mean colour of its group."""
     means = F.avg_pool2d(canvas.permute(2, 0, 1), cell).flatten(1).T  # [h * w, 3]
     _, index, count = groups.flatten().unique(return_inverse=True, return_counts=True)
-    colours = torch.zeros(len(count), 3).index_add_(0, index, means) / count[:, None]
+    colours: Tensor = torch.zeros(len(count), 3).index_add_(0, index, means) / count[:, None]
     h, w = groups.shape
     return colours[index].reshape(h, w, 3).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
 
@@ -155,13 +158,12 @@ def _borders(groups: Tensor, merged: Tensor, cell: int, line: int) -> Tensor:
         differs = label.narrow(axis, *here) != label.narrow(axis, *there)
         edge = differs & (inside.narrow(axis, *here) | inside.narrow(axis, *there))
         border.narrow(axis, *here).logical_or_(edge)
-        if line > 1:
-            border.narrow(axis, *there).logical_or_(edge)
+        border.narrow(axis, *there).logical_or_(edge)
     return _thicken(border, line)
 
 
 def _thicken(border: Tensor, line: int) -> Tensor:
-    """Lines two pixels wide grow to `line`."""
+    """Lines two pixels wide grow to `line`, an even number."""
     extra = (line - 1) // 2
     if extra < 1:
         return border

@@ -373,31 +373,40 @@ class _MetaConvolutions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (functional.conv1d, functional.conv2d, functional.conv3d):
             return _named_padding(func, *args, **kwargs)
+        if func in (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d):
+            raise RuntimeError(
+                "a transposed convolution cannot be traced on the meta device, and would count 0: count this model on"
+                " a real device"
+            )
         return func(*args, **kwargs)
 
 
 def _named_padding(
-    convolve: Any, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *args: Any, **kw: Any
+    convolve: Any, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *args: Any,
+    **kwargs: Any,
 ) -> Any:  # fmt: skip
     if not isinstance(padding, str):
         spatial = weight.dim() - 2
         widths = [padding] * spatial if isinstance(padding, int) else list(padding) * (spatial // len(padding))
-        x = functional.pad(x, [width for width in reversed(widths) for _ in range(2)]) if any(widths) else x
+        if any(widths):
+            input = functional.pad(input, [width for width in reversed(widths) for _ in range(2)])
         padding = "valid"
-    return convolve(x, weight, bias, stride, padding, *args, **kw)
+    return convolve(input, weight, bias, stride, padding, *args, **kwargs)
 
 
 @contextmanager
 def _unchanged(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
     """Undo what a forward in training mode moves (random state, running statistics) and what a failed trace leaves."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
+    training = any(module.training for module in model.modules())
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta] if training else []
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for buffer, before in buffers:
-            buffer.copy_(before)
+            if not torch.equal(buffer, before):  # writing would invalidate a graph that waits for its backward
+                buffer.copy_(before)
         for module in model.modules():
             _drop_scope_hooks(module)
 
@@ -529,9 +538,9 @@ _UNTAGGED = """
     masked_scatter masked_select take take_along_dim
     expand_as view_as reshape_as clone alias lift_fresh repeat repeat_interleave tile flip movedim moveaxis swapaxes
     swapdims unflatten diagonal diag diag_embed tril triu pad unfold im2col col2im pixel_shuffle pixel_unshuffle
-    broadcast_to broadcast_tensors meshgrid hstack vstack concat concatenate tensor_split numpy_T mT real imag
-    view_as_complex view_as_real _cast_Float float half bfloat16 long int bool cpu cuda item is_nonzero
-    _shape_as_tensor scalar_tensor IntImplicit FloatImplicit Float Bool __or__ __xor__ __lshift__ __rshift__
+    broadcast_to broadcast_tensors meshgrid hstack vstack concat concatenate tensor_split unsafe_chunk unsafe_split
+    numpy_T mT real imag view_as_complex view_as_real _cast_Float float half bfloat16 long int bool cpu cuda item
+    is_nonzero _shape_as_tensor scalar_tensor IntImplicit FloatImplicit Float Bool __or__ __xor__ __lshift__ __rshift__
     empty_like ones_like fill zero new_ones linspace eye rand rand_like randn randn_like randint randperm bernoulli
     uniform normal multinomial native_dropout feature_dropout
     max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool2d

@@ -125,7 +125,7 @@ class Backbone:
                 ids: Tensor = open_clip.get_tokenizer(self.name)(list(texts))
             except Exception as error:
                 if is_offline(error):
-                    raise ConnectionError(f"the tokenizer of {self.name} is not in the cache, and {reachable}") from error
+                    raise ConnectionError(f"the tokenizer is not in the cache, and {reachable}") from error
                 raise
         return ids.to(device)
 
@@ -196,7 +196,7 @@ def installed(host: str) -> bool:
 
 
 def is_offline(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that nobody answered: no network, offline mode, not in the cache."""
+    """Whether an error, or one that led to it, says that nobody answered: no network, offline mode, empty cache."""
     chain: BaseException | None = error
     while chain is not None:
         if _is_network_error(chain):
@@ -322,7 +322,7 @@ class _Maker:
 
 
 class _RealSchedules(TorchFunctionMode):
-    """Older timm reads the numbers of a linspace (its drop path rates) while it builds: they stay off the meta device."""
+    """Older timm reads the numbers of a linspace (its drop path rates) while it builds: no meta device for them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -358,7 +358,7 @@ def _make_timm(name: str, tag: str | None, device: torch.device) -> tuple[nn.Mod
     import timm
     from timm.data import create_transform, resolve_data_config
 
-    full_name = name if tag is None or "." in name else f"{name}.{tag}"
+    full_name = name if not tag or "." in name else f"{name}.{tag}"
     model: nn.Module = timm.create_model(full_name, pretrained=tag is not None)
     return model, create_transform(**resolve_data_config({}, model=model), is_training=False)
 
@@ -376,9 +376,10 @@ def _timm_tags(name: str) -> list[str]:
 
     architecture, _, tag = name.partition(".")
     names = [name] if tag else timm.list_models(architecture, pretrained=True)
+    configs = [config for n in names if (config := timm.get_pretrained_cfg(n)) is not None and config.has_weights]
     default = timm.get_pretrained_cfg(name)
-    having = [n.partition(".")[2] for n in names if timm.get_pretrained_cfg(n).has_weights]
-    return sorted(having, key=lambda t: t != default.tag)
+    # Sorting is stable: what the host lists first stays in front of what it lists later.
+    return sorted((str(c.tag) for c in configs), key=lambda t: default is None or t != default.tag)
 
 
 def _text_attribute(model: Any, name: str) -> Any:

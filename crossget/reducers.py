@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
@@ -73,7 +73,7 @@ class Host:
     keys: KeysName = "all_heads"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reducer:
     """Base of all methods: when to reduce (`r`) and whether a cross token takes part. `reduce` is the method.
 
@@ -81,8 +81,7 @@ class Reducer:
         r: tokens to remove per block: an int, one int per block, or a schedule.
     """
 
-    r: int | Sequence[int] | Schedule
-    _: KW_ONLY
+    r: int | Sequence[int] | Schedule = field(kw_only=False)
     cross_token: bool | None = False
     proportional_attention: bool | None = True
 
@@ -130,7 +129,7 @@ class Reducer:
         raise NotImplementedError(f"{type(self).__name__} has no reduce(): a method is a Reducer with reduce()")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Merging(Reducer):
     """Sources join destinations: matching, importance and ensemble, each of them exchangeable alone.
 
@@ -146,7 +145,6 @@ class Merging(Reducer):
         seed: what the random matching depends on.
     """
 
-    _: KW_ONLY
     matching: MatchingName = "complete_graph"
     guided_matching: bool = False
     importance: ImportanceName | None = None
@@ -182,7 +180,7 @@ class Merging(Reducer):
         return tokens, sizes, plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CrossGET(Merging):
     """Cross-Guided Ensemble of Tokens: complete-graph matching and ensemble, guided by a cross token.
 
@@ -194,34 +192,31 @@ class CrossGET(Merging):
     Source: CrossGET (ICML 2024, https://arxiv.org/abs/2305.17455).
     """
 
-    _: KW_ONLY
     cross_token: bool | None = None
     proportional_attention: bool | None = None
     guided_matching: bool = True
     ensemble: EnsembleName = "guided"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ToMe(Merging):
     """Token Merging: bipartite soft matching on mean keys, size-weighted mean, proportional attention.
 
     Source: ToMe (ICLR 2023, https://arxiv.org/abs/2210.09461), from the paper's equations.
     """
 
-    _: KW_ONLY
     matching: MatchingName = "bipartite"
     keys: KeysName | None = "mean_heads"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Random(Merging):
     """Random sources join random destinations: the baseline that every matching has to beat."""
 
-    _: KW_ONLY
     matching: MatchingName = "random"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TopK(Reducer):
     """Importance pruning: the `r` least important tokens are dropped.
 
@@ -233,7 +228,6 @@ class TopK(Reducer):
         keys: as in `Merging`.
     """
 
-    _: KW_ONLY
     importance: ImportanceName | None = "class_token"
     keys: KeysName | None = None
 

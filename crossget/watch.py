@@ -29,7 +29,7 @@ from crossget.matching import Plan
 from crossget.reducers import Reducer, View
 from crossget.state import TokenState
 
-# Tuples: Dynamo of torch 2.6 cannot look a function up in a set.
+# Tuples: not every Dynamo can look a function up in a set.
 _ADD = (
     torch.Tensor.add,
     torch.add,
@@ -66,7 +66,9 @@ class BlockWatch(TorchFunctionMode):
         self.residuals = [tokens]
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
-        self.attention: Tensor | None = None
+        self.attentions: list[Tensor] = []
+        self.scores = False  # a product of queries and keys waits for its softmax
+        self.values_next = False  # the product to come is that of weights and values
         self.weighed = False
         self.done = False
 
@@ -82,7 +84,7 @@ class BlockWatch(TorchFunctionMode):
             return self._multi_head_attention(*args, **kwargs)
         if func in _ADD and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             return self._add(func, args[0], args[1], kwargs)
-        if func in _MATMUL and self.keys is None:
+        if func in _MATMUL:
             self._note_product(*args)
         if func in _SOFTMAX and tuple(args[0].shape[-2:]) == (self.tokens, self.tokens):
             return self._softmax(func, *args, **kwargs)
@@ -151,11 +153,14 @@ class BlockWatch(TorchFunctionMode):
     def _note_product(self, a: Any, b: Any, *rest: Any) -> None:
         """Note queries and keys if this is the product of queries [.., T, D] and keys [.., D, T]."""
         tokens = self.tokens
+        if self.scores or self.values_next:
+            self.values_next = False
+            return
         if not (a.dim() >= 3 and a.dim() == b.dim() and a.shape[-2] == tokens and b.shape[-1] == tokens):
             return
         heads = (self.batch, -1)
-        self.queries = a.reshape(*heads, *a.shape[-2:])
-        self.keys = b.transpose(-1, -2).reshape(*heads, tokens, b.shape[-2])
+        self._note_heads(a.reshape(*heads, *a.shape[-2:]), b.transpose(-1, -2).reshape(*heads, tokens, b.shape[-2]))
+        self.scores = True
 
     def _softmax(self, func: Callable[..., Tensor], logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bias = self._bias(logits.dtype)
@@ -163,18 +168,18 @@ class BlockWatch(TorchFunctionMode):
             heads = logits.reshape(self.batch, -1, self.tokens, self.tokens)
             logits = (heads + bias).reshape(logits.shape)
         self.weighed = True
+        self.scores, self.values_next = False, self.scores
         weights = func(logits, *args, **kwargs)
         if self.keys is not None and self._wants_attention():
             heads = weights.detach().reshape(self.batch, -1, self.tokens, self.tokens)
-            self.attention = heads.float().mean(1)
+            self.attentions.append(heads.float().mean(1))
         return weights
 
     def _note(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> None:
-        if self.keys is not None:
-            return
         # Grouped-query attention: every query head is compared with the key head it reads.
         key = key if key.shape[1] == query.shape[1] else key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        self.queries, self.keys, self.weighed = query, key, True
+        self._note_heads(query, key)
+        self.weighed = True
         if self._wants_attention():
             with torch.no_grad():
                 scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -184,7 +189,13 @@ class BlockWatch(TorchFunctionMode):
                     logits = logits.masked_fill(hidden, -math.inf)
                 if mask is not None:
                     logits = logits + _additive(mask, logits.dtype)
-                self.attention = attention_weights(logits)
+                self.attentions.append(attention_weights(logits))
+
+    def _note_heads(self, queries: Tensor, keys: Tensor) -> None:
+        """Several attentions in front of one residual (parallel, differential) count as one with all their heads."""
+        if self.queries is not None and self.keys is not None:
+            queries, keys = torch.cat([self.queries, queries], 1), torch.cat([self.keys, keys], 1)
+        self.queries, self.keys = queries, keys
 
     def _wants_attention(self) -> bool:
         return self.reducer.needs_attention and self.r > 0
@@ -204,11 +215,12 @@ class BlockWatch(TorchFunctionMode):
         """The host's mask [.., T0 or 1, T0] for the tokens that are left: [B, .., T or 1, T]."""
         if mask is None:
             return None
+        host = mask
         mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
         if self.find_padding and self.state.valid is None:
             self.state.valid = self._padding(mask)
         if int(mask.shape[-1]) == self.tokens and self.state.pristine:
-            return mask
+            return host  # as it came: the number of its axes decides which kernel runs
         length, expected = self.state.length, self.state.length + int(self.state.cross)
         if self.state.cross and int(mask.shape[-1]) == expected:
             # Made inside a block, which took the cross token for one more of the host's tokens.
@@ -247,9 +259,8 @@ class BlockWatch(TorchFunctionMode):
         return torch.cat([mask, row], -2)
 
     def _padding(self, mask: Tensor) -> Tensor:
-        """[B, T] which tokens any query may see."""
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        seen = seen.any(2).any(1).expand(self.batch, -1)
+        """[B, T] which tokens any query (in a causal tower: the last) may see, the cross token among them."""
+        seen = visible(mask[:, :, -1:] if self.causal else mask, self.batch)
         if int(seen.shape[1]) < self.tokens:
             seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
         return seen
@@ -272,7 +283,7 @@ class BlockWatch(TorchFunctionMode):
 
     def _adds_mask(self, a: Tensor, b: Tensor) -> bool:
         """Whether `b`, a mask or a bias of the host, is added to the scores `a` [.., T, T] of an eager attention."""
-        if self.keys is None or self.weighed or a.dim() < 3 or tuple(a.shape[-2:]) != (self.tokens, self.tokens):
+        if not self.scores or a.dim() < 3 or tuple(a.shape[-2:]) != (self.tokens, self.tokens):
             return False
         return int(b.shape[-1]) in (self.state.length, self.state.length + int(self.state.cross))
 
@@ -295,13 +306,15 @@ class BlockWatch(TorchFunctionMode):
     def _reduced(self, total: Tensor) -> tuple[Tensor, Tensor | None, Plan] | None:
         state = self.state
         queries, keys = _seen(self.queries), _seen(self.keys)
+        attention = torch.stack(self.attentions).mean(0) if self.attentions else None
         view = View(
-            total, queries, keys, self.attention, state.sizes, state.protected, state.n_protected, state.valid,
+            total, queries, keys, attention, state.sizes, state.protected, state.n_protected, state.valid,
             self._guide(total),
         )  # fmt: skip
-        if not torch.is_autocast_enabled(total.device.type):
+        device = total.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return self.reducer.reduce(view, self.r)
-        with torch.autocast(total.device.type, enabled=False):  # the choice of tokens is made in full precision
+        with torch.autocast(device, enabled=False):  # the choice of tokens is made in full precision
             return self.reducer.reduce(view, self.r)
 
     def _guide(self, total: Tensor) -> Tensor | None:
@@ -310,6 +323,12 @@ class BlockWatch(TorchFunctionMode):
         if not self.state.cross:
             return None
         return torch.full((self.batch,), self.tokens - 1, device=total.device)
+
+
+def visible(mask: Tensor, batch: int) -> Tensor:
+    """[B, T] which tokens any query may see under a mask [B or 1, H or 1, T or 1, T]."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.any(2).any(1).expand(batch, -1)
 
 
 def _seen(part: Tensor | None) -> Tensor:

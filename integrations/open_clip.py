@@ -24,15 +24,15 @@ from crossget.integrations import timm as timm_towers
 from crossget.registry import TextInput, Tower, find_towers, register
 from crossget.state import TokenState
 
-# model_type of the Hugging Face encoders that HFTextEncoder knows -> where their blocks and their last norm are.
-_HF_BLOCKS = {
-    "bert": "encoder.layer",
-    "roberta": "encoder.layer",
-    "xlm-roberta": "encoder.layer",
-    "mt5": "block",
-    "m2m_100": "layers",
+_BERT = ("embeddings.word_embeddings", "encoder.layer", None)
+# model_type of the Hugging Face encoders that HFTextEncoder knows -> where their embedding, blocks and last norm are.
+_HF_PARTS: dict[str, tuple[str, str, str | None]] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "mt5": ("embed_tokens", "block", "final_layer_norm"),
+    "m2m_100": ("embed_tokens", "layers", "layer_norm"),
 }
-_HF_FINAL_NORM = {"mt5": "final_layer_norm", "m2m_100": "layer_norm"}
 
 
 @register(open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa)
@@ -146,8 +146,8 @@ def _end(pool: str, eos: Any, ids: Tensor) -> tuple[Tensor | None, None]:
 
 def _hf_text(text: Any) -> Any:
     config, kind = text.config, text.config.model_type
-    if kind not in _HF_BLOCKS:
-        return f"the Hugging Face text encoder {kind!r} is not known here; known are {', '.join(_HF_BLOCKS)}"
+    if kind not in _HF_PARTS:
+        return f"the Hugging Face text encoder {kind!r} is not known here; known are {', '.join(_HF_PARTS)}"
     if getattr(config, "is_decoder", False):
         return f"the Hugging Face text encoder {kind!r} is set up as a decoder (is_decoder=True)"
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
@@ -160,19 +160,19 @@ def _hf_text(text: Any) -> Any:
             f"{type(text.transformer).__name__} skips layers at random in training (layerdrop="
             f"{text.transformer.layerdrop}), so its tokens' way cannot be planned; set text.transformer.layerdrop = 0"
         )
+    embedding, blocks, norm = (name and text.transformer.get_submodule(name) for name in _HF_PARTS[kind])
     pools_one = hasattr(text.pooler, "cls_token_position")
+    read = partial(_first if pools_one else _all, config.pad_token_id)
+    # A pooler of the encoder's own stands between its tokens and the projection: no way for a single token.
+    own_pooler = getattr(text.transformer, "pooler", None) is not None
     return Tower(
         "text",
-        blocks=list(text.transformer.get_submodule(_HF_BLOCKS[kind])),
-        width=int(text.transformer.get_input_embeddings().weight.shape[1]),
+        blocks=list(blocks),
+        width=int(embedding.weight.shape[1]),
         prefix=0 if pools_one else 1,
         padding=True,
-        text=TextInput(
-            text.transformer.get_input_embeddings(),
-            partial(_first if pools_one else _all, config.pad_token_id),
-            pools_one=pools_one,
-        ),
-        project=_hf_projection(text),
+        text=TextInput(embedding, read, pools_one),
+        project=None if own_pooler else partial(_project, norm, text, "proj"),
         refit=_refit_mask if kind == "mt5" else None,
     )
 
@@ -183,13 +183,6 @@ def _first(pad: int, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _all(pad: int, ids: Tensor) -> tuple[None, Tensor]:
     return None, ids != pad
-
-
-def _hf_projection(text: Any) -> Any:
-    if getattr(text.transformer, "pooler", None) is not None:
-        return None  # a pooler of its own stands between the tokens and the projection
-    name = _HF_FINAL_NORM.get(text.config.model_type)
-    return partial(_project, None if name is None else getattr(text.transformer, name), text, "proj")
 
 
 def _refit_mask(block: nn.Module, name: str, value: Any, state: TokenState) -> Any:

@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 import crossget
 from crossget.schedule import planned_tokens
 
-# Dynamo learned to trace a TorchFunctionMode inside a graph in this version.
-COMPILES = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 6)
+# Dynamo has learned to trace a TorchFunctionMode, and an attribute set on a tensor, by this version.
+COMPILES = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 8)
 
 
 @dataclass(frozen=True)

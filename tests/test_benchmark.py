@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import crossget
 import pytest
 import torch
-from crossget.benchmark import BenchmarkReport, Measurement, _peak_on_cpu, benchmark, environment
 from torch import Tensor, nn
 from torch.nn import functional
+
+import crossget
+from crossget.benchmark import BenchmarkReport, Measurement, _peak_on_cpu, benchmark, environment
 
 
 class Block(nn.Module):
@@ -146,7 +147,7 @@ def test_a_model_that_waits_longer_when_dense_is_seen_to() -> None:
     assert report["dense"].median_seconds > 0.02
 
 
-# Memory -----------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
 def test_peak_memory_is_what_lives_at_once() -> None:
@@ -195,7 +196,7 @@ def test_fewer_tokens_need_less_memory_where_tokens_are_what_needs_it() -> None:
     assert report["dense"].peak_memory >= 4 * 64 * 1600 * 4
 
 
-# Refusals ---------------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------------------------------
 
 
 def test_an_attached_model_does_not_take_methods() -> None:
@@ -226,7 +227,7 @@ def test_inputs_of_another_type_are_refused() -> None:
         benchmark(Toy(), [X], methods=METHODS)  # type: ignore[arg-type]
 
 
-# Reports ----------------------------------------------------------------------------------------------------------------
+# Reports --------------------------------------------------------------------------------------------------------------
 
 
 def report() -> BenchmarkReport:
@@ -242,7 +243,20 @@ def test_the_table() -> None:
     lines = str(report()).splitlines()
     assert lines[0].startswith("Toy, inputs [8, 3, 4, 4], float32, ")
     assert lines[0].endswith(f"torch {torch.__version__}; 2 rounds")
-    assert lines[4].split() == ["dense", "200.00", "200.00", "-", "200.00", "40.0", "1.00x", "1.00", "-", "1.00", "2.0", "MiB"]
+    assert lines[4].split() == [
+        "dense",
+        "200.00",
+        "200.00",
+        "-",
+        "200.00",
+        "40.0",
+        "1.00x",
+        "1.00",
+        "-",
+        "1.00",
+        "2.0",
+        "MiB",
+    ]
     assert lines[5].split()[:6] == ["guided", "100.00", "100.00", "-", "100.00", "80.0"]
 
 

@@ -3,21 +3,20 @@
 import dataclasses
 import json
 import logging
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import crossget
 import pytest
 import torch
-from crossget.flops import FlopReport, count_flops
 from torch import Tensor, nn
 from torch.nn import functional
 
-# A toy ViT whose count is a formula -------------------------------------------------------------------------------------
+import crossget
+from crossget.flops import FlopReport, count_flops
+
+# A toy ViT whose count is a formula -----------------------------------------------------------------------------------
 
 WIDTH, HEADS, HIDDEN, CLASSES, PATCH, SIDE = 24, 4, 60, 7, 4, 16
 PATCHES = (SIDE // PATCH) ** 2
@@ -47,7 +46,9 @@ class Attention(nn.Module):
         else:
             flat = (part.reshape(batch * HEADS, tokens, -1) for part in (q, k, v))
             q, k, v = flat
-            scores = torch.baddbmm(torch.zeros(1, 1, 1, device=x.device), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+            scores = torch.baddbmm(
+                torch.zeros(1, 1, 1, device=x.device), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5
+            )
             x = torch.bmm(scores.softmax(-1), v).reshape(batch, HEADS, tokens, -1)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, WIDTH))
 
@@ -109,6 +110,10 @@ def toy_formula(blocks: int = 2, r: int = 0, cross: int = 0) -> int:
     return total + 5 * TOKENS * WIDTH + WIDTH * CLASSES  # the tokens are back on the full grid before the last norm
 
 
+def name(reducer: Any) -> str:
+    return "dense" if reducer is None else type(reducer).__name__
+
+
 def image(batch: int = 1, device: str = "cpu") -> Tensor:
     return torch.randn(batch, 3, SIDE, SIDE, device=device)
 
@@ -165,7 +170,7 @@ def test_bipartite_matching_compares_half_with_half() -> None:
     assert report.total == expected
 
 
-@pytest.mark.parametrize("reducer", [None, crossget.CrossGET(4), crossget.TopK(4)], ids=str)
+@pytest.mark.parametrize("reducer", [None, crossget.CrossGET(4), crossget.TopK(4)], ids=name)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_batch_of_four_costs_four_times_as_much(kernel: str, reducer: Any) -> None:
     if kernel == "baddbmm" and reducer is not None:
@@ -178,7 +183,7 @@ def test_a_batch_of_four_costs_four_times_as_much(kernel: str, reducer: Any) -> 
 
 @pytest.mark.parametrize("kernel", ["fused", "eager", "multihead"])
 @pytest.mark.parametrize(
-    "reducer", [None, crossget.CrossGET(4), crossget.ToMe(4), crossget.TopK(4), crossget.Random(4)], ids=str
+    "reducer", [None, crossget.CrossGET(4), crossget.ToMe(4), crossget.TopK(4), crossget.Random(4)], ids=name
 )
 def test_the_meta_device_counts_what_the_real_one_counts(kernel: str, reducer: Any) -> None:
     reports = []
@@ -193,7 +198,7 @@ def test_the_meta_device_counts_what_the_real_one_counts(kernel: str, reducer: A
     assert meta.unsupported == real.unsupported == {}
 
 
-# Operators --------------------------------------------------------------------------------------------------------------
+# Operators ------------------------------------------------------------------------------------------------------------
 
 
 class Apply(nn.Module):
@@ -233,7 +238,9 @@ def total(function: Callable[..., Any], *shapes: tuple[int, ...]) -> int:
         (lambda x, w: functional.conv1d(x, w, stride=2), [(2, 3, 8), (4, 3, 2)], 2 * 4 * 4 * 6),
     ],
 )
-def test_formulas_of_operators(function: Callable[..., Any], shapes: list[tuple[int, ...]], expected: int | None) -> None:
+def test_formulas_of_operators(
+    function: Callable[..., Any], shapes: list[tuple[int, ...]], expected: int | None
+) -> None:
     if function is functional.layer_norm:
         weights = torch.ones(7), torch.zeros(7)
         assert total(lambda x: functional.layer_norm(x, (7,), *weights), *shapes) == 5 * 3 * 5 * 7
@@ -289,6 +296,13 @@ def test_convolutions_with_any_padding(device: str) -> None:
     assert count_flops(strided, torch.empty(1, 3, 9, 9, device=device)).total == out.numel() * 27
 
 
+def test_transposed_convolutions() -> None:
+    model = nn.ConvTranspose2d(3, 4, 2, 2)
+    assert count_flops(model, torch.ones(1, 3, 8, 8)).total == 8 * 8 * 3 * 4 * 2 * 2
+    with pytest.raises(RuntimeError, match="cannot be traced on the meta device"):
+        count_flops(model.to("meta"), torch.ones(1, 3, 8, 8, device="meta"))
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -301,7 +315,7 @@ class Doubled(torch.autograd.Function):
 
 def test_what_counts_nothing_is_listed_by_kind() -> None:
     def function(x: Tensor) -> Tensor:
-        return Doubled.apply(functional.avg_pool2d(x.softmax(-1) + x.mean(), 2).gelu())
+        return Doubled.apply(functional.avg_pool2d(functional.gelu(x.softmax(-1) + x.mean()), 2))
 
     report = count_flops(Apply(function), torch.randn(1, 2, 4, 4))
     assert report.total == 0
@@ -319,7 +333,7 @@ def test_rms_norm_counts_zero_fused_or_not() -> None:
     assert total(by_hand, (2, 3, 8)) == total(lambda x: functional.rms_norm(x, (8,)), (2, 3, 8)) == 0
 
 
-# What the trace would lose ----------------------------------------------------------------------------------------------
+# What the trace would lose --------------------------------------------------------------------------------------------
 
 
 class ReadsSecondToLast(nn.Module):
@@ -350,7 +364,7 @@ def test_modules_that_were_not_called_are_named() -> None:
     assert "never called (unused, or counted in their parent): read, unused" in str(report)
 
 
-# Inputs and outputs -----------------------------------------------------------------------------------------------------
+# Inputs and outputs ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -417,7 +431,7 @@ def test_a_compiled_model_counts_as_what_it_was_compiled_from() -> None:
     assert count_flops(torch.compile(model, backend="eager"), image()).total == toy_formula()
 
 
-# Nothing is left behind -------------------------------------------------------------------------------------------------
+# Nothing is left behind -----------------------------------------------------------------------------------------------
 
 
 class WithBatchNorm(nn.Module):
@@ -434,7 +448,10 @@ class WithBatchNorm(nn.Module):
 def snapshot(model: nn.Module) -> Any:
     return (
         {name: value.clone() for name, value in model.state_dict().items()},
-        [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), type(m), sorted(vars(m))) for m in model.modules()],
+        [
+            (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), type(m), sorted(vars(m)))
+            for m in model.modules()
+        ],
         [(p.requires_grad, p.grad) for p in model.parameters()],
         torch.is_grad_enabled(),
         torch.backends.mha.get_fastpath_enabled(),
@@ -445,14 +462,15 @@ def snapshot(model: nn.Module) -> Any:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("fail", [False, True])
 def test_model_and_process_are_left_as_they_were(training: bool, fail: bool) -> None:
-    model = WithBatchNorm().train(training)
-    model.layers[2].train(not training)  # a mixture must stay one
+    model = WithBatchNorm()
+    model.train(False)
+    model.layers.train(training)  # a mixture must stay one
     before = snapshot(model)
     if fail:
         with pytest.raises(KeyError, match="on purpose"):
             count_flops(model, {"x": torch.ones(2, 3, 8, 8), "fail": True})
     else:
-        count_flops(model, torch.ones(2, 3, 8, 8))
+        count_flops(model, torch.arange(384.0).reshape(2, 3, 8, 8))
     after = snapshot(model)
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
     assert after[1:5] == before[1:5]
@@ -491,12 +509,7 @@ def test_any_gradient_mode_outside_gives_the_same(context: Callable[[], Any]) ->
         assert count_flops(model, image()).total == toy_formula(r=4, cross=1)
 
 
-def test_importing_the_package_does_not_import_fvcore() -> None:
-    code = "import sys, crossget; sys.exit(any(name.split('.')[0] == 'fvcore' for name in sys.modules))"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# Reports ----------------------------------------------------------------------------------------------------------------
+# Reports --------------------------------------------------------------------------------------------------------------
 
 
 def reduced_report() -> FlopReport:
@@ -559,10 +572,10 @@ def test_a_part_of_an_attached_model_is_counted_reduced_too() -> None:
     assert report.total == toy_formula(r=4, cross=1)
 
 
-# Hosts ------------------------------------------------------------------------------------------------------------------
+# Hosts ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reducer", [None, crossget.CrossGET(4)], ids=str)
+@pytest.mark.parametrize("reducer", [None, crossget.CrossGET(4)], ids=name)
 def test_timm_counts_the_same_with_fused_and_eager_attention(reducer: Any) -> None:
     timm = pytest.importorskip("timm")
     totals = []
@@ -592,7 +605,7 @@ def test_transformers_counts_its_own_outputs() -> None:
     assert totals == {2 * block + 16 * 3 * 64 * width + 5 * tokens * width + 5 * width}
 
 
-# The reference's numbers ------------------------------------------------------------------------------------------------
+# The reference's numbers ----------------------------------------------------------------------------------------------
 
 # Multiply-adds that the authors' training logs state for one 224-pixel image and one caption of 77 tokens (CLIP
 # ViT-B/16), by (vision r, text r); None is the dense model.
@@ -635,7 +648,11 @@ def differences(r: tuple[int, int] | None) -> dict[str, int]:
     return terms
 
 
-@pytest.mark.parametrize("r", REFERENCE, ids=str)
+@pytest.mark.parametrize(
+    "r",
+    [None, (16, 6), pytest.param((16, 0), marks=pytest.mark.slow), pytest.param((0, 6), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_every_multiply_add_of_the_reference_is_accounted_for(r: tuple[int, int] | None) -> None:
     model = clip()
     inputs = (torch.empty(1, 3, 224, 224, device="meta"), captions("meta"))

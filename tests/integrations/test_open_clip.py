@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers
+from open_clip import coca_model
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import TextTransformer
@@ -23,7 +24,7 @@ from crossget.registry import Tower
 from crossget.state import TokenState
 from tests import contract
 
-NEW = hasattr(TextTransformer, "forward_intermediates")  # eos pooling, pad masks and custom blocks came together with it
+NEW = hasattr(TextTransformer, "_build_additive_mask")  # so are eos pooling, pad masks and non-reentrant checkpoints
 WIDTH, VOCABULARY, CONTEXT, IMAGE = 32, 60, 16, 32
 END, PAD = VOCABULARY - 1, 0
 
@@ -49,7 +50,9 @@ def coca() -> nn.Module:
     v = vision(attentional_pool=True, attn_pooler_heads=2, attn_pooler_queries=5, output_tokens=True)
     t = words(embed_cls=True, output_tokens=True)
     m = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": 2, "layers": 2}
-    return open_clip.CoCa(WIDTH, open_clip.coca_model.MultimodalCfg(**m), t, v)
+    model = open_clip.CoCa(WIDTH, coca_model.MultimodalCfg(**m), t, v)
+    nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # which open_clip leaves as the memory was
+    return model
 
 
 def trunk(name: str, pool: str, proj: str, image: int = 160) -> nn.Module:
@@ -78,8 +81,11 @@ def pad_masked() -> nn.Module:
     return model
 
 
-SMALL = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48, "pad_token_id": PAD}
-ROBERTA = {**SMALL, "vocab_size": VOCABULARY, "max_position_embeddings": 40, "type_vocab_size": 1}
+ROBERTA = {
+    "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48, "pad_token_id": PAD,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 40, "type_vocab_size": 1, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 HF_CONFIGS = {
     "roberta": partial(transformers.RobertaConfig, **ROBERTA),
     "xlm-roberta": partial(transformers.XLMRobertaConfig, **ROBERTA),
@@ -87,11 +93,13 @@ HF_CONFIGS = {
     "mt5": partial(
         transformers.MT5Config, vocab_size=VOCABULARY, d_model=WIDTH, d_kv=16, d_ff=48, num_layers=3, num_heads=2,
         relative_attention_num_buckets=8, relative_attention_max_distance=10, pad_token_id=PAD,
+        dropout_rate=0.0,
     ),
     "m2m_100": partial(
         transformers.M2M100Config, vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=3, decoder_layers=1,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
         encoder_layerdrop=0.0, max_position_embeddings=40, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
     ),
 }  # fmt: skip
 
@@ -129,7 +137,7 @@ def both(size: int = IMAGE) -> tuple[Tensor, ...]:
 
 
 def case(name: str, make: Callable[[], nn.Module], size: int = IMAGE, **settings: Any) -> contract.Case:
-    return contract.Case(name, make, partial(both, size), compiles=False, **settings)
+    return contract.Case(name, make, partial(both, size), compiles=False, reentrant=not NEW, **settings)
 
 
 CASES = [
@@ -158,6 +166,7 @@ if NEW:
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")  # open_clip 2 does not say use_reentrant
 @pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
 @pytest.mark.parametrize("case", CASES, ids=contract.name)
 def test_contract(case: contract.Case, probe: Callable[[contract.Case], None]) -> None:
@@ -227,7 +236,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def explicit(
     host: Native, tower: Tower, reducer: crossget.CrossGET, cross: Tensor | None, x: Tensor, end: Tensor | None,
-    valid: Tensor, bias: Tensor,
+    valid: Tensor, bias: Tensor, masked_from: int,
 ) -> Tensor:  # fmt: skip
     """The reduced tower, written out: every mask is made anew from the tokens' positions in the text.
 
@@ -239,6 +248,7 @@ def explicit(
         end: [B] the token that is pooled.
         valid: [B, T] false for padding that the model masks.
         bias: [H, T, T] of positions.
+        masked_from: the first position from which on padding is hidden.
     """
     batch, length, _ = x.shape
     position = torch.arange(length).expand(batch, length)
@@ -258,7 +268,7 @@ def explicit(
         if cross is not None:
             origin = x[:, -1] if end is None else x[torch.arange(batch), end]
             x = torch.cat([x[:, :-1], (origin + cross[layer])[:, None]], 1)
-        seen = valid[:, None, :].expand(-1, position.shape[1], -1)
+        seen = valid[:, None, :] | (position[:, :, None] < masked_from)
         if tower.causal:
             seen = seen & (position[:, None, :] <= position[:, :, None])
         q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in host.attention(block, x))
@@ -289,7 +299,10 @@ def real(ids: Tensor) -> Tensor:
 
 
 def coca_padding(ids: Tensor) -> Tensor:
-    """The mask of CoCa's released weights is one token off, and the class embedding is behind the text."""
+    """The mask of CoCa's released weights is one token off, and the class embedding is behind the text.
+
+    Until open_clip 3 padding is hidden from the class embedding only.
+    """
     return F.pad(ids != PAD, (1, 0), value=True)
 
 
@@ -357,9 +370,274 @@ def test_equals_the_tower_written_out(name: str, r: Any, cross_token: bool) -> N
         end = None if tower.text is None else tower.text.read(ids)[0]
         cross = attached.cross_tokens.get("text")
         start = seen["start"]
+        masked_from = CONTEXT if name == "coca" and not NEW else 0
+        bias = position_bias(tower, start.shape[1])
         with torch.no_grad():
-            expected = explicit(
-                host, tower, attached.reducers["text"], cross, start, end, padding(ids), position_bias(tower, start.shape[1])
-            )  # fmt: skip
+            reducer = attached.reducers["text"]
+            expected = explicit(host, tower, reducer, cross, start, end, padding(ids), bias, masked_from)
     out = seen["end"][0] if isinstance(seen["end"], tuple) else seen["end"]
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random])
+@pytest.mark.parametrize("name", MASKED)
+def test_padding_only_ever_joins_padding(name: str, method: Callable[..., crossget.Reducer]) -> None:
+    model, ids = prepared(name), texts()
+    with randomised(model, method(r=4)) as attached:
+        encode(model, ids)
+        source = attached.source["text"]
+    padding = TEXTS[name][2](ids)
+    assert not padding.all()
+    for row, seen in zip(source, padding, strict=True):
+        assert not set(row[seen].tolist()) & set(row[~seen].tolist())
+        assert len(set(row[seen].tolist())) < int(seen.sum())
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_does_not_depend_on_its_neighbours(name: str) -> None:
+    model, ids = prepared(name), torch.cat([texts(), texts().flip(0)])
+    with randomised(model, crossget.CrossGET(r=2)):
+        together = encode(model, ids)
+        alone = torch.cat([encode(model, row[None]) for row in ids])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKED if name != "coca"])
+def test_more_padding_changes_nothing(name: str) -> None:
+    """As in the dense model. With r > 0 it decides how many of the tokens that leave are padding."""
+    model, ids = prepared(name), texts()
+    torch.testing.assert_close(encode(model, ids), encode(model, ids[:, :13]), rtol=0, atol=1e-5)
+    with randomised(model, crossget.CrossGET(r=0, cross_token=True)) as attached:
+        torch.testing.assert_close(encode(model, ids), encode(model, ids[:, :13]), rtol=0, atol=1e-5)
+        assert attached.tokens["text"] == [14] * len(attached.towers["text"].blocks)
+
+
+@pytest.mark.parametrize("name", ["causal", "coca"])
+def test_a_causal_tower_does_not_see_its_cross_token(name: str) -> None:
+    model, ids = prepared(name), texts()
+    dense = encode(model, ids)
+    with randomised(model, crossget.CrossGET(r=0)):
+        torch.testing.assert_close(encode(model, ids), dense, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "roberta_mean", "nllb_first", "mt5"])
+def test_a_bidirectional_tower_does(name: str) -> None:
+    model, ids = prepared(name), texts()
+    dense = encode(model, ids)
+    with randomised(model, crossget.CrossGET(r=0)):
+        assert (encode(model, ids) - dense).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["roberta_mean", "mt5", "nllb_first"])
+def test_texts_without_padding(name: str) -> None:
+    """Hosts leave the mask away then."""
+    model, ids = prepared(name), torch.randint(3, END, (2, CONTEXT))
+    with randomised(model, crossget.CrossGET(r=2)) as attached:
+        whole = encode(model, ids)
+        torch.testing.assert_close(torch.cat([encode(model, row[None]) for row in ids]), whole, rtol=0, atol=1e-5)
+        assert attached.tokens["text"] == [17, 15, 13]
+
+
+def test_a_text_of_padding_alone_stays_finite() -> None:
+    model, ids = prepared("roberta_mean"), texts()
+    ids[1, 1:] = PAD
+    with randomised(model, crossget.CrossGET(r=4)):
+        assert encode(model, ids).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mt5", "m2m_100"])
+def test_hugging_face_checkpointing(kind: str) -> None:
+    model: Any
+    model, inputs = contract.build(case(kind, partial(hugging_face, kind, "mean_pooler")))
+    model.train()  # transformers checkpoints in training only
+    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    with randomised(model, crossget.CrossGET(r=2)) as attached:
+        results = []
+        for enabled in (False, True):
+            if enabled:
+                model.text.transformer._set_gradient_checkpointing(True, again)
+            model.zero_grad()
+            (cross,) = attached.parameters()
+            cross.grad = None
+            model.encode_text(inputs[1]).square().mean().backward()
+            results.append([p.grad for p in (*model.text.parameters(), cross) if p.grad is not None])
+    assert len(results[0]) == len(results[1]) > 10
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
+
+
+# Alignment ----------------------------------------------------------------------------------------------------------
+
+
+def test_projections_are_the_models_own() -> None:
+    model: Any = clip()
+    image, text = crossget.find_towers(model)
+    tokens = torch.randn(4, WIDTH)
+    assert image.project is not None
+    assert text.project is not None
+    torch.testing.assert_close(image.project(tokens), model.visual.ln_pre(tokens) @ model.visual.proj, rtol=0, atol=0)
+    torch.testing.assert_close(text.project(tokens), model.ln_final(tokens) @ model.text_projection, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=contract.name)
+def test_alignment_loss(case: contract.Case) -> None:
+    """It teaches cross tokens and no parameter on its way; where single tokens have no projection, it says so."""
+    model, inputs = contract.build(case)
+    with crossget.attach(model, crossget.CrossGET(r=1)) as attached:
+        model(*inputs)
+        blind = [name for name, tower in attached.towers.items() if tower.project is None]
+        if blind:
+            with pytest.raises(RuntimeError, match=f"no projection of single tokens is known for: {blind[0]}"):
+                attached.alignment_loss()
+            return
+        width = {int(tower.project(torch.randn(2, tower.width)).shape[1]) for tower in attached.towers.values() if tower.project}
+        assert len(width) == 1
+        attached.alignment_loss().backward()
+        assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in attached.parameters())
+    on_the_way = ("ln_pre", "visual.proj", "ln_final", "text_projection", "text.proj", "head", "final_layer_norm", "pos_embed")
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in on_the_way):
+            assert parameter.grad is None, name
+
+
+def test_which_cases_have_no_alignment() -> None:
+    blind = {case.id for case in CASES if any(tower.project is None for tower in crossget.find_towers(case.make()))}
+    assert blind == {"clip_attentional_pool", "coca", "timm_map", "bert_pooler"}
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def resnet() -> nn.Module:
+    return clip({"layers": (1, 1, 1, 1), "width": 16, "head_width": 32})
+
+
+def test_a_convolutional_image_tower_is_not_there() -> None:
+    model = resnet()
+    assert [tower.name for tower in crossget.find_towers(model)] == ["text"]
+    with pytest.raises(ValueError, match=r"\['visual'\].*has \['text'\]; 'visual': ModifiedResNet is convolutional"):
+        crossget.attach(model, {"visual": crossget.CrossGET(r=2)})
+    with pytest.raises(ValueError, match=r"one reducer is for the tower 'visual'.*ModifiedResNet is convolutional.*'text'"):
+        crossget.attach(model, crossget.CrossGET(r=2))
+    with crossget.attach(model, {"text": crossget.CrossGET(r=2)}) as attached:
+        encode(model, texts())
+        assert attached.tokens == {"text": [17, 15, 13]}
+
+
+def test_a_trunk_that_timms_adapter_refuses_is_not_there() -> None:
+    model = trunk("test_convnext", "avg", "linear")
+    with pytest.raises(ValueError, match="'visual': timm's ConvNeXt: .*convolutional"):
+        crossget.attach(model, {"visual": crossget.CrossGET(r=2)})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' is not known here; known are bert, roberta"),
+        ({"is_decoder": True}, "is_decoder=True"),
+        ({"position_embedding_type": "relative_key"}, "'relative_key' positions inside its attention"),
+    ],
+)
+def test_hugging_face_encoders_that_cannot_be_reduced(change: dict[str, Any], reason: str) -> None:
+    model: Any = hugging_face("roberta", "mean_pooler")
+    model.text.config.__dict__.update(change)
+    if "model_type" in change:
+        model.text.config = type("Config", (), {"model_type": "gpt2"})()
+    assert [tower.name for tower in crossget.find_towers(model)] == ["visual"]
+    with pytest.raises(ValueError, match=f"'text': .*{reason}"):
+        crossget.attach(model, {"text": crossget.CrossGET(r=2)})
+
+
+def test_layer_drop_is_refused() -> None:
+    model: Any = hugging_face("m2m_100", "cls_pooler", "linear")
+    model.text.transformer.layerdrop = 0.1
+    with pytest.raises(ValueError, match=r"layerdrop=0\.1.*set text\.transformer\.layerdrop = 0"):
+        crossget.attach(model, {"text": crossget.CrossGET(r=2)})
+    with pytest.raises(RuntimeError, match=r"found no tower.*text: .*layerdrop"):
+        crossget.attach(model.text, crossget.CrossGET(r=2))
+
+
+def test_tokens_first_is_refused() -> None:
+    model: Any = clip()
+    model.transformer.batch_first = False
+    with pytest.raises(ValueError, match="batch_first=False"):
+        crossget.attach(model, crossget.CrossGET(r=2))
+
+
+def test_torchscript_is_refused() -> None:
+    scripted = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    with pytest.raises(TypeError, match="TorchScript model, whose compiled code cannot be watched: load it without jit"):
+        crossget.attach(scripted, crossget.CrossGET(r=2))
+
+
+def test_a_resnet_alone_says_why() -> None:
+    model: Any = resnet()
+    with pytest.raises(TypeError, match="ModifiedResNet is convolutional"):
+        crossget.attach(model.visual, crossget.CrossGET(r=2))
+
+
+# Use ----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_reducer_reduces_images_and_gives_texts_a_cross_token() -> None:
+    model, inputs = contract.build(CASES[0])
+    dense = encode(model, inputs[1])
+    with crossget.attach(model, crossget.CrossGET(r=3)) as attached:
+        contract.run(model, inputs)
+        assert attached.tokens == {"visual": [18, 15, 12], "text": [17, 17, 17]}
+        torch.testing.assert_close(encode(model, inputs[1]), dense, rtol=0, atol=1e-6)
+
+
+def test_towers_on_their_own() -> None:
+    model: Any = coca()
+    for tower, inputs in ((model.visual, images()), (model.text, texts())):
+        with crossget.attach(tower, crossget.CrossGET(r=2)) as attached, torch.no_grad():
+            tower(inputs)
+            ((_, tokens),) = attached.tokens.items()
+            assert tokens[-1] < tokens[0]
+
+
+def test_token_ids_that_bypass_the_embedding() -> None:
+    """Learned prompts (CoOp): embeddings go straight to the blocks, and the ids only say where texts end."""
+    model: Any = prepared("causal")
+    ids = texts()
+
+    def prompted() -> Tensor:
+        x = model.token_embedding.weight[ids] + model.positional_embedding
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+        return x[torch.arange(len(ids)), ids.argmax(-1)] @ model.text_projection
+
+    with randomised(model, crossget.CrossGET(r=2)) as attached, torch.no_grad():
+        expected = encode(model, ids)
+        with pytest.raises(RuntimeError, match="saw no token ids before.*read_ids"):
+            prompted()
+        attached.read_ids(ids)
+        torch.testing.assert_close(prompted(), expected, rtol=0, atol=1e-6)
+
+
+def test_cocas_decoder_is_left_alone() -> None:
+    """With r = 0 in the text tower it reads the same text features as before."""
+    model: Any
+    model, inputs = contract.build(case("coca", coca))
+    with torch.no_grad():
+        dense = model(*inputs)
+    with crossget.attach(model, {"text": crossget.CrossGET(r=0)}) as attached, torch.no_grad():
+        reduced = model(*inputs)
+        assert attached.tokens["text"] == [18, 18, 18]
+        assert not any("_crossget_seat" in block.__dict__ for block in model.text_decoder.modules())
+    torch.testing.assert_close(reduced["logits"], dense["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not coca_model._has_transformers, reason="open_clip cannot generate with this transformers")
+def test_coca_captions_reduced_images() -> None:
+    model: Any
+    model, inputs = contract.build(case("coca", coca))
+    ids = {"sot_token_id": 1, "eos_token_id": END, "pad_token_id": PAD}
+    with crossget.attach(model, crossget.CrossGET(r=3)) as attached:
+        assert model.generate(inputs[0], generation_type="top_k", seq_len=8, min_seq_len=2, **ids).shape == (2, 8)
+        assert attached.tokens["visual"] == [18, 15, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=contract.name)
+def test_compiles(case: contract.Case) -> None:
+    contract.compiles_to_one_graph(contract.Case(case.id, case.make, case.inputs))

@@ -67,6 +67,7 @@ RELPOS = "VisionTransformerRelPos"
 NAFLEX = {"pos_embed_grid_size": (4, 4)}
 ROPE = {"use_rot_pos_emb": True, "qkv_fused": False}
 GEMMA = {"img_size": 48, "size": 48, "head_dim": 16, "intermediate_size": 96, "position_embedding_size": 64}
+DIFF_PARALLEL = getattr(vt, "DiffParallelScalingBlock", None)
 
 CASES = [
     case("vit", "VisionTransformer", compiles=True),
@@ -77,27 +78,28 @@ CASES = [
     case("dinov2", "VisionTransformer", init_values=0.1, reg_tokens=2, dynamic_img_size=True),
     case("eager", "VisionTransformer", fused=False, wrap=eager),
     case("res_post", "VisionTransformer", init_values=0.1, block_fn=vt.ResPostBlock),
-    case("parallel_scaling", "VisionTransformer", block_fn=vt.ParallelScalingBlock, compiles=True),
+    case("parallel_scaling", "VisionTransformer", block_fn=vt.ParallelScalingBlock),
     case("parallel_things", "VisionTransformer", init_values=0.1, block_fn=vt.ParallelThingsBlock),
-    case("diff", "VisionTransformer", "attn_layer", attn_layer="diff"),
-    case("diff_parallel", "VisionTransformer", "attn_layer", block_fn=getattr(vt, "DiffParallelScalingBlock", None)),
+    # fused=False: values twice as wide as keys, and a bias with three axes, are not for the CPU's fused kernel.
+    case("diff", "VisionTransformer", "attn_layer", attn_layer="diff", fused=False),
+    case("diff_parallel", "VisionTransformer", "attn_layer", block_fn=DIFF_PARALLEL, fused=False),
     case("distilled", "VisionTransformerDistilled"),
     case("relpos", RELPOS, init_values=0.1),
     case("relpos_class", RELPOS, rel_pos_type="bias", class_token=True, global_pool="token", init_values=0.1),
-    case("relpos_shared", RELPOS, shared_rel_pos=True, init_values=0.1, compiles=True),
+    case("relpos_shared", RELPOS, shared_rel_pos=True, init_values=0.1),
     case("relpos_res_post", RELPOS, block_fn=relpos.ResPostRelPosBlock),
     case("relpos_eager", RELPOS, init_values=0.1, fused=False, wrap=eager),
-    case("beit", "Beit", use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1, compiles=True),
-    case("beit_shared", "Beit", use_shared_rel_pos_bias=True),
+    case("beit", "Beit", use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1),
+    case("beit_shared", "Beit", use_shared_rel_pos_bias=True, fused=False),
     case("cait", "Cait", init_values=0.1, fused=False, compiles=True),
     case("eva", "Eva", init_values=0.1),
-    case("eva02", "Eva", **ROPE, swiglu_mlp=True, scale_mlp=True, compiles=True),
+    case("eva02", "Eva", **ROPE, swiglu_mlp=True, scale_mlp=True),
     case("eva02_eager", "Eva", **ROPE, swiglu_mlp=True, fused=False, wrap=eager),
     case("eva_post_norm", "Eva", use_post_norm=True),
     case("eva_registers", "Eva", use_rot_pos_emb=True, num_reg_tokens=2, class_token=False, dynamic_img_size=True),
     case("pe", "Eva", "attn_type", **ROPE, attn_type="rope", global_pool="map"),
     case("dinov3", "Eva", "rope_type", **ROPE, rope_type="dinov3", num_reg_tokens=2, global_pool="token", compiles=True),
-    case("rope_mixed", "Eva", "rope_type", use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", compiles=True),
+    case("rope_mixed", "Eva", "rope_type", use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"),
     case("mrope", "Eva", "rope_mrope_section", use_rot_pos_emb=True, rope_type="mrope", rope_mrope_section=(2, 3, 3), attn_type="rope"),
     case("grouped_query", "Eva", "num_kv_heads", **ROPE, attn_type="rope", num_kv_heads=1),
     case("naflex", "NaFlexVit", **NAFLEX, class_token=True, reg_tokens=2, global_pool="token"),
@@ -110,11 +112,13 @@ CASES = [
     case("deepseek_classifier", "DeepseekVitClassifier"),
     case("gemma4", "Gemma4VitEncoder", num_classes=None, **GEMMA),
     case("gemma4_classifier", "Gemma4VitClassifier", **GEMMA),
-    case("features", "VisionTransformer", wrap=FeatureGetterNet),
+    case("features", "VisionTransformer", wrap=partial(FeatureGetterNet, out_indices=(0, 2))),
     pytest.param(Case("test_vit", partial(timm.create_model, "test_vit"), partial(images, 160), compiles=False), id="test_vit"),
 ]
 
 
+# timm's own RMS norm says this under autocast.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 @pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
 @pytest.mark.parametrize("case", CASES)
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:

@@ -1,0 +1,234 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import crossget
+from crossget import cli
+from crossget.doctor import Check, Diagnosis
+from crossget.schedule import Ratio
+
+TINY = "test_vit"
+COMMANDS = ("demo", "models", "flops", "bench", "doctor")
+
+
+def call(*arguments: str) -> int:
+    return cli.main(arguments)
+
+
+class TestHelp:
+    def test_the_tour_shows_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            call("--help")
+        assert left.value.code == 0
+        tour = capsys.readouterr().out
+        assert all(f"  crossget {command}" in tour for command in COMMANDS)
+
+    def test_no_command_shows_the_tour(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call() == 0
+        assert "A tour:" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_explains_itself(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            call(command, "--help")
+        assert left.value.code == 0
+        assert f"usage: crossget {command}" in capsys.readouterr().out
+
+    def test_the_photographers_are_credited(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            call("demo", "--help")
+        assert "Stefan van der Walt, CC0" in capsys.readouterr().out
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            call("--version")
+        assert capsys.readouterr().out == f"crossget {crossget.__version__}\n"
+
+    def test_no_host_is_imported_for_it(self) -> None:
+        code = (
+            "import sys; from crossget.cli import main; main([]);"
+            "sys.exit(', '.join({'timm', 'open_clip', 'matplotlib', 'transformers'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+class TestErrors:
+    def test_are_one_line_and_exit_code_2(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("flops", "vit_tiny_patch16") == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert line.startswith("crossget: error: no model 'vit_tiny_patch16'")
+
+    def test_a_long_message_stays_one_line(self, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+        def raises(options: object) -> int:
+            raise RuntimeError("several\n\tlines")
+
+        monkeypatch.setattr(cli, "flops", raises)
+        assert call("flops", TINY) == 2
+        assert capsys.readouterr().err == "crossget: error: several lines\n"
+
+    def test_the_traceback_on_demand(self) -> None:
+        with pytest.raises(ValueError, match="no model 'nope'"):
+            call("flops", "nope", "--traceback")
+
+    def test_a_bug_is_not_dressed_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def raises(options: object) -> int:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(cli, "flops", raises)
+        with pytest.raises(KeyError):
+            call("flops", TINY)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("flops", TINY, "--r", "many"), "'many': expected tokens to remove in each block: a number (16), one per"),
+            (("flops", TINY, "--r=-3"), "r is -3: the number of tokens to remove cannot be negative"),
+            (("flops", TINY, "--r", "80%"), "share is 0.8: a block can remove between 0 and 0.5"),
+            (("bench", TINY, "--batch", "0"), "'0': expected a number from 1 up"),
+            (("bench", TINY, "--device", "tape"), "'tape' is no device of torch: expected cpu, cuda"),
+            (("paint",), "invalid choice: 'paint'"),
+            (("flops",), "required: MODEL"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    )
+    def test_of_arguments_say_what_was_expected(
+        self, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as left:
+            call(*arguments)
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_missing_gpu_is_told_before_any_work(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(SystemExit):
+            call("bench", TINY, "--device", "cuda")
+        assert "'cuda': torch finds no CUDA device on this machine" in capsys.readouterr().err
+
+    def test_a_reader_that_has_seen_enough_is_no_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        redirected = []
+
+        def raises(options: object) -> int:
+            raise BrokenPipeError
+
+        monkeypatch.setattr(cli, "models", raises)
+        monkeypatch.setattr(os, "dup2", lambda *numbers: redirected.append(numbers))
+        assert call("models") == 0
+        assert redirected  # so that the interpreter's last flush does not complain either
+
+
+@pytest.mark.parametrize(
+    ("text", "r"), [("16", 16), ("0", 0), ("8,4,0", (8, 4, 0)), ("10%", Ratio(0.1)), ("12.5%", Ratio(0.125))]
+)
+def test_what_r_may_be(text: str, r: object) -> None:
+    assert cli._reduction(text) == r
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, numbers = tmp_path / "d.png", tmp_path / "d.json"
+    assert call("demo", TINY, "--r", "4", "--rounds", "0", "--out", str(out), "--json", str(numbers)) == 0
+    captured = capsys.readouterr()
+    for part in ("dense", "ToMe-style", "CrossGET", "tokens entering each block", "random weights"):
+        assert part in captured.out
+    told = captured.err.splitlines()
+    assert told[0].endswith("HF_HUB_OFFLINE is set: going on with random weights")
+    assert told[1:] == [f"crossget: wrote {out}", f"crossget: wrote {numbers}"]
+    assert out.stat().st_size > 10_000
+    assert json.loads(numbers.read_text())["options"]["r"] == 4
+
+
+class TestModels:
+    def test_lists_what_can_be_reduced_and_why_the_others_cannot(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("models", "--host", "timm", "--filter", "test_*et*") == 0
+        printed = capsys.readouterr().out
+        assert "test_convnext" in printed
+        assert "no: " in printed
+        assert "can be reduced" in printed.splitlines()[-1]
+
+    def test_supported_ones_alone_as_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("models", "--host", "timm", "--filter", "test_*", "--supported", "--json") == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert {row["name"] for row in rows} >= {"test_vit", "test_vit2", "test_vit3"}
+        assert all(row["supported"] and row["towers"] for row in rows)
+
+    def test_both_hosts(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("models", "--filter", "*medium_patch16_gap_256*", "--json") == 0
+        assert {row["host"] for row in json.loads(capsys.readouterr().out)} == {"open_clip", "timm"}
+
+    def test_a_pattern_without_a_match(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("models", "--filter", "zzz") == 2
+        assert "--filter 'zzz' matches no name: it stands for whole names, as '*dino*' does" in capsys.readouterr().err
+
+    def test_a_host_that_is_not_installed(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("crossget.hosts._import", lambda host: None)
+        assert call("models", "--host", "timm") == 2
+        assert 'timm is not installed: pip install "crossget[timm]"' in capsys.readouterr().err
+        assert call("models") == 2
+        assert 'pip install "crossget[open-clip,timm]"' in capsys.readouterr().err
+
+
+class TestFlops:
+    def test_counts_what_the_library_counts(self, capsys: pytest.CaptureFixture[str]) -> None:
+        import timm
+        import torch
+
+        assert call("flops", TINY, "--r", "4", "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        model = timm.create_model(TINY).eval()
+        with crossget.attach(model, crossget.CrossGET(4)):
+            expected = crossget.count_flops(model, torch.rand(1, 3, 160, 160))
+        assert report["dense"]["total"] == expected.dense.total
+        assert report["reduced"]["total"] == expected.total
+
+    def test_a_clip_with_both_towers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("flops", "ViT-B-32", "--r", "2", "--text-r", "6", "--depth", "1") == 0
+        printed = capsys.readouterr().out
+        assert "visual: CrossGET(r=2" in printed
+        assert "text: CrossGET(r=6" in printed
+
+    def test_a_text_tower_that_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("flops", TINY, "--text-r", "2") == 2
+        assert "--text-r is for a text tower" in capsys.readouterr().err
+
+
+class TestBench:
+    def test_compares_with_dense(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("bench", TINY, "--r", "4", "--rounds", "1", "--batch", "1") == 0
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in ("dense", "ToMe-style", "CrossGET", "speed"))
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("bench", TINY, "--r", "4", "--rounds", "1", "--batch", "1", "--json") == 0
+        assert [m["name"] for m in json.loads(capsys.readouterr().out)["measurements"]] == [
+            "dense",
+            "ToMe-style",
+            "CrossGET",
+        ]
+
+
+class TestDoctor:
+    def test_a_healthy_model(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("doctor", TINY) == 0
+        assert "ok" in capsys.readouterr().out
+
+    def test_a_failed_check_is_exit_code_1(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bad = Diagnosis("Net", (Check("does it work", False, "no"),))
+        monkeypatch.setattr(crossget, "doctor", lambda model, inputs: bad)
+        assert call("doctor", TINY) == 1
+        assert "FAIL  does it work: no" in capsys.readouterr().out

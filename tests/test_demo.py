@@ -1,0 +1,311 @@
+"""The demo, end to end on small models: what it says is what the parts measure, and it never hides what it lacks."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import crossget
+from crossget import demo
+from crossget.demo import CROSSGET, SHIPPED, TOME, Demo, Options, load_photographs, run
+
+TINY_CLIP = "tiny-clip"
+CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 4, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    path = tmp_path_factory.mktemp("configs") / f"{TINY_CLIP}.json"
+    path.write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(path)
+    yield
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(path)
+    del open_clip.factory._MODEL_CONFIGS[TINY_CLIP]
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory: pytest.TempPathFactory, tiny_clip: None) -> Path:
+    torch.manual_seed(7)
+    path = tmp_path_factory.mktemp("weights") / "clip.safetensors"
+    save_file(open_clip.create_model(TINY_CLIP).state_dict(), path)
+    return path
+
+
+def quick(**options: object) -> Options:
+    defaults: dict[str, object] = {"model": TINY_CLIP, "r": 4, "rounds": 0, "batch": 2, "out": None, "json": None}
+    return Options(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Demo:
+    """A vision transformer whose weights cannot be had; measured, too."""
+    return run(quick(model="test_vit", rounds=1, r=(2,) * 6), lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def trained(clip_file: Path) -> Demo:
+    """A CLIP with weights of its own; its images are reduced."""
+    return run(quick(checkpoint=clip_file), pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def pairs(clip_file: Path) -> Demo:
+    """The same, its texts reduced as well."""
+    return run(quick(checkpoint=clip_file, text_r=3), pytest.fail)
+
+
+def printed(found: Demo) -> str:
+    """The words on the picture."""
+    figure = found.picture()
+    return "\n".join([*(text.get_text() for text in figure.texts), *(axes.get_title() for axes in figure.axes)])
+
+
+class TestWeights:
+    def test_random_weights_are_marked_everywhere(self, untrained: Demo) -> None:
+        assert "timm test_vit (random weights)" in untrained.table()
+        assert "note: random weights" in untrained.table()
+        assert "RANDOM WEIGHTS" in printed(untrained)
+        assert json.loads(untrained.to_json())["backbone"]["random_weights"] is True
+        assert all(row.captions == [] for row in untrained.rows)  # classification by chance is not shown
+
+    def test_a_checkpoint_is_no_random_weights(self, trained: Demo) -> None:
+        assert "random" not in trained.table().lower()
+        assert "RANDOM" not in printed(trained)
+        assert "weights: clip.safetensors" in printed(trained)
+        assert json.loads(trained.to_json())["backbone"]["random_weights"] is False
+
+    def test_no_network_is_told_in_one_line_and_files_are_written(self, tmp_path: Path) -> None:
+        images = tmp_path / "images"
+        images.mkdir()
+        for i, name in enumerate(["a_red-kite.PNG", "b.jpg"]):
+            Image.effect_noise((90 + i, 70), 80).convert("RGB").save(images / name)
+        (images / "notes.txt").write_text("not an image")
+        told: list[str] = []
+        options = quick(model="test_vit", images=images, json=tmp_path / "d.json", out=tmp_path / "d.png")
+        found = run(options, told.append)
+        (line,) = told
+        assert re.fullmatch(r"weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set: going on .*", line)
+        assert json.loads((tmp_path / "d.json").read_text()) == json.loads(found.to_json())
+        assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+        assert [p.name for p in found.photographs] == ["a_red-kite", "b"]
+        assert found.photographs[0].caption == "a photo of a red kite"
+        assert "2 photographs" in found.table()
+
+
+class TestNumbers:
+    def test_the_costs_are_those_the_parts_count(self, trained: Demo) -> None:
+        dense, tome, cross = trained.rows
+        model, image = trained.backbone.model, torch.rand(1, 3, 64, 64)
+        with crossget.attach(model, {"visual": crossget.CrossGET(4)}) as attached:
+            report = crossget.count_flops(model, image)
+            assert cross.parameters == sum(p.numel() for p in attached.parameters()) == 4 * 64
+        assert dense.gflops == report.dense.total / 1e9
+        assert cross.gflops == report.total / 1e9
+        assert tome.gflops < cross.gflops < dense.gflops
+        assert tome.parameters == dense.parameters == 0
+
+    def test_the_tokens_are_those_the_blocks_see(self, trained: Demo) -> None:
+        dense, tome, cross = trained.rows
+        assert dense.tokens == {"visual": [65] * 4}
+        assert tome.tokens == {"visual": [65, 61, 57, 53]}
+        assert cross.tokens == {"visual": [66, 62, 58, 54]}
+
+    def test_the_cosines_are_those_of_the_features(self, trained: Demo) -> None:
+        model: Any = trained.backbone.model
+        images = torch.stack([trained.backbone.preprocess(p.image) for p in load_photographs(None)])
+        with torch.no_grad():
+            dense = model.encode_image(images)
+            with crossget.attach(model, {"visual": crossget.ToMe(4)}):
+                reduced = model.encode_image(images)
+        expected = torch.nn.functional.cosine_similarity(dense, reduced).mean()
+        assert trained.rows[0].cosine["image"] == 1.0
+        assert trained.rows[1].cosine["image"] == pytest.approx(float(expected), abs=1e-6)
+        assert not torch.equal(dense, reduced)
+
+    def test_the_text_is_reduced_when_asked(self, trained: Demo, pairs: Demo) -> None:
+        dense, tome, cross = pairs.rows
+        assert dense.tokens["text"] == [77] * 3
+        assert tome.tokens["text"] == [77, 74, 71]
+        assert cross.tokens["text"] == [78, 75, 72]
+        assert dense.gflops > trained.rows[0].gflops  # an image with its caption
+        assert dense.cosine["text"] == 1.0
+        assert "CrossGET, text" in pairs.table()
+        assert set(cross.cosine) == {"image", "text"}
+        assert "GFLOPs per image-caption pair" in "".join(axes.get_title(loc="left") for axes in pairs.picture().axes)
+
+    def test_zero_shot_is_a_distribution_over_captions_and_distractors(self, trained: Demo) -> None:
+        for row in trained.rows:
+            probabilities = torch.tensor(row.captions)
+            assert probabilities.shape == (4, 4 + len(demo.DISTRACTORS))
+            torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
+        assert "a photo of a cup of coffee" in trained.table()
+
+    def test_speed_is_a_ratio_to_dense(self, untrained: Demo) -> None:
+        dense, *reduced = untrained.rows
+        assert dense.speed == 1.0
+        for row in reduced:
+            assert row.speed is not None
+            assert row.speed > 0
+            assert row.peak_memory is not None
+            assert row.peak_memory > 0
+        assert json.loads(untrained.to_json())["methods"][1]["speed"] == reduced[0].speed
+
+    def test_what_was_not_measured_is_not_made_up(self, trained: Demo) -> None:
+        assert [row.speed for row in trained.rows] == [None] * 3
+        assert "x  " not in trained.table().splitlines()[5]
+
+    def test_the_rounds_follow_the_time_that_a_call_takes(self) -> None:
+        model, inputs = torch.nn.Linear(4, 4), (torch.rand(2, 4),)
+        assert demo._rounds_in_time(model, inputs, turns=3) == 20
+        assert demo._rounds_in_time(model, inputs, turns=10**9) == 3
+
+    def test_json_says_where_and_how(self, untrained: Demo) -> None:
+        content = json.loads(untrained.to_json())
+        assert content["environment"]["torch"] == torch.__version__
+        assert content["options"]["r"] == [2] * 6
+        assert [method["name"] for method in content["methods"]] == ["dense", TOME, CROSSGET]
+        assert content["photographs"][0]["credit"] == "Stefan van der Walt, CC0"
+
+    def test_the_model_is_given_back_as_it_was(self, untrained: Demo) -> None:
+        with pytest.raises(ValueError, match="is not attached"):
+            crossget.attachment(untrained.backbone.model)
+        assert not untrained.backbone.model._forward_hooks
+
+
+class TestPicture:
+    def test_merge_maps_show_the_middle_and_the_end(self, trained: Demo) -> None:
+        for row in trained.rows[1:]:
+            left = {depth: [len(image.unique()) for image in source] for depth, source in row.sources.items()}
+            assert left == {2: [65 - 2 * 4] * 4, 4: [65 - 4 * 4] * 4}
+        rows = trained._panels()
+        assert [len(row) for row in rows] == [5] * 4
+        assert "after block 2:\n56 tokens for 64 patches" in rows[0][1].caption
+
+    def test_the_last_map_is_that_of_the_whole_schedule(self, trained: Demo) -> None:
+        images = torch.stack([trained.backbone.preprocess(p.image) for p in load_photographs(None)])
+        with crossget.attach(trained.backbone.model, {"visual": crossget.CrossGET(4)}) as attached, torch.no_grad():
+            trained.backbone.image_features(images)
+            assert torch.equal(attached.source["visual"], trained.rows[2].sources[4])
+
+    def test_the_panels_show_what_the_model_saw(self, trained: Demo) -> None:
+        assert trained.pixels.shape == (4, 64, 64, 3)
+        with Image.open(demo._shipped_folder() / "chelsea.png") as cat:
+            middle = cat.convert("RGB").crop((75, 0, 375, 300)).resize((1, 1), Image.Resampling.BOX)
+            colour = torch.tensor(middle.getpixel((0, 0))) / 255
+        # The preprocessing's normalisation is undone, and nothing else.
+        assert (trained.pixels[0].mean((0, 1)) - colour).abs().max() < 0.02
+
+    def test_tokens_that_are_no_grid_are_not_drawn(self, monkeypatch: pytest.MonkeyPatch, clip_file: Path) -> None:
+        def no_grid(*_: int) -> None:
+            raise ValueError("these tokens are no grid")
+
+        monkeypatch.setattr(demo.figures, "patch_grid", no_grid)
+        found = run(quick(checkpoint=clip_file))
+        assert "note: no picture of merged patches: these tokens are no grid" in found.table()
+        assert len(found.picture().axes) == 4
+
+    def test_the_photographers_are_credited(self, trained: Demo) -> None:
+        for _, _, credit in SHIPPED:
+            assert credit in printed(trained)
+
+
+class TestRefusals:
+    def test_a_text_tower_that_is_not_there(self) -> None:
+        with pytest.raises(ValueError, match="--text-r is for a text tower, and of timm test_vit only visual can be reduced"):
+            run(quick(model="test_vit", text_r=2))
+
+    def test_a_backbone_without_tokens(self) -> None:
+        with pytest.raises(TypeError, match="cannot reduce timm"):
+            run(quick(model="test_resnet"))
+
+    def test_another_number_of_layers(self) -> None:
+        with pytest.raises(ValueError, match="r lists 2 layers but the tower has 6 blocks"):
+            run(quick(model="test_vit", r=(1, 2)))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch": 0}, "--batch 0: expected 1 or more"),
+            ({"rounds": -1}, "--rounds -1: expected 0 or more"),
+            ({"images": Path("nowhere")}, "--images nowhere: no such file or folder"),
+            ({"checkpoint": Path("nowhere")}, "--checkpoint nowhere: no such file or folder"),
+            ({"out": Path("nowhere/d.png")}, "--out nowhere/d.png: there is no folder nowhere"),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_is_refused_before_any_work(self, options: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Options(**options)  # type: ignore[arg-type]
+
+    def test_without_matplotlib_nothing_is_begun(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.setattr(demo, "make", lambda *_, **__: pytest.fail("work was begun"))
+        with pytest.raises(RuntimeError, match=r'a picture needs matplotlib: pip install "crossget\[demo\]"'):
+            run(quick(out=tmp_path / "d.png"))
+
+    def test_without_a_picture_matplotlib_is_not_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        assert len(run(quick(model="test_vit")).rows) == 3
+
+
+class TestPhotographs:
+    def test_ship_with_scikit_image_which_is_not_imported(self) -> None:
+        imported = "skimage" in sys.modules
+        photographs = load_photographs(None)
+        assert [p.name for p in photographs] == [Path(name).stem for name, _, _ in SHIPPED]
+        assert all(min(p.image.size) >= 300 for p in photographs)
+        assert all(p.credit for p in photographs)
+        assert ("skimage" in sys.modules) == imported
+
+    def test_say_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(RuntimeError, match=r'pip install "crossget\[demo\]", or give your own with --images'):
+            load_photographs(None)
+
+    def test_say_when_the_package_has_them_no_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(demo, "SHIPPED", (("gone.png", "", ""),))
+        with pytest.raises(RuntimeError, match=r"data lacks gone\.png: give photographs of your own"):
+            load_photographs(None)
+
+    def test_a_folder_without_images(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"no image in it; looked for \.jpg"):
+            load_photographs(tmp_path)
+
+    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").touch()
+        with pytest.raises(ValueError, match="expected a folder of images"):
+            load_photographs(tmp_path / "a.png")
+
+    def test_a_file_that_only_looks_like_an_image(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_text("no")
+        with pytest.raises(ValueError, match=r"a\.png is not an image that Pillow can read"):
+            load_photographs(tmp_path)
+
+
+def test_image_features_are_what_the_classifier_reads() -> None:
+    from crossget.hosts import make
+
+    backbone = make("test_vit", pretrained="none")
+    images = backbone.made_up(2, text=False)[0]
+    with torch.no_grad():
+        features = backbone.image_features(images)
+        torch.testing.assert_close(backbone.model.get_classifier()(features), backbone.model(images))
+
+
+def test_options_name_every_field_in_the_docstring() -> None:
+    documented = Options.__doc__ or ""
+    assert all(field.name in documented for field in dataclasses.fields(Options))
