@@ -477,7 +477,7 @@ class _Looks:
         depth, whole = len(self.tower.blocks), attached.reducers
         sources = {depth: attached.source[VISUAL][:MOST_SHOWN].cpu()}
         middle = max(1, depth // 2)
-        attached.reducer = {**whole, VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(self.r[VISUAL], middle))}
+        attached.reducer = {**whole, VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(as_schedule(self.r[VISUAL]), middle))}
         self.backbone.image_features(self.images[:MOST_SHOWN])
         return {middle: attached.source[VISUAL].cpu(), **sources}
 
@@ -490,15 +490,15 @@ class _Looks:
             row.speed, row.speed_quartiles = measured.median_speed, measured.speed_quartiles
 
 
-def schedules(backbone: Backbone, r: Reduction, text_r: Reduction) -> dict[str, Schedule]:
+def schedules(backbone: Backbone, r: Reduction, text_r: Reduction) -> dict[str, Reduction]:
     """What each tower loses; the text is left alone where it loses nothing.
 
     Raises:
         ValueError: there is no such tower.
     """
-    wanted = {VISUAL: as_schedule(r)}
+    wanted = {VISUAL: r}
     if any(text_r) if isinstance(text_r, Sequence) else text_r != 0:
-        wanted[TEXT] = as_schedule(text_r)
+        wanted[TEXT] = text_r
     found = [tower.name for tower in find_towers(backbone.model)]
     who = f"{backbone.host} {backbone.name}"
     for name, option in ((VISUAL, "--r"), (TEXT, "--text-r")):

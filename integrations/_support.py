@@ -20,7 +20,7 @@ class SupportRow:
         architecture: the model's class.
         supported: it has a tower that can be reduced.
         towers: one line each, "visual: 12 blocks (Block), prefix 1, class token".
-        reason: why it is not supported; empty if it is.
+        reason: why it is not supported, or which of its towers is not and why; empty if all of it is.
     """
 
     name: str
@@ -50,6 +50,8 @@ def markdown(rows: Iterable[SupportRow]) -> str:
     parts = [f"{len(supported)} of {len(rows)} names can be reduced.", "## Supported", _classes(supported)]
     if len(supported) < len(rows):
         parts += ["## Not supported", _reasons([r for r in rows if not r.supported])]
+    if any(r.reason for r in supported):
+        parts += ["## Supported in part", _reasons([r for r in supported if r.reason])]
     names = ", ".join(f"`{r.name}`" for r in supported)
     return "\n\n".join([*parts, f"<details><summary>All {len(supported)} names</summary>\n\n{names}\n\n</details>"]) + "\n"
 

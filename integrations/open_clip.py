@@ -7,6 +7,8 @@ the full grid. Features, not captions, are what a reduced CoCa is for: a merged 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from crossget.integrations import timm as timm_towers
+from crossget.integrations._support import SupportRow, describe, support_row
 from crossget.registry import TextInput, Tower, find_towers, register
 from crossget.state import TokenState
 
@@ -224,3 +227,72 @@ def _project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor
 def _frozen(module: nn.Module, tokens: Tensor) -> Tensor:
     out: Tensor = functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (tokens,))
     return out
+
+
+# What of open_clip is supported ---------------------------------------------------------------------------------------
+
+# The encoders on Hugging Face's hub that open_clip's configurations name, so that the matrix needs no network.
+_HUB: dict[str, tuple[str, dict[str, Any]]] = {
+    "roberta-base": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
+    "xlm-roberta-base": ("xlm-roberta", {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1}),
+    "xlm-roberta-large": (
+        "xlm-roberta",
+        {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1, "hidden_size": 1024,
+         "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24},
+    ),
+    "google/mt5-base": ("mt5", {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12}),
+    "google/mt5-xl": ("mt5", {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32}),
+    "facebook/nllb-200-distilled-600M": ("m2m_100", {"vocab_size": 256206, "encoder_layerdrop": 0.0}),
+    "facebook/nllb-200-distilled-1.3B": (
+        "m2m_100",
+        {"vocab_size": 256206, "encoder_layerdrop": 0.0, "encoder_layers": 24, "encoder_ffn_dim": 8192},
+    ),
+}  # fmt: skip
+
+
+def hub_config(name: str) -> Any:
+    """The configuration of a Hugging Face encoder that open_clip uses.
+
+    Raises:
+        KeyError: none of open_clip's configurations names it.
+    """
+    from transformers import AutoConfig
+
+    kind, sizes = _HUB[name]
+    return AutoConfig.for_model(kind, **sizes)
+
+
+def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
+    """One row for each of open_clip's configurations, built without weights, memory or network."""
+    for name in fnmatch.filter(open_clip.list_models(), pattern or "*"):
+        with torch.device("meta"):
+            model = _build(name)
+        reasons = "; ".join(f"{tower}: {reason}" for tower, reason in absent(model).items())
+        yield dataclasses.replace(support_row(name, model, clip(model)), reason=reasons)
+
+
+def _build(name: str) -> Any:
+    config = open_clip.get_model_config(name)
+    config["vision_cfg"]["timm_model_pretrained"] = False
+    text = config["text_cfg"]
+    encoder = text.get("hf_model_name")
+    if encoder is not None:
+        config["text_cfg"] = {"layers": 1}  # in its place for a moment
+    own = config.pop("custom_text", False) or encoder is not None
+    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if own else open_clip.CLIP
+    model = kind(**config)
+    if encoder is not None:
+        model.text = _hf_encoder(encoder, config["embed_dim"], text)
+    return model
+
+
+def _hf_encoder(name: str, width: int, settings: dict[str, Any]) -> nn.Module:
+    """As open_clip's own when it has weights to load: no decoder, and no pooler of the encoder's own unless used."""
+    pooler = settings.get("hf_pooler_type", "mean_pooler")
+    proj = settings.get("hf_proj_type", "mlp")
+    text: Any = HFTextEncoder(name, width, config=hub_config(name), pooler_type=pooler, proj_type=proj)
+    if text.config.is_encoder_decoder:
+        text.transformer = text.transformer.encoder
+    elif pooler != "cls_pooler":
+        text.transformer.pooler = None
+    return text

@@ -21,7 +21,9 @@ from torch.nn import functional as F
 
 import crossget
 from crossget.integrations import timm as adapter
+from crossget.integrations._support import markdown
 from crossget.reducers import View
+from crossget.state import TokenState
 
 NEWEST = tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 31)
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -93,13 +95,13 @@ CASES = [
     case("beit_shared", "Beit", use_shared_rel_pos_bias=True, fused=False),
     case("cait", "Cait", init_values=0.1, fused=False, compiles=True),
     case("eva", "Eva", init_values=0.1),
-    case("eva02", "Eva", **ROPE, swiglu_mlp=True, scale_mlp=True),
+    case("eva02", "Eva", **ROPE, swiglu_mlp=True, scale_mlp=True, init_values=0.1),
     case("eva02_eager", "Eva", **ROPE, swiglu_mlp=True, fused=False, wrap=eager),
     case("eva_post_norm", "Eva", use_post_norm=True),
-    case("eva_registers", "Eva", use_rot_pos_emb=True, num_reg_tokens=2, class_token=False, dynamic_img_size=True),
+    case("eva_registers", "Eva", use_rot_pos_emb=True, use_abs_pos_emb=False, num_reg_tokens=2, class_token=False),
     case("pe", "Eva", "attn_type", **ROPE, attn_type="rope", global_pool="map"),
-    case("dinov3", "Eva", "rope_type", **ROPE, rope_type="dinov3", num_reg_tokens=2, global_pool="token", compiles=True),
-    case("rope_mixed", "Eva", "rope_type", use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"),
+    case("dinov3", "Eva", "rope_type", **ROPE, rope_type="dinov3", num_reg_tokens=2, global_pool="token", compiles=True, init_values=0.1),
+    case("rope_mixed", "Eva", "rope_type", use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", init_values=0.1),
     case("mrope", "Eva", "rope_mrope_section", use_rot_pos_emb=True, rope_type="mrope", rope_mrope_section=(2, 3, 3), attn_type="rope"),
     case("grouped_query", "Eva", "num_kv_heads", **ROPE, attn_type="rope", num_kv_heads=1),
     case("naflex", "NaFlexVit", **NAFLEX, class_token=True, reg_tokens=2, global_pool="token"),
@@ -128,3 +130,394 @@ def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
 def test_every_class_is_there_on_the_newest_timm() -> None:
     skipped = [param.id for param in CASES if any(mark.args[0] for mark in param.marks)]
     assert (skipped == []) == NEWEST
+
+
+# Against forwards written out ---------------------------------------------------------------------------------------
+
+Reduce = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def split(qkv: Tensor, heads: int) -> Tensor:
+    """[B, T, 3 * C] -> queries, keys and values [B, H, T, D]."""
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    weights = (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2), weights
+
+
+def behind(block: Any, x: Tensor) -> Tensor:
+    """The MLP's half of a block with layer scale."""
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def plain(block: Any, x: Tensor, position: Tensor, bias: Tensor, reduce: Reduce, host: dict[str, Any]) -> Tensor:
+    q, k, v = split(block.attn.qkv(block.norm1(x)), 3)
+    out, weights = attend(q, k, v, bias)
+    return behind(block, reduce(x + block.ls1(block.attn.proj(out)), q, k, weights))
+
+
+def parallel(block: Any, x: Tensor, position: Tensor, bias: Tensor, reduce: Reduce, host: dict[str, Any]) -> Tensor:
+    """One residual for attention and MLP."""
+    wide, *qkv = block.in_proj(block.in_norm(x)).split(block.in_split, -1)
+    q, k, v = split(torch.cat(qkv, -1), 3)
+    out, weights = attend(block.q_norm(q), block.k_norm(k), v, bias)
+    mlp = block.mlp_out_proj(block.mlp_act(wide + block.mlp_bias if block.mlp_bias is not None else wide))
+    return reduce(x + block.attn_out_proj(out) + mlp, q, k, weights)
+
+
+def relative(block: Any, x: Tensor, position: Tensor, bias: Tensor, reduce: Reduce, host: dict[str, Any]) -> Tensor:
+    """Relative positions: a bias [H, T0, T0] over the grid. The cross token has the class token's, or the first's."""
+    of_beit = hasattr(block.attn, "relative_position_bias_table")
+    table = (block.attn._get_rel_pos_bias() if of_beit else block.attn.rel_pos.get_bias())[0]
+    column = table[:, :, :1] if host["class_token"] else torch.zeros_like(table[:, :, :1])
+    table = torch.cat([table, column], 2)
+    table = torch.cat([table, table[:, :1]], 1)
+    if not host["class_token"]:
+        table[:, -1, -1] = 0
+    bias = bias + table[:, position[:, :, None], position[:, None, :]].transpose(0, 1)
+    if not of_beit:
+        return plain(block, x, position, bias, reduce, host)
+    biases = torch.cat([block.attn.q_bias, block.attn.k_bias, block.attn.v_bias])
+    q, k, v = split(F.linear(block.norm1(x), block.attn.qkv.weight, biases), 3)
+    out, weights = attend(q, k, v, bias)
+    x = reduce(x + block.gamma_1 * block.attn.proj(out), q, k, weights)
+    return x + block.gamma_2 * block.mlp(block.norm2(x))
+
+
+def rotated(x: Tensor, table: Tensor, half: bool) -> Tensor:
+    """Every pair of channels of [B, H, T, D] turned by the angle whose sines and cosines are [.., T, 2 * D]."""
+    sine, cosine = table.chunk(2, -1)
+    if half:
+        a, b = x.chunk(2, -1)
+        return x * cosine + torch.cat([-b, a], -1) * sine
+    a, b = x[..., ::2], x[..., 1::2]
+    return x * cosine + torch.stack([-b, a], -1).flatten(-2) * sine
+
+
+def rotary(block: Any, x: Tensor, position: Tensor, bias: Tensor, reduce: Reduce, host: dict[str, Any]) -> Tensor:
+    """Rotary positions, one table [H or 1, N, 2 * D] over the grid; prefix and cross token are not turned."""
+    table = host["rope"] if host["rope"].dim() == 3 else host["rope"][None]
+    still = torch.cat([torch.zeros_like(table[:, :1]).chunk(2, -1)[0], torch.ones_like(table[:, :1]).chunk(2, -1)[0]], -1)
+    table = torch.cat([still.expand(-1, host["prefix"], -1), table, still], 1)[:, position].transpose(0, 1)
+    h, attn = block.norm1(x), block.attn
+    if attn.qkv is None:
+        q, k, v = (p(h).unflatten(2, (3, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+    else:
+        q, k, v = split(attn.qkv(h), 3)
+    half = getattr(attn, "rotate_half", False)
+    q, k = rotated(q, table, half), rotated(k, table, half)
+    out, weights = attend(q, k, v, bias)
+    x = reduce(x + block.gamma_1 * attn.proj(attn.norm(out)), q, k, weights)
+    return x + block.gamma_2 * block.mlp(block.norm2(x))
+
+
+def talking(block: Any, x: Tensor, position: Tensor, bias: Tensor, reduce: Reduce, host: dict[str, Any]) -> Tensor:
+    """CaiT: the heads mix before and after the softmax."""
+    q, k, v = split(block.attn.qkv(block.norm1(x)), 3)
+    logits = block.attn.proj_l((q * block.attn.scale @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    weights = (logits + bias).softmax(-1)
+    mixed = block.attn.proj_w(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    out = block.attn.proj((mixed @ v).transpose(1, 2).flatten(2))
+    x = reduce(x + block.gamma_1 * out, q, k, weights)
+    return x + block.gamma_2 * block.mlp(block.norm2(x))
+
+
+def gemma(block: Any, x: Tensor, position: Tensor, bias: Tensor, reduce: Reduce, host: dict[str, Any]) -> Tensor:
+    """Rotary positions in two halves, for rows and columns; four norms; logits are not scaled."""
+    rows = position[:, :, None].expand(-1, -1, 16)
+    cosine = F.pad(host["rope_cos"], (0, 0, 0, 1), value=1.0).gather(1, rows)[:, None]
+    sine = F.pad(host["rope_sin"], (0, 0, 0, 1)).gather(1, rows)[:, None]
+    h, attn = block.norm1(x), block.attn
+    q, k, v = (p(h).unflatten(2, (3, 16)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+    q, k, v = (part.transpose(1, 2) for part in (attn.q_norm(q), attn.k_norm(k), attn.v_norm(v)))
+    halves = [torch.cat([s, c], -1) for s, c in zip(sine.chunk(2, -1), cosine.chunk(2, -1), strict=True)]
+    q, k = (
+        torch.cat([rotated(p, t, True) for p, t in zip(part.chunk(2, -1), halves, strict=True)], -1) for part in (q, k)
+    )
+    out, weights = attend(q * 4, k, v, bias)
+    x = reduce(x + block.norm2(attn.o_proj(out)), q, k, weights)
+    return x + block.norm4(block.mlp(block.norm3(x)))
+
+
+def explicit(
+    forward: Any, tower: crossget.Tower, reducer: Any, cross: Tensor | None, x: Tensor, hosts: list[dict[str, Any]]
+) -> Tensor:
+    """The reduced tower: `forward` computes a block, and hands what is behind the attention to `reduce`."""
+    batch, length, _ = x.shape
+    if cross is not None:
+        origin = x[:, :1] if tower.class_token else x[:, tower.prefix :].mean(1, keepdim=True)
+        x = torch.cat([x, origin], 1)
+    position = source = torch.arange(x.shape[1]).expand(batch, -1)
+    sizes = torch.ones(x.shape[:2])
+
+    def reduce(total: Tensor, q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+        nonlocal position, source, sizes
+        protected = (position < tower.prefix) | (position >= length)
+        guide = torch.full((batch,), total.shape[1] - 1) if cross is not None else None
+        view = View(total, q, k, weights.mean(1), sizes, protected, int(protected[0].sum()), None, guide)
+        reduced = reducer.reduce(view, reducer.r)
+        assert reduced is not None
+        total, sizes, plan = reduced
+        position, source = position.gather(1, plan.kept), plan.index.gather(1, source)
+        return total
+
+    for layer, block in enumerate(tower.blocks):
+        if cross is not None:
+            x = torch.cat([x[:, :-1], x[:, -1:] + cross[layer]], 1)
+        host = hosts[layer] | {"prefix": tower.prefix, "class_token": tower.class_token}
+        x = forward(block, x, position, sizes.log()[:, None, None, :], reduce, host)
+    return x.gather(1, source[:, :length, None].expand(-1, -1, x.shape[2]))
+
+
+WRITTEN = {
+    "vit": plain, "vit_avg": plain, "deit3": plain, "dinov2": plain, "parallel_scaling": parallel,
+    "relpos": relative, "relpos_class": relative, "beit": relative, "eva02": rotary, "dinov3": rotary,
+    "rope_mixed": rotary, "cait": talking, "naflex_map": plain, "gemma4": gemma,
+}  # fmt: skip
+
+
+def chosen(*ids: str) -> list[Any]:
+    return [param for param in CASES if param.id in ids]
+
+
+@pytest.mark.parametrize("cross_token", [True, False])
+@pytest.mark.parametrize("case", chosen(*WRITTEN))
+def test_equals_the_forward_written_out(case: Case, cross_token: bool) -> None:
+    model, inputs = contract.build(case)
+    importance = "cross_token" if cross_token else "attention"
+    reducer = crossget.CrossGET(3, cross_token=cross_token, importance=importance, ties="stable")
+    with crossget.attach(model, reducer) as attached, torch.no_grad():
+        tower, cross = attached.towers["visual"], attached.cross_tokens.get("visual")
+        if cross is not None:
+            nn.init.normal_(cross, std=0.3)
+        hosts: list[dict[str, Any]] = []
+        start, end = [], []
+
+        def note(block: nn.Module, args: Any, kwargs: Any) -> None:
+            names = list(inspect.signature(type(block).__mro__[1].forward).parameters)[1:]
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            start.append(arguments.pop("x"))
+            hosts.append(arguments)
+
+        hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in tower.blocks]
+        hooks.append(tower.blocks[-1].register_forward_hook(lambda _, __, out: end.append(out)))
+        contract.run(model, inputs)
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        expected = explicit(WRITTEN[case.id], tower, attached.reducers["visual"], cross, start[0], hosts)
+    assert (end[0] - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_rotary_rows_follow_their_tokens() -> None:
+    batch, heads, rows, width, prefix = 2, 3, 9, 8, 2
+    state = TokenState.start(batch, prefix + rows, torch.device("cpu"), cross=True, prefix=prefix, end=None, valid=None)
+    state.positions = torch.stack([torch.tensor([0, 1, 2, 5, 6, 10, 11]), torch.tensor([0, 1, 3, 4, 8, 9, 11])])
+    layouts = {
+        ("rope", True): [(heads, rows, width)],
+        ("rope", False): [(rows, width), (batch, 1, rows, width), (batch, heads, rows, width), (batch, rows, width)],
+        ("rope_sin", False): [(batch, rows, width)],
+        ("rope_cos", False): [(batch, rows, width)],
+    }
+    still = {"rope": [0.0] * 4 + [1.0] * 4, "rope_sin": [0.0] * 8, "rope_cos": [1.0] * 8}
+    for (name, mixed), shapes in layouts.items():
+        for shape in shapes:
+            table = torch.randn(shape)
+            found = adapter.rotary_rows(mixed, nn.Identity(), name, table, state)
+            for image in range(batch):
+                own = table[image] if shape[0] == batch else table
+                part = found if found.dim() == 3 and mixed else found[image]
+                for new, position in enumerate(state.positions[image, prefix:-1] - prefix):
+                    torch.testing.assert_close(part[..., new, :], own[..., position, :].expand_as(part[..., new, :]))
+                assert torch.equal(part[..., -1, :], torch.tensor(still[name]).expand_as(part[..., -1, :]))
+    assert adapter.rotary_rows(False, nn.Identity(), "rope", None, state) is None
+    mask = torch.zeros(1)
+    assert adapter.rotary_rows(False, nn.Identity(), "attn_mask", mask, state) is mask
+
+
+# The other attention kernel, the tokens in front, the readers -------------------------------------------------------
+
+
+@pytest.mark.parametrize("importance", ["cross_token", "attention"])
+@pytest.mark.parametrize("case", [param for param in CASES if "eager" not in param.id and param.id not in ("cait", "mrope")])
+def test_without_the_fused_kernel(case: Case, importance: Any) -> None:
+    model, inputs = contract.build(case)
+    with crossget.attach(model, crossget.CrossGET(case.r, importance=importance, ties="stable")) as attached:
+        fused, source = contract.run(model, inputs), attached.source["visual"]
+        again = contract.run(eager(model), inputs)
+        assert torch.equal(attached.source["visual"], source)
+    for x, y in zip(again, fused, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+IN_FRONT = {
+    "vit": (1, True), "vit_avg": (0, False), "dinov2": (3, True), "distilled": (2, True), "relpos": (0, False),
+    "relpos_class": (1, True), "beit": (1, True), "cait": (0, False), "eva02": (1, True), "eva_registers": (2, False),
+    "dinov3": (3, True), "naflex": (3, True), "naflex_map": (0, False), "naflex_mixed": (1, False),
+    "qwen3_classifier": (0, False), "deepseek": (0, False), "gemma4": (0, False), "features": (1, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", chosen(*IN_FRONT))
+def test_the_tokens_in_front_stay(case: Case) -> None:
+    model, inputs = contract.build(case)
+    prefix, class_token = IN_FRONT[case.id]
+    with crossget.attach(model, crossget.CrossGET(4)) as attached:
+        tower = attached.towers["visual"]
+        contract.run(model, inputs)
+        source = attached.source["visual"]
+    assert (tower.prefix, tower.class_token) == (prefix, class_token)
+    assert torch.equal(source[:, :prefix], torch.arange(prefix).expand(2, -1))
+    assert (source[:, prefix:] >= prefix).all()
+
+
+@since("VisionTransformer", "scale_attn_norm")
+def test_gated_attention() -> None:
+    class Gated(vt.Attention):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, gated=True)
+
+    contract.reaches_planned_tokens(Case("gated", partial(build, "VisionTransformer", None, {"attn_layer": Gated}), images))
+
+
+def test_layers_between_show_the_full_grid() -> None:
+    case = chosen("vit")[0].values[0]
+    model, inputs = contract.build(case)
+    dense = model.get_intermediate_layers(*inputs, n=3)
+    with crossget.attach(model, crossget.ToMe(4)) as attached, torch.no_grad():
+        layers = model.get_intermediate_layers(*inputs, n=3)
+        maps = model.forward_intermediates(*inputs, intermediates_only=True)
+        source = attached.source["visual"]
+        features = model.forward_features(*inputs)
+        alone = model.forward_intermediates(*inputs, indices=[0], stop_early=True, intermediates_only=True)
+    assert [x.shape for x in layers] == [x.shape for x in dense] == [(2, 16, 48)] * 3
+    assert [x.shape for x in maps] == [(2, 48, 4, 4)] * 3
+    torch.testing.assert_close(model.norm(layers[2]), features[:, 1:])
+    assert torch.equal(alone[0], maps[0])
+    for image in range(2):  # tokens that became one look the same
+        for one, other in zip(*torch.where(source[image, 1:, None] == source[image, None, 1:]), strict=True):
+            assert torch.equal(layers[2][image, one], layers[2][image, other])
+
+
+# Padded batches -------------------------------------------------------------------------------------------------------
+
+PADDED = {
+    "token": {"class_token": True, "reg_tokens": 1, "global_pool": "token"},
+    "map": {},
+    "avg": {"global_pool": "avg", "reg_tokens": 1, "use_key_only_attn_mask": True},
+    "axial": {"global_pool": "avg", "rope_type": "axial"},
+    "mixed": {"global_pool": "avg", "rope_type": "mixed", "reg_tokens": 1},
+    "eager": {"global_pool": "avg"},
+    "gemma": {**GEMMA, "global_pool": "avg", "num_classes": None},
+}
+naflex = since("Gemma4VitEncoder")
+
+
+def flexible(kind: str) -> nn.Module:
+    options = {**PADDED[kind], "img_size": None}
+    options.pop("size", None)
+    name, options = ("Gemma4VitEncoder", options) if kind == "gemma" else ("NaFlexVit", NAFLEX | options)
+    return contract.build(Case(kind, partial(build, name, eager if kind == "eager" else None, options), images))[0]
+
+
+def batch(total: int) -> dict[str, Tensor]:
+    """Images of 4 x 4 and 3 x 3 patches in sequences of `total`."""
+    torch.manual_seed(2)
+    patches, coord = torch.zeros(2, total, 192), torch.zeros(2, total, 2, dtype=torch.long)
+    valid = torch.zeros(2, total, dtype=torch.bool)
+    for image, side in enumerate((4, 3)):
+        count = side * side
+        patches[image, :count] = torch.randn(count, 192)
+        coord[image, :count] = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+        valid[image, :count] = True
+    return {"patches": patches, "patch_coord": coord, "patch_valid": valid}
+
+
+@naflex
+@pytest.mark.parametrize("kind", PADDED)
+def test_padding_does_not_change_what_the_cross_token_sees(kind: str) -> None:
+    model = flexible(kind)
+    with crossget.attach(model, crossget.CrossGET(0)) as attached:
+        nn.init.normal_(attached.cross_tokens["visual"], std=0.3)
+        few, many = (contract.run(model, (batch(total),))[0] for total in (16, 30))
+    torch.testing.assert_close(few, many, rtol=0, atol=1e-5)
+
+
+@naflex
+@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random])
+@pytest.mark.parametrize("kind", PADDED)
+def test_padding_joins_padding_only(kind: str, method: Any) -> None:
+    model, inputs = flexible(kind), batch(24)
+    with crossget.attach(model, method(4)) as attached:
+        contract.run(model, (inputs,))
+        prefix, source = attached.towers["visual"].prefix, attached.source["visual"]
+        assert attached.tokens["visual"][-1] == attached.tokens["visual"][0] - 8
+    for image in range(2):
+        real = source[image, prefix:][inputs["patch_valid"][image]]
+        filler = source[image, prefix:][~inputs["patch_valid"][image]]
+        assert set(real.tolist()).isdisjoint(filler.tolist())
+
+
+@naflex
+@pytest.mark.parametrize("kind", sorted(set(PADDED) - {"axial", "mixed"}))  # where the keys of padding are zero
+def test_equal_padding_leaves_first(kind: str) -> None:
+    """Padding is alike, so it is merged before anything else: images it lasts for come out as from the dense model."""
+    model, inputs = flexible(kind), batch(30)
+    dense = contract.run(model, (inputs,))[0]
+    with crossget.attach(model, crossget.ToMe(3)) as attached:
+        reduced = contract.run(model, (inputs,))[0]
+        assert len(attached.source["visual"].unique()) < 30
+    torch.testing.assert_close(reduced, dense, rtol=0, atol=1e-5)
+
+
+# What is not supported -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet18", "compare no tokens"),
+        ("mixer_s32_224", "compare no tokens"),
+        ("botnet26t_256", "full image grid"),
+        ("coat_tiny", "full image grid"),
+        ("swin_tiny_patch4_window7_224", "windows"),
+        ("samvit_base_patch16", r"grid \[B, H, W, C\]"),
+        ("xcit_nano_12_p16_224", "over channels"),
+        ("pit_ti_224", "number of tokens changes"),
+        ("crossvit_9_240", "two sequences"),
+        ("convit_tiny", "class token joins"),
+    ],
+)
+def test_says_why_not(name: str, words: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(TypeError, match=f"cannot reduce timm.models.*{words}.*crossget.register"):
+        crossget.attach(model, crossget.CrossGET(1))
+
+
+def test_says_why_not_of_what_it_does_not_know() -> None:
+    class Tomorrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = vt.Attention(8)
+
+    Tomorrow.__module__ = "timm.models.tomorrow"
+    with pytest.raises(TypeError, match="not known"):
+        crossget.find_towers(Tomorrow())
+    unsupported = timm.create_model("test_resnet", features_only=True)
+    with pytest.raises(TypeError, match="compare no tokens"):
+        crossget.find_towers(unsupported)
+
+
+def test_support_matrix() -> None:
+    rows = {row.name: row for row in adapter.support_matrix("test_*")}
+    assert rows["test_vit"].towers == ("visual: 6 blocks (Block), prefix 1, class token",)
+    assert rows["test_vit"].architecture == "VisionTransformer"
+    assert not rows["test_resnet"].supported
+    assert rows["test_resnet"].reason == adapter.NO_ATTENTION
+    page = markdown(rows.values())
+    assert f"{sum(row.supported for row in rows.values())} of {len(rows)} names" in page
+    assert "`test_vit`" in page
+    assert adapter.NO_ATTENTION in page
