@@ -245,8 +245,8 @@ class Attachment:
             sides.append(torch.stack([tower.project(record.cross_tokens[i]) for i in range(len(tower.blocks))]))
         if len(sides) != 2:
             raise RuntimeError(
-                f"alignment_loss() needs two towers with cross tokens in one space, found {len(sides)}{_why_not(self)}: "
-                "attach CrossGET to a model with an image and a text tower"
+                f"alignment_loss() needs two towers with cross tokens in one space, found {len(sides)}"
+                f"{_why_not(self)}: attach CrossGET to a model with an image and a text tower"
             )
         return alignment_loss(sides[0], sides[1], divergence)
 

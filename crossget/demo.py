@@ -197,7 +197,7 @@ class Demo:
         curves = [
             figures.Curve(row.name, row.tokens[VISUAL], row.gflops, row.cosine["image"], row.speed) for row in self.rows
         ]
-        name = f"{self.backbone.host} {self.backbone.name}"
+        name = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
         title = f"crossget demo: {name}, {_r_text(self.options.r)} tokens removed per block"
         rows = self._panels()
         shown = self.photographs[: len(rows)]
@@ -213,10 +213,10 @@ class Demo:
     def _weights(self) -> str:
         if self.backbone.random:
             return (
-                "RANDOM WEIGHTS: the costs are real; the merged patches and the cosine say nothing of a trained model"
+                "Random weights: the costs are real; the merged patches and the cosine say nothing of a trained model."
             )
         name = self.backbone.weights if self.options.checkpoint is None else self.options.checkpoint.name
-        return f"weights: {name}; cross tokens untrained"
+        return f"Weights: {name}; the cross tokens are untrained."
 
     def _heading(self) -> str:
         backbone, options = self.backbone, self.options
@@ -274,7 +274,7 @@ class Demo:
 
     def _row_of_panels(self, i: int, grid: tuple[int, int]) -> list[figures.Panel]:
         image, reduced = self.pixels[i], self.rows[1:]
-        panels = [figures.Panel(image, self.photographs[i].name)]
+        panels = [figures.Panel(image, _shorten(self.photographs[i].name, 28))]
         for depth in reduced[0].sources:
             for row in reduced:
                 source = row.sources[depth][i]
@@ -432,7 +432,7 @@ class _Looks:
     @torch.no_grad()
     def _features(self) -> dict[str, Tensor]:
         features = {"image": self.backbone.image_features(self.images)}
-        if self.ids is not None and (TEXT in self.r or not self.backbone.random):
+        if self.ids is not None:
             features["text"] = self.backbone.text_features(self.ids)
         return features
 
@@ -445,8 +445,8 @@ class _Looks:
         return images, self.ids[: len(self.images)].repeat(repeat, 1)[:batch]
 
     def _caption_ids(self) -> Tensor | None:
-        if not self.backbone.reads_text:
-            return None
+        if not self.backbone.reads_text or (self.backbone.random and TEXT not in self.r):
+            return None  # captions would serve for nothing but a classification by chance
         captions = [p.caption for p in self.photographs] + list(DISTRACTORS)
         try:
             return self.backbone.tokenize(captions)
@@ -477,7 +477,10 @@ class _Looks:
         depth, whole = len(self.tower.blocks), attached.reducers
         sources = {depth: attached.source[VISUAL][:MOST_SHOWN].cpu()}
         middle = max(1, depth // 2)
-        attached.reducer = {**whole, VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(as_schedule(self.r[VISUAL]), middle))}
+        attached.reducer = {
+            **whole,
+            VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(as_schedule(self.r[VISUAL]), middle)),
+        }
         self.backbone.image_features(self.images[:MOST_SHOWN])
         return {middle: attached.source[VISUAL].cpu(), **sources}
 
@@ -578,6 +581,11 @@ def _pixels(images: Tensor, preprocess: Any) -> Tensor:
 def _verdict(probabilities: Sequence[float], right: int) -> str:
     best = max(range(len(probabilities)), key=lambda i: probabilities[i])
     return f"{probabilities[right]:.0%}" + ("" if best == right else " (another wins)")
+
+
+def _shorten(name: str, most: int) -> str:
+    """A long file name without its middle."""
+    return name if len(name) <= most else f"{name[: most - 9]}...{name[-6:]}"
 
 
 def _r_text(r: object) -> str:

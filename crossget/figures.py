@@ -216,10 +216,9 @@ def draw_summary(summary: Summary) -> Figure:
     columns = max((len(row) for row in summary.rows), default=0)
     foot = 0.25 + _FOOT_LINE * len(summary.footer)
     width = _COLUMN + (0.3 + columns * (_PANEL + 0.06) if columns else 0.2)
-    height = _HEAD + foot + max(5.4, len(summary.rows) * (_PANEL + 0.26))
+    height = _HEAD + foot + max(6.2, len(summary.rows) * (_PANEL + 0.26))
     figure = require_matplotlib()(figsize=(width, height), dpi=110)
-    top, bottom = 1 - _HEAD / height, foot / height
-    _draw_left(figure, summary, (_LEFT / width, _COLUMN / width), top, bottom)
+    _draw_left(figure, summary, foot)
     for i, row in enumerate(summary.rows):
         for j, panel in enumerate(row):
             # From the top down, so that a single photograph stands beside the curves' head, not in mid-air.
@@ -233,12 +232,9 @@ def draw_summary(summary: Summary) -> Figure:
     return figure
 
 
-def _draw_left(figure: Figure, summary: Summary, sides: tuple[float, float], top: float, bottom: float) -> None:
-    axis = 0.35 / figure.get_figheight()  # below the last bars stands nothing, below the curves the block numbers
+def _draw_left(figure: Figure, summary: Summary, foot: float) -> None:
     curves, dense = summary.curves, summary.curves[0].gflops
-    grid = figure.add_gridspec(4, 1, left=sides[0], right=sides[1], top=top, bottom=bottom + axis / 3, hspace=0.55,
-                               height_ratios=(2.4, 1, 1, 1))  # fmt: skip
-    axes = [figure.add_subplot(grid[i]) for i in range(4)]
+    axes = [figure.add_axes(box) for box in _left_boxes(*figure.get_size_inches(), foot)]
     draw_tokens(axes[0], curves)
     flops = [f"{c.gflops:.3g}" + ("" if c is curves[0] else f"  ({c.gflops / dense - 1:+.0%})") for c in curves]
     draw_bars(axes[1], curves, [c.gflops for c in curves], flops, f"GFLOPs per {summary.item} (a multiply-add is one)")
@@ -247,6 +243,17 @@ def _draw_left(figure: Figure, summary: Summary, sides: tuple[float, float], top
     draw_bars(axes[2], curves, speeds, labels, f"{summary.item}s per second, as a ratio to dense")
     cosines = [c.cosine for c in curves]
     draw_bars(axes[3], curves, cosines, [f"{c:.3f}" for c in cosines], "image feature: mean cosine with the dense one")
+
+
+def _left_boxes(width: float, height: float, foot: float) -> list[tuple[float, float, float, float]]:
+    """Where the curves and the three groups of bars below them go: x, y, width, height as shares of the sheet."""
+    space = height - _HEAD - foot
+    bars = min(max(0.12 * space, 0.8), 1.2)
+    title, block_numbers = 0.5, 0.45
+    boxes = [(foot + 0.05 + i * (bars + title), bars) for i in (2, 1, 0)]
+    bottom = boxes[0][0] + bars + title + block_numbers
+    boxes.insert(0, (bottom, height - _HEAD - bottom))
+    return [(_LEFT / width, y / height, (_COLUMN - _LEFT) / width, high / height) for y, high in boxes]
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
@@ -264,7 +271,7 @@ def draw_tokens(axes: Axes, curves: Sequence[Curve]) -> None:
         # Methods that remove the same number share one line: the later, thinner one leaves the earlier visible.
         axes.plot(blocks, curve.tokens, color=colour_of(curve.name), label=curve.name, marker="o",
                   markersize=8 - 2 * i, linewidth=5 - 1.6 * i)  # fmt: skip
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(max(curve.tokens) for curve in curves))
     axes.set_title("tokens entering each block", fontsize=10, loc="left")
     axes.set_xlabel("block", fontsize=9)
     axes.tick_params(labelsize=8)

@@ -53,7 +53,9 @@ def markdown(rows: Iterable[SupportRow]) -> str:
     if any(r.reason for r in supported):
         parts += ["## Supported in part", _reasons([r for r in supported if r.reason])]
     names = ", ".join(f"`{r.name}`" for r in supported)
-    return "\n\n".join([*parts, f"<details><summary>All {len(supported)} names</summary>\n\n{names}\n\n</details>"]) + "\n"
+    return (
+        "\n\n".join([*parts, f"<details><summary>All {len(supported)} names</summary>\n\n{names}\n\n</details>"]) + "\n"
+    )
 
 
 def _classes(rows: list[SupportRow]) -> str:

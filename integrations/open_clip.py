@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from crossget.integrations import timm as timm_towers
-from crossget.integrations._support import SupportRow, describe, support_row
+from crossget.integrations._support import SupportRow, support_row
 from crossget.registry import TextInput, Tower, find_towers, register
 from crossget.state import TokenState
 
@@ -163,14 +163,16 @@ def _hf_text(text: Any) -> Any:
             f"{type(text.transformer).__name__} skips layers at random in training (layerdrop="
             f"{text.transformer.layerdrop}), so its tokens' way cannot be planned; set text.transformer.layerdrop = 0"
         )
-    embedding, blocks, norm = (name and text.transformer.get_submodule(name) for name in _HF_PARTS[kind])
+    encoder, names = text.transformer, _HF_PARTS[kind]
+    embedding = encoder.get_submodule(names[0])
+    norm = None if names[2] is None else encoder.get_submodule(names[2])
     pools_one = hasattr(text.pooler, "cls_token_position")
     read = partial(_first if pools_one else _all, config.pad_token_id)
     # A pooler of the encoder's own stands between its tokens and the projection: no way for a single token.
-    own_pooler = getattr(text.transformer, "pooler", None) is not None
+    own_pooler = getattr(encoder, "pooler", None) is not None
     return Tower(
         "text",
-        blocks=list(blocks),
+        blocks=list(encoder.get_submodule(names[1])),
         width=int(embedding.weight.shape[1]),
         prefix=0 if pools_one else 1,
         padding=True,
@@ -286,7 +288,7 @@ def _build(name: str) -> Any:
     return model
 
 
-def _hf_encoder(name: str, width: int, settings: dict[str, Any]) -> nn.Module:
+def _hf_encoder(name: str, width: int, settings: dict[str, Any]) -> Any:
     """As open_clip's own when it has weights to load: no decoder, and no pooler of the encoder's own unless used."""
     pooler = settings.get("hf_pooler_type", "mean_pooler")
     proj = settings.get("hf_proj_type", "mlp")

@@ -16,6 +16,7 @@ import timm.models
 import torch
 from timm.models import _features
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from crossget.integrations._support import SupportRow, support_row
 from crossget.registry import Tower, find_towers, register
@@ -114,8 +115,8 @@ UNKNOWN = "its class is not known, and its blocks have an attention of their own
 # the former. "Needs the grid" is about something else than the attention: a convolution, a pooling, a patch merging.
 REASONS = {
     "convolutions inside or between its blocks need the full image grid": (
-        "byobnet coat cpubone csatv2 efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra fastvit iformer "
-        "lowformer maxxvit metaformer mobilenetv3 mobilenetv5 nextvit shvit swiftformer visformer"
+        "byobnet coat cpubone csatv2 efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra fastvit "
+        "iformer lowformer maxxvit metaformer mobilenetv3 mobilenetv5 nextvit shvit swiftformer visformer"
     ),
     "its attention runs inside windows of the image grid": (
         "davit gcvit nest swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit"
@@ -139,9 +140,23 @@ def explain(model: nn.Module) -> str:
 
 
 def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
-    """One row for each name of `timm.list_models(pattern)`, built without weights and without memory."""
+    """One row for each name of `timm.list_models(pattern)`."""
     for name in timm.list_models(pattern or ""):
-        with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False)
+        model = skeleton(name)
         known = isinstance(model, (*_VIT, *_CAIT, *_AROUND))
         yield support_row(name, model, find_towers(model) if known else [], explain(model))
+
+
+def skeleton(name: str) -> nn.Module:
+    """The model of this name without weights and without memory, on the meta device."""
+    with torch.device("meta"), _NumbersOnCPU():
+        model: nn.Module = timm.create_model(name, pretrained=False)
+    return model
+
+
+class _NumbersOnCPU(TorchFunctionMode):
+    """Older versions of timm read drop path rates out of a linspace, which has no values on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))

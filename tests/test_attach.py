@@ -67,6 +67,11 @@ class Block(nn.Module):
         q, k, v = (z.unflatten(-1, (4, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
         if self.attention == "sdpa":
             out = F.scaled_dot_product_attention(q, k, v)
+        elif self.attention == "is_causal":
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif self.attention == "causal_mask":
+            mask = torch.ones(20, 20, dtype=torch.bool).tril()  # the host's, made for its own tokens
+            out = F.scaled_dot_product_attention(q, k, v, mask)
         elif self.attention == "eager":
             out = F.softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)), dim=-1) @ v
         elif self.attention == "bmm":
@@ -145,6 +150,41 @@ def test_every_way_to_attend_gives_the_same(reducer: crossget.Reducer) -> None:
             results.append(model(TOKENS))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "reducer", [crossget.CrossGET(3), crossget.ToMe(3), crossget.CrossGET(3, importance="attention")]
+)
+def test_causality_as_a_flag_and_as_a_mask_are_the_same(reducer: crossget.Reducer) -> None:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    tower = crossget.Tower("visual", list(model.stages), 32, prefix=1, class_token=True, causal=True)
+    crossget.unregister(Plain)
+    crossget.register(Plain)(lambda model: [tower])
+    results = []
+    for attention in ("is_causal", "causal_mask", "sdpa"):
+        for stage in model.stages:
+            stage.attention = attention
+        with torch.no_grad(), crossget.attach(model, reducer):
+            results.append(model(TOKENS))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert (results[2] - results[0]).abs().max() > 1e-3
+
+
+def test_dropped_tokens_stay_dropped_and_get_the_mean_of_the_survivors() -> None:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    with torch.no_grad(), crossget.attach(model, crossget.TopK((5, 3, 0))) as attached:
+        x = TOKENS
+        for stage in model.stages:
+            x = stage(x)
+    source = attached.source["visual"]
+    assert ((source < 0).sum(1) == 8).all()
+    for row in range(2):
+        kept = (source[row] >= 0).nonzero()[:, 0]
+        assert source[row, kept].tolist() == list(range(12))  # in order, and nobody's content is somebody else's
+        mean = x[row, kept[1:]].mean(0)  # of the patches: the class token is no patch
+        torch.testing.assert_close(x[row, source[row] < 0], mean.expand(8, -1))
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)

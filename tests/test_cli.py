@@ -63,7 +63,9 @@ class TestHelp:
             "import sys; from crossget.cli import main; main([]);"
             "sys.exit(', '.join({'timm', 'open_clip', 'matplotlib', 'transformers'} & set(sys.modules)) or 0)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        )
         assert (done.returncode, done.stderr) == (0, "")
 
 

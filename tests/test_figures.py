@@ -86,9 +86,7 @@ class TestMergeMap:
     @hypothesis.given(
         st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.lists(st.integers(0, 5), min_size=19, max_size=19)
     )
-    def test_merging_keeps_the_mean_colour_of_the_image(
-        self, h: int, w: int, prefix: int, tokens: list[int]
-    ) -> None:
+    def test_merging_keeps_the_mean_colour_of_the_image(self, h: int, w: int, prefix: int, tokens: list[int]) -> None:
         image = photograph(h, w)
         drawn = merge_map(image, torch.tensor(tokens[: prefix + h * w]), (h, w), prefix, line=0)
         torch.testing.assert_close(drawn.mean((0, 1)), image.mean((0, 1)))
@@ -104,7 +102,13 @@ class TestMergeMap:
 
 @pytest.mark.parametrize(
     ("patches", "height", "width", "grid"),
-    [(196, 224, 224, (14, 14)), (1, 8, 8, (1, 1)), (98, 112, 224, (7, 14)), (576, 336, 336, (24, 24)), (6, 20, 30, (2, 3))],
+    [
+        (196, 224, 224, (14, 14)),
+        (1, 8, 8, (1, 1)),
+        (98, 112, 224, (7, 14)),
+        (576, 336, 336, (24, 24)),
+        (6, 20, 30, (2, 3)),
+    ],
 )
 def test_patch_grid(patches: int, height: int, width: int, grid: tuple[int, int]) -> None:
     assert patch_grid(patches, height, width) == grid

@@ -101,7 +101,9 @@ class TestMake:
         assert backbone.why_random == "weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set"
 
     def test_without_network_a_tag_asked_for_is_an_error(self) -> None:
-        with pytest.raises(ConnectionError, match="weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set"):
+        with pytest.raises(
+            ConnectionError, match="weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set"
+        ):
             make(TINY, pretrained="r160_in1k")
 
     def test_an_unknown_tag_is_an_error_that_lists_the_known(self) -> None:
@@ -141,7 +143,9 @@ class TestFiles:
 
     def test_training_files_are_unwrapped(self, tmp_path: Path) -> None:
         weights = weights_of()
-        torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "w")
+        torch.save(
+            {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "w"
+        )
         assert read_weights(tmp_path / "w").keys() == weights.keys()
 
     def test_a_fine_tuned_number_of_classes_is_taken_over(self, tmp_path: Path) -> None:
@@ -253,7 +257,10 @@ class TestNetwork:
         start = time.perf_counter()
         backbone = make(TINY)
         assert time.perf_counter() - start < 15  # the hub's own client would take most of a minute
-        assert backbone.why_random == f"weights 'r160_in1k' are not in the cache, and {constants.ENDPOINT} cannot be reached"
+        assert (
+            backbone.why_random
+            == f"weights 'r160_in1k' are not in the cache, and {constants.ENDPOINT} cannot be reached"
+        )
         assert not constants.HF_HUB_OFFLINE
         assert socket.getdefaulttimeout() == timeout
 

@@ -25,7 +25,8 @@ from crossget.matching import Ties
 from crossget.reducers import Host, View
 
 GOLDEN = Path(__file__).parent / "golden"
-MATCHING = {name: case for kind in json.loads((GOLDEN / "matching.json").read_text()).values() for name, case in kind.items()}
+KINDS = json.loads((GOLDEN / "matching.json").read_text())
+MATCHING = {name: case for cases in KINDS.values() for name, case in cases.items()}
 MERGED = np.load(GOLDEN / "matching.npz")
 CLIP = json.loads((GOLDEN / "clip.json").read_text())
 OUTPUTS = np.load(GOLDEN / "clip.npz")
@@ -62,13 +63,13 @@ def view_of(case: dict[str, Any]) -> View:
     queries = array("queries", (batch, tokens, case["c"]), seed)
     guide = torch.tensor(case["eot"]) if case["text"] else torch.full((batch,), tokens - 1)
     protected[torch.arange(batch), guide] = True
-    n_protected = 3 if case["text"] else 2
-    return View(x, queries[:, None], keys[:, None], None, torch.tensor(case["size"]), protected, n_protected, guide=guide)
+    n_protected, sizes = 3 if case["text"] else 2, torch.tensor(case["size"])
+    return View(x, queries[:, None], keys[:, None], None, sizes, protected, n_protected, guide=guide)
 
 
 def reducer_of(case: dict[str, Any], ties: Ties = "reference") -> crossget.CrossGET:
     importance = "attention" if "h" in case else "cross_token"
-    return crossget.CrossGET(case["r"], ties=ties).resolved(Host("golden", importance=importance))  # type: ignore[arg-type]
+    return crossget.CrossGET(case["r"], ties=ties).resolved(Host("golden", importance=importance))
 
 
 def importance_of(view: View) -> Tensor:
@@ -195,7 +196,7 @@ def test_training(name: str, tmp_path: Path) -> None:
     loss, alignment = contrastive(model, *inputs()), attached.alignment_loss()
     assert float(loss.detach()) == pytest.approx(case["loss_contrastive"], rel=1e-5)
     assert float(alignment.detach()) == pytest.approx(case["loss_alignment"], rel=1e-5)
-    (0.5 * loss + 0.5 * alignment).backward()  # type: ignore[no-untyped-call]
+    (0.5 * loss + 0.5 * alignment).backward()
     for tower, parameter in attached.cross_tokens.items():
         expected = golden(f"{name}.grad.{tower}_cross").squeeze(0)
         torch.testing.assert_close(parameter.grad, expected, rtol=5e-5, atol=2e-6 * float(expected.abs().max()))

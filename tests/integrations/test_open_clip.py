@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,21 +22,21 @@ from torch.nn import functional as F
 
 import crossget
 from crossget.registry import Tower
-from crossget.state import TokenState
 from tests import contract
 
 NEW = hasattr(TextTransformer, "_build_additive_mask")  # so are eos pooling, pad masks and non-reentrant checkpoints
 WIDTH, VOCABULARY, CONTEXT, IMAGE = 32, 60, 16, 32
 END, PAD = VOCABULARY - 1, 0
+PIXELS: dict[str, Any] = {"image_size": IMAGE, "layers": 3, "width": WIDTH, "head_width": 16, "patch_size": 8}
+WORDS: dict[str, Any] = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": 2, "layers": 3}
 
 
 def vision(**settings: Any) -> CLIPVisionCfg:
-    return CLIPVisionCfg(**{"image_size": IMAGE, "layers": 3, "width": WIDTH, "head_width": 16, "patch_size": 8, **settings})
+    return CLIPVisionCfg(**{**PIXELS, **settings})
 
 
 def words(**settings: Any) -> CLIPTextCfg:
-    sizes = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": 2, "layers": 3}
-    return CLIPTextCfg(**{**sizes, **settings})
+    return CLIPTextCfg(**{**WORDS, **settings})
 
 
 def clip(v: dict[str, Any] | None = None, t: dict[str, Any] | None = None) -> nn.Module:
@@ -49,8 +50,7 @@ def custom(v: dict[str, Any] | None = None, t: dict[str, Any] | None = None) -> 
 def coca() -> nn.Module:
     v = vision(attentional_pool=True, attn_pooler_heads=2, attn_pooler_queries=5, output_tokens=True)
     t = words(embed_cls=True, output_tokens=True)
-    m = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": 2, "layers": 2}
-    model = open_clip.CoCa(WIDTH, coca_model.MultimodalCfg(**m), t, v)
+    model = open_clip.CoCa(WIDTH, coca_model.MultimodalCfg(**{**WORDS, "layers": 2}), t, v)
     nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # which open_clip leaves as the memory was
     return model
 
@@ -61,9 +61,9 @@ def trunk(name: str, pool: str, proj: str, image: int = 160) -> nn.Module:
 
 def eva() -> nn.Module:
     """As EVA-CLIP: rotary positions, class token, the trunk's own head as projection."""
-    model = custom({"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "", "image_size": 160})
+    model: Any = custom({"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "", "image_size": 160})
     sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
-    model.visual.trunk = timm.models.eva.Eva(**sizes, num_classes=24, global_pool="token", use_rot_pos_emb=True)  # type: ignore[union-attr]
+    model.visual.trunk = timm.models.eva.Eva(**sizes, num_classes=24, global_pool="token", use_rot_pos_emb=True)
     return model
 
 
@@ -76,15 +76,14 @@ def without_checkpointing(make: Callable[[], nn.Module]) -> nn.Module:
 
 def pad_masked() -> nn.Module:
     model = custom()
-    sizes: dict[str, Any] = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": 2, "layers": 3}
-    model.text = TextTransformer(**sizes, output_dim=24, no_causal_mask=True, use_pad_mask=True, pool_type="argmax")
+    model.text = TextTransformer(**WORDS, output_dim=24, no_causal_mask=True, use_pad_mask=True, pool_type="argmax")
     return model
 
 
 ROBERTA = {
-    "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48, "pad_token_id": PAD,
-    "vocab_size": VOCABULARY, "max_position_embeddings": 40, "type_vocab_size": 1, "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
+    "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48,
+    "vocab_size": VOCABULARY, "pad_token_id": PAD, "max_position_embeddings": 40, "type_vocab_size": 1,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 HF_CONFIGS = {
     "roberta": partial(transformers.RobertaConfig, **ROBERTA),
@@ -140,10 +139,12 @@ def case(name: str, make: Callable[[], nn.Module], size: int = IMAGE, **settings
     return contract.Case(name, make, partial(both, size), compiles=False, reentrant=not NEW, **settings)
 
 
+AVERAGE = {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True, "ls_init_value": 0.1}
+ATTENTIONAL = {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 3}
 CASES = [
     case("clip", clip),
-    case("clip_avg", partial(clip, {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True, "ls_init_value": 0.1})),
-    case("clip_attentional_pool", partial(clip, {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 3})),
+    case("clip_avg", partial(clip, AVERAGE)),
+    case("clip_attentional_pool", partial(clip, ATTENTIONAL)),
     case("first_causal", partial(custom, None, {"pool_type": "first"})),
     case("last_bidirectional", partial(custom, None, {"pool_type": "last", "no_causal_mask": True, "proj_bias": True})),
     case("argmax_bidirectional", partial(clip, None, {"no_causal_mask": True})),
@@ -159,11 +160,12 @@ CASES = [
     case("nllb", partial(hugging_face, "m2m_100", "cls_pooler", "linear")),
 ]
 if NEW:
+    custom_blocks = partial(clip, {"qk_norm": True}, {"qk_norm": True, "scale_heads": True})
     CASES += [
         case("eos", partial(custom, None, {"pool_type": "eos", "eos_id": END, "proj_type": "none", "width": 24})),
         case("pad_masked", pad_masked),
-        case("custom_blocks", partial(without_checkpointing, partial(clip, {"qk_norm": True}, {"scale_heads": True, "qk_norm": True}))),
-    ]  # fmt: skip
+        case("custom_blocks", partial(without_checkpointing, custom_blocks)),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")  # open_clip 2 does not say use_reentrant
@@ -355,8 +357,8 @@ def position_bias(tower: Tower, length: int) -> Tensor:
 def test_equals_the_tower_written_out(name: str, r: Any, cross_token: bool) -> None:
     model, (_, host, padding) = prepared(name), TEXTS[name]
     reducer = crossget.CrossGET(r=r, cross_token=cross_token)
-    if not cross_token and not crossget.find_towers(model)[-1].has_end:
-        reducer = crossget.CrossGET(r=r, cross_token=False, importance="attention", guided_matching=False, ensemble="size")
+    if not cross_token and not crossget.find_towers(model)[-1].has_end:  # nothing guides
+        reducer = dataclasses.replace(reducer, importance="attention", guided_matching=False, ensemble="size")
     ids, seen = texts(), {}
     with randomised(model, reducer) as attached:
         tower = attached.towers["text"]
@@ -480,7 +482,7 @@ def test_projections_are_the_models_own() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=contract.name)
 def test_alignment_loss(case: contract.Case) -> None:
-    """It teaches cross tokens and no parameter on its way; where single tokens have no projection, it says so."""
+    """It teaches the cross tokens and nothing else; where single tokens have no projection, it says so."""
     model, inputs = contract.build(case)
     with crossget.attach(model, crossget.CrossGET(r=1)) as attached:
         model(*inputs)
@@ -489,14 +491,9 @@ def test_alignment_loss(case: contract.Case) -> None:
             with pytest.raises(RuntimeError, match=f"no projection of single tokens is known for: {blind[0]}"):
                 attached.alignment_loss()
             return
-        width = {int(tower.project(torch.randn(2, tower.width)).shape[1]) for tower in attached.towers.values() if tower.project}
-        assert len(width) == 1
         attached.alignment_loss().backward()
         assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in attached.parameters())
-    on_the_way = ("ln_pre", "visual.proj", "ln_final", "text_projection", "text.proj", "head", "final_layer_norm", "pos_embed")
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in on_the_way):
-            assert parameter.grad is None, name
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_which_cases_have_no_alignment() -> None:
@@ -516,7 +513,7 @@ def test_a_convolutional_image_tower_is_not_there() -> None:
     assert [tower.name for tower in crossget.find_towers(model)] == ["text"]
     with pytest.raises(ValueError, match=r"\['visual'\].*has \['text'\]; 'visual': ModifiedResNet is convolutional"):
         crossget.attach(model, {"visual": crossget.CrossGET(r=2)})
-    with pytest.raises(ValueError, match=r"one reducer is for the tower 'visual'.*ModifiedResNet is convolutional.*'text'"):
+    with pytest.raises(ValueError, match=r"one reducer is for the tower 'visual'.*ModifiedResNet is convol.*'text'"):
         crossget.attach(model, crossget.CrossGET(r=2))
     with crossget.attach(model, {"text": crossget.CrossGET(r=2)}) as attached:
         encode(model, texts())
@@ -565,7 +562,7 @@ def test_tokens_first_is_refused() -> None:
 
 def test_torchscript_is_refused() -> None:
     scripted = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
-    with pytest.raises(TypeError, match="TorchScript model, whose compiled code cannot be watched: load it without jit"):
+    with pytest.raises(TypeError, match="TorchScript model, whose compiled code cannot be watched: load it without"):
         crossget.attach(scripted, crossget.CrossGET(r=2))
 
 

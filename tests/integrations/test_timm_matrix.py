@@ -1,0 +1,64 @@
+"""Every name of timm: either it is reduced, on the meta device and without weights, or the reason why not is known."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+import crossget
+from contract import identity
+from crossget.integrations import timm as adapter
+from crossget.integrations._support import SupportRow
+from crossget.schedule import planned_tokens
+
+pytestmark = pytest.mark.slow
+KNOWN = {*adapter.REASONS, adapter.NO_ATTENTION}
+
+
+@functools.cache
+def rows() -> dict[str, SupportRow]:
+    return {row.name: row for row in adapter.support_matrix()}
+
+
+def shapes(model: nn.Module) -> object:
+    size = model.pretrained_cfg["input_size"]
+    with torch.device("meta"), torch.no_grad():
+        out = model(torch.empty(2, *size))
+    return tree_map_only(torch.Tensor, lambda x: tuple(x.shape), out)
+
+
+@pytest.mark.parametrize("name", timm.list_models())
+def test_name(name: str) -> None:
+    row = rows()[name]
+    if not row.supported:
+        assert row.reason in KNOWN
+        assert row.towers == ()
+        return
+    model = adapter.skeleton(name).eval()
+    dense, before = shapes(model), identity(model)
+    with crossget.attach(model, crossget.CrossGET(8)) as attached:
+        assert shapes(model) == dense
+        assert_planned(attached)
+        attached.reducer = crossget.ToMe(crossget.Linear(400, 0))  # more than the matching may take
+        assert shapes(model) == dense
+        assert_planned(attached)
+    assert identity(model) == before
+
+
+def assert_planned(attached: crossget.Attachment) -> None:
+    tower, reducer, tokens = attached.towers["visual"], attached.reducers["visual"], attached.tokens["visual"]
+    reserved = tower.prefix + bool(reducer.cross_token)
+    plan = planned_tokens(reducer.schedule, len(tower.blocks), tokens[0], reserved)
+    assert tokens == plan[:-1]
+    assert plan[-1] < plan[0]
+
+
+def test_every_name_has_a_row() -> None:
+    assert list(rows()) == timm.list_models()
+    if tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 31):
+        assert sum(row.supported for row in rows().values()) >= 332
