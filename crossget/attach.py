@@ -230,7 +230,7 @@ class Attachment:
         Raises:
             RuntimeError: there are not two towers with cross tokens, or no forward with gradients came before.
 
-        Source: CrossGET (arXiv 2305.17455), section 3.1; METHOD of the reference implementation.
+        Source: CrossGET (arXiv 2305.17455), section 3.1; reference implementation.
         """
         sides = []
         for name, attached in self._towers.items():

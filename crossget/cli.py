@@ -220,7 +220,9 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_models(commands: Any) -> None:
-    one = _add(commands, models, "Every model is built without memory; all of them take a minute or two.")
+    one = _add(
+        commands, models, "Every model is built, without memory: seconds for a pattern, minutes for all of them."
+    )
     one.add_argument("--host", choices=["timm", "open_clip"], help="only this one")
     one.add_argument("--filter", metavar="PATTERN", help="only names like this, * being anything; quote it")
     one.add_argument("--supported", action="store_true", help="leave out those that cannot be reduced")

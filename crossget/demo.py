@@ -237,7 +237,7 @@ class Demo:
                 row.name,
                 f"{row.gflops:.2f}" + ("" if row is self.rows[0] else f" ({row.gflops / dense - 1:+.0%})"),
                 f"{row.parameters:,}",
-                "-" if row.speed is None else f"{row.speed:.2f}x",
+                _speed(row),
                 "-" if row.images_per_second is None else f"{row.images_per_second:.1f}",
                 "-" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f} MiB",
                 *(f"{row.cosine[kind]:.3f}" for kind in kinds),
@@ -245,7 +245,10 @@ class Demo:
             for row in self.rows
         ]
         headers = [_two_lines(header) for header in headers]
-        return tabulate(body, headers, disable_numparse=True, colalign=["left"] + ["right"] * 9)
+        table = tabulate(body, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
+        if self.rows[0].speed is None:
+            return table
+        return f"{table}\nspeed: median of the rounds [quartiles]; memory: of one batch, on top of weights and inputs"
 
     def _tokens(self) -> str:
         body = [
@@ -586,6 +589,13 @@ def _verdict(probabilities: Sequence[float], right: int) -> str:
 def _shorten(name: str, most: int) -> str:
     """A long file name without its middle."""
     return name if len(name) <= most else f"{name[: most - 9]}...{name[-6:]}"
+
+
+def _speed(row: Row) -> str:
+    if row.speed is None or row.speed_quartiles is None:
+        return "-"
+    low, high = row.speed_quartiles
+    return f"{row.speed:.2f}x" + (f" [{low:.2f}, {high:.2f}]" if row.name != DENSE else "")
 
 
 def _r_text(r: object) -> str:

@@ -234,7 +234,8 @@ def draw_summary(summary: Summary) -> Figure:
 
 def _draw_left(figure: Figure, summary: Summary, foot: float) -> None:
     curves, dense = summary.curves, summary.curves[0].gflops
-    axes = [figure.add_axes(box) for box in _left_boxes(*figure.get_size_inches(), foot)]
+    width, height = figure.get_figwidth(), figure.get_figheight()
+    axes = [figure.add_axes(box) for box in _left_boxes(width, height, foot)]
     draw_tokens(axes[0], curves)
     flops = [f"{c.gflops:.3g}" + ("" if c is curves[0] else f"  ({c.gflops / dense - 1:+.0%})") for c in curves]
     draw_bars(axes[1], curves, [c.gflops for c in curves], flops, f"GFLOPs per {summary.item} (a multiply-add is one)")

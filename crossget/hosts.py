@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from crossget.integrations._support import NumbersOnCPU
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -316,19 +317,9 @@ class _Maker:
         make_one = _make_open_clip if self.host == "open_clip" else _make_timm
         # The meta device for all that is made inside; elsewhere weights are drawn on the CPU, alike for every device.
         inside = self.device if self.device.type == "meta" else torch.device("cpu")
-        with _quiet(), inside, _RealSchedules():
+        with _quiet(), inside, NumbersOnCPU():
             model, preprocess = make_one(self.name, tag, inside)
         return model.to(self.device).eval(), preprocess
-
-
-class _RealSchedules(TorchFunctionMode):
-    """Older timm reads the numbers of a linspace (its drop path rates) while it builds: no meta device for them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.linspace:
-            kwargs.setdefault("device", "cpu")
-        return func(*args, **kwargs)
 
 
 def _config_is_on_hub(host: str, name: str) -> bool:

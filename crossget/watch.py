@@ -35,7 +35,6 @@ _ADD = (
     torch.add,
     torch.Tensor.__add__,
     torch.Tensor.__radd__,
-    torch.Tensor.add_,
     torch.Tensor.__iadd__,
 )
 _SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)

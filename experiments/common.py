@@ -4,6 +4,8 @@ A *run* is a frozen dataclass with a `slug`, its file name. Each run leaves one 
 `{"run", "command", "environment", "result", "seconds"}`; everything that is reported is rebuilt from these files.
 """
 
+import base64
+import functools
 import hashlib
 import json
 import subprocess
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("crossget", "integrations", "experiments/*.py")
 
 Json = dict[str, Any]
+Values = npt.NDArray[np.float64]
 
 
 class Run(Protocol):
@@ -46,6 +49,10 @@ class Interval(NamedTuple):
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
+
+    def times(self, factor: float) -> "Interval":
+        """Return the same in another unit; the factor is positive."""
+        return Interval(self.mean * factor, self.low * factor, self.high * factor)
 
 
 def git(*arguments: str) -> str | None:
@@ -92,6 +99,16 @@ def environment(device: str = "cpu") -> Json:
 def file_digest(file: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def pack(values: Values) -> str:
+    """Return one number per item as text that is short enough for a result file: base64 of float16, low byte first."""
+    return base64.b64encode(np.asarray(values, dtype="<f2").tobytes()).decode()
+
+
+def unpack(text: str) -> Values:
+    """Return the numbers that `pack` wrote, to three digits."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float64)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -152,14 +169,7 @@ def work_off(
     return len(queue)
 
 
-def paired_bootstrap(
-    values: npt.NDArray[np.float64],
-    reference: npt.NDArray[np.float64],
-    *,
-    resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
+def paired_bootstrap(values: Values, reference: Values, resamples: int = 10_000, level: float = 0.95) -> Interval:
     """Return the mean difference of two measurements of the same items and its percentile bootstrap interval.
 
     Args:
@@ -167,18 +177,26 @@ def paired_bootstrap(
         reference: [n], the same items in the same order.
         resamples: how often the items are drawn anew, with replacement.
         level: confidence level.
-        seed: of the drawing.
 
     Raises:
         ValueError: the two do not have the same items.
     """
     if values.shape != reference.shape:
         raise ValueError(f"paired values need the same items, got {values.shape} and {reference.shape}")
-    # Drawing n items and counting how often each difference occurs is one multinomial draw over the differences'
-    # values: the same distribution, without n * resamples indices.
-    difference, counts = np.unique((values - reference).round(9), return_counts=True)
-    n = len(values)
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    means = draws @ difference / n
+    difference = values - reference
+    n = len(difference)
+    # In pieces: numpy widens the counts before it multiplies.
+    pieces = np.array_split(_resampled(n, resamples), max(1, resamples // 100))
+    means = np.concatenate([piece @ difference for piece in pieces]) / n
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(difference @ counts / n), float(low), float(high))
+    return Interval(float(difference.mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=4)
+def _resampled(n: int, resamples: int) -> npt.NDArray[np.uint8]:
+    """How often each item is drawn, [resamples, n]: the same draws for all comparisons, on every machine."""
+    chance = np.random.default_rng(0)
+    counts = np.empty((resamples, n), dtype=np.uint8)
+    for row in counts:
+        row[:] = np.bincount(chance.integers(0, n, n), minlength=n)
+    return counts

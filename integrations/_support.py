@@ -1,12 +1,18 @@
-"""What a host's models look like to crossget, as rows of a table: shared by the adapters' support_matrix()."""
+"""What a host's models look like to crossget, as rows of a table: shared by the adapters' support_matrix().
+
+No host is imported here.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from crossget.registry import Tower
 
@@ -41,6 +47,17 @@ def describe(tower: Tower) -> str:
     parts = [f"{len(tower.blocks)} blocks ({kinds})", f"prefix {tower.prefix}"]
     parts += [label for label in ("class token", "causal") if getattr(tower, label.replace(" ", "_"))]
     return f"{tower.name}: {', '.join(parts)}"
+
+
+class NumbersOnCPU(TorchFunctionMode):
+    """For building models on the meta device: ranges keep their values.
+
+    Older versions of timm read rates and sizes out of them while they build.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu", **kwargs} if func in (torch.linspace, torch.arange) else kwargs))
 
 
 def markdown(rows: Iterable[SupportRow]) -> str:

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from crossget.integrations import timm as timm_towers
-from crossget.integrations._support import SupportRow, support_row
+from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
 from crossget.registry import TextInput, Tower, find_towers, register
 from crossget.state import TokenState
 
@@ -125,7 +125,7 @@ def _text(model: Any) -> Any:
         "text",
         blocks=_blocks(text.transformer),
         width=int(text.positional_embedding.shape[1]),
-        prefix=1,
+        prefix=0 if pool == "first" else 1,
         causal=text.attn_mask is not None,
         padding=pool == "appended" or getattr(text, "use_pad_mask", False),
         text=TextInput(text.token_embedding, partial(_end, pool, eos), pools_one=pool != "none"),
@@ -267,7 +267,7 @@ def hub_config(name: str) -> Any:
 def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
     """One row for each of open_clip's configurations, built without weights, memory or network."""
     for name in fnmatch.filter(open_clip.list_models(), pattern or "*"):
-        with torch.device("meta"):
+        with torch.device("meta"), NumbersOnCPU():
             model = _build(name)
         reasons = "; ".join(f"{tower}: {reason}" for tower, reason in absent(model).items())
         yield dataclasses.replace(support_row(name, model, clip(model)), reason=reasons)

@@ -16,9 +16,8 @@ import timm.models
 import torch
 from timm.models import _features
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from crossget.integrations._support import SupportRow, support_row
+from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
 from crossget.registry import Tower, find_towers, register
 from crossget.state import TokenState
 
@@ -149,14 +148,6 @@ def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
 
 def skeleton(name: str) -> nn.Module:
     """The model of this name without weights and without memory, on the meta device."""
-    with torch.device("meta"), _NumbersOnCPU():
+    with torch.device("meta"), NumbersOnCPU():
         model: nn.Module = timm.create_model(name, pretrained=False)
     return model
-
-
-class _NumbersOnCPU(TorchFunctionMode):
-    """Older versions of timm read drop path rates out of a linspace, which has no values on the meta device."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))

@@ -89,6 +89,9 @@ def test_a_result_file_says_what_was_run_where_and_with_what_outcome(tmp_path, f
     assert result["gflops"]["reduced"] < result["gflops"]["dense"]
     assert len(result["correct"]) == result["n"] == 20
     assert result["top1"] == 5 * result["correct"].count("1")
+    divergences = common.unpack(result["divergences"])
+    assert divergences.shape == (20,)
+    assert divergences.mean() == pytest.approx(result["divergence"], rel=0.02, abs=2e-6)
     dense = json.loads((tmp_path / "results" / "cifar10" / "dense.json").read_text())["result"]
     assert dense["tokens"] == [65] * 4
     assert dense["gflops"]["reduced"] == dense["gflops"]["dense"] == result["gflops"]["dense"]

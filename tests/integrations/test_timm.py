@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -130,6 +131,12 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_compiles(case: Case) -> None:
+    contract.compiles_to_one_graph(dataclasses.replace(case, compiles=True))
 
 
 def test_every_class_is_there_on_the_newest_timm() -> None:
@@ -340,6 +347,20 @@ def test_rotary_rows_follow_their_tokens() -> None:
     assert adapter.rotary_rows(False, nn.Identity(), "rope", None, state) is None
     mask = torch.zeros(1)
     assert adapter.rotary_rows(False, nn.Identity(), "attn_mask", mask, state) is mask
+
+
+@pytest.mark.parametrize("case", chosen("dinov2", "eva02", "rope_mixed", "naflex_rope", "naflex_mixed"))
+def test_patches_dropped_in_training(case: Case) -> None:
+    """The rotary tables then differ from image to image."""
+    name, wrap, options = case.make.args  # type: ignore[attr-defined]
+    dropping = dataclasses.replace(case, make=partial(build, name, wrap, {**options, "patch_drop_rate": 0.5}))
+    model, inputs = contract.build(dropping)
+    model.train()
+    with crossget.attach(model, crossget.CrossGET(2)) as attached:
+        contract.leaves(model(*inputs))[0].square().mean().backward()
+        first = attached.towers["visual"].prefix + 8 + 1
+        assert attached.tokens["visual"] == [first, first - 2, first - 4]
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in attached.parameters())
 
 
 # The other attention kernel, the tokens in front, the readers -------------------------------------------------------

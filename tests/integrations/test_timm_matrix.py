@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,10 +14,11 @@ from torch.utils._pytree import tree_map_only
 import crossget
 from contract import identity
 from crossget.integrations import timm as adapter
-from crossget.integrations._support import SupportRow
+from crossget.integrations._support import SupportRow, markdown
 from crossget.schedule import planned_tokens
 
 pytestmark = pytest.mark.slow
+VERSION = "1.0.31"  # of the page in docs
 KNOWN = {*adapter.REASONS, adapter.NO_ATTENTION}
 
 
@@ -60,5 +62,12 @@ def assert_planned(attached: crossget.Attachment) -> None:
 
 def test_every_name_has_a_row() -> None:
     assert list(rows()) == timm.list_models()
-    if tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 31):
-        assert sum(row.supported for row in rows().values()) >= 332
+    assert all(row.towers for row in rows().values() if row.supported)
+
+
+@pytest.mark.skipif(timm.__version__ != VERSION, reason=f"the page is about timm {VERSION}")
+def test_the_page_is_up_to_date() -> None:
+    assert sum(row.supported for row in rows().values()) == 332
+    page = (Path(__file__).parents[2] / "docs" / "models_timm.md").read_text()
+    assert f"timm {VERSION}:" in page
+    assert page.endswith(markdown(rows().values())), "write markdown(support_matrix()) to its end again"
