@@ -35,8 +35,10 @@ _ADD = (
     torch.add,
     torch.Tensor.__add__,
     torch.Tensor.__radd__,
+    torch.Tensor.add_,
     torch.Tensor.__iadd__,
 )
+_IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
 _SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
 _MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 
@@ -70,12 +72,18 @@ class BlockWatch(TorchFunctionMode):
         self.values_next = False  # the product to come is that of weights and values
         self.weighed = False
         self.done = False
+        self.outdated: Tensor | None = None  # what an in-place addition would have changed
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if self.done:
+            if self.outdated is not None and any(arg is self.outdated for arg in args):
+                raise RuntimeError(
+                    "the block adds its residual in place and goes on with the old tensor: write `y += x` or `y = y + x`"
+                    " instead of `y.add_(x)`, so that the reduced tokens are what the block sees next"
+                )
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
@@ -270,6 +278,7 @@ class BlockWatch(TorchFunctionMode):
         if any(a is known or b is known for known in self.residuals):
             total = torch.add(a, b, **kwargs)
             if self.keys is not None and total.dim() == 3 and int(total.shape[1]) == self.tokens:
+                self.outdated = a if func in _IN_PLACE else None
                 return self._reduce(total)
             self.residuals.append(total)  # a position embedding, say, that a block adds before its attention
             return total

@@ -95,6 +95,9 @@ class Block(nn.Module):
         elif self.residual == "in_place":
             y += x
             x = y
+        elif self.residual == "statement":
+            y.add_(x)
+            x = y
         elif self.residual == "onto":
             x = x.clone() + y
         return x + self.mlp(x)
@@ -204,6 +207,7 @@ def test_every_way_to_add_gives_the_same(residual: str) -> None:
     [
         ({"residual": "onto"}, "showed no residual addition behind its attention"),
         ({"attention": "none"}, "showed no attention over its tokens"),
+        ({"residual": "statement"}, "adds its residual in place and goes on with the old tensor"),
         ({"attention": "own_softmax"}, "no softmax over its scores.*proportional_attention=False"),
     ],
 )
