@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -186,6 +188,7 @@ class Demo:
         rows = [{name: getattr(row, name) for name in names} for row in self.rows]
         options = dataclasses.asdict(self.options)
         content = {
+            "command": shlex.join(["crossget", *sys.argv[1:]]),
             "backbone": backbone, "options": options, "methods": rows, "notes": self.notes,
             "photographs": [{"name": p.name, "caption": p.caption, "credit": p.credit} for p in self.photographs],
             "environment": environment(self.options.device), "seconds": round(self.seconds, 1),

@@ -111,7 +111,7 @@ def _no_rotation(name: str, like: Tensor) -> Tensor:
 NO_ATTENTION = "its blocks compare no tokens: it is a convolutional, MLP, recurrent or state space network"
 UNKNOWN = "its class is not known, and its blocks have an attention of their own"
 # By the module of timm that defines the model. Where a module has models with and without attention, this is about
-# the former. "Needs the grid" is about something else than the attention: a convolution, a pooling, a patch merging.
+# the former.
 REASONS = {
     "convolutions inside or between its blocks need the full image grid": (
         "byobnet coat cpubone csatv2 efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra fastvit "
