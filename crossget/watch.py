@@ -81,8 +81,8 @@ class BlockWatch(TorchFunctionMode):
         if self.done:
             if self.outdated is not None and any(arg is self.outdated for arg in args):
                 raise RuntimeError(
-                    "the block adds its residual in place and goes on with the old tensor: write `y += x` or `y = y + x`"
-                    " instead of `y.add_(x)`, so that the reduced tokens are what the block sees next"
+                    "the block adds its residual in place and goes on with the old tensor: write `y += x` or "
+                    "`y = y + x` instead of `y.add_(x)`, so that the reduced tokens are what the block sees next"
                 )
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
