@@ -21,7 +21,7 @@ STRONG = 8
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the lines apart in grey print.
 LINES = {
-    "random": ("#999999", "x"),
+    "random": ("#888888", "x"),
     "topk": ("#E69F00", "v"),
     "tome": ("#000000", "o"),
     "bipartite": ("#CC79A7", "h"),
@@ -270,7 +270,7 @@ def draw_accuracy(axes: Any, table: Table) -> None:
     if lowest and shown and min(lowest) < min(shown):
         axes.set_ylim(min(shown) - 1, max(shown) + 1)
         text = f"Random: down to {min(lowest):.0f} %"
-        axes.annotate(text, (0.98, 0.03), xycoords="axes fraction", fontsize=9, color="#777777", ha="right")
+        axes.annotate(text, (0.98, 0.03), xycoords="axes fraction", fontsize=9, color=LINES["random"][0], ha="right")
     axes.set_title(SETTINGS[table.setting].title, fontsize=11, loc="left")
     axes.set_ylabel("top-1 accuracy, %")
 
