@@ -104,10 +104,16 @@ class Reducer:
     def resolved(self: Self, host: Host) -> Self:
         """This reducer with every None replaced by the reference's value for `host`.
 
+        Where the reference's importance needs a cross token and this reducer has none, the class token it would be a
+        copy of scores in its place, or, without class token, the attention received.
+
         Raises:
             ValueError: the host lacks what the method needs.
         """
-        filled = {"cross_token": True, "proportional_attention": True, "importance": host.importance, "keys": host.keys}
+        importance = host.importance
+        if importance == "cross_token" and self.cross_token is False and not host.guides_itself:
+            importance = "class_token" if host.has_class_token else "attention"
+        filled = {"cross_token": True, "proportional_attention": True, "importance": importance, "keys": host.keys}
         none: Any = {f.name: filled[f.name] for f in dataclasses.fields(self) if getattr(self, f.name) is None}
         full = dataclasses.replace(self, **none)
         full.check(host)

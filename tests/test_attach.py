@@ -283,7 +283,10 @@ def test_a_dict_names_the_towers(pair: Pair) -> None:
         (16, TypeError, r"reducer is 16: give a reducer such as crossget.CrossGET\(r=16\)"),
         ({"visual": crossget.CrossGET([1, 2])}, ValueError, "lists 2 layers but the tower has 3 blocks"),
         (
-            {"visual": crossget.CrossGET(3), "other": crossget.CrossGET(3, cross_token=False)},
+            {
+                "visual": crossget.CrossGET(3),
+                "other": crossget.CrossGET(3, cross_token=False, importance="cross_token"),
+            },
             ValueError,
             "cross_token=True",
         ),

@@ -317,7 +317,11 @@ def test_r_of_another_kind_is_refused(r: Any) -> None:
 @pytest.mark.parametrize(
     ("reducer", "host", "message"),
     [
-        (crossget.CrossGET(1, cross_token=False), HOST, "needs cross_token=True.*importance='class_token'"),
+        (
+            crossget.CrossGET(1, cross_token=False, importance="cross_token"),
+            HOST,
+            "needs cross_token=True.*importance='class_token'",
+        ),
         (
             crossget.CrossGET(1, importance="class_token"),
             Host("t", has_class_token=False),
@@ -329,6 +333,12 @@ def test_r_of_another_kind_is_refused(r: Any) -> None:
 def test_what_cannot_work_on_a_tower_is_refused(reducer: crossget.Reducer, host: Host, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         reducer.resolved(host)
+
+
+@pytest.mark.parametrize(("has_class_token", "importance"), [(True, "class_token"), (False, "attention")])
+def test_the_cross_token_can_be_left_out_alone(has_class_token: bool, importance: str) -> None:
+    resolved = crossget.CrossGET(1, cross_token=False).resolved(Host("t", has_class_token=has_class_token))
+    assert (resolved.cross_token, resolved.importance) == (False, importance)
 
 
 def test_text_guides_without_cross_token() -> None:
