@@ -13,7 +13,7 @@ from crossget.doctor import doctor
 from crossget.ensemble import unmerge
 from crossget.flops import count_flops
 from crossget.reducers import CrossGET, Merging, Random, Reducer, ToMe, TopK
-from crossget.registry import TextInput, Tower, find_towers, register, unregister
+from crossget.registry import Features, Prompt, Reader, TextInput, Tower, find_towers, register, unregister
 from crossget.schedule import Constant, Linear, PerLayer, Ratio, Schedule
 
 __version__ = "0.1.0"
@@ -22,11 +22,14 @@ __all__ = [
     "Attachment",
     "Constant",
     "CrossGET",
+    "Features",
     "Linear",
     "Merging",
     "PerLayer",
+    "Prompt",
     "Random",
     "Ratio",
+    "Reader",
     "Reducer",
     "Schedule",
     "TextInput",

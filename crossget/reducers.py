@@ -79,10 +79,14 @@ class Reducer:
 
     Args:
         r: tokens to remove per block: an int, one int per block, or a schedule.
+        cross_token: append one cross token, see `CrossGET`.
+        strip_cross_token: keep it out of the features, also where the reference has it among them (LLaVA).
+        proportional_attention: log(size) is added to the attention's logits on the key side.
     """
 
     r: int | Sequence[int] | Schedule = field(kw_only=False)
     cross_token: bool | None = False
+    strip_cross_token: bool = False
     proportional_attention: bool | None = True
 
     def __post_init__(self) -> None:
@@ -145,8 +149,6 @@ class Merging(Reducer):
         importance: what scores a token, where the matching or the ensemble asks.
         ensemble: how a source and its destination become one token.
         keys: what tokens are compared by: keys of all heads concatenated, or their mean over heads.
-        cross_token: append one cross token, see `CrossGET`.
-        proportional_attention: log(size) is added to the attention's logits on the key side.
         ties: how equal similarities are ranked, see `crossget.matching.complete_graph`.
         seed: what the random matching depends on.
     """
@@ -193,7 +195,7 @@ class CrossGET(Merging):
     A cross token travels at the end of the sequence: a copy of the class token (in text: of the end-of-text token)
     plus a vector that every block learns. With `r` alone this computes what the reference computes on that backbone.
 
-    Args: as `Merging`.
+    Args: as `Merging` and `Reducer`.
 
     Source: CrossGET (ICML 2024, https://arxiv.org/abs/2305.17455).
     """

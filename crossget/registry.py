@@ -10,9 +10,9 @@ An adapter is a function that says where a backbone's towers are; it knows no me
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from crossget.reducers import Host, ImportanceName, KeysName
 from crossget.state import TokenState
 
-_LAZY = {"timm.": "crossget.integrations.timm", "open_clip.": "crossget.integrations.open_clip"}
+# Where a class is defined -> the adapter for it, the more exact places first.
+_LAZY = {
+    "timm.": "timm",
+    "open_clip.": "open_clip",
+    "transformers.models.clip.": "hf_clip",
+    "transformers.models.llava.": "hf_llava",
+    "transformers.": "hf",
+}
 
 
 @dataclass
@@ -41,6 +48,58 @@ class TextInput:
 
 
 @dataclass
+class Reader:
+    """A method of the host that looks at a tower's tokens between the blocks, such as forward_intermediates.
+
+    Attributes:
+        module, method: whose and which.
+        layers: arguments of a call, by name -> the blocks whose output it reads. None: it may read every block's.
+        grid: it wants as many tokens as the first block got. False: it takes them reduced.
+        hides_rest: its result shows nothing of the blocks behind the last one it reads, so that they need not run.
+            Otherwise they are left out inside `generate` only.
+    """
+
+    module: nn.Module
+    method: str
+    layers: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
+    grid: bool = True
+    hides_rest: bool = False
+
+
+class Features(NamedTuple):
+    """What of a tower's tokens becomes features of a prompt.
+
+    Attributes:
+        tokens: T0, how many tokens an image gives in the dense model.
+        layer: the block behind which they are read.
+        dropped: leading tokens that are left out.
+    """
+
+    tokens: int
+    layer: int
+    dropped: int
+
+
+@dataclass
+class Prompt:
+    """A prompt with one placeholder token for every feature of an image, where fewer features will come.
+
+    Attributes:
+        models: modules whose forward takes such prompts, the outermost first; `generate` is looked for on that.
+        placeholder: token id.
+        embedding: of token ids, to find placeholders in embeddings.
+        features: keyword arguments of a call -> what each of its images gives.
+        pad: token id that prompts are filled up with.
+    """
+
+    models: Sequence[nn.Module]
+    placeholder: int
+    embedding: nn.Module
+    features: Callable[[Mapping[str, Any]], Features]
+    pad: int = 0
+
+
+@dataclass
 class Tower:
     """One stack of transformer blocks that pass a sequence [B, T, C] from one to the next.
 
@@ -58,10 +117,14 @@ class Tower:
         importance, keys: what the reference uses on such a backbone.
         project: [N, C] cross tokens -> the space that towers share, for the alignment loss; its parameters are not
             to be trained by that loss.
-        readers: (module, method name) of host methods that look at the tokens between the blocks, such as
-            forward_intermediates. While one runs, every block hands out the full grid.
+        readers: host methods that look at the tokens between the blocks.
         refit: (block, argument name, value, state) -> value, for arguments of a block with one row per token, such
             as rotary tables. Called when the tokens are no longer the host's.
+        keeps_cross_token: whoever reads the tower's reduced tokens gets the cross token, too.
+        prompt: where prompts have to make room for the tower's reduced tokens.
+        decoder: the module that runs the blocks, if the tower is a language model that generates. Its first token plays
+            the cross token's part, and its tokens are not reduced.
+        meanwhile: (object, attribute, value) to set while attached.
     """
 
     name: str
@@ -76,13 +139,22 @@ class Tower:
     importance: ImportanceName = "cross_token"
     keys: KeysName = "all_heads"
     project: Callable[[Tensor], Tensor] | None = None
-    readers: Sequence[tuple[nn.Module, str]] = ()
+    readers: Sequence[Reader] = ()
     refit: Callable[[nn.Module, str, Any, TokenState], Any] | None = None
+    keeps_cross_token: bool = False
+    prompt: Prompt | None = None
+    decoder: nn.Module | None = None
+    meanwhile: Sequence[tuple[Any, str, Any]] = ()
 
     @property
     def host(self) -> Host:
         """What a reducer needs to know of this tower."""
         return Host(f"tower {self.name!r}", self.class_token, self.has_end, self.importance, self.keys)
+
+    @property
+    def reducible(self) -> bool:
+        """Its tokens can be merged: it is no language model that generates."""
+        return self.decoder is None
 
     @property
     def has_end(self) -> bool:
@@ -135,10 +207,10 @@ def unregister(backbone: type[nn.Module]) -> None:
 def absent_towers(model: nn.Module) -> dict[str, str]:
     """Why a supported model lacks a tower that its kind may have (a convolutional image tower, say), by name."""
     for cls in type(model).__mro__:
-        absent = getattr(_load_integration(cls), "absent", None)
-        if absent is not None:
-            reasons: dict[str, str] = absent(model)
-            return reasons
+        for module in _load_integrations(cls):
+            if hasattr(module, "absent"):
+                reasons: dict[str, str] = module.absent(model)
+                return reasons
     return {}
 
 
@@ -151,13 +223,12 @@ def find_towers(model: nn.Module) -> list[Tower]:
     """
     reasons = []
     for cls in type(model).__mro__:
-        module = _load_integration(cls)
+        modules = _load_integrations(cls)
         if cls in _adapters:
             towers = _adapters[cls](model)
             _check(towers, model, _adapters[cls])
             return towers
-        explain = getattr(module, "explain", None)
-        reasons += [explain(model)] if explain is not None else []
+        reasons += [module.explain(model) for module in modules if hasattr(module, "explain")]
     if isinstance(model, torch.jit.ScriptModule):
         reasons = ["it is a TorchScript model, whose compiled code cannot be watched: load it without jit"]
     reason = reasons[0] if reasons else "no adapter is registered for it or its bases"
@@ -168,11 +239,11 @@ def find_towers(model: nn.Module) -> list[Tower]:
     )
 
 
-def _load_integration(cls: type) -> Any:
-    for prefix, name in _LAZY.items():
-        if (cls.__module__ + ".").startswith(prefix):
-            return importlib.import_module(name)
-    return None
+def _load_integrations(cls: type) -> list[Any]:
+    home = cls.__module__ + "."
+    return [
+        importlib.import_module(f"crossget.integrations.{n}") for prefix, n in _LAZY.items() if home.startswith(prefix)
+    ]
 
 
 def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:

@@ -6,6 +6,8 @@ gradient checkpointing, threads, copies and interrupted forwards need no care an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -127,13 +129,12 @@ class TokenState:
         return unmerge(tokens, source, tokens[:, self.prefix : last].mean(1, keepdim=True))
 
 
-def carry(tokens: Tensor, state: TokenState) -> Tensor:
+def carry(tokens: Tensor, state: Any) -> Tensor:
     """`tokens`, with the state on it."""
     setattr(tokens, _ATTRIBUTE, state)
     return tokens
 
 
-def carried(tokens: Tensor) -> TokenState | None:
-    """The state that `tokens` carry."""
-    state: TokenState | None = getattr(tokens, _ATTRIBUTE, None)
-    return state
+def carried(tokens: Tensor) -> Any:
+    """The state that `tokens` carry; None if they carry none."""
+    return getattr(tokens, _ATTRIBUTE, None)

@@ -1,4 +1,4 @@
-"""What a host's models look like to crossget, as rows of a table: shared by the adapters' support_matrix().
+"""What the adapters share: the way of single tokens into a joint space, and rows for their support_matrix().
 
 No host is imported here.
 """
@@ -11,10 +11,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from crossget.registry import Tower
+
+
+def project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
+    """Cross tokens [N, C] into the joint space [N, E], without gradient for the parameters on the way.
+
+    Args:
+        norm: what a token goes through first.
+        owner: whose attribute the projection is.
+        name: of the attribute: a module, a matrix [C, E], or None.
+        tokens: [N, C].
+    """
+    tokens = tokens if norm is None else frozen(norm, tokens)
+    projection = getattr(owner, name)
+    if isinstance(projection, nn.Module):
+        return frozen(projection, tokens)
+    return tokens if projection is None else tokens @ projection.detach()
+
+
+def frozen(module: nn.Module, tokens: Tensor) -> Tensor:
+    """A module's output, without gradient for its parameters."""
+    out: Tensor = functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (tokens,))
+    return out
 
 
 @dataclass(frozen=True)

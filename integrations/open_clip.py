@@ -19,12 +19,11 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from crossget.integrations import timm as timm_towers
-from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
-from crossget.registry import TextInput, Tower, find_towers, register
+from crossget.integrations._support import NumbersOnCPU, SupportRow, project, support_row
+from crossget.registry import Reader, TextInput, Tower, find_towers, register
 from crossget.state import TokenState
 
 _BERT = ("embeddings.word_embeddings", "encoder.layer", None)
@@ -78,14 +77,14 @@ def _visual(visual: Any) -> Any:
         return _trunk(visual)
     if not isinstance(visual, VisionTransformer):
         return f"{type(visual).__name__} is convolutional: it has no sequence of tokens to reduce"
-    project = None if visual.attn_pool is not None else partial(_project, visual.ln_pre, visual, "proj")
+    pools = visual.attn_pool is not None
     return Tower(
         "visual",
         blocks=_blocks(visual.transformer),
         width=int(visual.class_embedding.shape[0]),
         prefix=1,
         class_token=True,
-        project=project,
+        project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
         readers=_readers(visual.transformer),
     )
 
@@ -102,10 +101,10 @@ def _trunk_projection(visual: Any) -> Any:
     """What takes one token to the joint space; None behind an attention pool, which has no answer for one token."""
     norm = getattr(visual.trunk, "norm_pre", None)
     if isinstance(getattr(visual.head, "proj", None), nn.Linear):
-        return partial(_project, norm, visual.head, "proj")
+        return partial(project, norm, visual.head, "proj")
     pools = getattr(visual.trunk, "attn_pool", None) is not None
     if not pools and isinstance(getattr(visual.trunk, "head", None), nn.Linear):
-        return partial(_project, norm, visual.trunk, "head")
+        return partial(project, norm, visual.trunk, "head")
     return None
 
 
@@ -129,7 +128,7 @@ def _text(model: Any) -> Any:
         causal=text.attn_mask is not None,
         padding=pool == "appended" or getattr(text, "use_pad_mask", False),
         text=TextInput(text.token_embedding, partial(_end, pool, eos), pools_one=pool != "none"),
-        project=partial(_project, text.ln_final, text, "text_projection"),
+        project=partial(project, text.ln_final, text, "text_projection"),
         readers=_readers(text.transformer),
     )
 
@@ -177,7 +176,7 @@ def _hf_text(text: Any) -> Any:
         prefix=0 if pools_one else 1,
         padding=True,
         text=TextInput(embedding, read, pools_one),
-        project=None if own_pooler else partial(_project, norm, text, "proj"),
+        project=None if own_pooler else partial(project, norm, text, "proj"),
         refit=_refit_mask if kind == "mt5" else None,
     )
 
@@ -213,22 +212,8 @@ def _blocks(transformer: Any) -> list[nn.Module]:
     return list(transformer.resblocks)
 
 
-def _readers(transformer: nn.Module) -> list[tuple[nn.Module, str]]:
-    return [(transformer, "forward_intermediates")] if hasattr(transformer, "forward_intermediates") else []
-
-
-def _project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
-    """Cross tokens [N, C] into the joint space [N, E], without gradient for the parameters on the way."""
-    tokens = tokens if norm is None else _frozen(norm, tokens)
-    projection = getattr(owner, name)
-    if isinstance(projection, nn.Module):
-        return _frozen(projection, tokens)
-    return tokens if projection is None else tokens @ projection.detach()
-
-
-def _frozen(module: nn.Module, tokens: Tensor) -> Tensor:
-    out: Tensor = functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (tokens,))
-    return out
+def _readers(transformer: nn.Module) -> list[Reader]:
+    return [Reader(transformer, "forward_intermediates")] if hasattr(transformer, "forward_intermediates") else []
 
 
 # What of open_clip is supported ---------------------------------------------------------------------------------------

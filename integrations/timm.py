@@ -18,7 +18,7 @@ from timm.models import _features
 from torch import Tensor, nn
 
 from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
-from crossget.registry import Tower, find_towers, register
+from crossget.registry import Reader, Tower, find_towers, register
 from crossget.state import TokenState
 
 
@@ -66,7 +66,7 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
         prefix=prefix,
         class_token=class_token,
         padding=not arguments.keys().isdisjoint({"attn_mask", "patch_valid"}),
-        readers=[(model, "forward_intermediates")] if hasattr(model, "forward_intermediates") else [],
+        readers=[Reader(model, "forward_intermediates")] if hasattr(model, "forward_intermediates") else [],
         refit=partial(rotary_rows, bool(mixed)),
     )
 

@@ -283,7 +283,7 @@ def test_the_default_is_the_reference() -> None:
     assert dataclasses.asdict(clip) == {
         "r": 16, "matching": "complete_graph", "guided_matching": True, "importance": "cross_token",
         "ensemble": "guided", "keys": "all_heads", "cross_token": True, "proportional_attention": True,
-        "ties": "reference", "seed": 0,
+        "strip_cross_token": False, "ties": "reference", "seed": 0,
     }  # fmt: skip
     llava = crossget.CrossGET(13).resolved(Host("x", importance="attention", keys="mean_heads"))
     assert (llava.importance, llava.keys) == ("attention", "mean_heads")

@@ -1,0 +1,345 @@
+"""A tower with the reducer that works on it: what happens when one of its blocks is called.
+
+Its blocks run on fewer and fewer tokens, under a `BlockWatch`. (A language model that generates is not reduced:
+decoder.py.) Below stands what the host's entry points tell the blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from crossget.reducers import Reducer
+from crossget.registry import Reader, Tower
+from crossget.schedule import planned_tokens
+from crossget.state import Record, TokenState, carried, carry
+from crossget.swap import argument_names, base_of
+from crossget.watch import BlockWatch, visible
+
+T = TypeVar("T")
+_NOTED = "_crossget_noted"
+# How many texts, where each ends (None: nowhere in particular), and which of their tokens are real (None: all).
+TextEnds = tuple[int, "Tensor | None", "Tensor | None"]
+
+
+class ByThread(Generic[T]):
+    """A value, or None, for each thread; copies start with none.
+
+    While a graph is traced the value is an attribute: Dynamo follows that, but neither threading.local nor, in every
+    host, changes of a dict. A graph is traced by one thread at a time, and what is set while tracing is used up then.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[int, T] = {}
+        self.traced: T | None = None
+
+    def get(self) -> T | None:
+        """The value of this thread."""
+        return self.traced if torch.compiler.is_compiling() else self.values.get(threading.get_ident())
+
+    def set(self, value: T | None) -> None:
+        """Another value for this thread; None forgets it."""
+        if torch.compiler.is_compiling():
+            self.traced = value
+        elif value is None:
+            self.values.pop(threading.get_ident(), None)
+        else:
+            self.values[threading.get_ident()] = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ByThread, ()
+
+
+class Reading(NamedTuple):
+    """What a host method that runs now looks at.
+
+    Attributes:
+        layers: behind which blocks; None: behind any.
+        grid: on the full grid.
+        last: the block behind which nobody looks.
+    """
+
+    layers: frozenset[int] | None
+    grid: bool
+    last: int
+
+
+class AttachedTower:
+    """A tower together with the reducer that works on it: what its blocks consult.
+
+    Attributes:
+        tower: where the blocks are.
+        reducer: with every field resolved for this tower.
+        cross: [L, C] one learnable vector per block, zero at the start; None without cross token.
+        last: record of the last forward.
+    """
+
+    def __init__(self, tower: Tower, reducer: Reducer) -> None:
+        self.tower = tower
+        self.inputs = {type(block): argument_names(base_of(block).forward) for block in tower.blocks}
+        self.last = Record()
+        self.cross: nn.Parameter | None = None
+        self.outputs = 1  # how many things a block returns, if it returns a tuple
+        # What the host's entry points know and its blocks do not.
+        self.noted: ByThread[Any] = ByThread()
+        self.reading: ByThread[Reading] = ByThread()
+        self.generating: ByThread[bool] = ByThread()
+        self.reducer = reducer
+        self.set_reducer(reducer)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks."""
+        return len(self.tower.blocks)
+
+    @property
+    def keeps_cross_token(self) -> bool:
+        """Whether the reduced tokens that leave the tower include the cross token."""
+        return self.tower.keeps_cross_token and bool(self.reducer.cross_token) and not self.reducer.strip_cross_token
+
+    def set_reducer(self, reducer: Reducer) -> None:
+        """Use another reducer from the next forward on; cross tokens that exist are kept."""
+        resolved = reducer.resolved(self.tower.host)
+        for layer in range(self.depth):
+            resolved.schedule.removed(layer, self.depth, 1)
+        if resolved.cross_token and self.cross is None:
+            like = next(self.tower.blocks[0].parameters())
+            self.cross = nn.Parameter(torch.zeros((self.depth, self.tower.width), dtype=like.dtype, device=like.device))
+        self.reducer = resolved
+
+    def tokens_behind(self, layer: int, tokens: int) -> int:
+        """How many of `tokens` the host sees behind block `layer`, where it reads them reduced."""
+        if layer < 0:
+            return tokens
+        cross = int(bool(self.reducer.cross_token))
+        reserved = self.tower.n_reserved(bool(cross))
+        left = planned_tokens(self.reducer.schedule, self.depth, tokens + cross, reserved)[layer + 1]
+        return left - (cross - int(self.keeps_cross_token))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": Record()}
+
+    # One block ------------------------------------------------------------------------------------------------------
+
+    def run(self, block: nn.Module, layer: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run `forward`, the host's own, on fewer tokens."""
+        names = self.inputs[base_of(block)]
+        tokens, args, kwargs = take_tokens(names, args, kwargs)
+        reading = self.reading.get()
+        if layer == 0:
+            tokens, state = self._start(tokens, {**dict(zip(names[1:], args)), **kwargs})  # noqa: B905
+        else:
+            tokens, state = self._continue(tokens, layer)
+        count = int(tokens.shape[1])
+        state.record.tokens[layer] = count
+        if self.reducer.cross_token:
+            tokens = self._renew_cross_token(tokens, state, layer)
+        if self._is_read_by_nobody(reading, layer):
+            return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer, reading)
+        if self.tower.refit is not None and not state.pristine:
+            args = tuple(self.tower.refit(block, name, value, state) for name, value in zip(names[1:], args))  # noqa: B905
+            kwargs = {name: self.tower.refit(block, name, value, state) for name, value in kwargs.items()}
+        r = self.reducer.schedule.removed(layer, self.depth, count)
+        watch = BlockWatch(
+            tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
+            find_padding=self.tower.padding,
+        )  # fmt: skip
+        with watch:
+            out = forward(tokens, *args, **kwargs)
+        if not watch.done:
+            raise RuntimeError(_not_seen(block, layer, self.tower, watch))
+        self.outputs = len(out) if isinstance(out, tuple) else 0
+        return self._leave(out, watch.state, layer, reading)
+
+    def _start(self, tokens: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, TokenState]:
+        if tokens.dim() != 3:
+            raise RuntimeError(
+                f"tower {self.tower.name!r} got tokens of shape {list(tokens.shape)}: expected one sequence [B, T, C]"
+            )
+        batch, length = int(tokens.shape[0]), int(tokens.shape[1])
+        end, valid = self._end_of_text(tokens)
+        mask = arguments.get("attn_mask") if self.tower.padding and valid is None else None
+        if mask is not None and mask.dim() == 4:  # otherwise, the attention's mask is looked at when it is seen
+            valid = visible(mask, batch)
+        cross = bool(self.reducer.cross_token)
+        state = TokenState.start(
+            batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
+        )
+        if cross:
+            tokens = torch.cat([tokens, self._origin(tokens, valid).detach()], 1)
+        return tokens, state
+
+    def _origin(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """What the cross token starts as: [B, 1, C]. Where a text has an end, that replaces it."""
+        if self.tower.class_token:
+            return tokens[:, :1]
+        if valid is None:
+            return tokens[:, self.tower.prefix :].mean(1, keepdim=True)
+        real = valid[:, :, None].to(tokens.dtype)
+        if self.tower.text is None:
+            tokens, real = tokens[:, self.tower.prefix :], real[:, self.tower.prefix :]
+        return (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+
+    def _end_of_text(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.tower.text is None:
+            return None, None
+        found: TextEnds | None = take_note(self, tokens)
+        batch, length, _ = tokens.shape
+        if found is None or found[0] != batch:
+            seen = "no token ids" if found is None else f"token ids of {found[0]} texts"
+            raise RuntimeError(
+                f"tower {self.tower.name!r} got {batch} texts of {length} tokens, and its embedding saw {seen} before: "
+                "call the model's own encode_text (or forward) with token ids, or Attachment.read_ids(ids) first"
+            )
+        return found[1:]
+
+    def _continue(self, tokens: Tensor, layer: int) -> tuple[Tensor, TokenState]:
+        state = state_of(tokens, layer, self.tower)
+        if state.compact is not None:
+            tokens = state.compact
+        return tokens, state
+
+    def _renew_cross_token(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
+        if state.end is None:
+            origin = tokens[:, -1]
+        else:
+            origin = tokens.gather(1, state.end[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)
+        token = self.cross_token(origin, state.record, layer)
+        return torch.cat([tokens[:, :-1], token[:, None]], 1)
+
+    def cross_token(self, origin: Tensor, record: Record, layer: int) -> Tensor:
+        """[B, C] the cross token in front of block `layer`."""
+        if self.cross is None:
+            raise RuntimeError(f"tower {self.tower.name!r} lost its cross tokens")
+        token = origin.detach() + self.cross[layer].to(origin.device, origin.dtype)
+        if torch.is_grad_enabled():
+            record.cross_tokens[layer] = token
+        return token
+
+    def _is_read_by_nobody(self, reading: Reading | None, layer: int) -> bool:
+        """Whether block `layer` lies behind all that are read, so that it need not run.
+
+        In training the last cross tokens are wanted too: then only a block behind which there is none is left out.
+        """
+        if layer == 0 or reading is None or layer <= reading.last or self.outputs > 1:
+            return False
+        return layer == self.depth - 1 or not (self.reducer.cross_token and torch.is_grad_enabled())
+
+    def _leave(self, out: Any, state: TokenState, layer: int, reading: Reading | None) -> Any:
+        tokens = out[0] if isinstance(out, tuple) else out
+        last = layer == self.depth - 1
+        state.record.source = state.source[:, : state.length]
+        if layer > 0 or last:  # the first block alone may be the recomputation of a checkpoint
+            self.last = state.record
+        shown = self._shown(tokens, state, layer, reading)
+        if not last:
+            if shown is not tokens:
+                state.compact = tokens
+            carry(shown, state)
+        return (shown, *out[1:]) if isinstance(out, tuple) else shown
+
+    def _shown(self, tokens: Tensor, state: TokenState, layer: int, reading: Reading | None) -> Tensor:
+        """What the host sees behind block `layer`."""
+        if reading is None:
+            read, grid = layer == self.depth - 1, self.tower.restore
+        else:
+            read, grid = reading.layers is None or layer in reading.layers, reading.grid
+        if not read:
+            return tokens
+        if grid:
+            return state.restored(tokens)
+        return tokens[:, :-1] if state.cross and not self.keeps_cross_token else tokens
+
+
+# What the host's entry points know --------------------------------------------------------------------------------
+
+
+def note(attached: AttachedTower, what: Any, tokens: Tensor | None = None) -> None:
+    """Keep something for the first block of the forward that comes now.
+
+    Args:
+        attached: whose.
+        what: it is.
+        tokens: what the first block will get, if that is known. What it was noted for earlier is forgotten.
+    """
+    if tokens is not None:
+        setattr(tokens, _NOTED, None)
+    attached.noted.set(what)
+
+
+def take_note(attached: AttachedTower, tokens: Tensor) -> Any:
+    """What was noted, or None. It is left on the input too, where the recomputation of a checkpoint finds it again."""
+    known = getattr(tokens, _NOTED, None)
+    if known is not None:
+        return known
+    found = attached.noted.get()
+    attached.noted.set(None)
+    if found is not None:
+        setattr(tokens, _NOTED, found)
+    return found
+
+
+def read_between(
+    attached: AttachedTower, reader: Reader, names: list[str], original: Callable[..., Any], args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Run a host method that looks at the tokens between the blocks, and show it what it expects there."""
+    if attached.reading.get() is not None:  # from inside another such method, which has said what it wants
+        return original(*args, **kwargs)
+    layers = None if reader.layers is None else reader.layers({**dict(zip(names, args)), **kwargs})  # noqa: B905
+    skips = layers is not None and (reader.hides_rest or bool(attached.generating.get()))
+    last = max(layers) if layers is not None and skips else attached.depth
+    attached.reading.set(Reading(None if layers is None else frozenset(layers), reader.grid, last))
+    try:
+        return original(*args, **kwargs)
+    finally:
+        attached.reading.set(None)
+
+
+@contextlib.contextmanager
+def generating(attached: AttachedTower) -> Iterator[None]:
+    """Inside, the host's `generate` runs, which returns nothing of what a tower computes on the way."""
+    outer = attached.generating.get()
+    attached.generating.set(True)
+    try:
+        yield
+    finally:
+        attached.generating.set(outer)
+
+
+def state_of(tokens: Tensor, layer: int, tower: Tower) -> Any:
+    """What block `layer - 1` left on the tokens.
+
+    Raises:
+        RuntimeError: it is lost.
+    """
+    state = carried(tokens)
+    if state is None:
+        raise RuntimeError(
+            f"block {layer} of tower {tower.name!r} got tokens {list(tokens.shape)} without their state: something "
+            "made a new tensor between two blocks (re-entrant checkpointing, for instance: use use_reentrant=False; or "
+            "a model spread over several devices), or the block was called on its own"
+        )
+    return state
+
+
+def take_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+    """A block's first argument, and the others."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop(names[0]), (), rest
+
+
+def _not_seen(block: nn.Module, layer: int, tower: Tower, watch: BlockWatch) -> str:
+    what = "no attention over its tokens" if watch.keys is None else "no residual addition behind its attention"
+    return (
+        f"block {layer} ({type(block).__name__}) of tower {tower.name!r} showed {what} ({watch.tokens} tokens): "
+        "expected F.scaled_dot_product_attention, nn.MultiheadAttention or matmul and softmax over [.., T, T], then an "
+        "addition to the block's own input. See docs/adapters.md for what can be watched"
+    )
