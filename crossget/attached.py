@@ -22,7 +22,7 @@ from crossget.swap import argument_names, base_of
 from crossget.watch import BlockWatch, visible
 
 T = TypeVar("T")
-_NOTED = "_crossget_noted"
+_NOTED, _READING = "_crossget_noted", "_crossget_reading"
 # How many texts, where each ends (None: nowhere in particular), and which of their tokens are real (None: all).
 TextEnds = tuple[int, "Tensor | None", "Tensor | None"]
 
@@ -130,7 +130,6 @@ class AttachedTower:
         """Run `forward`, the host's own, on fewer tokens."""
         names = self.inputs[base_of(block)]
         tokens, args, kwargs = take_tokens(names, args, kwargs)
-        reading = self.reading.get()
         if layer == 0:
             tokens, state = self._start(tokens, {**dict(zip(names[1:], args)), **kwargs})  # noqa: B905
         else:
@@ -139,8 +138,8 @@ class AttachedTower:
         state.record.tokens[layer] = count
         if self.reducer.cross_token:
             tokens = self._renew_cross_token(tokens, state, layer)
-        if self._is_read_by_nobody(reading, layer):
-            return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer, reading)
+        if self._is_read_by_nobody(state.reading, layer):
+            return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer)
         if self.tower.refit is not None and not state.pristine:
             args = tuple(self.tower.refit(block, name, value, state) for name, value in zip(names[1:], args))  # noqa: B905
             kwargs = {name: self.tower.refit(block, name, value, state) for name, value in kwargs.items()}
@@ -154,7 +153,7 @@ class AttachedTower:
         if not watch.done:
             raise RuntimeError(_not_seen(block, layer, self.tower, watch))
         self.outputs = len(out) if isinstance(out, tuple) else 0
-        return self._leave(out, watch.state, layer, reading)
+        return self._leave(out, watch.state, layer)
 
     def _start(self, tokens: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, TokenState]:
         if tokens.dim() != 3:
@@ -170,6 +169,7 @@ class AttachedTower:
         state = TokenState.start(
             batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
         )
+        state.reading = _left_on(tokens, _READING, self.reading.get())
         if cross:
             tokens = torch.cat([tokens, self._origin(tokens, valid).detach()], 1)
         return tokens, state
@@ -230,25 +230,25 @@ class AttachedTower:
             return False
         return layer == self.depth - 1 or not (self.reducer.cross_token and torch.is_grad_enabled())
 
-    def _leave(self, out: Any, state: TokenState, layer: int, reading: Reading | None) -> Any:
+    def _leave(self, out: Any, state: TokenState, layer: int) -> Any:
         tokens = out[0] if isinstance(out, tuple) else out
         last = layer == self.depth - 1
         state.record.source = state.source[:, : state.length]
         if layer > 0 or last:  # the first block alone may be the recomputation of a checkpoint
             self.last = state.record
-        shown = self._shown(tokens, state, layer, reading)
+        shown = self._shown(tokens, state, layer)
         if not last:
             if shown is not tokens:
                 state.compact = tokens
             carry(shown, state)
         return (shown, *out[1:]) if isinstance(out, tuple) else shown
 
-    def _shown(self, tokens: Tensor, state: TokenState, layer: int, reading: Reading | None) -> Tensor:
+    def _shown(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
         """What the host sees behind block `layer`."""
-        if reading is None:
-            read, grid = layer == self.depth - 1, self.tower.restore
-        else:
-            read, grid = reading.layers is None or layer in reading.layers, reading.grid
+        reading: Reading | None = state.reading
+        read, grid = layer == self.depth - 1, self.tower.restore
+        if reading is not None:
+            read, grid = read or reading.layers is None or layer in reading.layers, reading.grid
         if not read:
             return tokens
         if grid:
@@ -273,15 +273,21 @@ def note(attached: AttachedTower, what: Any, tokens: Tensor | None = None) -> No
 
 
 def take_note(attached: AttachedTower, tokens: Tensor) -> Any:
-    """What was noted, or None. It is left on the input too, where the recomputation of a checkpoint finds it again."""
+    """What was noted, or None."""
     known = getattr(tokens, _NOTED, None)
     if known is not None:
         return known
     found = attached.noted.get()
     attached.noted.set(None)
-    if found is not None:
-        setattr(tokens, _NOTED, found)
-    return found
+    return _left_on(tokens, _NOTED, found)
+
+
+def _left_on(tokens: Tensor, name: str, value: Any) -> Any:
+    """A value that is left on the first block's input, where the recomputation of a checkpoint finds it again."""
+    if value is None:
+        return getattr(tokens, name, None)
+    setattr(tokens, name, value)
+    return value
 
 
 def read_between(

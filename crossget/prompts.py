@@ -57,7 +57,7 @@ def fit(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any], *
             f"as the processor writes them (they are cut to {reduced} here), or {reduced}. Give every image of the "
             "batch whole, with its pixel values, in the call that has its tokens"
         )
-    return _Change(is_image, dense, reduced).apply(prompt, arguments, generates)
+    return _Change(is_image, _padding(arguments, is_image), dense, reduced).apply(prompt, arguments, generates)
 
 
 def _count_images(arguments: Mapping[str, Any]) -> int:
@@ -75,10 +75,31 @@ def placeholders(prompt: Prompt, arguments: Mapping[str, Any]) -> Tensor:
     return torch.as_tensor((embeds == image.to(embeds.dtype)).all(-1))
 
 
-class _Change:
-    """From a row with `dense` placeholders per image to one with `reduced`: which tokens, and where they go."""
+def _padding(arguments: Mapping[str, Any], is_image: Tensor) -> Tensor:
+    """[B, T] what a row is filled up with, in front or behind.
 
-    def __init__(self, is_image: Tensor, dense: int, reduced: int) -> None:
+    Raises:
+        ValueError: the mask is not one of [B, T].
+    """
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return torch.zeros_like(is_image)
+    if mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has the shape {list(mask.shape)}, which cannot follow when a prompt changes its length: "
+            "give a mask [B, T], or prompts that have as many image tokens as the reduced tower gives"
+        )
+    real = (mask[:, -is_image.shape[1] :] != 0).long()
+    return (real.cumsum(1) == 0) | (real.flip(1).cumsum(1).flip(1) == 0)
+
+
+class _Change:
+    """From a row with `dense` placeholders per image to one with `reduced`: which tokens, and where they go.
+
+    A batch keeps as much padding as its longest row had.
+    """
+
+    def __init__(self, is_image: Tensor, padding: Tensor, dense: int, reduced: int) -> None:
         batch, self.tokens = is_image.shape
         # Every image has `dense` placeholders, so a placeholder's place in its image follows from its place in the row.
         place = (is_image.long().cumsum(1) - 1) % dense
@@ -87,8 +108,10 @@ class _Change:
             copies = torch.where(is_image & (place >= reduced), 0, copies)
         else:
             copies = torch.where(is_image & (place == dense - 1), 1 + reduced - dense, copies)
+        copies = copies.masked_fill(padding, 0)
         self.lengths = copies.sum(1)
-        self.width = int(self.lengths.max())
+        self.width = int(self.lengths.max() + padding.sum(1).min())
+        self.leading = padding.long().cumprod(1).sum(1)
         self.source = torch.repeat_interleave(copies.flatten())  # into [B * T]
         self.row = self.source // self.tokens
         starts = self.lengths.cumsum(0) - self.lengths
@@ -101,15 +124,9 @@ class _Change:
 
     def apply(self, prompt: Prompt, arguments: Mapping[str, Any], generates: bool) -> dict[str, Any]:
         new = dict(arguments)
-        mask = arguments.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has the shape {list(mask.shape)}, which cannot follow when a prompt changes its "
-                "length: give a mask [B, T], or prompts that have as many image tokens as the reduced tower gives"
-            )
-        if mask is None and bool((self.lengths != self.width).any()):
-            mask = new["attention_mask"] = self._plain_mask(prompt, arguments, generates)
-        if generates or (mask is not None and bool((mask[:, 0] == 0).any())):
+        if arguments.get("attention_mask") is None and bool((self.lengths != self.width).any()):
+            new["attention_mask"] = self._plain_mask(prompt, arguments, generates)
+        if generates or bool((self.leading > 0).any()):
             self.fill_left()
         for name, fill in {"input_ids": prompt.pad, **_FILL}.items():
             if new.get(name) is not None:
@@ -135,7 +152,8 @@ class _Change:
 
     def _positions(self, positions: Tensor) -> Tensor:
         """Every token moves up by what is missing in front of it."""
-        moved = (self.column - self.source % self.tokens).to(positions.device)
+        before = self.source % self.tokens - self.leading[self.row]
+        moved = (self.column - before).to(positions.device)
         return self._place(positions.flatten()[self.source.to(positions.device)] + moved, 0)
 
     def _plain_mask(self, prompt: Prompt, arguments: Mapping[str, Any], generates: bool) -> Tensor:

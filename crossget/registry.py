@@ -26,6 +26,9 @@ _LAZY = {
     "open_clip.": "open_clip",
     "transformers.models.clip.": "hf_clip",
     "transformers.models.llava.": "hf_llava",
+    "transformers.models.llava_next.": "hf_llava_next",
+    "transformers.models.internvl.": "hf_internvl",
+    "transformers.models.paligemma.": "hf_paligemma",
     "transformers.": "hf",
 }
 

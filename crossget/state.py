@@ -48,6 +48,7 @@ class TokenState:
         end: [B] current position of the end of text, or None.
         dropped: some token may have been dropped.
         changed: tokens were removed since the first block.
+        reading: what the host reads of the tower's blocks in this forward; None: only the last one's output.
         compact: the reduced tokens, where the tensor that carries this state shows the full grid; else None.
         record: what the user will see.
     """
@@ -63,6 +64,7 @@ class TokenState:
         self.end: Tensor | None = None
         self.dropped = False
         self.changed = False
+        self.reading: Any = None
         self.compact: Tensor | None = None
 
     @classmethod
@@ -116,6 +118,7 @@ class TokenState:
         new.valid = None if self.valid is None else self.valid.gather(1, plan.kept)
         new.end = None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1)
         new.changed = True
+        new.reading = self.reading
         return new
 
     def restored(self, tokens: Tensor) -> Tensor:

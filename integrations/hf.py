@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from crossget.registry import Tower
+from crossget.registry import Features, Prompt, Reader, Tower, find_towers
 
 # Where a tower's blocks are, below the module that runs them; the names have changed between versions.
 _STACKS = ("encoder.layers", "encoder.layer", "layers", "layer")
@@ -39,6 +42,55 @@ def inner(model: Any, name: str) -> Any:
     return model._modules.get(name, model)
 
 
+def parts_of(model: Any) -> Any:
+    """Where a model of images and text has its image tower and language model: inside of it since 4.52."""
+    return inner(model, "model")
+
+
+def image_tower(parts: Any) -> Tower:
+    """The image tower in a model of images and text.
+
+    Raises:
+        TypeError: it is of a class that cannot be reduced; the message says why.
+    """
+    (tower,) = find_towers(parts.vision_tower)
+    return tower
+
+
+def layers_read(config: Any, depth: int, arguments: Mapping[str, Any]) -> list[int]:
+    """The blocks whose output get_image_features reads: hidden state 0 is what the first block gets."""
+    chosen = arguments.get("vision_feature_layer")
+    chosen = config.vision_feature_layer if chosen is None else chosen
+    return [index % (depth + 1) - 1 for index in ([chosen] if isinstance(chosen, int) else chosen)]
+
+
+def on_the_grid(model: Any, *methods: str) -> list[Tower]:
+    """The towers of a model that lays image tokens out on their grid: what these methods read is restored."""
+    parts = parts_of(model)
+    tower = image_tower(parts)
+    layers = partial(layers_read, model.config, len(tower.blocks))
+    readers = [Reader(parts, method, layers) for method in methods]
+    return [dataclasses.replace(tower, readers=readers), language_model(parts.language_model)]
+
+
+def prompt(model: Any, parts: Any, features: Callable[[Mapping[str, Any]], Features]) -> Prompt:
+    """Prompts of a model of images and text, with one image token for every feature."""
+    return Prompt(
+        models=[model] if parts is model else [model, parts],
+        placeholder=int(_setting(model.config, "image_token_id", "image_token_index")),
+        embedding=model.get_input_embeddings(),
+        features=features,
+        pad=_setting(model.config, "pad_token_id") or 0,
+    )
+
+
+def _setting(config: Any, *names: str) -> Any:
+    """The first of these settings that is there and not None, in a configuration or that of its language model."""
+    holders = (config, getattr(config, "text_config", None))
+    values = (getattr(holder, name, None) for holder in holders for name in names)
+    return next((value for value in values if value is not None), None)
+
+
 def language_model(model: Any) -> Tower:
     """A language model that generates, behind an image tower: its first token plays the cross token's part."""
     runs = inner(model, "model")  # before 4.52 it stood in a model with a head
@@ -50,18 +102,6 @@ def as_it_is(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def first_setting(config: Any, *names: str) -> Any:
-    """The first of these settings that is there and not None, in a configuration or that of its language model."""
-    holders = (config, getattr(config, "text_config", None))
-    values = (getattr(holder, name, None) for holder in holders for name in names)
-    return next((value for value in values if value is not None), None)
-
-
-def image_token(config: Any) -> int:
-    """The token id that stands for image features in a prompt."""
-    return int(first_setting(config, "image_token_id", "image_token_index"))
-
-
 def grid_tokens(config: Any) -> int:
     """How many patches an image has, of the configuration of an image tower."""
     sizes = [config.image_size, config.patch_size]
@@ -69,6 +109,19 @@ def grid_tokens(config: Any) -> int:
     return int((height // down) * (width // across))
 
 
+# By the module that defines the model: why a family has no adapter.
+REASONS = {
+    "its image tower packs all images of a batch into one sequence [N, C] without a batch axis, cut into images or "
+    "windows by cumulative lengths, and merges 2 x 2 neighbours behind it": (
+        "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe qwen3_omni_moe glm4v glm4v_moe paddleocr_vl video_llama_3"
+    ),
+    "its image tower packs all images of a batch into one sequence, kept apart by a mask": "pixtral",
+    "its attention runs inside windows of the image grid": "swin swinv2 maskformer_swin donut_swin",
+}
+
+
 def explain(model: nn.Module) -> str:
     """Why a model of transformers has no adapter."""
-    return f"{type(model).__name__} is not among the models of transformers that are known here: {', '.join(FAMILIES)}"
+    families = type(model).__module__.split(".")
+    found = (reason for reason, homes in REASONS.items() if not set(homes.split()).isdisjoint(families))
+    return next(found, f"of transformers' models, these families are known here: {', '.join(FAMILIES)}")

@@ -16,7 +16,7 @@ from transformers.models.llava import modeling_llava as llava
 
 from crossget.integrations import hf
 from crossget.integrations._support import frozen
-from crossget.registry import Features, Prompt, Reader, Tower, find_towers, register
+from crossget.registry import Features, Reader, Tower, register
 
 _CLASSES = [llava.LlavaForConditionalGeneration, *filter(None, [getattr(llava, "LlavaModel", None)])]
 
@@ -27,40 +27,27 @@ _GIVES_FEATURES_ALONE = "Output" not in str(inspect.signature(_CLASSES[-1].get_i
 @register(*_CLASSES)
 def conditional_generation(model: Any) -> list[Tower]:
     """The image tower and the language model."""
-    parts = hf.inner(model, "model")  # since 4.52
+    parts = hf.parts_of(model)
     return [_visual(model, parts), hf.language_model(parts.language_model)]
 
 
 def _visual(model: Any, parts: Any) -> Tower:
     config = model.config
-    (tower,) = find_towers(parts.vision_tower)
-    layers = partial(_read, config, len(tower.blocks))
+    tower = hf.image_tower(parts)
+    layers = partial(hf.layers_read, config, len(tower.blocks))
     several = not isinstance(config.vision_feature_layer, int)  # they are concatenated: the full grid of each
-    prompt = Prompt(
-        models=[model] if parts is model else [model, parts],
-        placeholder=hf.image_token(config),
-        embedding=model.get_input_embeddings(),
-        features=partial(_features, config, hf.grid_tokens(config.vision_config) + tower.prefix, layers),
-        pad=hf.first_setting(config, "pad_token_id") or 0,
-    )
+    features = partial(_features, config, hf.grid_tokens(config.vision_config) + tower.prefix, layers)
     return dataclasses.replace(
         tower,
         prefix=max(tower.prefix, 1),  # what "default" drops, class token or not
         restore=several,
         importance="attention",
         keys="mean_heads",
-        project=partial(frozen, parts.multi_modal_projector),
+        project=None if several else partial(frozen, parts.multi_modal_projector),
         readers=[Reader(parts, "get_image_features", layers, grid=several, hides_rest=_GIVES_FEATURES_ALONE)],
         keeps_cross_token=True,
-        prompt=None if several else prompt,
+        prompt=None if several else hf.prompt(model, parts, features),
     )
-
-
-def _read(config: Any, depth: int, arguments: Mapping[str, Any]) -> list[int]:
-    """The blocks whose output is read: hidden state 0 is what the first block gets."""
-    chosen = arguments.get("vision_feature_layer")
-    chosen = config.vision_feature_layer if chosen is None else chosen
-    return [index % (depth + 1) - 1 for index in ([chosen] if isinstance(chosen, int) else chosen)]
 
 
 def _features(config: Any, tokens: int, layers: Any, arguments: Mapping[str, Any]) -> Features:

@@ -268,12 +268,11 @@ def _checkpointing(model: Any) -> Callable[[bool], None] | None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         return getattr(model, "set_grad_checkpointing", None)
     model.train()  # transformers checkpoints in training only; the small models have no dropout
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.24
 
     def switch(enabled: bool) -> None:
-        if enabled:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
+        options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}} if enabled else {}
+        getattr(model, f"{kind}_checkpointing_{'enable' if enabled else 'disable'}")(**options)
 
     return switch
 

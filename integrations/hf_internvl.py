@@ -1,0 +1,31 @@
+"""transformers' InternVL: pixels are shuffled on the grid behind the image tower, so it is restored for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.internvl import modeling_internvl as internvl
+
+from crossget.integrations import hf
+from crossget.registry import Tower, register
+
+
+@register(internvl.InternVLForConditionalGeneration, internvl.InternVLModel)
+def internvl_model(model: Any) -> list[Tower]:
+    """The image tower and the language model."""
+    return hf.on_the_grid(model, "get_image_features")
+
+
+@register(internvl.InternVLVisionModel)
+def vision(model: Any) -> list[Tower]:
+    """The image tower alone."""
+    return [
+        Tower(
+            "visual",
+            blocks=hf.blocks(model),
+            width=model.config.hidden_size,
+            prefix=1,
+            class_token=True,
+            meanwhile=hf.kernel(model.config),
+        )
+    ]

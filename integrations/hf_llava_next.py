@@ -1,0 +1,18 @@
+"""transformers' LLaVA-NeXT: its tiles' tokens are packed on their grid, so they are restored for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.llava_next import modeling_llava_next as llava_next
+
+from crossget.integrations import hf
+from crossget.registry import Tower, register
+
+_CLASSES = [llava_next.LlavaNextForConditionalGeneration, *filter(None, [getattr(llava_next, "LlavaNextModel", None)])]
+
+
+@register(*_CLASSES)
+def llava(model: Any) -> list[Tower]:
+    """The image tower and the language model."""
+    return hf.on_the_grid(model, "get_image_features")
