@@ -90,7 +90,7 @@ def _padding(arguments: Mapping[str, Any], is_image: Tensor) -> Tensor:
             "give a mask [B, T], or prompts that have as many image tokens as the reduced tower gives"
         )
     real = (mask[:, -is_image.shape[1] :] != 0).long()
-    return (real.cumsum(1) == 0) | (real.flip(1).cumsum(1).flip(1) == 0)
+    return torch.as_tensor((real.cumsum(1) == 0) | (real.flip(1).cumsum(1).flip(1) == 0))
 
 
 class _Change:

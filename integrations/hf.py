@@ -113,7 +113,7 @@ def grid_tokens(config: Any) -> int:
 REASONS = {
     "its image tower packs all images of a batch into one sequence [N, C] without a batch axis, cut into images or "
     "windows by cumulative lengths, and merges 2 x 2 neighbours behind it": (
-        "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe qwen3_omni_moe glm4v glm4v_moe paddleocr_vl video_llama_3"
+        "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe qwen3_omni_moe glm4v glm4v_moe"
     ),
     "its image tower packs all images of a batch into one sequence, kept apart by a mask": "pixtral",
     "its attention runs inside windows of the image grid": "swin swinv2 maskformer_swin donut_swin",

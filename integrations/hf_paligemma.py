@@ -13,7 +13,7 @@ from typing import Any
 from transformers.models.paligemma import modeling_paligemma as paligemma
 
 from crossget.integrations import hf
-from crossget.registry import Features, Prompt, Tower, register
+from crossget.registry import Features, Tower, register
 
 _CLASSES = [paligemma.PaliGemmaForConditionalGeneration, *filter(None, [getattr(paligemma, "PaliGemmaModel", None)])]
 
