@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crossget.alignment import Divergence, alignment_loss
-from crossget.attached import AttachedTower, note, read_between
+from crossget.attached import AttachedTower, generating, note, read_between
 from crossget.decoder import AttachedDecoder, cached_tokens, first_token
 from crossget.prompts import around_generate, before_forward
 from crossget.reducers import Reducer
@@ -181,6 +181,14 @@ class Attachment:
             yield
         finally:
             self._enter()
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, forwards run as in the host's `generate`: blocks that nobody reads are left out."""
+        with contextlib.ExitStack() as stack:
+            for attached in self._towers.values():
+                stack.enter_context(generating(attached))
+            yield
 
     def _enter(self) -> None:
         for tower in self.towers.values():

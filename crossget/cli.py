@@ -21,6 +21,7 @@ CrossGET and ToMe-style token reduction for backbones of timm and open_clip, by 
   crossget demo                            dense, ToMe-style and CrossGET side by side, and a picture of what was merged
   crossget models --filter '*dino*'        which backbones can be reduced, and why the others cannot
   crossget flops ViT-B-16 --r 16           multiply-adds by module, dense and reduced; no memory, no weights
+  crossget flops llava-1.5-7b --r 13       the same for generating: image tower, prefill, decoding step, cache
   crossget bench vit_base_patch16_224      speed as a ratio to dense, measured on this machine
   crossget doctor vit_base_patch16_224     does it attach exactly, take effect, and come off without a trace?
 
@@ -98,11 +99,38 @@ def flops(options: argparse.Namespace) -> int:
     import crossget
     from crossget.demo import schedules
     from crossget.hosts import make
+    from crossget.presets import PRESETS
 
+    if options.model in PRESETS:
+        return _flops_of_preset(options)
     backbone = make(options.model, device="meta")
     reducers = {tower: crossget.CrossGET(r) for tower, r in schedules(backbone, options.r, options.text_r).items()}
     with crossget.attach(backbone.model, reducers):
         report = crossget.count_flops(backbone.model, backbone.made_up(options.batch, text=backbone.reads_text))
+    print(report.to_json() if options.json else report.table(options.depth))
+    return 0
+
+
+def _flops_of_preset(options: argparse.Namespace) -> int:
+    """A model of transformers: by stages if it generates, otherwise one forward."""
+    import torch
+
+    import crossget
+    from crossget.presets import build
+    from crossget.stages import count_stages, has_stages
+
+    model: Any = build(options.model)
+    if has_stages(model):
+        with crossget.attach(model, crossget.CrossGET(options.r)):
+            stages = count_stages(model, options.text_tokens, options.batch)
+        print(stages.to_json() if options.json else stages.table())
+        return 0
+    text, vision = model.config.text_config, model.config.vision_config
+    ids = torch.full((options.batch, text.max_position_embeddings), text.eos_token_id)
+    pixels = torch.empty(options.batch, 3, vision.image_size, vision.image_size, device="meta")
+    wanted = {"visual": options.r, **({"text": options.text_r} if options.text_r != 0 else {})}
+    with crossget.attach(model, {tower: crossget.CrossGET(r) for tower, r in wanted.items()}):
+        report = crossget.count_flops(model, {"input_ids": ids, "pixel_values": pixels})
     print(report.to_json() if options.json else report.table(options.depth))
     return 0
 
@@ -230,10 +258,18 @@ def _add_models(commands: Any) -> None:
 
 
 def _add_flops(commands: Any) -> None:
-    one = _add(commands, flops, "A multiply-add is one. Nothing is downloaded or computed, so any size will do.")
+    from crossget.presets import PRESETS
+
+    epilog = f"""\
+A multiply-add is one. Nothing is downloaded or computed, so any size will do.
+Beside the names of open_clip and timm, these models of transformers are known:
+  {", ".join(PRESETS)}"""
+    one = _add(commands, flops, epilog)
     _add_model(one)
     _add_r(one)
     one.add_argument("--batch", type=_positive, default=1, help="images, and texts")
+    help_text = "tokens of text in the prompt of a model that generates"
+    one.add_argument("--text-tokens", type=_positive, default=64, metavar="N", help=help_text)
     one.add_argument("--depth", type=int, default=2, help="levels of modules to list; 0 is the total alone")
     _add_json(one)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,13 +59,13 @@ def doctor(model: nn.Module, inputs: Any, reducer: Reducer | None = None) -> Dia
         raise ValueError("the model is in training mode, so its outputs are random: call model.eval() first")
     reducer = CrossGET(r=4) if reducer is None else reducer
     towers = find_towers(model)
-    before = _identity(model)
     with torch.no_grad(), _one_kernel():
         dense = _run(model, inputs)
+        before = _identity(model)  # only now: hosts set things up in their first forward
         checks = [_repeatable(dense, _run(model, inputs))]
         with attach(model, {tower.name: ToMe(r=0) for tower in towers}):
             checks.append(_exact(dense, _run(model, inputs)))
-        with attach(model, {tower.name: reducer for tower in towers}) as attached:
+        with attach(model, {t.name: reducer if t.reducible else replace(reducer, r=0) for t in towers}) as attached:
             reduced = _run(model, inputs)
             checks += [_effect(attached.tokens, attached.reducers, attached.towers), _finite(reduced)]
         checks.append(_no_trace(dense, _run(model, inputs), before, _identity(model)))
@@ -118,6 +118,8 @@ def _effect(tokens: Mapping[str, list[int]], reducers: Mapping[str, Reducer], to
     details, ok = [], True
     for name, seen in tokens.items():
         tower, reducer = towers[name], reducers[name]
+        if not tower.reducible:
+            continue
         reserved = tower.n_reserved(bool(reducer.cross_token))
         plan = planned_tokens(reducer.schedule, len(tower.blocks), seen[0] if seen else 0, reserved)
         ok = ok and seen == plan[:-1] and plan[-1] < plan[0]

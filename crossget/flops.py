@@ -209,6 +209,17 @@ def count_flops(model: nn.Module, inputs: Inputs) -> FlopReport:
     return FlopReport(type(model).__name__, shapes, dense, reduced, reducers)
 
 
+def count_once(model: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter] = ()) -> Count:
+    """What one forward of a model costs as it is, attached or not.
+
+    Args:
+        model: as for `count_flops`.
+        inputs: as for `count_flops`.
+        parameters: those that take part without being the model's own: cross tokens.
+    """
+    return _count(model, as_call(inputs), parameters)
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one call, and the distinct tensors in them."""

@@ -102,6 +102,39 @@ class Prompt:
     pad: int = 0
 
 
+class Prefilled(NamedTuple):
+    """What a prefill leaves for the decoding steps.
+
+    Attributes:
+        cache: keys and values, in whatever the host keeps them.
+        image_tokens: of one image, that left the image tower for the language model or what stands before it.
+        prompt: tokens that the language model got.
+        context: anything else that a step needs.
+    """
+
+    cache: Any
+    image_tokens: int
+    prompt: int
+    context: Any = None
+
+
+@dataclass
+class Stages:
+    """How a model of images and text generates, for the meter (`crossget.stages`).
+
+    Attributes:
+        parts: name -> modules, from the image tower on; what is in none of them belongs to the language model.
+        pixels: shape of one image.
+        prefill: (pixel values [N, ...], text ids [1, T]) -> what it leaves.
+        step: (id [1, 1], what the prefill left) -> anything.
+    """
+
+    parts: Mapping[str, Sequence[nn.Module]]
+    pixels: tuple[int, int, int]
+    prefill: Callable[[Tensor, Tensor], Prefilled]
+    step: Callable[[Tensor, Prefilled], Any]
+
+
 @dataclass
 class Tower:
     """One stack of transformer blocks that pass a sequence [B, T, C] from one to the next.
@@ -210,7 +243,7 @@ def unregister(backbone: type[nn.Module]) -> None:
 def absent_towers(model: nn.Module) -> dict[str, str]:
     """Why a supported model lacks a tower that its kind may have (a convolutional image tower, say), by name."""
     for cls in type(model).__mro__:
-        for module in _load_integrations(cls):
+        for module in load_integrations(cls):
             if hasattr(module, "absent"):
                 reasons: dict[str, str] = module.absent(model)
                 return reasons
@@ -226,7 +259,7 @@ def find_towers(model: nn.Module) -> list[Tower]:
     """
     reasons = []
     for cls in type(model).__mro__:
-        modules = _load_integrations(cls)
+        modules = load_integrations(cls)
         if cls in _adapters:
             towers = _adapters[cls](model)
             _check(towers, model, _adapters[cls])
@@ -242,7 +275,8 @@ def find_towers(model: nn.Module) -> list[Tower]:
     )
 
 
-def _load_integrations(cls: type) -> list[Any]:
+def load_integrations(cls: type) -> list[Any]:
+    """The adapters' modules for a class, loaded if they were not; the one for its family comes first."""
     home = cls.__module__ + "."
     return [
         importlib.import_module(f"crossget.integrations.{n}") for prefix, n in _LAZY.items() if home.startswith(prefix)

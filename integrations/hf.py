@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import transformers.utils.generic
 from torch import Tensor, nn
 
 from crossget.registry import Features, Prompt, Reader, Tower, find_towers
@@ -77,11 +79,43 @@ def prompt(model: Any, parts: Any, features: Callable[[Mapping[str, Any]], Featu
     """Prompts of a model of images and text, with one image token for every feature."""
     return Prompt(
         models=[model] if parts is model else [model, parts],
-        placeholder=int(_setting(model.config, "image_token_id", "image_token_index")),
+        placeholder=image_token(model.config),
         embedding=model.get_input_embeddings(),
         features=features,
         pad=_setting(model.config, "pad_token_id") or 0,
     )
+
+
+def image_token(config: Any) -> int:
+    """The id that stands for image features in a prompt."""
+    return int(_setting(config, "image_token_id", "image_token_index"))
+
+
+def run_language_model(model: Any, language: Any, cache: Any = None, **tokens: Tensor) -> Any:
+    """Run a language model on some tokens up to the logits of the last one; returns the cache.
+
+    Args:
+        model: has the head, unless the language model has one of its own, as before 4.52.
+        language: the language model.
+        cache: of the tokens before.
+        tokens: `input_ids` or `inputs_embeds`.
+    """
+    if runs_on_meta(language) and not hasattr(transformers.utils.generic, "maybe_autocast"):
+        raise RuntimeError(
+            f"transformers {transformers.__version__} cannot run a language model on the meta device (its rotary "
+            "embedding asks for autocast there): count with transformers >= 5.0, or give the model real weights"
+        )
+    runs, head = inner(language, "model"), getattr(language, "lm_head", None) or model.lm_head
+    # The cache's name has changed in 5.24.
+    name = "cache" if "cache" in inspect.signature(runs.forward).parameters else "past_key_values"
+    out = runs(**tokens, use_cache=True, **({} if cache is None else {name: cache}))
+    head(out[0][:, -1:])
+    return out[name]
+
+
+def runs_on_meta(module: nn.Module) -> bool:
+    """Whether a module has no real weights."""
+    return next(module.parameters()).is_meta
 
 
 def _setting(config: Any, *names: str) -> Any:

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.models.llava import modeling_llava as llava
 
 from crossget.integrations import hf
 from crossget.integrations._support import frozen
-from crossget.registry import Features, Reader, Tower, register
+from crossget.registry import Features, Prefilled, Reader, Stages, Tower, register
 
 _CLASSES = [llava.LlavaForConditionalGeneration, *filter(None, [getattr(llava, "LlavaModel", None)])]
 
@@ -54,3 +56,37 @@ def _features(config: Any, tokens: int, layers: Any, arguments: Mapping[str, Any
     strategy = arguments.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
     (layer,) = layers(arguments)
     return Features(tokens, layer, dropped=1 if strategy == "default" else 0)
+
+
+# Counting ------------------------------------------------------------------------------------------------------------
+
+
+def stages(model: Any) -> Stages:
+    """How LLaVA generates. The stages run one by one: between them, its forward looks at the values of ids."""
+    parts, size = hf.parts_of(model), model.config.vision_config.image_size
+    return Stages(
+        parts={"image tower": [parts.vision_tower], "projector": [parts.multi_modal_projector]},
+        pixels=(3, size, size),
+        prefill=partial(_prefill, model, parts),
+        step=partial(_step, model, parts),
+    )
+
+
+def _prefill(model: Any, parts: Any, pixels: Tensor, text: Tensor) -> Prefilled:
+    config = model.config
+    features = parts.get_image_features(
+        pixel_values=pixels,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+    )
+    features = list(getattr(features, "pooler_output", features))
+    prompt = torch.cat([*features, model.get_input_embeddings()(text)[0]])[None]
+    cache = hf.run_language_model(model, parts.language_model, inputs_embeds=prompt)
+    return Prefilled(cache, int(features[0].shape[0]), int(prompt.shape[1]))
+
+
+def _step(model: Any, parts: Any, token: Tensor, left: Prefilled) -> Any:
+    return hf.run_language_model(model, parts.language_model, left.cache, input_ids=token)
+
+
+STAGES = {llava.LlavaForConditionalGeneration: stages}

@@ -1,0 +1,158 @@
+"""Multiply-adds of generating, against formulas, and the same on the meta device as with real numbers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from torch import nn
+
+import crossget
+from crossget.presets import PRESETS, build
+from crossget.stages import Cost, count_stages
+
+R = 2
+C, MLP, VOCABULARY = hf_models.WIDTH, 64, 60
+KEYS = C // 2  # of grouped queries: two heads of four
+
+
+def image_tower(tokens: list[int], plain: bool, run: int = 4) -> int:
+    """Multiply-adds of a CLIP tower whose blocks get these numbers of tokens, of which the first `run` are run."""
+    total = 16 * 3 * 8 * 8 * C + 5 * 17 * C + 5 * C  # patches; the norm in front, and the one over the class token
+    for count, left in list(zip(tokens, [*tokens[1:], tokens[-1]], strict=True))[:run]:
+        total += 5 * count * C + 4 * count * C * C + 2 * count * count * C  # norm, projections, attention
+        total += 5 * left * C + 2 * left * C * MLP
+        if not plain:  # attention once more, for importance, and cosines of keys that are averaged over four heads
+            total += count * count * C + count * count * C // 4
+    return total
+
+
+def language_model(tokens: int, cached: int = 0) -> int:
+    """Multiply-adds of three Llama blocks and the logits of the last token."""
+    block = 2 * tokens * C * C + 2 * tokens * C * KEYS + 2 * tokens * (cached + tokens) * C + 3 * tokens * C * MLP
+    return 3 * block + C * VOCABULARY
+
+
+def rotary(tokens: int) -> int:
+    """Angles are a product of positions and frequencies, which older versions compute by a matrix product."""
+    return tokens * C // 4 // 2
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("text", [1, 7])
+def test_llava_by_formula(images: int, text: int) -> None:
+    model = hf_models.llava()
+    with crossget.attach(model, crossget.CrossGET(r=R)) as attached:
+        report = count_stages(model, text, images)
+        assert attached.is_attached
+    dense, reduced = report.dense, report.reduced
+    assert reduced is not None
+    assert dense.parts["image tower"] == images * image_tower([17] * 4, plain=True)
+    # Nobody reads the last block, so it does not run.
+    assert reduced.parts["image tower"] == images * image_tower([18, 16, 14, 12], plain=False, run=3)
+    for cost, features in ((dense, 16), (reduced, 11)):
+        prompt = images * features + text
+        assert (cost.image_tokens, cost.prompt) == (features, prompt)
+        assert cost.parts["projector"] == images * features * 2 * C * C
+        assert cost.parts["language model"] - language_model(prompt) in (0, rotary(prompt))
+        assert cost.step - language_model(1, prompt) in (0, rotary(1))
+        assert cost.cache == 3 * 2 * prompt * KEYS
+    assert report.speedup == dense.prefill / reduced.prefill > 1
+
+
+def on(device: str, model: Any, r: int | None) -> tuple[Cost, Cost | None]:
+    model = model.to(device)
+    if r is None:
+        report = count_stages(model, 5, 1)
+    else:
+        with crossget.attach(model, crossget.CrossGET(r=r)):
+            report = count_stages(model, 5, 1)
+    return report.dense, report.reduced
+
+
+@pytest.mark.skipif(hf_models.VERSION < (5, 0), reason="transformers runs no language model on meta before 5.0")
+@pytest.mark.parametrize("r", [None, 2], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_meta_device_counts_the_same(r: Any, attention: str) -> None:
+    real = on("cpu", hf_models.llava(attention), r)
+    assert on("meta", hf_models.llava(attention), r) == real
+    assert (real[1] is None) == (r is None)
+
+
+@pytest.mark.skipif(hf_models.VERSION >= (5, 0), reason="transformers runs language models on meta from 5.0 on")
+def test_old_versions_on_the_meta_device() -> None:
+    with pytest.raises(RuntimeError, match=r"cannot run a language model on the meta device .*transformers >= 5.0"):
+        count_stages(hf_models.llava().to("meta"))
+
+
+@pytest.mark.skipif((4, 53) <= hf_models.VERSION < (5, 0), reason="these make masks by vmap, which jit cannot trace")
+def test_the_stages_are_what_the_model_does() -> None:
+    """Together they cost what one forward of the model costs, but for the logits of all tokens but the last."""
+    model = hf_models.llava()
+    ids, mask = hf_models.prompts("^#abcd")
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": hf_models.images(1)}
+    report = count_stages(model, 5)
+    assert (
+        crossget.count_flops(model, inputs).total == report.dense.prefill + (report.dense.prompt - 1) * C * VOCABULARY
+    )
+    with crossget.attach(model, crossget.CrossGET(r=R)) as attached, attached.generating():
+        reduced = count_stages(model, 5).reduced
+        assert reduced is not None
+        whole = crossget.count_flops(model, inputs).total
+    assert whole == reduced.prefill + (reduced.prompt - 1) * C * VOCABULARY
+
+
+def test_the_report_as_text_and_json() -> None:
+    model = hf_models.llava()
+    plain = count_stages(model, 5)
+    assert plain.speedup == 1
+    assert "reduced" not in plain.table()
+    with crossget.attach(model, crossget.CrossGET(r=R)):
+        report = count_stages(model, 5)
+    found = json.loads(report.to_json())
+    assert found["prefill"] == {"dense": report.dense.prefill, "reduced": report.reduced.prefill}  # type: ignore[union-attr]
+    assert found["speedup"] == report.speedup
+    table = str(report)
+    assert table.startswith(
+        "LlavaForConditionalGeneration, 1 image(s) and 5 text tokens: multiply-adds\nvisual: CrossGET"
+    )
+    assert (
+        f"cache at 16 bits, bytes  {2 * report.dense.cache:>9,}".split()
+        == next(line for line in table.splitlines() if line.startswith("cache")).split()[:6]
+    )
+    assert table.endswith(f"predicted speed-up of image tower and prefill: {report.speedup:.2f}x")
+
+
+def test_what_nobody_knows_the_stages_of() -> None:
+    with pytest.raises(TypeError, match="how Linear generates is not known here: expected LLaVA-1.5, BLIP"):
+        count_stages(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="text_tokens=0, images=1: a prompt has at least one of each"):
+        count_stages(hf_models.llava(), 0)
+
+
+# Published models ----------------------------------------------------------------------------------------------------
+
+# In millions. Older versions of transformers do not tie BLIP's output matrix and have 247.4, as its repository says.
+PARAMETERS = {
+    "llava-1.5-7b": 7063.4, "llava-1.5-13b": 13351.5, "clip-vit-large-patch14-336": 427.9, "blip-base-384": 224.0,
+    "blip2-opt-2.7b": 3744.8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_their_size(name: str) -> None:
+    model = build(name, dtype=torch.bfloat16)
+    untied = 23.442 if name == "blip-base-384" and hf_models.VERSION < (4, 49) else 0
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[name] + untied, abs=0.05)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(p.is_meta for p in model.parameters())
+    assert not model.training
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match=r"no preset 'llava': choose one of llava-1.5-7b, llava-1.5-13b"):
+        build("llava")
