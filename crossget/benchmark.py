@@ -149,6 +149,7 @@ def benchmark(
     rounds: int = 10,
     warmup: int = 2,
     methods: Mapping[str, Method] | None = None,
+    call: Callable[..., Any] | None = None,
 ) -> BenchmarkReport:
     """Time the dense model and its reduced forms against each other.
 
@@ -162,31 +163,34 @@ def benchmark(
         rounds: turns that each method takes.
         warmup: untimed rounds before; besides, every timed call has an untimed one right before it.
         methods: name -> reducer (or reducers by tower) to attach in turn.
+        call: what is timed, called with the inputs; the model itself if None. For generating, a function that calls
+            `model.generate` (look the method up in every call: attaching puts another in its place).
 
     Raises:
         TypeError: `inputs` is none of the three.
         ValueError: nothing to compare with, an attached model together with `methods`, inputs on the meta device or
             without a tensor, or fewer than one round.
     """
-    call = as_call(inputs)
-    _check(rounds, warmup, call.tensors)
+    given = as_call(inputs)
+    _check(rounds, warmup, given.tensors)
     turns, texts = _turns(model, methods)
-    device = call.tensors[0].device
+    device = given.tensors[0].device
+    timed = model if call is None else call
 
     def run() -> None:
-        model(*call.args, **call.kwargs)
+        timed(*given.args, **given.kwargs)
 
     # Not inference_mode: what a host caches in its first forward must still serve in training.
     with _in_eval_mode(model), torch.no_grad():
         seconds = _take_turns(run, device, turns, rounds, warmup)
         memory = {name: _peak_memory(run, device, turn) for name, turn in turns.items()}
-    batch = int(call.tensors[0].shape[0]) if call.tensors[0].dim() else 1
+    batch = int(given.tensors[0].shape[0]) if given.tensors[0].dim() else 1
     speed = {name: tuple(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True)) for name in turns}
     measurements = tuple(
         Measurement(name, texts[name], tuple(seconds[name]), speed[name], batch, memory[name]) for name in turns
     )
     where = {**environment(device), "dtype": _dtype(model, device), "batch": batch}
-    shapes = tuple(tuple(tensor.shape) for tensor in call.tensors)
+    shapes = tuple(tuple(tensor.shape) for tensor in given.tensors)
     return BenchmarkReport(type(model).__name__, shapes, rounds, warmup, measurements, where)
 
 

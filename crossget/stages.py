@@ -168,7 +168,7 @@ class _Run(nn.Module):
         self.stage = stage
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        return list(_numbers(self.stage(*tensors)))
+        return list(numbers_in(self.stage(*tensors)))
 
 
 def _cost(
@@ -179,7 +179,7 @@ def _cost(
     ids = torch.zeros(1, text_tokens, dtype=torch.long, device=device)
     with torch.no_grad():
         left = stages.prefill(pixels, ids)
-        cache = sum(tensor.numel() for tensor in _numbers(left.cache))
+        cache = sum(tensor.numel() for tensor in numbers_in(left.cache))
     prefill = count_once(_Run(model, stages.prefill), (pixels, ids), parameters)
     step = count_once(_Run(model, partial(_step, stages, left)), ids[:, -1:], parameters)
     names = {module: name for name, module in _Run(model, stages.prefill).named_modules()}
@@ -191,19 +191,19 @@ def _step(stages: Stages, left: Prefilled, token: Tensor) -> Any:
     return stages.step(token, left)
 
 
-def _numbers(tree: Any) -> Iterator[Tensor]:
-    """The tensors in what a model returns, caches of keys and values among it, which every version keeps elsewhere."""
+def numbers_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns, also those in a cache, which every version of a host keeps elsewhere."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _numbers(value)
+            yield from numbers_in(value)
     elif isinstance(tree, tuple | list):
         for value in tree:
-            yield from _numbers(value)
+            yield from numbers_in(value)
     else:
         for name in _IN_A_CACHE:
-            yield from _numbers(getattr(tree, name, ()))
+            yield from numbers_in(getattr(tree, name, ()))
 
 
 # Attributes that hold a cache's tensors: newer caches hold layers, older ones lists; that of an encoder-decoder, two.

@@ -83,6 +83,8 @@ def _subclass(base: type) -> Any:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # `swapped`, not type(self): others (FSDP2) may subclass the block again.
+            if _SEAT not in self.__dict__:  # swapped out, but a host that broke off while it recorded still calls this
+                return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
             _, sitter, layer = self.__dict__[_SEAT]
             return sitter.run(self, layer, super(swapped, self).forward, args, kwargs)
 
