@@ -73,7 +73,7 @@ class Attachment:
 
         Source: CrossGET (arXiv 2305.17455), section 3.1; reference implementation.
         """
-        sides = []
+        sides, rows = [], None
         for name, attached in self._towers.items():
             tower, record = attached.tower, attached.last
             if not attached.reducer.cross_token or tower.project is None:
@@ -84,11 +84,15 @@ class Attachment:
                     "forward of both towers with gradients enabled before alignment_loss()"
                 )
             sides.append(torch.stack([tower.project(record.cross_tokens[i]) for i in range(len(tower.blocks))]))
+            if tower.prompt is not None:
+                rows = attached.rows
         if len(sides) != 2:
             raise RuntimeError(
                 f"alignment_loss() needs two towers with cross tokens in one space, found {len(sides)}"
                 f"{_why_not(self)}: attach CrossGET to a model with an image and a text tower"
             )
+        if rows is not None:  # images belong to prompts, of which some may have several, and some none
+            sides[1] = sides[1].index_select(1, rows.to(sides[1].device))
         return alignment_loss(sides[0], sides[1], divergence)
 
     # What is attached ------------------------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ def fit(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any], *
     is_image = placeholders(prompt, arguments)
     per_row = is_image.sum(1)
     found = int(per_row.sum())
+    if not generates and found > 0 and found % images == 0:
+        attached.rows = torch.repeat_interleave(per_row // (found // images))
     if found == images * reduced or (earlier and found % reduced == 0):
         return dict(arguments)
     if (found != images * dense and not earlier) or bool((per_row % dense).any()):

@@ -457,6 +457,20 @@ def test_its_cross_token_is_trained_all_the_same(model: Any, attached: crossget.
     assert (text.abs().amax(1) > 0).all()
 
 
+def test_images_align_with_their_own_prompts(model: Any, attached: crossget.Attachment) -> None:
+    """Two images in one row, none in another: as if each image had a row of its own."""
+    ids, mask = prompts("^a#b#", "^cd", "^#e")
+    model(input_ids=ids, attention_mask=mask, pixel_values=images(3))
+    together = attached.alignment_loss().detach()
+    first = prompts("^a#b#")
+    model(input_ids=first[0], attention_mask=first[1], pixel_values=images(3)[:2])
+    a = attached.alignment_loss().detach()
+    second = prompts("^#e")
+    model(input_ids=second[0], attention_mask=second[1], pixel_values=images(3)[2:])
+    b = attached.alignment_loss().detach()
+    torch.testing.assert_close(together, (2 * a + b) / 3, rtol=1e-5, atol=1e-6)
+
+
 def test_several_layers_are_read_on_the_full_grid() -> None:
     torch.manual_seed(0)
     model = hf_models.llava(vision_feature_layer=[-3, -2]) if VERSION >= (4, 50) else None
