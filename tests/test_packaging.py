@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Import names of what only the extras bring.
 HOSTS = [
     *("timm", "open_clip", "transformers", "torchvision", "safetensors", "huggingface_hub"),
-    *("matplotlib", "skimage", "tyro"),
+    *("matplotlib", "skimage", "tyro", "lmms_eval"),
 ]
 CORE = sorted(path.stem for path in (ROOT / "crossget").glob("*.py"))
 ADAPTERS = sorted(path.name for path in (ROOT / "integrations").glob("*.py"))

@@ -1,0 +1,545 @@
+"""lmms-eval's `--model llava_crossget`: its arguments without lmms-eval, and all of it with the real one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+
+import crossget
+
+NEEDED = ("lmms_eval", "decord")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+# Where CROSSGET_REQUIRE names it, as in .ci/run, its tests run, and fail if it is not there.
+REQUIRED = "lmms_eval" in os.environ.get("CROSSGET_REQUIRE", "").split(",")
+with_lmms_eval = pytest.mark.skipif(
+    bool(MISSING) and not REQUIRED, reason=f'no {" and no ".join(MISSING)}: pip install "crossget[lmms-eval]"'
+)
+
+R = 13  # what is taken where nothing is said
+SAVED_R = 3
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "?",
+    "<image>",
+    ":",
+    "USER",
+    "ASSISTANT",
+    "what",
+    "which",
+    "colour",
+    "is",
+    "it",
+]
+WORDS += [f"w{i}" for i in range(hf_models.TEXT["vocab_size"] - len(WORDS))]  # type: ignore[operator]
+
+
+def llava() -> Any:
+    """A LLaVA whose images have 64 features, behind four blocks that can lose 13 tokens each."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(**{**hf_models.VISION, "image_size": 64, "num_hidden_layers": 5}, projection_dim=16)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**hf_models.TEXT),
+        image_token_index=hf_models.IMAGE,
+        image_seq_length=64,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # the usual 0.02 makes all images, and all answers, alike
+            if parameter.ndim > 1:
+                sharp = 3 if "q_proj" in name or "k_proj" in name else 1
+                parameter.normal_(0, sharp * parameter[0].numel() ** -0.5)
+        model.get_output_embeddings().weight[: WORDS.index("ASSISTANT") + 1] = 0  # an answer has words only
+    return model
+
+
+def give_cross_tokens(attached: crossget.Attachment) -> crossget.Attachment:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    return attached
+
+
+def save_trained(folder: Path) -> None:
+    """A model with trained cross tokens beside it, as `crossget convert` leaves it."""
+    model = llava()
+    model.save_pretrained(folder)
+    with crossget.attach(model, crossget.CrossGET(r=SAVED_R)) as attached:
+        give_cross_tokens(attached).save(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    llava().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    save_trained(folder)
+    return folder
+
+
+# Arguments, on a stand-in for lmms-eval's class ----------------------------------------------------------------------
+
+
+class StandIn:
+    """What LlavaCrossget uses of lmms-eval's chat LlavaHf."""
+
+    is_simple = False
+
+    def __init__(self, pretrained: str, revision: str, device: str, device_map: str, batch_size: int, **more: Any):
+        assert more.keys() <= {"use_cache"}, f"Unexpected kwargs: {more}"
+        self.given = {"revision": revision, "device": device, "device_map": device_map, **more}
+        self.model = self.load(pretrained)
+
+    def load(self, pretrained: str) -> Any:
+        from transformers import LlavaForConditionalGeneration
+
+        return LlavaForConditionalGeneration.from_pretrained(pretrained)
+
+    def generate_until(self, requests: list[dict[str, Any]]) -> list[str]:
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request: dict[str, Any]) -> str:
+        try:
+            return str(self.model.generate(**request, max_new_tokens=2, pad_token_id=0).shape[1])
+        except Exception:
+            return ""
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """crossget.integrations.lmms_eval_llava, where lmms-eval is the stand-in, installed or not."""
+    fakes: dict[str, Any] = {
+        name: ModuleType(name)
+        for name in (
+            "lmms_eval",
+            "lmms_eval.models",
+            "lmms_eval.models.chat",
+            "lmms_eval.models.chat.llava_hf",
+            "loguru",
+        )
+    }
+    fakes["lmms_eval.models.chat.llava_hf"].LlavaHf = StandIn
+    fakes["loguru"].logger = logging.getLogger("stand-in for loguru")
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    name = "crossget.integrations.lmms_eval_llava"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
+def test_the_manifest_names_the_class(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crossget.integrations.lmms_eval import manifest
+
+    registry: Any = ModuleType("lmms_eval.models.registry_v2")
+    registry.ModelManifest = dict
+    monkeypatch.setitem(sys.modules, registry.__name__, registry)
+    found = manifest()
+    assert found["model_id"] == "llava_crossget"
+    assert found.keys() == {"model_id", "chat_class_path"}
+    assert found["chat_class_path"] == f"{module.__name__}.{module.LlavaCrossget.__name__}"
+    assert module.LlavaCrossget.is_simple is False
+
+
+def test_without_r_it_is_the_references(module: Any, plain: Path) -> None:
+    attached = module.LlavaCrossget(str(plain)).attached
+    assert isinstance(attached.reducers["visual"], crossget.CrossGET)
+    assert {name: reducer.r for name, reducer in attached.reducers.items()} == {"visual": R, "text": 0}
+    assert all((p == 0).all() for p in attached.parameters())
+
+
+@pytest.mark.parametrize(("method", "kind"), [("crossget", crossget.CrossGET), ("tome", crossget.ToMe)])
+def test_r_and_method(module: Any, plain: Path, method: str, kind: type) -> None:
+    reducer = module.LlavaCrossget(str(plain), r=5, method=method).attached.reducers["visual"]
+    assert (type(reducer), reducer.r) == (kind, 5)
+
+
+@pytest.mark.parametrize(("given", "r"), [({}, SAVED_R), ({"r": 5}, 5)], ids=["saved r", "r"])
+def test_saved_cross_tokens(module: Any, trained: Path, given: dict[str, int], r: int) -> None:
+    attached = module.LlavaCrossget(str(trained), **given).attached
+    assert {name: reducer.r for name, reducer in attached.reducers.items()} == {"visual": r, "text": 0}
+    with give_cross_tokens(crossget.attach(llava(), crossget.CrossGET(r=r))) as expected:
+        assert attached.reducers == expected.reducers
+        assert attached.cross_tokens.keys() == {"visual", "text"}
+        for name, tokens in expected.cross_tokens.items():
+            assert torch.equal(attached.cross_tokens[name], tokens)
+
+
+def test_a_saved_r_of_zero_keeps_the_cross_tokens(module: Any, tmp_path: Path) -> None:
+    save_trained(tmp_path)
+    config = tmp_path / "crossget_config.json"
+    config.write_text(config.read_text().replace(f'"r": {SAVED_R}', '"r": 0'))
+    attached = module.LlavaCrossget(str(tmp_path)).attached
+    assert attached.reducers["visual"].r == 0
+    assert (attached.cross_tokens["visual"] != 0).any()
+
+
+@pytest.mark.parametrize("method", ["crossget", "tome"])
+def test_r_of_zero_is_the_dense_model(module: Any, trained: Path, method: str) -> None:
+    lm = module.LlavaCrossget(str(trained), r=0, method=method)
+    assert lm.attached is None
+    with pytest.raises(ValueError, match="not attached"):
+        crossget.attachment(lm.model)
+
+
+def test_tome_has_no_use_for_saved_cross_tokens(module: Any, trained: Path) -> None:
+    attached = module.LlavaCrossget(str(trained), method="tome").attached
+    assert (attached.reducers["visual"].r, attached.cross_tokens) == (R, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"r": -1.0}, "r=-1.0: expected a whole number from 0 on, as in r=13, or no r"),
+        ({"r": -1}, "r=-1: expected"),
+        ({"r": 13.0}, "r=13.0: expected"),
+        ({"r": True}, "r=True: expected"),
+        ({"r": "None"}, "r='None': expected"),
+        ({"method": "pitome"}, "method='pitome': expected one of crossget, tome"),
+        ({"batch_size": 8}, "batch_size 8: .*one question at a time, --batch_size 1"),
+        ({"batch_size": "auto"}, "batch_size auto: "),
+        ({"pretrained": "/nowhere/at/all"}, "pretrained=/nowhere/at/all: neither a folder here nor the id of"),
+    ],
+)  # fmt: skip
+def test_bad_values(
+    module: Any, monkeypatch: pytest.MonkeyPatch, plain: Path, given: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(StandIn, "load", lambda *_: pytest.fail("weights were loaded before the arguments were read"))
+    with pytest.raises(ValueError, match=message):
+        module.LlavaCrossget(**{"pretrained": str(plain), **given})
+
+
+def test_everything_else_is_for_lmms_evals_class(module: Any, plain: Path) -> None:
+    lm = module.LlavaCrossget(str(plain), batch_size="1", use_cache=False, revision="v1")
+    assert lm.given["use_cache"] is False
+    assert lm.given["revision"] == "v1"
+    with pytest.raises(AssertionError, match="Unexpected kwargs: {'max_batch_size': 4}"):
+        module.LlavaCrossget(str(plain), max_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "device_map"),
+    [("1", {}, "cpu"), ("1", {"device_map": "auto"}, "auto"), ("2", {}, ""), ("2", {"device_map": "auto"}, "auto")],
+)
+def test_device_map(
+    module: Any, monkeypatch: pytest.MonkeyPatch, plain: Path, world: str, given: dict[str, str], device_map: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert module.LlavaCrossget(str(plain), r=0, device="cpu", **given).given["device_map"] == device_map
+
+
+@pytest.mark.parametrize("r", [0, 5])
+def test_a_failure_ends_the_run(module: Any, plain: Path, r: int) -> None:
+    lm = module.LlavaCrossget(str(plain), r=r)
+    before = lm.model.__dict__.get("generate")
+    ids = torch.tensor([[1, *[hf_models.IMAGE] * 64, 20]])
+    good, bad = ({"input_ids": i, "pixel_values": torch.zeros(1, 3, 64, 64)} for i in (ids, ids[:, :-2]))
+    assert lm.generate_until([good]) == ["68"]
+    with pytest.raises(RuntimeError, match="llava_crossget could not answer: .*image") as caught:
+        lm.generate_until([good, bad, good])
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert lm.model.__dict__.get("generate") is before
+    assert lm.generate_until([good]) == ["68"]
+
+
+def test_loglikelihood_is_refused(module: Any, plain: Path) -> None:
+    with pytest.raises(NotImplementedError, match="give tasks of the output_type generate_until"):
+        module.LlavaCrossget(str(plain), r=0).loglikelihood([])
+
+
+# From the hub --------------------------------------------------------------------------------------------------------
+
+REPO, COMMIT = "someone/llava", "0" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any) -> Path:
+    """The folder of REPO in a cache of its own; the hub is out of reach, as in all tests."""
+    for name in ("hf_hub_download", "try_to_load_from_cache"):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), cache_dir=tmp_path))
+    folder = tmp_path / "models--someone--llava"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    return folder
+
+
+def test_cross_tokens_from_the_hub(module: Any, cache: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = cache / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in ("crossget_config.json", "crossget.safetensors"):
+        (snapshot / name).write_bytes((trained / name).read_bytes())
+    monkeypatch.setattr(StandIn, "load", lambda self, _: llava())
+    attached = module.LlavaCrossget(REPO).attached
+    assert attached.reducers["visual"].r == SAVED_R
+    assert (attached.cross_tokens["visual"] != 0).any()
+
+
+def test_the_hub_is_known_to_have_none(
+    module: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing = cache / ".no_exist" / COMMIT
+    nothing.mkdir(parents=True)
+    (nothing / "crossget_config.json").touch()
+    monkeypatch.setattr(StandIn, "load", lambda self, _: llava())
+    assert module.LlavaCrossget(REPO).attached.reducers["visual"].r == R
+    assert not caplog.records
+
+
+def test_the_hub_is_out_of_reach(
+    module: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(StandIn, "load", lambda self, _: llava())
+    assert module.LlavaCrossget(REPO).attached.reducers["visual"].r == R
+    assert "cannot be asked whether someone/llava has a crossget_config.json" in caplog.text
+
+
+def test_the_hub_has_none(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise module.EntryNotFoundError("404")
+
+    monkeypatch.setattr(module, "hf_hub_download", download)
+    assert module._saved(REPO, "main") is None
+
+
+# With lmms-eval ------------------------------------------------------------------------------------------------------
+
+TEMPLATE = (  # of llava-hf/llava-1.5-7b-hf, without its {% generation %} marks
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+TASK = """\
+task: tiny_vqa
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: "{{{{question}}}} ?"
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 6
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+UTILS = """\
+from PIL import Image
+
+
+def doc_to_visual(doc):
+    return [Image.open(path).convert("RGB") for path in doc["images"]]
+"""
+QUESTIONS = ["what is it", "which colour is it", "what colour is it", "which is it"]
+COUNTS = [1, 1, 2, 1, 1, 2, 1, 1]  # images of a question
+
+
+def save_processor(folder: Path, **settings: Any) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_input_names=["input_ids", "attention_mask"],  # 4.57 gives token_type_ids otherwise, which LLaVA refuses
+        additional_special_tokens=["<image>"],
+    )
+    layout = {"patch_size": 8, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64),
+        tokenizer=tokenizer,
+        chat_template=TEMPLATE,
+        **{**layout, **settings},
+    )
+    processor.save_pretrained(folder)
+
+
+def save_task(folder: Path, counts: list[int], answers: list[str]) -> list[list[Any]]:
+    """Noise and questions about it; returns the images."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows, images = [], []
+    for i, count in enumerate(counts):
+        images.append([Image.fromarray(rng.integers(0, 256, (72, 80, 3), dtype=np.uint8)) for _ in range(count)])
+        paths = [folder / f"{i}_{j}.png" for j in range(count)]
+        for image, path in zip(images[-1], paths, strict=True):
+            image.save(path)
+        rows.append({"images": [*map(str, paths)], "question": QUESTIONS[i % len(QUESTIONS)], "answer": answers[i]})
+    (folder / "test.json").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tiny_vqa.yaml").write_text(TASK.format(data=folder / "test.json"))
+    (folder / "utils.py").write_text(UTILS)
+    return images
+
+
+def answers_of(folder: Path, images: list[list[Any]], attach: Any) -> list[str]:
+    """What is to be said, by transformers and crossget alone."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    attach(model)
+    said = []
+    for i, pictures in enumerate(images):
+        content = [{"type": "image"} for _ in pictures]
+        content += [{"type": "text", "text": f"{QUESTIONS[i % len(QUESTIONS)]} ?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=pictures, text=text, return_tensors="pt")
+        with torch.inference_mode():
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=6)
+        answer = out[0, inputs["input_ids"].shape[1] :]
+        said.append(processor.tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return said
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own and another folder than the checkout, whose crossget.egg-info may be an old one."""
+    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    for name in ("HF_TOKEN", "HF_DATASETS_CACHE", "WORLD_SIZE", "LMMS_EVAL_PLUGINS", "PYTHONPATH"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def lmms_eval(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # DEBUG: otherwise lmms-eval ends with status 0 whatever happens.
+    return python(folder, "-m", "lmms_eval", *arguments, "--verbosity", "DEBUG")
+
+
+@with_lmms_eval
+def test_the_entry_point_is_there(tmp_path: Path) -> None:
+    done = python(
+        tmp_path,
+        "-c",
+        "from importlib.metadata import entry_points\n"
+        "(point,) = entry_points(group='lmms_eval.models', name='llava_crossget')\n"
+        "module = __import__('sys').modules[point.load().__module__]\n"
+        "print(module.__file__, point.load()().model_id, sep='\\n')",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    file, model_id = done.stdout.splitlines()[-2:]
+    assert model_id == "llava_crossget"
+    assert Path(file).resolve() == Path(crossget.__file__).parent.joinpath("integrations/lmms_eval.py").resolve()
+
+
+def attach_trained(r: int) -> Any:
+    return lambda model: give_cross_tokens(crossget.attach(model, crossget.CrossGET(r=r)))
+
+
+RUNS = {  # name -> (folder, arguments, what they mean)
+    "dense": ("plain", "r=0", lambda model: None),
+    "default": ("plain", "", lambda model: crossget.attach(model, crossget.CrossGET(r=R))),
+    "r": ("plain", "r=2", lambda model: crossget.attach(model, crossget.CrossGET(r=2))),
+    "tome": ("plain", "r=2,method=tome", lambda model: crossget.attach(model, crossget.ToMe(r=2))),
+    "trained": ("trained", "", attach_trained(SAVED_R)),
+    "trained_r": ("trained", "r=5", attach_trained(5)),
+    "trained_dense": ("trained", "r=0", lambda model: None),
+}
+
+
+@pytest.mark.slow
+@with_lmms_eval
+def test_answers_and_scores(tmp_path: Path, plain: Path, trained: Path) -> None:
+    import yaml
+
+    folders = {"plain": plain, "trained": trained}
+    for folder in folders.values():
+        save_processor(folder)
+    images = save_task(tmp_path / "draft", COUNTS, [""] * len(COUNTS))
+    expected = {name: answers_of(folders[which], images, attach) for name, (which, _, attach) in RUNS.items()}
+    expected["own"] = expected["dense"]
+    assert all(all(said) for said in expected.values())
+    ways = set(map(tuple, expected.values()))
+    assert len(ways) == len(expected) - 2  # each answers in its own way, but the three that are dense
+    right = [*expected["r"][:4], *["never"] * 4]
+    save_task(tmp_path / "task", COUNTS, right)
+
+    runs = [
+        {
+            "model": "llava_crossget",
+            "model_args": ",".join(filter(None, [f"pretrained={folders[which]}", given])),
+            "output_path": str(tmp_path / name),
+        }
+        for name, (which, given, _) in RUNS.items()
+    ]
+    own = f"pretrained={plain},device_map=cpu"
+    runs.append({"model": "llava_hf", "model_args": own, "output_path": str(tmp_path / "own")})
+    common = {"tasks": "tiny_vqa", "include_path": str(tmp_path / "task"), "device": "cpu", "log_samples": True}
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump([{**run, **common} for run in runs]))
+    done = lmms_eval(tmp_path, "--config", "runs.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    for name, said in expected.items():
+        (results,) = tmp_path.joinpath(name).glob("*/*_results.json")
+        (samples,) = tmp_path.joinpath(name).glob("*/*_samples_tiny_vqa.jsonl")
+        found = json.loads(results.read_text())
+        backend = "crossget.integrations.lmms_eval_llava.LlavaCrossget" if name in RUNS else "lmms_eval.models.chat"
+        assert found["config"]["model_backend"].startswith(backend)
+        rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        assert [row["filtered_resps"] for row in rows] == said, name
+        score = sum(a == b for a, b in zip(said, right, strict=True)) / len(right)
+        assert found["results"]["tiny_vqa"]["exact_match,none"] == score
+    assert score < 0.5  # which is that of "r"
+    log = done.stdout + done.stderr
+    assert "llava_crossget: the dense model" in log
+    assert f"llava_crossget: Attachment(visual=CrossGET(r={SAVED_R}," in log
+
+
+@pytest.mark.slow
+@with_lmms_eval
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("r=-1", "r=-1.0: expected a whole number from 0 on"),
+        ("r=2", "llava_crossget could not answer: the prompts have"),
+    ],
+    ids=["bad value", "generate fails"],
+)
+def test_errors_end_the_run(tmp_path: Path, given: str, message: str) -> None:
+    llava().save_pretrained(tmp_path / "model")
+    save_processor(tmp_path / "model", num_additional_image_tokens=0)  # a processor that does not fit: 63 features
+    save_task(tmp_path / "task", [1], ["w1"])
+    arguments = ["--model", "llava_crossget", "--model_args", f"pretrained={tmp_path / 'model'},{given}"]
+    task = ["--tasks", "tiny_vqa", "--include_path", str(tmp_path / "task"), "--device", "cpu"]
+    done = lmms_eval(tmp_path, *arguments, *task)
+    assert done.returncode == 1
+    assert message in done.stderr
