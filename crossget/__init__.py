@@ -8,11 +8,12 @@ print(attached.tokens)
 
 from crossget.attach import Attachment, attach, attachment
 from crossget.benchmark import benchmark
-from crossget.checkpoint import load, load_reference
+from crossget.checkpoint import load
 from crossget.doctor import doctor
 from crossget.ensemble import unmerge
 from crossget.flops import count_flops
 from crossget.reducers import CrossGET, Merging, Random, Reducer, ToMe, TopK
+from crossget.reference import load_reference
 from crossget.registry import Features, Prompt, Reader, TextInput, Tower, find_towers, register, unregister
 from crossget.schedule import Constant, Linear, PerLayer, Ratio, Schedule
 

@@ -77,12 +77,14 @@ class AttachedTower:
         reducer: with every field resolved for this tower.
         cross: [L, C] one learnable vector per block, zero at the start; None without cross token.
         last: record of the last forward.
+        rows: [N] the prompt that each image of the last forward belongs to; None if each has one of its own.
     """
 
     def __init__(self, tower: Tower, reducer: Reducer) -> None:
         self.tower = tower
         self.inputs = {type(block): argument_names(base_of(block).forward) for block in tower.blocks}
         self.last = Record()
+        self.rows: Tensor | None = None
         self.cross: nn.Parameter | None = None
         self.outputs = 1  # how many things a block returns, if it returns a tuple
         # What the host's entry points know and its blocks do not.
@@ -122,7 +124,7 @@ class AttachedTower:
         return left - (cross - int(self.keeps_cross_token))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": Record()}
+        return {**self.__dict__, "last": Record(), "rows": None}
 
     # One block ------------------------------------------------------------------------------------------------------
 
@@ -140,20 +142,26 @@ class AttachedTower:
             tokens = self._renew_cross_token(tokens, state, layer)
         if self._is_read_by_nobody(state.reading, layer):
             return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer)
-        if self.tower.refit is not None and not state.pristine:
-            args = tuple(self.tower.refit(block, name, value, state) for name, value in zip(names[1:], args))  # noqa: B905
-            kwargs = {name: self.tower.refit(block, name, value, state) for name, value in kwargs.items()}
         r = self.reducer.schedule.removed(layer, self.depth, count)
         watch = BlockWatch(
             tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
             find_padding=self.tower.padding,
         )  # fmt: skip
+        if not state.pristine:
+            args = tuple(self._refit(block, name, value, watch) for name, value in zip(names[1:], args))  # noqa: B905
+            kwargs = {name: self._refit(block, name, value, watch) for name, value in kwargs.items()}
         with watch:
             out = forward(tokens, *args, **kwargs)
         if not watch.done:
             raise RuntimeError(_not_seen(block, layer, self.tower, watch))
         self.outputs = len(out) if isinstance(out, tuple) else 0
         return self._leave(out, watch.state, layer)
+
+    def _refit(self, block: nn.Module, name: str, value: Any, watch: BlockWatch) -> Any:
+        """An argument of the block for the tokens that are left."""
+        if name in self.tower.masks and value is not None:
+            return watch.fit(value)
+        return value if self.tower.refit is None else self.tower.refit(block, name, value, watch.state)
 
     def _start(self, tokens: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, TokenState]:
         if tokens.dim() != 3:
@@ -162,9 +170,11 @@ class AttachedTower:
             )
         batch, length = int(tokens.shape[0]), int(tokens.shape[1])
         end, valid = self._end_of_text(tokens)
-        mask = arguments.get("attn_mask") if self.tower.padding and valid is None else None
-        if mask is not None and mask.dim() == 4:  # otherwise, the attention's mask is looked at when it is seen
-            valid = visible(mask, batch)
+        if self.tower.padding and valid is None:
+            names = ("attn_mask", *self.tower.masks)
+            mask = next((arguments[name] for name in names if arguments.get(name) is not None), None)
+            if mask is not None and mask.dim() == 4:  # otherwise, the attention's mask is looked at when it is seen
+                valid = visible(mask[:, :, -1:] if self.tower.causal else mask, batch)
         cross = bool(self.reducer.cross_token)
         state = TokenState.start(
             batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid

@@ -1,4 +1,4 @@
-"""Save and load attachments; load the checkpoints of the reference implementation.
+"""Save and load attachments.
 
 A saved attachment is a folder with `crossget.safetensors` (the cross tokens) and `crossget_config.json` (the
 reducers): tens of kilobytes. Nothing here unpickles code.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossget.attach import Attachment, attach, find_attachment
-from crossget.reducers import CrossGET, Reducer
-from crossget.registry import find_towers
+from crossget.attach import Attachment, attach
+from crossget.reducers import Reducer
 from crossget.schedule import Constant, Linear, PerLayer, Ratio, Schedule
 
 _CONFIG, _WEIGHTS, _VERSION = "crossget_config.json", "crossget.safetensors", 1
+FILES = (_CONFIG, _WEIGHTS)
 _SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, PerLayer, Ratio)}
-_REFERENCE_KEYS = {"visual": "visual.transformer.cross_image", "text": "transformer.cross_text"}
-# Archives of OpenAI's models carry these integers beside the weights.
-_OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
 
 
 def save(attachment: Attachment, folder: str | Path) -> None:
@@ -38,13 +34,27 @@ def save(attachment: Attachment, folder: str | Path) -> None:
     Raises:
         TypeError: a reducer has a schedule or field that JSON cannot hold.
     """
+    write(folder, attachment.reducers, attachment.cross_tokens)
+
+
+def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Mapping[str, Tensor]) -> None:
+    """Write what `load` reads.
+
+    Args:
+        folder: made if it is not there.
+        reducers: per tower, all fields resolved.
+        cross_tokens: per tower [L, C].
+
+    Raises:
+        TypeError: as for `save`.
+    """
     from safetensors.torch import save_file
 
     path = Path(folder)
-    towers = {name: _reducer_to_json(reducer) for name, reducer in attachment.reducers.items()}
+    towers = {name: _reducer_to_json(reducer) for name, reducer in reducers.items()}
     config = json.dumps({"version": _VERSION, "towers": towers}, indent=2)
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in attachment.cross_tokens.items()}, path / _WEIGHTS)
+    save_file({name: value.detach().cpu().contiguous() for name, value in cross_tokens.items()}, path / _WEIGHTS)
     (path / _CONFIG).write_text(config + "\n")
 
 
@@ -70,60 +80,42 @@ def load(model: nn.Module, folder: str | Path) -> Attachment:
         raise ValueError(f"{path / _CONFIG} has version {config.get('version')!r}: this crossget reads {_VERSION}")
     reducers = {name: _reducer_from_json(entry) for name, entry in config["towers"].items()}
     weights = load_file(path / _WEIGHTS)
-    attached = attach(model, reducers)
-    try:
-        _set_cross_tokens(attached, weights, str(path / _WEIGHTS))
-    except ValueError:
-        attached.detach()
-        raise
-    return attached
+    return attach_with(model, reducers, weights, str(path / _WEIGHTS))
 
 
-def load_reference(
-    model: nn.Module, path: str | Path, reducer: Reducer | Mapping[str, Reducer] | None = None
+def attach_with(
+    model: nn.Module,
+    reducer: Reducer | Mapping[str, Reducer],
+    cross_tokens: Mapping[str, Tensor],
+    where: str,
+    previous: Attachment | None = None,
 ) -> Attachment:
-    """Load a CLIP checkpoint of the reference implementation into open_clip's model, and attach.
-
-    The file is `{"model": state_dict}` with OpenAI's key names plus the cross tokens of both towers. It does not say
-    r: an attached model keeps its reducers, otherwise `reducer` is attached, otherwise the reference's (16, 0).
+    """Attach, with these cross tokens; a model that they do not fit stays as it was.
 
     Args:
-        model: an open_clip CLIP of the same architecture (OpenAI's use QuickGELU: "ViT-B-16-quickgelu").
-        path: the checkpoint; only tensors are read, never code.
+        model: to be reduced.
         reducer: as for `crossget.attach`.
-
-    Returns:
-        The attachment; the model's own weights are the checkpoint's now.
+        cross_tokens: per tower [L, C].
+        where: they come from.
+        previous: the model's attachment, which is kept then.
 
     Raises:
-        ValueError: keys are missing, left over or misshapen (all are named; nothing is loaded then), or `reducer`
-            is given for a model that is attached already.
+        ValueError: a tower has no cross tokens, or of another shape, or they are for a tower that is not attached.
     """
-    previous = find_attachment(model)
-    if previous is not None and reducer is not None:
-        raise ValueError("the model is attached already, so reducer would be ignored: detach first, or leave it out")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
-            f'{path} is not a CLIP checkpoint of the reference: expected {{"model": state_dict}}, found {keys}'
-        )
-    state = {name: value for name, value in content["model"].items() if name not in _OPENAI_EXTRAS}
-    cross = {tower: state.pop(key) for tower, key in _REFERENCE_KEYS.items() if key in state}
-    missing = [_REFERENCE_KEYS[tower] for tower in _REFERENCE_KEYS if tower not in cross]
-    _check_state(model, state, missing, str(path))
-    _check_cross(model, cross, str(path))
-    _warn_activation(model, str(path))
-    attached = previous or attach(model, CrossGET(r=16) if reducer is None else reducer)
-    model.load_state_dict(state)
-    _set_cross_tokens(attached, {tower: value.squeeze(0) for tower, value in cross.items()}, str(path))
+    attached = previous or attach(model, reducer)
+    try:
+        _set_cross_tokens(attached, cross_tokens, where)
+    except ValueError:
+        if previous is None:
+            attached.detach()
+        raise
     return attached
 
 
 def _local(folder: str | Path) -> Path:
     path = Path(folder)
     if path.is_dir():
-        absent = [name for name in (_CONFIG, _WEIGHTS) if not (path / name).is_file()]
+        absent = [name for name in FILES if not (path / name).is_file()]
         if absent:
             raise FileNotFoundError(f"{path} has no {' and no '.join(absent)}: expected what Attachment.save wrote")
         return path
@@ -131,7 +123,7 @@ def _local(folder: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=[_CONFIG, _WEIGHTS]))
+        return Path(snapshot_download(str(folder), allow_patterns=list(FILES)))
     except HFValidationError as error:
         raise FileNotFoundError(f"{folder} is neither a folder here nor the id of a hub repository ({error})") from None
 
@@ -145,40 +137,6 @@ def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where
     with torch.no_grad():
         for name, parameter in attached.cross_tokens.items():
             parameter.copy_(weights[name])
-
-
-def _check_state(model: nn.Module, state: Mapping[str, Tensor], missing_cross: list[str], path: str) -> None:
-    own = model.state_dict()
-    missing = [*missing_cross, *sorted(set(own) - set(state))]
-    extra = sorted(set(state) - set(own))
-    bad = [
-        f"{k}: {list(state[k].shape)} for {list(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if missing or extra or bad:
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__}; missing: {missing or 'none'}; left over: {extra or 'none'}; "
-            f"misshapen: {bad or 'none'}. Nothing was loaded"
-        )
-
-
-def _check_cross(model: nn.Module, cross: Mapping[str, Tensor], path: str) -> None:
-    towers = {tower.name: tower for tower in find_towers(model)}
-    for name, value in cross.items():
-        shape = (1, len(towers[name].blocks), towers[name].width)
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{path}: {_REFERENCE_KEYS[name]} has shape {tuple(value.shape)}, the tower needs {shape}")
-
-
-def _warn_activation(model: nn.Module, path: str) -> None:
-    names = {type(module).__name__ for module in model.modules()}
-    if "GELU" in names and "QuickGELU" not in names:
-        warnings.warn(
-            f"{path} was trained with QuickGELU and this model uses GELU, so features will be off: make the model with "
-            'a "-quickgelu" name or force_quick_gelu=True',
-            stacklevel=3,
-        )
 
 
 def _reducer_to_json(reducer: Reducer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 TOUR = """\
-CrossGET and ToMe-style token reduction for backbones of timm and open_clip, by name. A tour:
+CrossGET and ToMe-style token reduction for backbones of timm, open_clip and transformers, by name. A tour:
 
   crossget demo                            dense, ToMe-style and CrossGET side by side, and a picture of what was merged
   crossget models --filter '*dino*'        which backbones can be reduced, and why the others cannot
@@ -24,6 +24,7 @@ CrossGET and ToMe-style token reduction for backbones of timm and open_clip, by 
   crossget flops llava-1.5-7b --r 13       the same for generating: image tower, prefill, decoding step, cache
   crossget bench vit_base_patch16_224      speed as a ratio to dense, measured on this machine
   crossget doctor vit_base_patch16_224     does it attach exactly, take effect, and come off without a trace?
+  crossget convert FOLDER OUT              the authors' LLaVA checkpoint, for transformers and crossget.load
 
 In Python: crossget.attach(model, crossget.CrossGET(r=16)).
 """
@@ -160,17 +161,33 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if diagnosis.ok else 1
 
 
+def convert(options: argparse.Namespace) -> int:
+    """The authors' LLaVA checkpoint as a folder for transformers, with crossget's own file beside it."""
+    from crossget.convert import DTYPES
+    from crossget.convert import convert as run
+
+    print(
+        run(
+            options.folder, options.out, r=options.r, vision_tower=options.vision_tower,
+            max_shard_size=options.max_shard_size, dtype=DTYPES.get(options.dtype),
+            cross_tokens=not options.no_cross_tokens, overwrite=options.overwrite,
+        )
+    )  # fmt: skip
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the commands share
 
 
 def _installed() -> list[str]:
-    from crossget.hosts import HOSTS, PACKAGES, installed
+    from crossget.hosts import PACKAGES, installed
 
-    found = [host for host in HOSTS if installed(host)]
+    found = [host for host in PACKAGES if installed(host)]
     if not found:
+        *some, last = PACKAGES
         extras = ",".join(PACKAGES.values())
-        raise RuntimeError(f'neither open_clip nor timm is installed: pip install "crossget[{extras}]"')
+        raise RuntimeError(f'neither {", ".join(some)} nor {last} is installed: pip install "crossget[{extras}]"')
     return found
 
 
@@ -203,12 +220,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("crossget", description=TOUR, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"crossget {crossget.__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(metavar="COMMAND", help="demo, models, flops, bench or doctor; each has a --help")
+    commands = parser.add_subparsers(
+        metavar="COMMAND", help="demo, models, flops, bench, doctor or convert; each has a --help"
+    )
     _add_demo(commands)
     _add_models(commands)
     _add_flops(commands)
     _add_bench(commands)
     _add_doctor(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -251,7 +271,7 @@ def _add_models(commands: Any) -> None:
     one = _add(
         commands, models, "Every model is built, without memory: seconds for a pattern, minutes for all of them."
     )
-    one.add_argument("--host", choices=["timm", "open_clip"], help="only this one")
+    one.add_argument("--host", choices=["timm", "open_clip", "transformers"], help="only this one")
     one.add_argument("--filter", metavar="PATTERN", help="only names like this, * being anything; quote it")
     one.add_argument("--supported", action="store_true", help="leave out those that cannot be reduced")
     _add_json(one)
@@ -286,6 +306,33 @@ def _add_doctor(commands: Any) -> None:
     one = _add(commands, doctor, "The exit code is 1 if a check fails.")
     _add_model(one)
     one.add_argument("--device", type=_device, default="cpu", help="where the model runs")
+
+
+CONVERT_EPILOG = """\
+FOLDER is what the authors publish: config.json, pytorch_model-*.bin or safetensors, and cross_tokens.bin (or the cross
+tokens among the weights). LoRA has to be merged first. Without a tokenizer in it, the processor is left out.
+
+  model = transformers.LlavaForConditionalGeneration.from_pretrained("OUT")
+  processor = transformers.AutoProcessor.from_pretrained("OUT")
+  crossget.load(model, "OUT")
+"""
+
+
+def _add_convert(commands: Any) -> None:
+    from crossget.convert import DTYPES
+
+    one = _add(commands, convert, CONVERT_EPILOG)
+    one.add_argument("folder", type=Path, metavar="FOLDER", help="in LLaVA's original layout")
+    one.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    one.add_argument("--r", type=_reduction, default="13", help=f"of the vision tower; {R_HELP}")
+    help_text = "a CLIP in transformers' layout, or its id on the hub; if not given, what FOLDER's config.json names"
+    one.add_argument("--vision-tower", metavar="FOLDER", help=help_text)
+    help_text = "of one file of weights, such as 500MB or 4GiB"
+    one.add_argument("--max-shard-size", type=_size, default="4GB", metavar="SIZE", help=help_text)
+    one.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="of the new weights")
+    help_text = "convert the dense LLaVA alone, whether FOLDER has cross tokens or not"
+    one.add_argument("--no-cross-tokens", action="store_true", help=help_text)
+    one.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion left in OUT")
 
 
 def _add_model(one: argparse.ArgumentParser) -> None:
@@ -325,6 +372,15 @@ def _reduction(text: str) -> Any:
         reason = "" if "invalid literal" in str(error) or "could not convert" in str(error) else f" ({error})"
         raise argparse.ArgumentTypeError(f"{text!r}: expected {R_HELP.replace('%%', '%')}{reason}") from None
     return r
+
+
+def _size(text: str) -> int:
+    from crossget.convert import size_of
+
+    try:
+        return size_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

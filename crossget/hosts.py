@@ -7,6 +7,7 @@ hub is asked once, with a time limit, before a host starts its own patient retri
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
 import socket
 import ssl
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 HOSTS = ("open_clip", "timm")  # in the order names are looked up
-PACKAGES = {"open_clip": "open-clip", "timm": "timm"}  # the extra that brings each
+# The extra that brings each; models of transformers are made by presets.py, or by users.
+PACKAGES = {"open_clip": "open-clip", "timm": "timm", "transformers": "transformers"}
 DEFAULT = "default"  # --pretrained: whatever the host prefers
 NONE = "none"
 PATIENCE = 5.0  # seconds for the hub's first answer
@@ -213,15 +215,9 @@ def is_offline(error: BaseException) -> bool:
 def _import(host: str) -> Any:
     """The host's module, or None where it is not installed."""
     try:
-        if host == "timm":
-            import timm
-
-            return timm
-        import open_clip
-
-        return open_clip
+        return importlib.import_module(host)
     except ModuleNotFoundError as error:
-        if error.name in HOSTS:
+        if error.name in PACKAGES:
             return None
         raise
 

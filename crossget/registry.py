@@ -20,16 +20,27 @@ from torch import Tensor, nn
 from crossget.reducers import Host, ImportanceName, KeysName
 from crossget.state import TokenState
 
-# Where a class is defined -> the adapter for it, the more exact places first.
-_LAZY = {
-    "timm.": "timm",
-    "open_clip.": "open_clip",
-    "transformers.models.clip.": "hf_clip",
-    "transformers.models.llava.": "hf_llava",
-    "transformers.models.llava_next.": "hf_llava_next",
-    "transformers.models.internvl.": "hf_internvl",
-    "transformers.models.paligemma.": "hf_paligemma",
-    "transformers.": "hf",
+# A host's package -> the module of crossget.integrations that knows it.
+_HOSTS = ("timm", "open_clip", "transformers")
+# transformers has a package for each family of models; families whose adapters are the same share one.
+FAMILIES = {
+    "clip": "hf_clip",
+    "siglip": "hf_siglip",
+    "siglip2": "hf_siglip2",
+    "vit": "hf_vit",
+    "deit": "hf_vit",
+    "dinov2": "hf_dinov2",
+    "dinov2_with_registers": "hf_dinov2",
+    "dinov3_vit": "hf_dinov3",
+    "blip": "hf_blip",
+    "blip_2": "hf_blip2",
+    "instructblip": "hf_blip2",
+    "llava": "hf_llava",
+    "llava_next": "hf_llava_next",
+    "llava_onevision": "hf_llava_onevision",
+    "internvl": "hf_internvl",
+    "gemma3": "hf_gemma3",
+    "paligemma": "hf_paligemma",
 }
 
 
@@ -156,6 +167,8 @@ class Tower:
         readers: host methods that look at the tokens between the blocks.
         refit: (block, argument name, value, state) -> value, for arguments of a block with one row per token, such
             as rotary tables. Called when the tokens are no longer the host's.
+        masks: arguments of a block that are masks [B or 1, H or 1, T, T]. The block gets them for the tokens that are
+            left, as it checks or cuts them before they meet the attention. A mask it makes itself must fit then.
         keeps_cross_token: whoever reads the tower's reduced tokens gets the cross token, too.
         prompt: where prompts have to make room for the tower's reduced tokens.
         decoder: the module that runs the blocks, if the tower is a language model that generates. Its first token plays
@@ -177,6 +190,7 @@ class Tower:
     project: Callable[[Tensor], Tensor] | None = None
     readers: Sequence[Reader] = ()
     refit: Callable[[nn.Module, str, Any, TokenState], Any] | None = None
+    masks: Sequence[str] = ()
     keeps_cross_token: bool = False
     prompt: Prompt | None = None
     decoder: nn.Module | None = None
@@ -231,6 +245,11 @@ def register(*backbones: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
     return add
 
 
+def is_registered(cls: type) -> bool:
+    """Whether exactly this class has an adapter in this process."""
+    return cls in _adapters
+
+
 def unregister(backbone: type[nn.Module]) -> None:
     """Forget the adapter of exactly this class.
 
@@ -257,14 +276,15 @@ def find_towers(model: nn.Module) -> list[Tower]:
         TypeError: no adapter knows the model; the message says why, where that is known.
         RuntimeError: the adapter found nothing to reduce.
     """
-    reasons = []
+    reasons: list[str] = []
     for cls in type(model).__mro__:
         modules = load_integrations(cls)
         if cls in _adapters:
             towers = _adapters[cls](model)
             _check(towers, model, _adapters[cls])
             return towers
-        reasons += [module.explain(model) for module in modules if hasattr(module, "explain")]
+        found = [module.explain(model) for module in modules if hasattr(module, "explain")]
+        reasons += filter(None, found)  # a family's own, if it has one to give, before its host's
     if isinstance(model, torch.jit.ScriptModule):
         reasons = ["it is a TorchScript model, whose compiled code cannot be watched: load it without jit"]
     reason = reasons[0] if reasons else "no adapter is registered for it or its bases"
@@ -277,10 +297,10 @@ def find_towers(model: nn.Module) -> list[Tower]:
 
 def load_integrations(cls: type) -> list[Any]:
     """The adapters' modules for a class, loaded if they were not; the one for its family comes first."""
-    home = cls.__module__ + "."
-    return [
-        importlib.import_module(f"crossget.integrations.{n}") for prefix, n in _LAZY.items() if home.startswith(prefix)
-    ]
+    places = cls.__module__.split(".")
+    names = [FAMILIES[places[2]]] if places[:2] == ["transformers", "models"] and places[2] in FAMILIES else []
+    names += [host for host in _HOSTS if places[0] == host]
+    return [importlib.import_module(f"crossget.integrations.{name}") for name in names]
 
 
 def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:

@@ -41,6 +41,8 @@ _ADD = (
 _IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
 _SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
 _MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+# An additive mask hides with -inf, with the smallest number, or, as BERT once did, with -10000, which bfloat16 rounds.
+_HIDDEN = -9000.0
 
 
 class BlockWatch(TorchFunctionMode):
@@ -72,6 +74,7 @@ class BlockWatch(TorchFunctionMode):
         self.values_next = False  # the product to come is that of weights and values
         self.weighed = False
         self.done = False
+        self.fits = False  # the masks among the block's arguments were made for the tokens that are left
         self.outdated: Tensor | None = None  # what an in-place addition would have changed
 
     def __torch_function__(
@@ -218,10 +221,20 @@ class BlockWatch(TorchFunctionMode):
 
     # Masks and biases the host made for its own tokens ------------------------------------------------------------
 
+    def fit(self, mask: Tensor) -> Tensor:
+        """A mask among the block's arguments for the tokens that are left.
+
+        The attention's masks are made of such from then on. Their size could not tell: T may be T0 by accident.
+        """
+        self.fits = True
+        return self._fitted(mask)
+
     def _fit(self, mask: Tensor | None) -> Tensor | None:
+        """What the attention got as a mask, for the tokens that are left."""
+        return mask if mask is None or self.fits else self._fitted(mask)
+
+    def _fitted(self, mask: Tensor) -> Tensor:
         """The host's mask [.., T0 or 1, T0] for the tokens that are left: [B, .., T or 1, T]."""
-        if mask is None:
-            return None
         host = mask
         mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 4 else mask
         if self.find_padding and self.state.valid is None:
@@ -335,7 +348,7 @@ class BlockWatch(TorchFunctionMode):
 
 def visible(mask: Tensor, batch: int) -> Tensor:
     """[B, T] which tokens any query may see under a mask [B or 1, H or 1, T or 1, T]."""
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    seen = mask if mask.dtype == torch.bool else mask > _HIDDEN
     return seen.any(2).any(1).expand(batch, -1)
 
 

@@ -1,4 +1,4 @@
-"""What the adapters share: the way of single tokens into a joint space, and rows for their support_matrix().
+"""What the adapters share: ways of single tokens into a joint space, rotary tables, rows for their support_matrix().
 
 No host is imported here.
 """
@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from crossget.registry import Tower
+from crossget.state import TokenState
 
 
 def project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
@@ -38,6 +39,24 @@ def frozen(module: nn.Module, tokens: Tensor) -> Tensor:
     """A module's output, without gradient for its parameters."""
     out: Tensor = functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (tokens,))
     return out
+
+
+def rows_left(table: Tensor, last: Tensor, state: TokenState) -> Tensor:
+    """The rows of a rotary table [B, H, N, D] for the tokens that are left: a merged one keeps its destination's.
+
+    The table's rows are those of the last N tokens; those in front of them are not rotated.
+
+    Args:
+        table: [B or 1, H or 1, N, D].
+        last: [B or 1, H or 1, 1, D] row of the cross token.
+        state: where the tokens were in the beginning.
+    """
+    skipped = state.length - int(table.shape[2])
+    if state.cross:
+        table = torch.cat([table, last], 2)
+    rows = (state.positions[:, skipped:] - skipped)[:, None, :, None]
+    table = table.expand(rows.shape[0], -1, -1, -1)
+    return table.gather(2, rows.expand(-1, table.shape[1], -1, table.shape[3]))
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,7 @@ def describe(tower: Tower) -> str:
     kinds = ", ".join(sorted({type(block).__name__ for block in tower.blocks}))
     parts = [f"{len(tower.blocks)} blocks ({kinds})", f"prefix {tower.prefix}"]
     parts += [label for label in ("class token", "causal") if getattr(tower, label.replace(" ", "_"))]
+    parts += [] if tower.reducible else ["generates: cross token only"]
     return f"{tower.name}: {', '.join(parts)}"
 
 

@@ -17,8 +17,30 @@ from crossget.registry import Features, Prompt, Reader, Tower, find_towers
 _STACKS = ("encoder.layers", "encoder.layer", "layers", "layer")
 # These compute attention where crossget can see it; the others are kernels that hide it.
 _SEEN = ("eager", "sdpa")
-# The families, each in a file of its own.
-FAMILIES = ("CLIP", "LLaVA-1.5")
+# What blocks call the masks they get. Some versions check their shape, some cut them to as many keys as they see.
+MASKS = ("attention_mask", "causal_attention_mask")
+
+
+def tower(name: str, part: Any, **fields: Any) -> Tower:
+    """A tower of the part of a model that has the blocks.
+
+    Masks hide padding, and in newer versions any patch that the caller wants to hide.
+    """
+    config = part.config
+    return Tower(
+        name, blocks=blocks(part), width=config.hidden_size, masks=MASKS, padding=True, meanwhile=kernel(config),
+        **fields,
+    )  # fmt: skip
+
+
+def vit(model: Any, prefix: int = 1, **fields: Any) -> Tower:
+    """The image tower of a ViT with a class token, with or without a head."""
+    return tower("visual", model.base_model, prefix=prefix, class_token=True, **fields)
+
+
+def backbone(model: nn.Module) -> list[Reader]:
+    """What reads a backbone's blocks: its forward lays the hidden states of several out on the image grid."""
+    return [Reader(model, "forward")]
 
 
 def blocks(tower: nn.Module) -> list[nn.Module]:
@@ -105,10 +127,15 @@ def run_language_model(model: Any, language: Any, cache: Any = None, **tokens: T
             f"transformers {transformers.__version__} cannot run a language model on the meta device (its rotary "
             "embedding asks for autocast there): count with transformers >= 5.0, or give the model real weights"
         )
-    runs, head = inner(language, "model"), getattr(language, "lm_head", None) or model.lm_head
+    head = getattr(language, "lm_head", None) or model.lm_head
+    return run_decoder(inner(language, "model"), head, cache, **tokens)
+
+
+def run_decoder(runs: Any, head: Any, cache: Any = None, **given: Any) -> Any:
+    """Run a decoder on some tokens, and its head on the last one; returns the cache."""
     # The cache's name has changed in 5.24.
     name = "cache" if "cache" in inspect.signature(runs.forward).parameters else "past_key_values"
-    out = runs(**tokens, use_cache=True, **({} if cache is None else {name: cache}))
+    out = runs(**given, use_cache=True, **({} if cache is None else {name: cache}))
     head(out[0][:, -1:])
     return out[name]
 
@@ -141,21 +168,3 @@ def grid_tokens(config: Any) -> int:
     sizes = [config.image_size, config.patch_size]
     (height, width), (down, across) = (size if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
     return int((height // down) * (width // across))
-
-
-# By the module that defines the model: why a family has no adapter.
-REASONS = {
-    "its image tower packs all images of a batch into one sequence [N, C] without a batch axis, cut into images or "
-    "windows by cumulative lengths, and merges 2 x 2 neighbours behind it": (
-        "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe qwen3_omni_moe glm4v glm4v_moe"
-    ),
-    "its image tower packs all images of a batch into one sequence, kept apart by a mask": "pixtral",
-    "its attention runs inside windows of the image grid": "swin swinv2 maskformer_swin donut_swin",
-}
-
-
-def explain(model: nn.Module) -> str:
-    """Why a model of transformers has no adapter."""
-    families = type(model).__module__.split(".")
-    found = (reason for reason, homes in REASONS.items() if not set(homes.split()).isdisjoint(families))
-    return next(found, f"of transformers' models, these families are known here: {', '.join(FAMILIES)}")

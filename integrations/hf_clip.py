@@ -31,31 +31,21 @@ def text(model: Any) -> list[Tower]:
     return [_text(model, hf.inner(model, "text_model"))]
 
 
-def _visual(model: Any, tower: Any) -> Tower:
+def _visual(model: Any, part: Any) -> Tower:
     projects = hasattr(model, "visual_projection")
-    return Tower(
-        "visual",
-        blocks=hf.blocks(tower),
-        width=tower.config.hidden_size,
-        prefix=1,
-        class_token=True,
-        project=partial(project, tower.pre_layrnorm, model, "visual_projection") if projects else None,
-        meanwhile=hf.kernel(tower.config),
-    )
+    way = partial(project, part.pre_layrnorm, model, "visual_projection") if projects else None
+    return hf.tower("visual", part, prefix=1, class_token=True, project=way)
 
 
-def _text(model: Any, tower: Any) -> Tower:
+def _text(model: Any, part: Any) -> Tower:
     projects = hasattr(model, "text_projection")
-    return Tower(
+    return hf.tower(
         "text",
-        blocks=hf.blocks(tower),
-        width=tower.config.hidden_size,
+        part,
         prefix=1,
         causal=True,
-        padding=True,
-        text=TextInput(tower.embeddings.token_embedding, partial(_end, tower.config.eos_token_id)),
-        project=partial(project, tower.final_layer_norm, model, "text_projection") if projects else None,
-        meanwhile=hf.kernel(tower.config),
+        text=TextInput(part.embeddings.token_embedding, partial(_end, part.config.eos_token_id)),
+        project=partial(project, part.final_layer_norm, model, "text_projection") if projects else None,
     )
 
 

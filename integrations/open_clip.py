@@ -177,6 +177,7 @@ def _hf_text(text: Any) -> Any:
         padding=True,
         text=TextInput(embedding, read, pools_one),
         project=None if own_pooler else partial(project, norm, text, "proj"),
+        masks=() if kind == "mt5" else ("attention_mask",),
         refit=_refit_mask if kind == "mt5" else None,
     )
 

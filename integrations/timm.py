@@ -17,7 +17,7 @@ import torch
 from timm.models import _features
 from torch import Tensor, nn
 
-from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
+from crossget.integrations._support import NumbersOnCPU, SupportRow, rows_left, support_row
 from crossget.registry import Reader, Tower, find_towers, register
 from crossget.state import TokenState
 
@@ -75,9 +75,7 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
 
 
 def rotary_rows(mixed: bool, block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
-    """The rows of a rotary table for the tokens that are left: a merged token keeps its destination's position.
-
-    Tables have no rows for the prefix, which is not rotated; the cross token, last, gets a row that rotates nothing.
+    """The rows of a rotary table for the tokens that are left; the cross token gets a row that rotates nothing.
 
     Args:
         mixed: a table [H, N, D] has one part per head; otherwise one with three axes is [B, N, D].
@@ -90,11 +88,7 @@ def rotary_rows(mixed: bool, block: nn.Module, name: str, value: Any, state: Tok
         return value
     by_image = value.dim() == 3 and not mixed
     table = value[:, None] if by_image else value[(None,) * (4 - value.dim())]
-    skipped = state.length - int(table.shape[2])
-    if state.cross:
-        table = torch.cat([table, _no_rotation(name, table[:, :, :1])], 2)
-    rows = (state.positions[:, skipped:] - skipped)[:, None, :, None]
-    table = table.expand(rows.shape[0], -1, -1, -1).gather(2, rows.expand(-1, table.shape[1], -1, table.shape[3]))
+    table = rows_left(table, _no_rotation(name, table[:, :, :1]), state)
     return table.squeeze(1) if by_image else table
 
 

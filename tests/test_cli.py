@@ -178,7 +178,7 @@ class TestModels:
         assert call("models", "--host", "timm") == 2
         assert 'timm is not installed: pip install "crossget[timm]"' in capsys.readouterr().err
         assert call("models") == 2
-        assert 'pip install "crossget[open-clip,timm]"' in capsys.readouterr().err
+        assert 'pip install "crossget[open-clip,timm,transformers]"' in capsys.readouterr().err
 
 
 class TestFlops:

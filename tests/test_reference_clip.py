@@ -1,13 +1,12 @@
 """Parity with the reference implementation, on outputs that it gave (golden/) on a CPU.
 
-Weights and inputs are not stored: each follows from its name and a seed by the rules of `array` and `weight`.
+Weights and inputs are not stored: each follows from its name and a seed by the rules in golden_inputs.py.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from golden_inputs import GOLDEN, array, weight
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,29 +24,12 @@ from crossget.importance import by_attention, by_guide
 from crossget.matching import Ties
 from crossget.reducers import Host, View
 
-GOLDEN = Path(__file__).parent / "golden"
 KINDS = json.loads((GOLDEN / "matching.json").read_text())
 MATCHING = {name: case for cases in KINDS.values() for name, case in cases.items()}
 MERGED = np.load(GOLDEN / "matching.npz")
 CLIP = json.loads((GOLDEN / "clip.json").read_text())
 OUTPUTS = np.load(GOLDEN / "clip.npz")
 REDUCED = [name for name in CLIP["cases"] if name != "dense"]
-
-
-def array(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    generator = np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode()))
-    return torch.from_numpy(np.asarray(generator.standard_normal(shape)).astype("float32"))
-
-
-def weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    z = array(name, shape, seed)
-    if name.endswith("logit_scale"):
-        return torch.full(shape, math.log(1 / 0.07))
-    if "cross_" in name:
-        return 0.5 * z
-    if len(shape) == 1:
-        return 1 + 0.1 * z if name.endswith(".weight") else 0.1 * z
-    return z / math.sqrt(math.prod(shape[1:]))
 
 
 # One reduction ------------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import hf_models
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import crossget
@@ -103,6 +106,79 @@ def test_the_stages_are_what_the_model_does() -> None:
         assert reduced is not None
         whole = crossget.count_flops(model, inputs).total
     assert whole == reduced.prefill + (reduced.prompt - 1) * C * VOCABULARY
+
+
+def blip() -> Any:
+    text = {**hf_models.TEXT, "encoder_hidden_size": C, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    config = transformers.BlipConfig(text_config=text, vision_config=hf_models.VISION, projection_dim=16)
+    return transformers.BlipForConditionalGeneration(config).eval()
+
+
+def blip2() -> Any:
+    text = transformers.OPTConfig(
+        hidden_size=C, ffn_dim=MLP, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=C,
+        vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    former = {
+        "hidden_size": C, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": MLP,
+        "encoder_hidden_size": C, "cross_attention_frequency": 2, "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    config = transformers.Blip2Config(
+        vision_config=hf_models.VISION, qformer_config=former, text_config=text.to_dict(), num_query_tokens=6,
+        image_token_index=59,
+    )  # fmt: skip
+    return transformers.Blip2ForConditionalGeneration(config).eval()
+
+
+def other_tower(tokens: list[int], plain: bool) -> int:
+    """BLIP's and BLIP-2's: no norm in front, one over all tokens behind and one more over the class token."""
+    cross = 0 if plain else 1
+    total = 16 * 3 * 8 * 8 * C + 5 * (tokens[-1] - cross) * C + 5 * C
+    for count, left in pairwise(tokens):
+        total += 5 * count * C + 4 * count * C * C + 2 * count * count * C + 5 * left * C + 2 * left * C * MLP
+        total += 0 if plain else count * count * C + count * C  # similarity of all tokens, and with the guide
+    return total
+
+
+@pytest.mark.parametrize("make", [blip, blip2])
+@pytest.mark.parametrize("images", [1, 2])
+def test_blip_by_formula(make: Callable[[], Any], images: int) -> None:
+    model = make()
+    with crossget.attach(model, crossget.CrossGET(r=R)):
+        report = count_stages(model, 5, images)
+    dense, reduced = report.dense, report.reduced
+    assert reduced is not None
+    assert dense.parts["image tower"] == images * other_tower([17] * 5, plain=True)
+    assert reduced.parts["image tower"] == images * other_tower([18, 16, 14, 12, 10], plain=False)
+    assert (dense.image_tokens, reduced.image_tokens) == (17, 9)
+    if make is blip2:
+        queries = images * 6
+        assert dense.prompt == reduced.prompt == queries + 5
+        assert dense.cache == reduced.cache == 2 * 2 * dense.prompt * C
+        assert dense.parts["language model"] == reduced.parts["language model"]
+        assert dense.step == reduced.step
+        # One of two layers attends to the image: projections of its tokens, and attention to them.
+        saved = images * (2 * 8 * C * C + 2 * 6 * 8 * C)
+        assert dense.parts["Q-Former"] - reduced.parts["Q-Former"] == saved
+    else:
+        # Both layers attend to the image; each step does, too.
+        assert dense.prompt == reduced.prompt == 5
+        saved = images * 2 * (2 * 8 * C * C + 2 * 5 * 8 * C)
+        assert dense.parts["language model"] - reduced.parts["language model"] == saved
+
+
+@pytest.mark.parametrize("make", [blip, blip2])
+def test_the_meta_device_counts_the_same_of_blip(make: Callable[[], Any]) -> None:
+    if hf_models.VERSION < (5, 0):
+        pytest.skip("transformers runs no language model on meta before 5.0")
+    assert on("meta", make(), R) == on("cpu", make(), R)
+
+
+def test_blip2_with_an_encoder() -> None:
+    model = blip2()
+    model.config.text_config.is_encoder_decoder = True
+    with pytest.raises(TypeError, match=r"BLIP-2 with a language model that has an encoder \(T5\) are not known"):
+        count_stages(model)
 
 
 def test_the_report_as_text_and_json() -> None:

@@ -1,0 +1,170 @@
+"""Load the checkpoints of the reference implementation into models that are there already.
+
+`crossget.convert` makes a folder for transformers out of a LLaVA, for those who have no model yet.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossget import original
+from crossget.attach import Attachment, find_attachment
+from crossget.checkpoint import attach_with
+from crossget.reducers import CrossGET, Reducer
+from crossget.registry import find_towers
+
+_CLIP_CROSS = {"visual": "visual.transformer.cross_image", "text": "transformer.cross_text"}
+# Archives of OpenAI's models carry these integers beside the weights.
+_OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
+# What changes the outputs of a LLaVA and does not show in the shapes of its weights.
+_UNSEEN_TEXT = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act")
+
+
+def load_reference(
+    model: nn.Module, path: str | Path, reducer: Reducer | Mapping[str, Reducer] | None = None
+) -> Attachment:
+    """Load a checkpoint of the reference implementation, and attach.
+
+    - CLIP, into open_clip's: a file `{"model": state_dict}` with OpenAI's key names plus the cross tokens of both
+      towers. The reference's r is (16, 0).
+    - LLaVA, into transformers' LlavaForConditionalGeneration: a folder in LLaVA's original layout with
+      `cross_tokens.bin` (or with the cross tokens among the weights), LoRA merged. The reference's r is 13 in the
+      vision tower. A vision tower that is not in the folder stays the model's own, and where the model has more tokens
+      than the checkpoint, so do the embeddings and the head of the others.
+
+    No checkpoint says r: an attached model keeps its reducers, otherwise `reducer` is attached, otherwise the
+    reference's.
+
+    Args:
+        model: of the same architecture (OpenAI's CLIPs use QuickGELU: "ViT-B-16-quickgelu" in open_clip).
+        path: the checkpoint; only tensors are read, never code.
+        reducer: as for `crossget.attach`.
+
+    Returns:
+        The attachment; the model's own weights are the checkpoint's now.
+
+    Raises:
+        TypeError: the model is neither.
+        FileNotFoundError: a file is not there.
+        ValueError: keys are missing, left over or misshapen (they are named), the checkpoint is of another kind, or
+            `reducer` is given for a model that is attached already. Nothing is loaded or attached then.
+    """
+    previous = find_attachment(model)
+    if previous is not None and reducer is not None:
+        raise ValueError("the model is attached already, so reducer would be ignored: detach first, or leave it out")
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{path} is neither a file (a CLIP of the reference) nor a folder (a LLaVA)")
+    if _is(model, "transformers.models.llava.", "LlavaForConditionalGeneration"):
+        if source.is_file():
+            raise ValueError(f"{path} is a file, and the model a LLaVA: give the folder that it is in")
+        return _load_llava(model, source, reducer, previous)
+    if _is(model, "open_clip.", "CLIP"):
+        if source.is_dir():
+            raise ValueError(f"{path} is a folder, and the model a CLIP: give the checkpoint file")
+        return _load_clip(model, source, reducer, previous)
+    raise TypeError(
+        f"{type(model).__module__}.{type(model).__name__} cannot take a checkpoint of the reference: expected "
+        "open_clip.CLIP (not CustomTextCLIP), or transformers.LlavaForConditionalGeneration"
+    )
+
+
+def _is(model: nn.Module, home: str, name: str) -> bool:
+    return any(cls.__name__ == name and cls.__module__.startswith(home) for cls in type(model).__mro__)
+
+
+# CLIP ----------------------------------------------------------------------------------------------------------------
+
+
+def _load_clip(
+    model: nn.Module, path: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
+) -> Attachment:
+    content = original.load_pickle(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f'{path} is not a CLIP checkpoint of the reference: expected {{"model": state_dict}}, found {keys}'
+        )
+    state = {name: value for name, value in content["model"].items() if name not in _OPENAI_EXTRAS}
+    cross = {tower: state.pop(key) for tower, key in _CLIP_CROSS.items() if key in state}
+    missing = [key for tower, key in _CLIP_CROSS.items() if tower not in cross]
+    original.check_shapes(_shapes(model.state_dict()), _shapes(state), str(path), type(model).__name__, missing=missing)
+    towers = {tower.name: tower for tower in find_towers(model)}
+    for name, value in cross.items():
+        shape = (1, len(towers[name].blocks), towers[name].width)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{path}: {_CLIP_CROSS[name]} has shape {tuple(value.shape)}, the tower needs {shape}")
+    _warn_activation(model, str(path))
+    cross = {tower: value.squeeze(0) for tower, value in cross.items()}
+    attached = attach_with(model, CrossGET(r=16) if reducer is None else reducer, cross, str(path), previous)
+    model.load_state_dict(state)
+    return attached
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, original.Shape]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _warn_activation(model: nn.Module, path: str) -> None:
+    names = {type(module).__name__ for module in model.modules()}
+    if "GELU" in names and "QuickGELU" not in names:
+        warnings.warn(
+            f"{path} was trained with QuickGELU and this model uses GELU, so features will be off: make the model with "
+            'a "-quickgelu" name or force_quick_gelu=True',
+            stacklevel=4,
+        )
+
+
+# LLaVA ---------------------------------------------------------------------------------------------------------------
+
+
+def _load_llava(
+    model: nn.Module, folder: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
+) -> Attachment:
+    found = original.read_folder(folder)
+    found.require_cross_tokens(" from_pretrained and crossget.attach are for that")
+    own = original.parameters(model)
+    if own[original.HEAD] is own[original.EMBEDDING]:
+        raise ValueError(f"the model ties its head to its embeddings, and {folder} has both: tie_word_embeddings=False")
+    expected = {
+        name: _of_the_first(value, found.stored.get(name), name)
+        for name, value in own.items()
+        if found.has_tower or not name.startswith(original.TOWER)
+    }
+    shapes = {name: one.shape for name, one in found.stored.items()}
+    original.check_shapes(expected, shapes, str(folder), type(model).__name__)
+    _check_settings(model, found)
+    towers = {tower.name: (len(tower.blocks), tower.width) for tower in find_towers(model)}
+    original.check_cross(found.cross, towers)
+    reducer = CrossGET(r=13) if reducer is None else reducer
+    attached = attach_with(model, reducer, found.cross_tokens(), str(folder), previous)
+    with torch.no_grad():
+        for (name, one), value in zip(found.stored.items(), original.tensors(found.stored.values()), strict=True):
+            own[name][: one.shape[0]].copy_(value)
+    return attached
+
+
+def _of_the_first(value: Tensor, stored: original.Stored | None, name: str) -> original.Shape:
+    """The shape that a parameter's tensor must have: the first tokens may be all that the checkpoint knows."""
+    rows = int(value.shape[0])
+    if name in original.VOCABULARY and stored is not None and stored.shape:
+        rows = min(rows, stored.shape[0])
+    return (rows, *value.shape[1:])
+
+
+def _check_settings(model: Any, found: original.Original) -> None:
+    config = model.config
+    text = config.text_config
+    own = {name: getattr(text, name, None) for name in _UNSEEN_TEXT}
+    own["rope_theta"] = own["rope_theta"] or (getattr(text, "rope_parameters", None) or {}).get("rope_theta")
+    own.update({name: getattr(config, name) for name in found.settings})
+    wanted = {**{name: found.text[name] for name in _UNSEEN_TEXT}, **found.settings}
+    differs = [f"{name}: {own[name]!r} for {value!r}" for name, value in wanted.items() if own[name] != value]
+    if differs:
+        raise ValueError(f"the model is not set up as {found.folder} says: {', '.join(differs)}. Nothing was loaded")

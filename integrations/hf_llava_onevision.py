@@ -1,0 +1,18 @@
+"""transformers' LLaVA-OneVision: tiles and video frames are packed on their grid, so they are restored for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.llava_onevision import modeling_llava_onevision as onevision
+
+from crossget.integrations import hf
+from crossget.registry import Tower, register
+
+_CLASSES = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")  # the latter since 4.52
+
+
+@register(*(getattr(onevision, name) for name in _CLASSES if hasattr(onevision, name)))
+def conditional_generation(model: Any) -> list[Tower]:
+    """The image tower and the language model."""
+    return hf.on_the_grid(model, "get_image_features", "get_video_features")

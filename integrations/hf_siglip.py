@@ -1,0 +1,48 @@
+"""transformers' SigLIP: both towers, in one model or alone.
+
+Its image tower has no class token. Its text tower sees forward and backward, and pools the last token, padding or not.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.siglip import modeling_siglip as siglip
+
+from crossget.integrations import hf
+from crossget.integrations._support import project
+from crossget.registry import TextInput, Tower, register
+
+
+@register(siglip.SiglipModel)
+def both(model: Any) -> list[Tower]:
+    """The image tower and the text tower."""
+    return visual(model) + text(model)
+
+
+@register(siglip.SiglipVisionModel, siglip.SiglipForImageClassification)
+def visual(model: Any) -> list[Tower]:
+    """The image tower alone. No single token has a way into the joint space: its head attends to all of them."""
+    return [hf.tower("visual", hf.inner(model, "vision_model"))]
+
+
+@register(siglip.SiglipTextModel)
+def text(model: Any) -> list[Tower]:
+    """The text tower alone."""
+    part = hf.inner(model, "text_model")
+    return [
+        hf.tower(
+            "text",
+            part,
+            prefix=1,  # as of every text tower, although nothing marks the start of its texts
+            text=TextInput(part.embeddings.token_embedding, _last),
+            project=partial(project, part.final_layer_norm, part, "head"),
+        )
+    ]
+
+
+def _last(ids: Tensor) -> tuple[Tensor, None]:
+    return torch.full_like(ids[:, 0], ids.shape[1] - 1), None

@@ -1,0 +1,12 @@
+"""transformers' SigLIP2: SigLIP's towers, and images of several shapes in one batch, filled up with padding."""
+
+from __future__ import annotations
+
+from transformers.models.siglip2 import modeling_siglip2 as siglip2
+
+from crossget.integrations import hf_siglip
+from crossget.registry import register
+
+register(siglip2.Siglip2Model)(hf_siglip.both)
+register(siglip2.Siglip2VisionModel, siglip2.Siglip2ForImageClassification)(hf_siglip.visual)
+register(siglip2.Siglip2TextModel)(hf_siglip.text)

@@ -1,0 +1,26 @@
+"""transformers' ViT and DeiT, which has a distillation token behind the class token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.deit import modeling_deit as deit
+from transformers.models.vit import modeling_vit as vit
+
+from crossget.integrations import hf
+from crossget.registry import Tower, register
+
+
+@register(vit.ViTModel, vit.ViTForImageClassification, vit.ViTForMaskedImageModeling)
+def vit_tower(model: Any) -> list[Tower]:
+    """ViT."""
+    return [hf.vit(model)]
+
+
+@register(
+    deit.DeiTModel, deit.DeiTForImageClassification, deit.DeiTForImageClassificationWithTeacher,
+    deit.DeiTForMaskedImageModeling,
+)  # fmt: skip
+def deit_tower(model: Any) -> list[Tower]:
+    """DeiT."""
+    return [hf.vit(model, prefix=2)]

@@ -1,0 +1,97 @@
+"""transformers: which of its models can be reduced, and why the others cannot.
+
+The adapters are in files of their own, one per family (hf_clip and so on); what these share is in hf.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
+from crossget.registry import FAMILIES, find_towers, is_registered
+
+# By the module that defines the model: why a family has no adapter.
+PACKED = (
+    "its image tower packs all images of a batch into one sequence [N, C] without a batch axis, cut into images or "
+    "windows by cumulative lengths, and merges 2 x 2 neighbours behind it"
+)
+NO_DEFAULT = "it has an adapter, but in this version no model can be made from its configuration's default values"
+REASONS = {
+    PACKED: "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe qwen3_omni_moe glm4v glm4v_moe",
+    "its image tower packs all images of a batch into one sequence, kept apart by a mask": "pixtral mistral3",
+    "its attention runs inside windows of the image grid": "swin swinv2 maskformer_swin donut_swin",
+    "it is convolutional: it has no sequence of tokens to reduce": "resnet convnext convnextv2 regnet",
+}
+
+
+def explain(model: nn.Module) -> str:
+    """Why a model of transformers has no adapter."""
+    places = type(model).__module__.split(".")
+    found = (reason for reason, homes in REASONS.items() if not set(homes.split()).isdisjoint(places))
+    return next(found, f"of transformers' models, these families are known here: {', '.join(FAMILIES)}")
+
+
+def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
+    """One row for each class of transformers that has an adapter, and for one of each family that is refused."""
+    for cls in _adapted():
+        if fnmatch.fnmatch(cls.__name__, pattern or "*"):
+            try:
+                model = skeleton(cls)
+            except (TypeError, ValueError) as error:  # some versions have default values that do not fit together
+                reason = f"{NO_DEFAULT}: {error}"
+                yield SupportRow(cls.__name__, cls.__name__, False, reason=reason)
+            else:
+                yield support_row(cls.__name__, model, find_towers(model))
+    for cls, reason in _refused():
+        if fnmatch.fnmatch(cls.__name__, pattern or "*"):
+            yield SupportRow(cls.__name__, cls.__name__, False, reason=reason)
+
+
+def skeleton(cls: Any) -> nn.Module:
+    """A model of this class by its configuration's default values, without weights and without memory."""
+    with torch.device("meta"), NumbersOnCPU():
+        model: nn.Module = cls(cls.config_class())
+    return model
+
+
+def _adapted() -> Iterator[type]:
+    for family, adapter in FAMILIES.items():
+        home = _home(family)
+        if home is not None:
+            importlib.import_module(f"crossget.integrations.{adapter}")
+            yield from (cls for cls in _models(home) if is_registered(cls))
+
+
+def _refused() -> Iterator[tuple[type, str]]:
+    """A class of each family that is refused, and why."""
+    for reason, homes in REASONS.items():
+        for family in homes.split():
+            home = _home(family)
+            if home is not None:
+                # The whole model rather than a part of it: by what its name ends with.
+                ends = ("ForConditionalGeneration", "Model")
+                classes = [cls for end in ends for cls in _models(home) if cls.__name__.endswith(end)]
+                yield classes[0], reason
+
+
+def _models(home: ModuleType) -> Iterator[type]:
+    for _, cls in inspect.getmembers(home, inspect.isclass):
+        # Those that are made from a configuration of their own: no bases, no layers.
+        if cls.__module__ == home.__name__ and "PreTrained" not in cls.__name__ and hasattr(cls, "config_class"):
+            yield cls
+
+
+def _home(family: str) -> ModuleType | None:
+    """The module with a family's models; None where the installed version has none."""
+    try:
+        return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    except ModuleNotFoundError:
+        return None
