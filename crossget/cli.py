@@ -127,7 +127,7 @@ def _flops_of_preset(options: argparse.Namespace) -> int:
         print(stages.to_json() if options.json else stages.table())
         return 0
     text, vision = model.config.text_config, model.config.vision_config
-    ids = torch.full((options.batch, text.max_position_embeddings), text.eos_token_id)
+    ids = torch.zeros(options.batch, text.max_position_embeddings, dtype=torch.long, device="meta")
     pixels = torch.empty(options.batch, 3, vision.image_size, vision.image_size, device="meta")
     wanted = {"visual": options.r, **({"text": options.text_r} if options.text_r != 0 else {})}
     with crossget.attach(model, {tower: crossget.CrossGET(r) for tower, r in wanted.items()}):

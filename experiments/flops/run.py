@@ -1,0 +1,133 @@
+"""Count published models on the meta device: `python -m experiments.flops.run`, then `--table` for docs/flops.md."""
+
+import dataclasses
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+import crossget
+from crossget import presets
+from crossget.stages import count_stages, has_stages
+from experiments import common
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model at one strength."""
+
+    model: str
+    r: int
+    text_tokens: int
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        return f"{self.model}_r{self.r}_text{self.text_tokens}"
+
+
+# What the reference does with LLaVA; for the others, strengths that leave about half of the tokens.
+RUNS = [
+    Run("llava-1.5-7b", 13, 64),
+    Run("llava-1.5-13b", 13, 64),
+    Run("clip-vit-large-patch14-336", 13, 77),
+    Run("blip-base-384", 26, 16),
+    Run("blip2-opt-2.7b", 3, 32),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do."""
+
+    table: bool = False
+    """Print the table of the results that are there, and count nothing."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+    overwrite: bool = False
+    """Count again what has a result file."""
+
+
+def execute(run: Run) -> common.Json:
+    """Count one model, dense and reduced."""
+    model: Any = presets.build(run.model)
+    with crossget.attach(model, crossget.CrossGET(run.r)):
+        result = _generating(model, run) if has_stages(model) else _embedding(model, run)
+    return {"run": dataclasses.asdict(run), "result": result}
+
+
+def _generating(model: Any, run: Run) -> common.Json:
+    report = count_stages(model, run.text_tokens)
+    costs = {"dense": report.dense, "reduced": report.reduced}
+    counted = {name: dataclasses.asdict(cost) | {"total": cost.prefill} for name, cost in costs.items() if cost}
+    return {**counted, "speedup": round(report.speedup, 4)}
+
+
+def _embedding(model: Any, run: Run) -> common.Json:
+    """One image and one text, each through its tower."""
+    size = model.config.vision_config.image_size
+    pixels = torch.empty(1, 3, size, size, device="meta")
+    ids = torch.zeros(1, run.text_tokens, dtype=torch.long, device="meta")
+    report = crossget.count_flops(model, {"input_ids": ids, "pixel_values": pixels})
+    tokens = {"dense": report.dense, "reduced": report.current}
+    counted = {
+        name: {"parts": {"image tower": count.by_module["vision_model"]}, "total": count.total}
+        for name, count in tokens.items()
+    }
+    return {**counted, "speedup": round(1 / report.ratio, 4)}
+
+
+def table(contents: list[common.Json]) -> str:
+    """Return the results as a table for a page."""
+    rows = []
+    for content in sorted(contents, key=lambda content: [run.slug for run in RUNS].index(_slug(content))):
+        run, result = content["run"], content["result"]
+        dense, reduced = result["dense"], result["reduced"]
+        rows.append([
+            f"{run['model']}, r = {run['r']}, {run['text_tokens']} text tokens",
+            _pair(dense.get("image_tokens"), reduced.get("image_tokens"), 1, 0),
+            _pair(dense["parts"]["image tower"], reduced["parts"]["image tower"], 1e9),
+            _pair(dense["total"], reduced["total"], 1e9),
+            f"**{result['speedup']:.2f}x**",
+            _pair(dense.get("step"), reduced.get("step"), 1e9, 2),
+            _pair(dense.get("cache"), reduced.get("cache"), 2**20 / 2),
+        ])  # fmt: skip
+    head = [
+        "dense / CrossGET", "image tokens", "image tower, G", "in all, G", "predicted", "step, G", "cache, MiB",
+    ]  # fmt: skip
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 6)
+
+
+def _pair(dense: float | None, reduced: float | None, unit: float, digits: int = 1) -> str:
+    return "" if dense is None or reduced is None else f"{dense / unit:,.{digits}f} / {reduced / unit:,.{digits}f}"
+
+
+def _slug(content: common.Json) -> str:
+    return Run(**content["run"]).slug
+
+
+def main(options: Options) -> None:
+    """Count what has no result yet, and print the table."""
+    if not options.table:
+        common.work_off(
+            RUNS,
+            options.results,
+            execute,
+            command=lambda run: shlex.join(["python", "-m", "experiments.flops.run"]),
+            environment=common.environment(),
+            overwrite=options.overwrite,
+        )
+    files = sorted(options.results.glob("*.json"))
+    print(table([json.loads(file.read_text(encoding="utf-8")) for file in files]))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Options, description=__doc__))

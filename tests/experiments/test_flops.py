@@ -1,0 +1,43 @@
+"""The counts of published models: the committed results, the page they are on, and counting them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import hf_models
+from experiments.flops import run
+from experiments.flops.run import RUNS, Options, execute, main, table
+
+PAGE = Path(__file__).parents[2] / "docs" / "flops.md"
+
+
+def committed() -> list[dict[str, object]]:
+    return [json.loads(file.read_text()) for file in sorted(run.RESULTS.glob("*.json"))]
+
+
+def test_every_run_has_its_result() -> None:
+    assert {file.stem for file in run.RESULTS.glob("*.json")} == {one.slug for one in RUNS}
+
+
+def test_the_page_shows_the_results() -> None:
+    text = PAGE.read_text()
+    start, end = "<!-- table -->\n", "\n<!-- /table -->"
+    assert text[text.index(start) + len(start) : text.index(end)] == table(committed())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(hf_models.VERSION < (5, 0), reason="transformers runs no language model on meta before 5.0")
+@pytest.mark.parametrize("one", RUNS, ids=lambda one: one.slug)
+def test_counting_again_gives_the_same(one: run.Run) -> None:
+    found = json.loads((run.RESULTS / f"{one.slug}.json").read_text())
+    assert execute(one) == {"run": found["run"], "result": found["result"]}
+    assert found["run"] == dataclasses.asdict(one)
+
+
+def test_the_table_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    main(Options(table=True))
+    assert capsys.readouterr().out.strip() == table(committed())
