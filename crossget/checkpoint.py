@@ -19,8 +19,8 @@ from crossget.attach import Attachment, attach
 from crossget.reducers import Reducer
 from crossget.schedule import Constant, Linear, PerLayer, Ratio, Schedule
 
-_CONFIG, _WEIGHTS, _VERSION = "crossget_config.json", "crossget.safetensors", 1
-FILES = (_CONFIG, _WEIGHTS)
+CONFIG_FILE, WEIGHTS_FILE, _VERSION = "crossget_config.json", "crossget.safetensors", 1
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, PerLayer, Ratio)}
 
 
@@ -54,8 +54,8 @@ def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Map
     towers = {name: _reducer_to_json(reducer) for name, reducer in reducers.items()}
     config = json.dumps({"version": _VERSION, "towers": towers}, indent=2)
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in cross_tokens.items()}, path / _WEIGHTS)
-    (path / _CONFIG).write_text(config + "\n")
+    save_file({name: value.detach().cpu().contiguous() for name, value in cross_tokens.items()}, path / WEIGHTS_FILE)
+    (path / CONFIG_FILE).write_text(config + "\n")
 
 
 def load(model: nn.Module, folder: str | Path) -> Attachment:
@@ -75,12 +75,12 @@ def load(model: nn.Module, folder: str | Path) -> Attachment:
     from safetensors.torch import load_file
 
     path = _local(folder)
-    config = json.loads((path / _CONFIG).read_text())
+    config = json.loads((path / CONFIG_FILE).read_text())
     if config.get("version") != _VERSION:
-        raise ValueError(f"{path / _CONFIG} has version {config.get('version')!r}: this crossget reads {_VERSION}")
+        raise ValueError(f"{path / CONFIG_FILE} has version {config.get('version')!r}: this crossget reads {_VERSION}")
     reducers = {name: _reducer_from_json(entry) for name, entry in config["towers"].items()}
-    weights = load_file(path / _WEIGHTS)
-    return attach_with(model, reducers, weights, str(path / _WEIGHTS))
+    weights = load_file(path / WEIGHTS_FILE)
+    return attach_with(model, reducers, weights, str(path / WEIGHTS_FILE))
 
 
 def attach_with(

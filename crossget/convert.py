@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from crossget import checkpoint, original, processor
 from crossget.attach import attach
-from crossget.original import EMBEDDING, TOWER, VOCABULARY, Original, Shape, Stored
-from crossget.presets import PRESETS, _transformers
+from crossget.original import TOWER, VOCABULARY, Original, Shape, Stored
+from crossget.presets import PRESETS, import_transformers
 from crossget.reducers import CrossGET, Reducer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -70,18 +70,18 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Tower:
+class ImageTower:
     """The image tower.
 
     Attributes:
         vision: its configuration.
-        stored: its weights under the original's keys, if they are not inside the folder.
-        where: they are, for people.
+        home: the folder that says so; None if the original's config.json names a published one.
+        stored: its weights under the original's keys, if they are not inside the original's folder.
     """
 
     vision: dict[str, Any]
+    home: Path | None
     stored: dict[str, Stored]
-    where: str
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Plan:
     """
 
     found: Original
-    tower: Tower
+    tower: ImageTower
     vocabulary: processor.Vocabulary
     config: dict[str, Any]
     files: dict[str, list[Written]]
@@ -151,8 +151,7 @@ def convert(
     """
     _check_out(out, overwrite)
     made = plan(folder, r, vision_tower, max_shard_size, dtype, cross_tokens)
-    sources = {one.source.path.parent.resolve() for shard in made.files.values() for one in shard}
-    if out.resolve() in sources:
+    if out.resolve() in [home.resolve() for home in (folder, made.tower.home) if home is not None]:
         raise ValueError(f"{out} is a folder that is read from: give another one for the result")
     _clear(out)
     _write(made, out)
@@ -187,7 +186,7 @@ def plan(
         original.check_cross(found.cross, {name: tuple(p.shape) for name, p in attached.cross_tokens.items()})
         reducers = attached.reducers
     # A tower from elsewhere is in whatever kind of number it was published in: it goes with the language model.
-    like = dict.fromkeys(tower.stored, found.stored[EMBEDDING].dtype)
+    like = dict.fromkeys(tower.stored, found.dtype)
     tensors = [
         Written(_new_name(name), one, shapes[name], dtype or like.get(name, one.dtype)) for name, one in stored.items()
     ]
@@ -210,20 +209,20 @@ def size_of(text: str) -> int:
 # The image tower -----------------------------------------------------------------------------------------------------
 
 
-def _tower(found: Original, given: str | None) -> Tower:
+def _tower(found: Original, given: str | None) -> ImageTower:
     name = given or found.config.get("mm_vision_tower")
     known = str(name).rstrip("/").rpartition("/")[2]
     if found.has_tower and given is None and known in PRESETS and not Path(str(name)).is_dir():
-        return Tower(_vision(PRESETS[known].config().vision_config), {}, "inside the folder")
+        return ImageTower(_vision(PRESETS[known].config().vision_config), None, {})
     home = _tower_folder(name, given is not None, weights=not found.has_tower)
     vision = _read_vision(home)
     if found.has_tower:
-        return Tower(vision, {}, "inside the folder")
+        return ImageTower(vision, home, {})
     stored = original.weights(home)
     prefix = "vision_model."
     if any(key.startswith(prefix) for key in stored):  # a whole CLIP, or a tower saved before transformers 5
         stored = {key.removeprefix(prefix): one for key, one in stored.items() if key.startswith(prefix)}
-    return Tower(vision, {TOWER + key: one for key, one in stored.items()}, str(home))
+    return ImageTower(vision, home, {TOWER + key: one for key, one in stored.items()})
 
 
 def _tower_folder(name: Any, given: bool, weights: bool) -> Path:
@@ -261,7 +260,7 @@ def _read_vision(home: Path) -> dict[str, Any]:
     if content.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(f"the vision tower {home} has model_type {content.get('model_type')!r}: expected 'clip'")
     given = content.get("vision_config", content)
-    config = _transformers().CLIPVisionConfig(**{name: given[name] for name in _VISION if name in given})
+    config = import_transformers().CLIPVisionConfig(**{name: given[name] for name in _VISION if name in given})
     return _vision(config)
 
 
@@ -277,7 +276,7 @@ def _config(
 ) -> dict[str, Any]:
     """config.json, by hand and in the oldest version's terms, which the newer ones translate."""
     rows = max(found.text["vocab_size"], vocabulary.image + 1, vocabulary.pad + 1)
-    kept = found.config.get("torch_dtype") or found.config.get("dtype") or found.stored[EMBEDDING].dtype
+    kept = found.config.get("torch_dtype") or found.config.get("dtype") or found.dtype
     number = {"torch_dtype": str(dtype or kept).removeprefix("torch.")}
     grid = (vision["image_size"] // vision["patch_size"]) ** 2
     special = {"pad_token_id": vocabulary.pad, "tie_word_embeddings": False}
@@ -293,7 +292,7 @@ def _config(
 
 
 def _on_meta(config: dict[str, Any]) -> nn.Module:
-    transformers = _transformers()
+    transformers = import_transformers()
     copy = json.loads(json.dumps(config))  # transformers changes what it is given
     with torch.device("meta"):
         model: nn.Module = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(copy))
@@ -411,7 +410,7 @@ def _summary(made: Plan, out: Path) -> str:
     lines = [
         f"{out}: LLaVA with {text['num_hidden_layers']} language and {made.tower.vision['num_hidden_layers']} image "
         f"blocks, {count:,} parameters in {made.config['torch_dtype']}, {files} of weights",
-        f"vision tower: {made.tower.where}",
+        f"vision tower: {made.tower.home if made.tower.stored else 'inside the folder'}",
         f"vocabulary: {text['vocab_size']:,} tokens, then {processor.IMAGE} ({made.vocabulary.image}) and "
         f"{processor.PAD} ({made.vocabulary.pad}), filled up to {made.config['text_config']['vocab_size']:,}",
     ]

@@ -188,6 +188,12 @@ class Original:
         """The vision tower's weights are inside."""
         return any(key.startswith(TOWER) for key in self.stored)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings, or of whatever comes first."""
+        first = self.stored.get(EMBEDDING) or next(iter(self.stored.values()), None)
+        return torch.float32 if first is None else first.dtype
+
     def cross_tokens(self) -> dict[str, Tensor]:
         """Per tower [L, C]."""
         return {tower: value.squeeze(0) for tower, value in zip(self.cross, tensors(self.cross.values()), strict=True)}

@@ -42,7 +42,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.
     """
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
-    transformers = _transformers()
+    transformers = import_transformers()
     preset = PRESETS[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -54,7 +54,12 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.
     return model.eval()
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The package.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -71,7 +76,7 @@ def _clip_vision() -> dict[str, Any]:
 
 
 def _llava(width: int, inner: int, depth: int, heads: int) -> Any:
-    transformers = _transformers()
+    transformers = import_transformers()
     text = transformers.LlamaConfig(
         hidden_size=width, intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads,
         num_key_value_heads=heads, vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5,
@@ -93,17 +98,17 @@ def _llava_13b() -> Any:
 
 def _clip() -> Any:
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    return _transformers().CLIPConfig(
+    return import_transformers().CLIPConfig(
         vision_config=_clip_vision(), text_config={**text, "projection_dim": 768}, projection_dim=768
     )
 
 
 def _blip() -> Any:
-    return _transformers().BlipConfig(vision_config={"image_size": 384}, text_config={"vocab_size": 30524})
+    return import_transformers().BlipConfig(vision_config={"image_size": 384}, text_config={"vocab_size": 30524})
 
 
 def _blip2() -> Any:
-    transformers = _transformers()
+    transformers = import_transformers()
     text = transformers.OPTConfig(
         hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=2560,
         vocab_size=50304,

@@ -159,7 +159,7 @@ def _tokenizer_files(vocabulary: Vocabulary, source: Path) -> dict[str, dict[str
     }  # fmt: skip
     # Prompts of a batch are filled up on the left, so that what is generated follows each of them.
     config |= {"added_tokens_decoder": added, "pad_token": PAD, "padding_side": "left"}
-    config["processor_class"] = "LlavaProcessor"
+    config |= {"model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor"}
     files = {"tokenizer_config.json": config}
     if (source / "special_tokens_map.json").is_file():
         files["special_tokens_map.json"] = {**_read(source / "special_tokens_map.json"), "pad_token": PAD}

@@ -16,7 +16,7 @@ from lmms_eval.models.chat.llava_hf import LlavaHf
 from loguru import logger  # lmms-eval's
 
 import crossget
-from crossget.checkpoint import _CONFIG, _WEIGHTS
+from crossget.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 _METHODS: dict[str, type[crossget.Reducer]] = {"crossget": crossget.CrossGET, "tome": crossget.ToMe}
 _REFERENCE_R = 13
@@ -103,24 +103,24 @@ def _saved(pretrained: str, revision: str) -> Path | None:
     """The folder with what `Attachment.save` wrote beside the model; None if there is nothing."""
     folder = Path(pretrained)
     if folder.is_dir():
-        return folder if (folder / _CONFIG).is_file() else None
+        return folder if (folder / CONFIG_FILE).is_file() else None
     try:
-        config = hf_hub_download(pretrained, _CONFIG, revision=revision)
+        config = hf_hub_download(pretrained, CONFIG_FILE, revision=revision)
     except HFValidationError as error:
         raise ValueError(
             f"pretrained={pretrained}: neither a folder here nor the id of a hub repository ({error})"
         ) from None
     except LocalEntryNotFoundError:  # the hub is out of reach
         # None: not in the cache. Otherwise the cache remembers that the repository has no such file.
-        if try_to_load_from_cache(pretrained, _CONFIG, revision=revision) is None:
+        if try_to_load_from_cache(pretrained, CONFIG_FILE, revision=revision) is None:
             logger.warning(
-                f"the hub cannot be asked whether {pretrained} has a {_CONFIG}, and the cache does not know: going on "
-                "as if it had none"
+                f"the hub cannot be asked whether {pretrained} has a {CONFIG_FILE}, and the cache does not know: going "
+                "on as if it had none"
             )
         return None
     except EntryNotFoundError:
         return None
-    hf_hub_download(pretrained, _WEIGHTS, revision=revision)
+    hf_hub_download(pretrained, WEIGHTS_FILE, revision=revision)
     return Path(config).parent
 
 

@@ -15,7 +15,7 @@ from crossget.doctor import Check, Diagnosis
 from crossget.schedule import Ratio
 
 TINY = "test_vit"
-COMMANDS = ("demo", "models", "flops", "bench", "doctor")
+COMMANDS = ("demo", "models", "flops", "bench", "doctor", "convert")
 
 
 def call(*arguments: str) -> int:

@@ -145,6 +145,9 @@ def test_it_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "processor: crops images to a square, as llava-hf's does; the original pads them (image_aspect_ratio), so for "
         "its numbers pad yours before",
     ]
+    edit(image_aspect_ratio="square")(folder)
+    convert(folder, out, "--overwrite")
+    assert capsys.readouterr().out.splitlines()[-1] == "processor: crops images to a square"
 
 
 def test_the_processor_fits_the_model(tmp_path: Path) -> None:
@@ -171,6 +174,31 @@ def test_the_processor_fits_the_model(tmp_path: Path) -> None:
     crossget.load(model, out)
     with torch.no_grad():
         assert model.generate(**batch, max_new_tokens=2, max_length=None, do_sample=False).shape[0] == 2
+
+
+def test_a_sentencepiece_model_alone(tmp_path: Path) -> None:
+    """What the published folders have. Every version has to find the same tokens in the result, without the package."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = ["USER", "ASSISTANT", "what", "is", "in", "the", "picture", "cat", "on", "a", "mat", ":", "?"]
+    lines = iter([" ".join(words[i % 13 :] + words[: i % 13]) for i in range(100)])
+    folder, out = tmp_path / "original", tmp_path / "out"
+    longer = {name: torch.cat([WEIGHTS[name]] * 2) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    write_original(folder, changes=longer, config={"vocab_size": 2 * ROWS})
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), vocab_size=2 * ROWS, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": "<unk>"}))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(folder, out)
+    assert (out / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    tokenizer = AutoProcessor.from_pretrained(out).tokenizer
+    found = tokenizer.tokenize("USER: <image>\nwhat is it", add_special_tokens=True)
+    assert found == ["<s>", "▁USER", ":", "▁", "<image>", "<0x0A>", "wh", "at", "▁is", "▁i", "t"]
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [size, size + 1]
 
 
 def test_new_rows_are_the_mean_of_the_old_ones(tmp_path: Path) -> None:
@@ -274,7 +302,9 @@ def test_a_vision_tower_by_option(tmp_path: Path) -> None:
         assert torch.equal(bias, WEIGHTS[TOWER + "pre_layrnorm.bias"] if inside else torch.zeros(64))
 
 
-def test_a_vision_tower_from_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vision_tower_from_the_hub_s_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     home = tmp_path / "hub" / "models--openai--clip-vit-large-patch14-336"
     commit = "0" * 40
@@ -282,8 +312,12 @@ def test_a_vision_tower_from_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
     config = {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}
-    convert(write_original(tmp_path / "original", inside=False, config=config), tmp_path / "out")
+    folder = write_original(tmp_path / "original", inside=False, config=config)
+    convert(folder, tmp_path / "out")
     check_logits_after_load(tmp_path / "out")
+    (home / "snapshots" / commit / "pytorch_model.bin").unlink()
+    assert convert(folder, tmp_path / "another") == 2
+    assert "is neither a folder here nor can it be had from the hub or its cache" in capsys.readouterr().err
 
 
 # The real sizes ------------------------------------------------------------------------------------------------------
@@ -422,6 +456,11 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = {
         None,
         "F does not fit what its config.json says; missing: ['model.norm.weight']; left over: none; misshapen: none. "
         "Nothing was written",
+    ),
+    "no embeddings": (
+        {"changes": {"model.embed_tokens.weight": None}, "config": {"torch_dtype": None}},
+        None,
+        "F does not fit what its config.json says; missing: ['model.embed_tokens.weight']; left over: none",
     ),
     "left over": (
         {"changes": {"model.image_newline": torch.ones(3)}},
@@ -594,7 +633,7 @@ def test_what_is_wrong_is_said_and_nothing_written(
 
 
 def test_where_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = write_original(tmp_path / "original", tokenizer=True, files=1, inside=False), tmp_path / "out"
+    folder, out = write_original(tmp_path / "original", tokenizer=True, files=1), tmp_path / "out"
     assert convert(folder, out, "--max-shard-size", "100KB") == 0
     (out / "notes.txt").write_text("mine")
     assert convert(folder, out) == 2

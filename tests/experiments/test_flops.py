@@ -6,9 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import hf_models
 import pytest
 
-import hf_models
 from experiments.flops import run
 from experiments.flops.run import RUNS, Options, execute, main, table
 
