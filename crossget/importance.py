@@ -6,6 +6,8 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head. Scores are
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,26 +36,59 @@ def by_attention(weights: Tensor) -> Tensor:
     The last token is the cross token; without one it is an ordinary token and simply counts more.
 
     Args:
-        weights: [B, T, T] attention probabilities (query, key), averaged over heads.
+        weights: [.., T, T] attention probabilities (query, key).
 
     Returns:
-        [B, T].
+        [.., T].
 
     Source: the reference implementation for LLaVA-1.5.
     """
-    if weights.shape[1] == 1:
-        return weights[:, 0]
-    return weights[:, :-1].mean(1) + weights[:, -1]
+    if weights.shape[-2] == 1:
+        return weights[..., 0, :]
+    return weights[..., :-1, :].mean(-2) + weights[..., -1, :]
 
 
-def attention_weights(logits: Tensor) -> Tensor:
-    """Attention probabilities averaged over heads.
+def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """`by_attention`, averaged over heads, beside a fused attention that does not show its probabilities.
+
+    What is wanted of [B, H, T, T] probabilities is one number per token, so they are computed and summed up a few heads
+    at a time: on a CPU as many as stay in its cache, elsewhere as many as bound the memory.
 
     Args:
-        logits: [B, H, T, T] scaled scores, with mask and size bias.
+        queries: [B, H, T, D].
+        keys: [B, H, T, D].
+        bias: [B or 1, H or 1, T or 1, T] added to the scores: mask and sizes.
+        scale: of the scores.
 
     Returns:
-        [B, T, T] in float32 or wider.
+        [B, T] in float32 or wider.
     """
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return wide.softmax(-1).mean(1)
+    batch, heads, tokens, _ = queries.shape
+    at_once = max(1, (_CACHED if queries.device.type == "cpu" else _BOUND) // int(tokens) ** 2)
+    rows, heads_at_once = max(1, at_once // int(heads)), min(int(heads), at_once)
+    received = []
+    for row in range(0, int(batch), rows):
+        parts = [(slice(row, row + rows), slice(h, h + heads_at_once)) for h in range(0, int(heads), heads_at_once)]
+        heard = [_heard(queries[part], keys[part], _part(bias, *part), scale) for part in parts]
+        received.append(functools.reduce(torch.add, heard) / heads)
+    return received[0] if len(received) == 1 else torch.cat(received)
+
+
+_CACHED, _BOUND = 1 << 20, 1 << 27  # scores at a time
+
+
+def _heard(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """[B, T] attention received, summed over heads."""
+    scores = (queries * scale) @ keys.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    return by_attention(wide.softmax(-1)).sum(1)
+
+
+def _part(bias: Tensor | None, rows: slice, heads: slice) -> Tensor | None:
+    """The part of a bias for some images and heads; an axis of one is for all of them."""
+    if bias is None:
+        return None
+    bias = bias if bias.shape[0] == 1 else bias[rows]
+    return bias if bias.shape[1] == 1 else bias[:, heads]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crossget.ensemble import ENSEMBLES
-from crossget.importance import by_attention, by_guide
+from crossget.importance import by_guide
 from crossget.matching import MATCHINGS, Candidates, Plan, Ties
 from crossget.schedule import Schedule, as_schedule
 
@@ -36,7 +36,8 @@ class View:
     Attributes:
         tokens: [B, T, C] after the attention's residual.
         queries, keys: [B, H, T, D] as the attention compared them.
-        attention: [B, T, T] probabilities averaged over heads; None unless the reducer asks (`needs_attention`).
+        received: [B, T] attention received, see `crossget.importance.by_attention`, averaged over heads; None unless
+            the reducer asks (`needs_attention`).
         sizes: [B, T] float32 input tokens per token; None while all are one.
         protected: [B, T] true for tokens that must stay as they are.
         n_protected: an upper bound of the protected tokens in a row.
@@ -47,7 +48,7 @@ class View:
     tokens: Tensor
     queries: Tensor
     keys: Tensor
-    attention: Tensor | None
+    received: Tensor | None
     sizes: Tensor | None
     protected: Tensor
     n_protected: int
@@ -102,7 +103,7 @@ class Reducer:
 
     @property
     def needs_attention(self) -> bool:
-        """Whether `reduce` reads `View.attention`."""
+        """Whether `reduce` reads `View.received`."""
         return False
 
     def resolved(self: Self, host: Host) -> Self:
@@ -262,9 +263,9 @@ class TopK(Reducer):
 
 def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tensor:
     if reducer.importance == "attention":
-        if view.attention is None:
+        if view.received is None:
             raise RuntimeError("importance='attention' got no attention probabilities from the block")
-        return by_attention(view.attention)
+        return view.received
     guide = view.guide
     if reducer.importance == "class_token":
         guide = torch.zeros_like(view.protected[:, 0], dtype=torch.long)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from crossget.importance import attention_weights
+from crossget.importance import attention_received, by_attention
 from crossget.matching import Plan
 from crossget.reducers import Reducer, View
 from crossget.state import TokenState
@@ -69,7 +69,7 @@ class BlockWatch(TorchFunctionMode):
         self.residuals = [tokens]
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
-        self.attentions: list[Tensor] = []
+        self.received: list[Tensor] = []
         self.scores = False  # a product of queries and keys waits for its softmax
         self.values_next = False  # the product to come is that of weights and values
         self.weighed = False
@@ -182,7 +182,7 @@ class BlockWatch(TorchFunctionMode):
         weights = func(logits, *args, **kwargs)
         if self.keys is not None and self._wants_attention():
             heads = weights.detach().reshape(self.batch, -1, self.tokens, self.tokens)
-            self.attentions.append(heads.float().mean(1))
+            self.received.append(by_attention(heads.float()).mean(1))
         return weights
 
     def _note(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> None:
@@ -193,13 +193,13 @@ class BlockWatch(TorchFunctionMode):
         if self._wants_attention():
             with torch.no_grad():
                 scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-                logits = (query * scale) @ key.transpose(-1, -2)
+                bias = None if mask is None else _additive(mask, query.dtype)
                 if is_causal:
                     hidden = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=query.device).triu(1)
-                    logits = logits.masked_fill(hidden, -math.inf)
-                if mask is not None:
-                    logits = logits + _additive(mask, logits.dtype)
-                self.attentions.append(attention_weights(logits))
+                    bias = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, -math.inf)[None, None]
+                if bias is not None and bias.dim() < 4:
+                    bias = bias[(None,) * (4 - bias.dim())]
+                self.received.append(attention_received(query, key, bias, scale))
 
     def _note_heads(self, queries: Tensor, keys: Tensor) -> None:
         """Several attentions in front of one residual (parallel, differential) count as one with all their heads."""
@@ -327,9 +327,9 @@ class BlockWatch(TorchFunctionMode):
     def _reduced(self, total: Tensor) -> tuple[Tensor, Tensor | None, Plan] | None:
         state = self.state
         queries, keys = _seen(self.queries), _seen(self.keys)
-        attention = torch.stack(self.attentions).mean(0) if self.attentions else None
+        received = torch.stack(self.received).mean(0) if self.received else None
         view = View(
-            total, queries, keys, attention, state.sizes, state.protected, state.n_protected, state.valid,
+            total, queries, keys, received, state.sizes, state.protected, state.n_protected, state.valid,
             self._guide(total),
         )  # fmt: skip
         device = total.device.type

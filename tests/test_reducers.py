@@ -14,6 +14,8 @@ from torch import Tensor
 
 import crossget
 import reference
+from crossget import importance
+from crossget.importance import by_attention
 from crossget.matching import Candidates
 from crossget.reducers import Host, Merging, View
 
@@ -50,11 +52,21 @@ def views(draw: Any, tied: bool = False) -> tuple[View, int]:
         valid = place < lengths
     sizes = None if draw(st.booleans()) else torch.randint(1, 9, (batch, tokens), generator=generator).float()
     attention = random(batch, tokens, tokens).float().softmax(-1)
-    view = View(random(batch, tokens, 8), queries, keys, attention, sizes, protected, n_protected, valid, guide)
+    view = Seen(
+        random(batch, tokens, 8), queries, keys, by_attention(attention), sizes, protected, n_protected, valid, guide,
+        attention,
+    )  # fmt: skip
     return view, draw(st.integers(1, 30))
 
 
-def image_of(view: View, row: int, reducer: Merging) -> reference.Image:
+@dataclasses.dataclass
+class Seen(View):
+    """What a reducer sees, and the attention that it does not see whole."""
+
+    attention: Tensor | None = None
+
+
+def image_of(view: Seen, row: int, reducer: Merging) -> reference.Image:
     heads = view.keys[row].mean(0) if reducer.keys == "mean_heads" else view.keys[row].transpose(0, 1).flatten(1)
     wide = heads.double() if heads.dtype == torch.float64 else heads.float()
     unit = wide / wide.norm(dim=-1, keepdim=True)
@@ -68,7 +80,7 @@ def image_of(view: View, row: int, reducer: Merging) -> reference.Image:
     )
     assert view.guide is not None
     assert view.attention is not None
-    importance = {
+    scores = {
         "attention": lambda: reference.attention_importance(view.attention[row]),
         "class_token": lambda: reference.guide_importance(unit, queries, 0),
         "cross_token": lambda: reference.guide_importance(unit, queries, int(view.guide[row])),
@@ -79,7 +91,7 @@ def image_of(view: View, row: int, reducer: Merging) -> reference.Image:
         view.protected[row].tolist(),
         [True] * tokens if view.valid is None else view.valid[row].tolist(),
         similarity,
-        importance,
+        scores,
     )
 
 
@@ -343,3 +355,14 @@ def test_the_cross_token_can_be_left_out_alone(has_class_token: bool, importance
 
 def test_text_guides_without_cross_token() -> None:
     crossget.CrossGET(1, cross_token=False).resolved(Host("text", guides_itself=True))
+
+
+@pytest.mark.parametrize("bias", [None, (1, 1, 1, 9), (3, 1, 9, 9), (3, 4, 1, 9), (1, 4, 9, 9)], ids=str)
+@pytest.mark.parametrize("at_once", [1, 81, 200, 324, 700, 10**6])
+def test_attention_received_in_parts(bias: Any, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "_CACHED", at_once)
+    queries, keys = torch.randn(2, 3, 4, 9, 5, dtype=torch.float64).unbind(0)
+    added = None if bias is None else torch.randn(bias, dtype=torch.float64)
+    scores = queries @ keys.mT * 0.3 + (0 if added is None else added)
+    expected = by_attention(scores.softmax(-1)).mean(1)
+    torch.testing.assert_close(importance.attention_received(queries, keys, added, 0.3), expected)

@@ -42,7 +42,7 @@ def view_of(case: dict[str, Any]) -> View:
     protected[:, [0, -1]] = True
     if "h" in case:
         attention = array("logits", (batch, case["h"], tokens, tokens), seed).softmax(-1).mean(1)
-        return View(x, keys[:, None], keys[:, None], attention, None, protected, 2)
+        return View(x, keys[:, None], keys[:, None], by_attention(attention), None, protected, 2)
     queries = array("queries", (batch, tokens, case["c"]), seed)
     guide = torch.tensor(case["eot"]) if case["text"] else torch.full((batch,), tokens - 1)
     protected[torch.arange(batch), guide] = True
@@ -56,8 +56,8 @@ def reducer_of(case: dict[str, Any], ties: Ties = "reference") -> crossget.Cross
 
 
 def importance_of(view: View) -> Tensor:
-    if view.attention is not None:
-        return by_attention(view.attention)
+    if view.received is not None:
+        return view.received
     assert view.guide is not None
     return by_guide(F.normalize(view.keys[:, 0], dim=-1), view.queries[:, 0], view.guide)
 

@@ -39,6 +39,7 @@ from transformers.models.instructblip import modeling_instructblip
 import contract
 import crossget
 from contract import Case
+from crossget.importance import by_attention
 from crossget.reducers import View
 
 InstructBlipModel: Any = getattr(modeling_instructblip, "InstructBlipModel", None)
@@ -294,7 +295,9 @@ def explicit(
         if guide is None and cross is not None:
             guide = torch.full((batch,), x.shape[1] - 1)
         n_protected = 1 + (cross is not None)
-        reduced = reducer.reduce(View(x, q, k, weights, sizes, protected, n_protected, valid, guide), reducer.r)
+        reduced = reducer.reduce(
+            View(x, q, k, by_attention(weights), sizes, protected, n_protected, valid, guide), reducer.r
+        )
         assert reduced is not None
         x, sizes, plan = reduced
         protected, source = protected.gather(1, plan.kept), plan.index.gather(1, source)

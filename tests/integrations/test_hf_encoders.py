@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import contract
 import crossget
 from contract import Case
+from crossget.importance import by_attention
 from crossget.reducers import View
 
 R = 2
@@ -254,7 +255,7 @@ def explicit(
         if end is not None:
             protected = protected | (position == end[:, None])
         guide = torch.full((batch,), total.shape[1] - 1) if ends is None else ends
-        view = View(total, q, k, weights.mean(1), sizes, protected, int(protected[0].sum()), valid, guide)
+        view = View(total, q, k, by_attention(weights).mean(1), sizes, protected, int(protected[0].sum()), valid, guide)
         total, sizes, plan = reducer.reduce(view, reducer.r)
         position, valid = position.gather(1, plan.kept), valid.gather(1, plan.kept)
         source = plan.index.gather(1, source)

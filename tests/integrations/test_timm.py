@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import contract
 import crossget
 from contract import Case
+from crossget.importance import by_attention
 from crossget.integrations import timm as adapter
 from crossget.integrations._support import markdown
 from crossget.reducers import View
@@ -268,7 +269,7 @@ def explicit(
         nonlocal position, source, sizes
         protected = (position < tower.prefix) | (position >= length)
         guide = torch.full((batch,), total.shape[1] - 1) if cross is not None else None
-        view = View(total, q, k, weights.mean(1), sizes, protected, int(protected[0].sum()), None, guide)
+        view = View(total, q, k, by_attention(weights).mean(1), sizes, protected, int(protected[0].sum()), None, guide)
         reduced = reducer.reduce(view, reducer.r)
         assert reduced is not None
         total, sizes, plan = reduced
