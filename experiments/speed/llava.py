@@ -186,15 +186,12 @@ def row(
     }
 
 
-def table(content: common.Json) -> str:
-    """Return one result as text."""
-    run, where = content["run"], content["environment"]
-    head = (
-        f"LLaVA {run['size']}, batch {run['batch']}, {run['text_tokens']} text tokens, r = {run['r']}, {run['dtype']}, "
-        f"{where['device']}, torch {where['torch']}; speed is the ratio to dense, median and quartiles of "
-        f"{run['rounds']} rounds"
-    )
-    rows: list[Sequence[Any]] = []
+COLUMNS = ["", "method", "ms", "speed", "by multiply-adds", "new tokens / s", "peak memory MiB", "cache MiB"]
+
+
+def cells(content: common.Json) -> list[list[str]]:
+    """Return the rows of one result."""
+    rows = []
     for found in content["result"]["rows"]:
         low, high = found["quartiles"]
         dense = found["method"] == DENSE
@@ -208,8 +205,29 @@ def table(content: common.Json) -> str:
             f"{found['peak_memory'] / 2**20:.0f}",
             f"{found['cache'] / 2**20:.1f}",
         ])  # fmt: skip
-    names = ["", "method", "ms", "speed", "by multiply-adds", "new tokens / s", "peak memory MiB", "cache MiB"]
-    return head + "\n\n" + tabulate(rows, names, disable_numparse=True, colalign=["left", "left"] + ["right"] * 6)
+    return rows
+
+
+def table(content: common.Json) -> str:
+    """Return one result as text."""
+    run, where = content["run"], content["environment"]
+    head = (
+        f"LLaVA {run['size']}, batch {run['batch']}, {run['text_tokens']} text tokens, r = {run['r']}, {run['dtype']}, "
+        f"{where['device']}, torch {where['torch']}; speed is the ratio to dense, median and quartiles of "
+        f"{run['rounds']} rounds"
+    )
+    aligned = ["left", "left"] + ["right"] * 6
+    return head + "\n\n" + tabulate(cells(content), COLUMNS, disable_numparse=True, colalign=aligned)
+
+
+def markdown(contents: Sequence[common.Json]) -> str:
+    """Return several results as one table of a page."""
+    rows = []
+    for content in sorted(contents, key=lambda content: content["run"]["batch"]):
+        for stage, *others in cells(content):
+            rows.append([f"batch {content['run']['batch']}, {stage}" if stage else "", *others])
+    aligned = ["left", "left"] + ["right"] * 6
+    return tabulate(rows, COLUMNS, tablefmt="github", disable_numparse=True, colalign=aligned)
 
 
 def command_of(options: Options) -> Callable[[Run], str]:

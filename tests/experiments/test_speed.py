@@ -74,6 +74,15 @@ def test_the_table(results: Path) -> None:
     assert sum("CrossGET" in line for line in lines) == 2
 
 
+def test_the_page_shows_the_committed_results() -> None:
+    page = (llava.RESULTS.parent / "README.md").read_text()
+    contents = [json.loads(file.read_text()) for file in sorted(llava.RESULTS.rglob("*.json"))]
+    assert len(contents) == 2
+    start, end = "<!-- table -->\n", "\n<!-- /table -->"
+    assert page[page.index(start) + len(start) : page.index(end)] == llava.markdown(contents)
+    assert contents[0]["command"].replace("--batch 1", "--batch 1 8") in page
+
+
 def test_the_published_sizes_are_the_default() -> None:
     runs = queue(Options())
     assert [(run.size, run.batch) for run in runs] == [
