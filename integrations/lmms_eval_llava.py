@@ -14,6 +14,8 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from lmms_eval.models.chat.llava_hf import LlavaHf
 from loguru import logger  # lmms-eval's
+from PIL.Image import Image
+from PIL.Image import new as new_image
 
 import crossget
 from crossget.checkpoint import CONFIG_FILE, WEIGHTS_FILE
@@ -34,6 +36,9 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
             (a saved r of 0 keeps them, where no r is given).
         method: "crossget": the saved reducers, otherwise `crossget.CrossGET`. "tome": `crossget.ToMe`, which has no
             use for saved cross tokens.
+        image_aspect_ratio: "pad" fills images up to squares, with the mean colour, as LLaVA-1.5 was trained and is
+            evaluated by its authors; "crop" leaves it to transformers' processor, which cuts squares out, as
+            lmms-eval's `llava_hf` does. Models other than LLaVA-1.5 have processors of their own, which stay.
         revision: of a hub repository.
         device: that the model is moved to.
         device_map: transformers'. Not given, it is the process's device.
@@ -41,7 +46,7 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
         more: everything else that lmms-eval's `llava_hf` takes.
 
     Raises:
-        ValueError: r, method, batch_size or pretrained is not one of these.
+        ValueError: r, method, image_aspect_ratio, batch_size or pretrained is not one of these.
     """
 
     is_simple = False  # a chat class, as the manifest says: lmms-eval refuses one that does not agree
@@ -51,6 +56,7 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
         pretrained: str,
         r: int | None = None,
         method: str = "crossget",
+        image_aspect_ratio: str = "pad",
         revision: str = "main",
         device: str = "cuda",
         device_map: str = "",
@@ -58,13 +64,16 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
         **more: Any,
     ) -> None:
         pretrained = str(pretrained)  # lmms-eval makes a number of what looks like one
-        _check(r, method, batch_size)
+        _check(r, method, image_aspect_ratio, batch_size)
         saved = _saved(pretrained, revision) if method == "crossget" and r != 0 else None
         if not device_map and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             device_map = str(device)  # LlavaHf hands its default, "", to transformers, which takes it for a device
         super().__init__(
             pretrained=pretrained, revision=revision, device=device, device_map=device_map, batch_size=1, **more
         )
+        if image_aspect_ratio == "pad" and self.model.config.model_type == "llava":
+            own: Any = self._image_processor
+            self._image_processor: Any = PaddingProcessor(own)
         self.attached = _attach(self.model, saved, r, method)
         logger.info(f"llava_crossget: {self.attached or 'the dense model'}{f' from {saved}' if saved else ''}")
 
@@ -89,12 +98,41 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
         )
 
 
-def _check(r: Any, method: Any, batch_size: Any) -> None:
+class PaddingProcessor:
+    """A processor that fills images up to squares first.
+
+    Args:
+        processor: of transformers. Everything but the images is its own business.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, images: Any = None, **given: Any) -> Any:
+        colour = tuple(int(255 * mean) for mean in self.processor.image_processor.image_mean)
+        return self.processor(images=images and [_square(image, colour) for image in images], **given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+
+def _square(image: Image, colour: tuple[int, ...]) -> Image:
+    """The image in the middle of a square of one colour."""
+    image = image.convert("RGB")
+    size = max(image.size)
+    square = new_image("RGB", (size, size), colour)
+    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return square
+
+
+def _check(r: Any, method: Any, image_aspect_ratio: Any, batch_size: Any) -> None:
     # From lmms-eval's command line r=-1 and r=13.0 come as floats, r=None as the string 'None'.
     if r is not None and (type(r) is not int or r < 0):
         raise ValueError(f"r={r!r}: expected a whole number from 0 on, as in r={_REFERENCE_R}, or no r")
     if method not in _METHODS:
         raise ValueError(f"method={method!r}: expected one of {', '.join(_METHODS)}")
+    if image_aspect_ratio not in ("pad", "crop"):
+        raise ValueError(f"image_aspect_ratio={image_aspect_ratio!r}: expected pad or crop")
     if str(batch_size) != "1":
         raise ValueError(f"batch_size {batch_size}: lmms-eval's LLaVA answers one question at a time, --batch_size 1")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import hf_models
@@ -232,3 +235,27 @@ def test_presets_have_their_size(name: str) -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match=r"no preset 'llava': choose one of llava-1.5-7b, llava-1.5-13b"):
         build("llava")
+
+
+MEASURE = """
+import sys, time
+start = time.perf_counter()
+from crossget.cli import main
+assert main(sys.argv[1:]) == 0
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(time.perf_counter() - start, status["VmHWM"].split()[0], file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(hf_models.VERSION < (5, 0), reason="transformers runs no language model on meta before 5.0")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("name", PRESETS)
+def test_counting_takes_little_memory(name: str) -> None:
+    """Under 2 GB, and seconds: the bound is for machines that do something else, too."""
+    arguments = ["flops", name, "--r", "3", "--text-tokens", "64", "--json"]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
+    seconds, kilobytes = map(float, done.stderr.split()[-2:])
+    assert kilobytes * 1024 < 2e9
+    assert seconds < 120
+    assert json.loads(done.stdout)

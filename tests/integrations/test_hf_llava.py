@@ -530,3 +530,23 @@ def test_the_base_model_alone(model: Any) -> None:
     with torch.no_grad(), crossget.attach(model.model, crossget.CrossGET(r=R)):
         hidden = model.model(input_ids=ids, attention_mask=mask, pixel_values=images(1)).last_hidden_state
         assert hidden.shape[1] == ids.shape[1] - DENSE + REDUCED
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generates_on_a_gpu(model: Any, dtype: torch.dtype) -> None:
+    """The cached answers of a padded batch are those of its rows, and of a forward without cache."""
+    model.to("cuda", dtype)
+    ids, mask = (x.cuda() for x in prompts("^a#bcdefgh", "^#c"))
+    pixels = images(2).to("cuda", dtype)
+    with crossget.attach(model, crossget.CrossGET(r=R)) as attached:
+        assert attached.cross_tokens["visual"].is_cuda
+        out = answers(model, ids, mask, pixels)
+        assert out.shape == (2, 8)
+        if dtype == torch.float32:
+            assert torch.equal(out, answers(model, ids, mask, pixels, use_cache=False))
+            alone = answers(model, *(x.cuda() for x in prompts("^#c")), pixels[1:])
+            assert torch.equal(out[1:], alone)

@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import hf_models
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import crossget
 
@@ -107,6 +109,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Arguments, on a stand-in for lmms-eval's class ----------------------------------------------------------------------
 
 
+class Processor:
+    """What LlavaCrossget uses of transformers' LlavaProcessor: it shows what it gets."""
+
+    def __init__(self) -> None:
+        self.image_processor = type("ImageProcessor", (), {"image_mean": [0.5, 0.25, 0.0]})()
+        self.tokenizer = "the tokenizer"
+
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        return given
+
+
 class StandIn:
     """What LlavaCrossget uses of lmms-eval's chat LlavaHf."""
 
@@ -116,6 +129,7 @@ class StandIn:
         assert more.keys() <= {"use_cache"}, f"Unexpected kwargs: {more}"
         self.given = {"revision": revision, "device": device, "device_map": device_map, **more}
         self.model = self.load(pretrained)
+        self._image_processor: Any = Processor()
 
     def load(self, pretrained: str) -> Any:
         from transformers import LlavaForConditionalGeneration
@@ -223,6 +237,7 @@ def test_tome_has_no_use_for_saved_cross_tokens(module: Any, trained: Path) -> N
         ({"r": True}, "r=True: expected"),
         ({"r": "None"}, "r='None': expected"),
         ({"method": "pitome"}, "method='pitome': expected one of crossget, tome"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': expected pad or crop"),
         ({"batch_size": 8}, "batch_size 8: .*one question at a time, --batch_size 1"),
         ({"batch_size": "auto"}, "batch_size auto: "),
         ({"pretrained": "/nowhere/at/all"}, "pretrained=/nowhere/at/all: neither a folder here nor the id of"),
@@ -253,6 +268,31 @@ def test_device_map(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", world)
     assert module.LlavaCrossget(str(plain), r=0, device="cpu", **given).given["device_map"] == device_map
+
+
+def test_images_are_filled_up_to_squares(module: Any, plain: Path) -> None:
+    """As LLaVA-1.5's own evaluation does it: the image in the middle, the mean colour around it."""
+    processor = module.LlavaCrossget(str(plain), r=0)._image_processor
+    assert processor.tokenizer == "the tokenizer"
+    wide, high = Image.new("RGB", (7, 4), (9, 8, 7)), Image.new("L", (3, 6), 200)
+    found = processor(images=[wide, high], text="what", videos=None)
+    assert (found["text"], found["videos"]) == ("what", None)
+    a, b = (np.asarray(image) for image in found["images"])
+    expected = np.full((7, 7, 3), (127, 63, 0))
+    expected[1:5] = (9, 8, 7)
+    assert (a == expected).all()
+    expected = np.full((6, 6, 3), (127, 63, 0))
+    expected[:, 1:4] = 200
+    assert (b == expected).all()
+    assert processor(text="no image")["images"] is None
+
+
+def test_images_are_left_to_the_processor(module: Any, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(module.LlavaCrossget(str(plain), r=0, image_aspect_ratio="crop")._image_processor, Processor)
+    other = llava()
+    other.config.model_type = "llava_next"
+    monkeypatch.setattr(StandIn, "load", lambda self, _: other)
+    assert isinstance(module.LlavaCrossget(str(plain), r=0)._image_processor, Processor)
 
 
 @pytest.mark.parametrize("r", [0, 5])
@@ -410,7 +450,17 @@ def save_task(folder: Path, counts: list[int], answers: list[str]) -> list[list[
     return images
 
 
-def answers_of(folder: Path, images: list[list[Any]], attach: Any) -> list[str]:
+def filled_up(picture: Any, means: list[float]) -> Any:
+    """The picture, wider than high, in the middle of a square."""
+    pixels = np.asarray(picture)
+    above = (pixels.shape[1] - pixels.shape[0]) // 2
+    square = np.empty((pixels.shape[1], pixels.shape[1], 3), np.uint8)
+    square[:] = [int(255 * mean) for mean in means]
+    square[above : above + len(pixels)] = pixels
+    return Image.fromarray(square)
+
+
+def answers_of(folder: Path, images: list[list[Any]], attach: Any, crop: bool = False) -> list[str]:
     """What is to be said, by transformers and crossget alone."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -422,6 +472,8 @@ def answers_of(folder: Path, images: list[list[Any]], attach: Any) -> list[str]:
         content = [{"type": "image"} for _ in pictures]
         content += [{"type": "text", "text": f"{QUESTIONS[i % len(QUESTIONS)]} ?"}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        if not crop:
+            pictures = [filled_up(picture, processor.image_processor.image_mean) for picture in pictures]
         inputs = processor(images=pictures, text=text, return_tensors="pt")
         with torch.inference_mode():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=6)
@@ -473,6 +525,7 @@ RUNS = {  # name -> (folder, arguments, what they mean)
     "trained": ("trained", "", attach_trained(SAVED_R)),
     "trained_r": ("trained", "r=5", attach_trained(5)),
     "trained_dense": ("trained", "r=0", lambda model: None),
+    "crop": ("plain", "r=0,image_aspect_ratio=crop", lambda model: None),
 }
 
 
@@ -485,11 +538,14 @@ def test_answers_and_scores(tmp_path: Path, plain: Path, trained: Path) -> None:
     for folder in folders.values():
         save_processor(folder)
     images = save_task(tmp_path / "draft", COUNTS, [""] * len(COUNTS))
-    expected = {name: answers_of(folders[which], images, attach) for name, (which, _, attach) in RUNS.items()}
-    expected["own"] = expected["dense"]
+    expected = {
+        name: answers_of(folders[which], images, attach, crop=name == "crop")
+        for name, (which, _, attach) in RUNS.items()
+    }
+    expected["own"] = expected["crop"]
     assert all(all(said) for said in expected.values())
     ways = set(map(tuple, expected.values()))
-    assert len(ways) == len(expected) - 2  # each answers in its own way, but the three that are dense
+    assert len(ways) == len(expected) - 2  # each answers in its own way, but the dense ones that see the same
     right = [*expected["r"][:4], *["never"] * 4]
     save_task(tmp_path / "task", COUNTS, right)
 
