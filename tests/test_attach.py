@@ -307,6 +307,29 @@ def test_a_patched_block_is_refused_and_nothing_is_half_attached(pair: Pair) -> 
     assert contract.identity(pair) == before
 
 
+@pytest.mark.parametrize("attached_first", [False, True], ids=["hooks first", "attached first"])
+def test_a_hook_that_keeps_the_forward_it_found(pair: Pair, attached_first: bool) -> None:
+    """As accelerate's, which load and move weights: a forward on the instance, and the one that was there before."""
+    with crossget.attach(pair, crossget.CrossGET(3)):
+        expected = contract.run(pair, (TOKENS,))
+    dense, calls = contract.run(pair, (TOKENS,)), []
+
+    def add_hook(block: Any) -> None:
+        block._old_forward = block.forward
+        block.forward = lambda *args, **kwargs: calls.append(block) or block._old_forward(*args, **kwargs)
+
+    blocks = [*pair.seeing.stages, *pair.other.stages]
+    handle = crossget.attach(pair, crossget.CrossGET(3)) if attached_first else None
+    for block in blocks:
+        add_hook(block)
+    handle = handle or crossget.attach(pair, crossget.CrossGET(3))
+    assert contract.all_equal(contract.run(pair, (TOKENS,)), expected)
+    assert calls == blocks
+    handle.detach()
+    assert contract.all_equal(contract.run(pair, (TOKENS,)), dense)
+    assert calls == 2 * blocks
+
+
 def test_attaching_a_part_of_an_attached_model_is_refused(pair: Pair) -> None:
     with crossget.attach(pair, crossget.CrossGET(3)), pytest.raises(ValueError, match="already attached"):
         crossget.attach(pair.seeing, crossget.CrossGET(3))
