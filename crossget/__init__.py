@@ -1,9 +1,6 @@
 """CrossGET: cross-guided ensemble of tokens for vision and vision-language transformers.
 
-import crossget
-with crossget.attach(model, crossget.CrossGET(r=16)) as attached:
-features = model.encode_image(images)
-print(attached.tokens)
+`with crossget.attach(model, crossget.CrossGET(r=16)) as attached:` reduces a model, in place, until the end.
 """
 
 from crossget.attach import Attachment, attach, attachment

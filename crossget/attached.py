@@ -110,7 +110,8 @@ class AttachedTower:
         for layer in range(self.depth):
             resolved.schedule.removed(layer, self.depth, 1)
         if resolved.cross_token and self.cross is None:
-            like = next(self.tower.blocks[0].parameters())
+            # The first of floating point: quantised weights are integers.
+            like = next(p for p in self.tower.blocks[0].parameters() if p.is_floating_point())
             self.cross = nn.Parameter(torch.zeros((self.depth, self.tower.width), dtype=like.dtype, device=like.device))
         self.reducer = resolved
 

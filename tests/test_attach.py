@@ -330,6 +330,16 @@ def test_a_hook_that_keeps_the_forward_it_found(pair: Pair, attached_first: bool
     assert calls == 2 * blocks
 
 
+def test_cross_tokens_beside_quantised_weights(pair: Pair) -> None:
+    """Their first parameter may be one of integers."""
+    for block in pair.seeing.stages:
+        codes = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+        block._parameters = {"codes": codes, **block._parameters}
+    with crossget.attach(pair, crossget.CrossGET(3)) as attached:
+        assert attached.cross_tokens["visual"].dtype == torch.float32
+        pair(TOKENS)
+
+
 def test_attaching_a_part_of_an_attached_model_is_refused(pair: Pair) -> None:
     with crossget.attach(pair, crossget.CrossGET(3)), pytest.raises(ValueError, match="already attached"):
         crossget.attach(pair.seeing, crossget.CrossGET(3))
