@@ -13,6 +13,7 @@ from crossget.reducers import CrossGET, Merging, Random, Reducer, ToMe, TopK
 from crossget.reference import load_reference
 from crossget.registry import Features, Prompt, Reader, TextInput, Tower, find_towers, register, unregister
 from crossget.schedule import Constant, Linear, PerLayer, Ratio, Schedule
+from crossget.training import parameter_groups
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "find_towers",
     "load",
     "load_reference",
+    "parameter_groups",
     "register",
     "unmerge",
     "unregister",

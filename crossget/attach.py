@@ -25,6 +25,8 @@ from crossget.reducers import Reducer
 from crossget.registry import Prompt, Tower, absent_towers, find_towers
 from crossget.swap import argument_names, has_own_forward, is_intact, owner_of, swap_in, swap_out, unwrap, wrap
 
+_HOLDER = "crossget"
+
 
 class Attachment:
     """A model's reduction: the handle that `attach` returns.
@@ -36,6 +38,7 @@ class Attachment:
         self._towers = towers
         self._undo: list[Callable[[], Any]] = []
         self._inside = False
+        self._registered: nn.Module | None = None
 
     def __repr__(self) -> str:
         return f"Attachment({', '.join(f'{name}={tower.reducer}' for name, tower in self._towers.items())})"
@@ -131,6 +134,40 @@ class Attachment:
         """The cross tokens, for an optimiser."""
         yield from self.cross_tokens.values()
 
+    def register_parameters(self, module: nn.Module) -> None:
+        """Make the cross tokens parameters of a module, until `unregister_parameters` or `detach`.
+
+        They are then `module.crossget.visual`, ... : optimisers over `module.parameters()`, DDP, FSDP2, DeepSpeed,
+        state dicts and checkpoints of training loops see them as any other parameter. Do it before the module is
+        wrapped by one of these.
+
+        Args:
+            module: usually the model that is attached.
+
+        Raises:
+            RuntimeError: they are registered already, or the model is detached.
+            ValueError: the module has a `crossget` of its own.
+        """
+        if self._registered is not None or not self._inside:
+            state = "registered already: call .unregister_parameters() first" if self._inside else "detached: attach"
+            raise RuntimeError(f"cannot register the cross tokens: they are {state}")
+        if hasattr(module, _HOLDER):
+            raise ValueError(f"{type(module).__name__} has an attribute {_HOLDER!r} already")
+        holder = nn.Module()
+        for attached in self._towers.values():
+            attached.register(holder)
+        module.add_module(_HOLDER, holder)
+        self._registered = module
+
+    def unregister_parameters(self) -> None:
+        """Take the cross tokens out of the module tree again; nothing happens if they are not in it."""
+        if self._registered is None:
+            return
+        for attached in self._towers.values():
+            attached.register(None)
+        delattr(self._registered, _HOLDER)
+        self._registered = None
+
     def read_ids(self, ids: Tensor, tower: str = "text") -> None:
         """Say where the next forward's texts end, when token ids do not go through the tower's own embedding.
 
@@ -162,6 +199,10 @@ class Attachment:
         Raises:
             RuntimeError: it is detached already, or something changed a block's class since.
         """
+        self._leave()
+        self.unregister_parameters()
+
+    def _leave(self) -> None:
         if not self._inside:
             raise RuntimeError("already detached: attach again with crossget.attach(model, reducer)")
         blocks = [block for tower in self.towers.values() for block in tower.blocks]
@@ -180,7 +221,7 @@ class Attachment:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, the model is the dense one."""
-        self.detach()
+        self._leave()
         try:
             yield
         finally:

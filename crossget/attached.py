@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class AttachedTower:
     Attributes:
         tower: where the blocks are.
         reducer: with every field resolved for this tower.
-        cross: [L, C] one learnable vector per block, zero at the start; None without cross token.
+        holder: the module whose parameter the cross tokens are, by the tower's name; None: nobody's.
         last: record of the last forward.
         rows: [N] the prompt that each image of the last forward belongs to; None if each has one of its own.
     """
@@ -85,7 +85,8 @@ class AttachedTower:
         self.inputs = {type(block): argument_names(base_of(block).forward) for block in tower.blocks}
         self.last = Record()
         self.rows: Tensor | None = None
-        self.cross: nn.Parameter | None = None
+        self.holder: nn.Module | None = None
+        self._own_cross: nn.Parameter | None = None
         self.outputs = 1  # how many things a block returns, if it returns a tuple
         # What the host's entry points know and its blocks do not.
         self.noted: ByThread[Any] = ByThread()
@@ -93,6 +94,25 @@ class AttachedTower:
         self.generating: ByThread[bool] = ByThread()
         self.reducer = reducer
         self.set_reducer(reducer)
+
+    @property
+    def cross(self) -> nn.Parameter | None:
+        """[L, C] one learnable vector per block, zero at the start; None without cross token.
+
+        Where they are a module's parameter they are looked up there each time: sharding (FSDP2) puts others in place.
+        """
+        if self.holder is None:
+            return self._own_cross
+        return cast("nn.Parameter | None", getattr(self.holder, self.tower.name, None))
+
+    def register(self, holder: nn.Module | None) -> None:
+        """Make the cross tokens a parameter of `holder`; None: nobody's any more."""
+        cross, self.holder = self.cross, holder
+        if holder is None:
+            self._own_cross = cross
+        elif cross is not None:
+            self._own_cross = None
+            holder.register_parameter(self.tower.name, cross)
 
     @property
     def depth(self) -> int:
@@ -112,7 +132,10 @@ class AttachedTower:
         if resolved.cross_token and self.cross is None:
             # The first of floating point: quantised weights are integers.
             like = next(p for p in self.tower.blocks[0].parameters() if p.is_floating_point())
-            self.cross = nn.Parameter(torch.zeros((self.depth, self.tower.width), dtype=like.dtype, device=like.device))
+            zeros = torch.zeros((self.depth, self.tower.width), dtype=like.dtype, device=like.device)
+            self._own_cross = nn.Parameter(zeros)
+            if self.holder is not None:
+                self.holder.register_parameter(self.tower.name, self._own_cross)
         self.reducer = resolved
 
     def tokens_behind(self, layer: int, tokens: int) -> int:
@@ -225,9 +248,10 @@ class AttachedTower:
 
     def cross_token(self, origin: Tensor, record: Record, layer: int) -> Tensor:
         """[B, C] the cross token in front of block `layer`."""
-        if self.cross is None:
+        cross = self.cross
+        if cross is None:
             raise RuntimeError(f"tower {self.tower.name!r} lost its cross tokens")
-        token = origin.detach() + self.cross[layer].to(origin.device, origin.dtype)
+        token = origin.detach() + cross[layer].to(origin.device, origin.dtype)
         if torch.is_grad_enabled():
             record.cross_tokens[layer] = token
         return token

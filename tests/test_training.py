@@ -1,0 +1,137 @@
+"""Training: cross tokens as parameters of a module, and what is trained."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import crossget
+
+timm = pytest.importorskip("timm")
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def vit() -> Any:
+    torch.manual_seed(0)
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5
+    )
+
+
+def test_registered_cross_tokens_are_parameters_like_any_other() -> None:
+    model = vit()
+    before = list(model.state_dict())
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    with torch.no_grad():
+        attached.cross_tokens["visual"].normal_()
+    expected = model(IMAGE)
+    parameter = attached.cross_tokens["visual"]
+    attached.register_parameters(model)
+    assert dict(model.named_parameters())["crossget.visual"] is parameter is attached.cross_tokens["visual"]
+    assert list(attached.parameters()) == [parameter]
+    torch.testing.assert_close(model(IMAGE), expected, rtol=0, atol=0)
+    attached.unregister_parameters()
+    assert list(model.state_dict()) == before
+    assert attached.cross_tokens["visual"] is parameter
+    torch.testing.assert_close(model(IMAGE), expected, rtol=0, atol=0)
+    attached.unregister_parameters()
+
+
+def test_what_stands_in_the_module_is_what_is_used() -> None:
+    """Sharding puts other parameters in place for the time of a forward, and loading a state dict writes there."""
+    model = vit()
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    plain = model(IMAGE)
+    attached.register_parameters(model)
+    model.crossget.visual = nn.Parameter(torch.ones(3, 32))
+    changed = model(IMAGE)
+    assert not torch.equal(changed, plain)
+    changed.sum().backward()
+    assert model.crossget.visual.grad is not None
+    state = model.state_dict()
+    state["crossget.visual"] = torch.zeros(3, 32)
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(IMAGE), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_have_registered_cross_tokens_of_their_own(copied: Any) -> None:
+    model = vit()
+    crossget.attach(model, crossget.CrossGET(r=2)).register_parameters(model)
+    other = copied(model)
+    assert crossget.attachment(other).cross_tokens["visual"] is other.crossget.visual
+    assert other.crossget.visual is not model.crossget.visual
+    crossget.attachment(other).detach()
+    assert not hasattr(other, "crossget")
+    assert hasattr(model, "crossget")
+
+
+def test_detach_takes_them_out_and_a_pause_does_not() -> None:
+    model = vit()
+    before = list(model.state_dict())
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    attached.register_parameters(model)
+    with attached.paused():
+        assert "crossget.visual" in model.state_dict()
+    assert attached.cross_tokens["visual"] is model.crossget.visual
+    attached.detach()
+    assert list(model.state_dict()) == before
+
+
+def test_a_reducer_set_later_brings_its_cross_tokens_along() -> None:
+    model = vit()
+    attached = crossget.attach(model, crossget.ToMe(r=2))
+    attached.register_parameters(model)
+    assert not list(model.crossget.parameters())
+    attached.reducer = crossget.CrossGET(r=2)
+    assert dict(model.named_parameters())["crossget.visual"] is attached.cross_tokens["visual"]
+
+
+def test_registering_twice_or_where_the_name_is_taken_is_refused() -> None:
+    model = vit()
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    taken = nn.Module()
+    taken.crossget = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="'crossget' already"):
+        attached.register_parameters(taken)
+    attached.register_parameters(model)
+    with pytest.raises(RuntimeError, match="unregister_parameters"):
+        attached.register_parameters(model)
+    attached.detach()
+    with pytest.raises(RuntimeError, match="detached"):
+        attached.register_parameters(model)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("train", ["cross_tokens", "prompts", "all"])
+def test_only_what_is_chosen_is_trained(train: Any, registered: bool) -> None:
+    model = vit()
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    if registered:
+        attached.register_parameters(model)
+    prompts = [nn.Parameter(torch.zeros(4, 32))]
+    groups = crossget.parameter_groups(model, attached, train=train, prompts=prompts)
+    expected = {"cross_tokens": ["cross_tokens"], "prompts": ["cross_tokens", "prompts"]}
+    assert list(groups) == expected.get(train, ["cross_tokens", "prompts", "weights"])
+    chosen = {id(p) for parameters in groups.values() for p in parameters}
+    everything = [*attached.parameters(), *prompts, *(p for n, p in model.named_parameters() if "crossget" not in n)]
+    assert sum(len(parameters) for parameters in groups.values()) == len(chosen)
+    assert [p.requires_grad for p in everything] == [id(p) in chosen for p in everything]
+    model(IMAGE).sum().backward()
+    cross = attached.cross_tokens["visual"].grad
+    assert cross is not None
+    assert cross.abs().sum() > 0
+    assert (model.head.weight.grad is None) == (train != "all")
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    model = vit()
+    with pytest.raises(ValueError, match="nothing to train"):
+        crossget.parameter_groups(model, train="cross_tokens")
+    assert all(p.requires_grad for p in model.parameters())
