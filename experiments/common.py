@@ -132,7 +132,7 @@ def pending(runs: Iterable[RunT], folder: Path, overwrite: bool = False) -> list
 def work_off(
     runs: Iterable[RunT],
     folder: Path,
-    execute: Callable[[RunT], Json],
+    execute: Callable[[RunT], Json | None],
     *,
     command: Callable[[RunT], str],
     environment: Json,
@@ -143,7 +143,7 @@ def work_off(
     Args:
         runs: the queue.
         folder: where the result files lie.
-        execute: returns `{"run": ..., "result": ...}` of one run.
+        execute: returns `{"run": ..., "result": ...}` of one run; None where another process writes it.
         command: returns the command line that repeats one run alone.
         environment: from `environment`.
         overwrite: execute runs that have a result file, too.
@@ -157,6 +157,8 @@ def work_off(
         progress.set_description(run.slug)
         start = time.perf_counter()
         made = execute(run)
+        if made is None:
+            continue
         seconds = round(time.perf_counter() - start, 2)
         content = {
             "run": made["run"],

@@ -1,0 +1,358 @@
+"""The training loop of retrieval and CoOp: Accelerate drives it, so that processes and sharding are launch options.
+
+A *task* is a module whose `forward` takes a batch and returns its losses as a dict with a key "loss"; everything that
+depends on parameters happens in there, because DDP and FSDP2 know no other place. Data is drawn as (epoch, index): what
+a sample looks like depends on nothing else, so that any number of processes sees the same batches and a run that was
+stopped goes on as if it had not been.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Draw = tuple[int, int]
+Batch = dict[str, Any]
+
+
+class BadData(ValueError):
+    """A sample that cannot be used; the message names its file."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are those of nobody: presets say them all that matter."""
+
+    epochs: int
+    """Times the data is seen."""
+    batch: int
+    """Samples per forward, over all processes together."""
+    lr: float
+    """Learning rate at the start."""
+    weight_decay: float = 0.0
+    """Of all parameters, as in the reference."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """SGD has momentum 0.9."""
+    schedule: Literal["cosine", "cosine_by_epoch", "constant"] = "cosine"
+    """To zero along a half cosine, in every step or once per epoch."""
+    warmup: float = 0.0
+    """Epochs at the start; with `warmup_lr` at that rate, otherwise linearly from zero."""
+    warmup_lr: float | None = None
+    """Constant rate of the warm-up."""
+    accumulate: int = 1
+    """Batches per step of the optimiser."""
+    clip: float | None = None
+    """Largest norm of the gradient."""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """By beginning of a parameter's name: factor of its learning rate."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    seed: int = 0
+    """Of the order and augmentation of samples."""
+    workers: int = 0
+    """Processes that load data."""
+    save_every: int = 0
+    """Steps between checkpoints that a stopped run goes on from; 0: at the end of each epoch."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+
+    def factor(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of a step, as a factor of `lr`."""
+        epoch = step / steps_per_epoch
+        if epoch < self.warmup:
+            return (
+                self.warmup_lr / self.lr if self.warmup_lr is not None else (epoch + 1 / steps_per_epoch) / self.warmup
+            )
+        if self.schedule == "constant":
+            return 1.0
+        done = math.floor(epoch) / self.epochs
+        if self.schedule == "cosine":
+            done = min(1.0, (epoch - self.warmup) / (self.epochs - self.warmup))
+        return (1 + math.cos(math.pi * done)) / 2
+
+
+class Dataset(Protocol):
+    """Samples, drawn anew in each epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, draw: Draw) -> Any:
+        """Return one sample.
+
+        Raises:
+            BadData: it cannot be used.
+        """
+        ...
+
+
+class Shuffled(torch.utils.data.Sampler[Draw]):
+    """An epoch's samples, in an order that the seed and the epoch decide: `used` of all `size`."""
+
+    def __init__(self, size: int, used: int, seed: int) -> None:
+        self.size, self.used, self.seed, self.epoch = size, used, seed, 0
+
+    def __len__(self) -> int:
+        return self.used
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = torch.randperm(self.size, generator=generator(self.seed, self.epoch))
+        return iter([(self.epoch, index) for index in order[: self.used].tolist()])
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Return a source of chance that depends on these numbers only."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (2**63)
+    return torch.Generator().manual_seed(seed)
+
+
+class Skipping:
+    """A data set whose bad samples are replaced by the next good one, with a warning that names them."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        epoch, index = draw
+        for offset in range(len(self.data)):
+            try:
+                return self.data[epoch, (index + offset) % len(self.data)]
+            except BadData as error:  # noqa: PERF203
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+        raise BadData("no sample of the data set can be used")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training run leaves.
+
+    Attributes:
+        history: of each epoch, the mean of every loss.
+        steps: the loss of each step since the call, the mean over all processes.
+        state: the task's parameters and buffers, whole and on the CPU, however they were sharded. On the main process.
+        is_main: whether this is the main process, which is to evaluate and to write.
+    """
+
+    history: list[dict[str, float]]
+    steps: list[float]
+    state: dict[str, Tensor]
+    is_main: bool
+
+
+class Progress:
+    """How far a run is; saved with its checkpoints."""
+
+    def __init__(self) -> None:
+        self.epoch, self.batch, self.step = 0, 0, 0
+        self.history: list[dict[str, float]] = []
+        self.sums: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def fit(
+    task: nn.Module,
+    groups: Mapping[str, Sequence[nn.Parameter]],
+    data: Dataset,
+    collate: Callable[[list[Any]], Batch],
+    recipe: Recipe,
+    folder: Path | None = None,
+    *,
+    trackers: Sequence[str] = (),
+    name: str = "run",
+) -> Fitted:
+    """Train, from where an earlier call with the same folder stopped.
+
+    Args:
+        task: its forward takes what `collate` gives, as keyword arguments, and returns losses [] by name; "loss" is
+            minimised.
+        groups: from `crossget.parameter_groups`: what is trained, by name of the group.
+        data: what a sample of it is depends on (epoch, index) only.
+        collate: a batch from samples; tensors in it are moved to the device.
+        recipe: how.
+        folder: where checkpoints and logs go; None: nowhere.
+        trackers: loggers that Accelerate knows, such as "tensorboard" and "wandb".
+        name: how logs call it.
+
+    Raises:
+        ValueError: the data is less than a batch, or a batch cannot be split over the processes.
+        FloatingPointError: the loss is not finite.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.accumulate,
+        # The batch is that of all processes together: what is learnt does not depend on how many there are.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=list(trackers) or None,
+        project_dir=None if folder is None else str(folder),
+    )
+    per_step = recipe.batch * recipe.accumulate
+    per_epoch = len(data) // per_step
+    if per_epoch == 0 or recipe.batch % accelerator.num_processes:
+        raise ValueError(
+            f"{recipe.accumulate} x {recipe.batch} samples per step, from {len(data)} samples, on "
+            f"{accelerator.num_processes} processes: there must be at least one step in an epoch, and a batch must be "
+            "a multiple of the processes"
+        )
+    if recipe.checkpointing:
+        enable_checkpointing(task)
+    sampler = Shuffled(len(data), per_epoch * per_step, recipe.seed)
+    loader: Any = torch.utils.data.DataLoader(
+        cast(Any, data), recipe.batch, sampler=cast(Any, sampler), collate_fn=collate, num_workers=recipe.workers
+    )
+    optimizer = build_optimizer(task, groups, recipe)
+    bases = [group["lr"] for group in optimizer.param_groups]
+    model, optimizer, loader = accelerator.prepare(task, optimizer, loader)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    if trackers:
+        accelerator.init_trackers(name, config=_plain(recipe))
+    checkpoints = None if folder is None else folder / "checkpoints"
+    if checkpoints is not None and (latest := latest_checkpoint(checkpoints)) is not None:
+        accelerator.load_state(str(latest))
+    steps = []
+    bar = tqdm(
+        total=per_epoch * recipe.epochs, initial=progress.step, unit="step", desc=name,
+        disable=None if accelerator.is_main_process else True,
+    )  # fmt: skip
+    model.train()
+    for epoch in range(progress.epoch, recipe.epochs):
+        sampler.epoch = epoch
+        rest = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
+        for batch in rest:
+            with accelerator.accumulate(model):
+                for group, base in zip(optimizer.param_groups, bases, strict=True):
+                    group["lr"] = base * recipe.factor(progress.step, per_epoch)
+                losses = model(**batch)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients and recipe.clip is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            seen = accelerator.reduce({key: value.detach().float() for key, value in losses.items()}, "mean")
+            values = {key: float(value) for key, value in seen.items()}
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(f"the loss is {values['loss']} in step {progress.step}: {values}")
+            for key, value in values.items():
+                progress.sums[key] = progress.sums.get(key, 0.0) + value
+            progress.batch += 1
+            if not accelerator.sync_gradients:
+                continue
+            progress.step += 1
+            steps.append(values["loss"])
+            bar.update()
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+            accelerator.log({**values, "lr": optimizer.param_groups[0]["lr"]}, step=progress.step)
+            if checkpoints is not None and recipe.save_every and progress.step % recipe.save_every == 0:
+                save_checkpoint(accelerator, checkpoints, progress.step)
+        progress.history.append({name: value / progress.batch for name, value in progress.sums.items()})
+        progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
+        if checkpoints is not None and not recipe.save_every:
+            save_checkpoint(accelerator, checkpoints, progress.step)
+    bar.close()
+    state = {key: value.detach().cpu() for key, value in accelerator.get_state_dict(model).items()}
+    accelerator.end_training()
+    return Fitted(progress.history, steps, state, accelerator.is_main_process)
+
+
+def build_optimizer(task: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]], recipe: Recipe) -> Any:
+    """Return the optimiser, with a group for each of `groups` and each factor of the learning rate in it."""
+    names = {id(parameter): name for name, parameter in task.named_parameters()}
+    sorted_: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for group, parameters in groups.items():
+        for parameter in parameters:
+            name = names.get(id(parameter))
+            if name is None:
+                raise ValueError(
+                    f"a parameter of the group {group!r} is not one of the task's: register the cross tokens first, "
+                    "with attached.register_parameters(model)"
+                )
+            factor = next((f for start, f in recipe.lr_factors.items() if name.startswith(start)), 1.0)
+            sorted_.setdefault((group, factor), []).append(parameter)
+    settings = [
+        {"params": parameters, "name": group, "lr": recipe.lr * factor}
+        for (group, factor), parameters in sorted_.items()
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(settings, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(settings, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+
+
+def enable_checkpointing(task: nn.Module) -> None:
+    """Turn on the gradient checkpointing of every host model in the task.
+
+    Raises:
+        ValueError: none of its modules has any.
+    """
+    found = False
+    module: Any
+    for module in task.modules():
+        if hasattr(module, "gradient_checkpointing_enable"):  # transformers
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+            found = True
+        elif hasattr(module, "set_grad_checkpointing"):  # timm, open_clip
+            with contextlib.suppress(NotImplementedError):
+                module.set_grad_checkpointing()
+                found = True
+    if not found:
+        raise ValueError(f"checkpointing=True: no part of {type(task).__name__} can recompute its activations")
+
+
+def save_checkpoint(accelerator: Any, checkpoints: Path, step: int) -> None:
+    """Save the whole state, and then remove what was saved before: a stop in between leaves one of the two."""
+    part = checkpoints / f"part-{step}"
+    accelerator.save_state(str(part), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        part.replace(checkpoints / f"step-{step}")
+        for folder in checkpoints.iterdir():
+            if folder.name != f"step-{step}":
+                shutil.rmtree(folder)
+    accelerator.wait_for_everyone()
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest whole checkpoint; None if there is none."""
+    return max(checkpoints.glob("step-*"), key=lambda path: int(path.name[5:]), default=None)
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as trackers take it."""
+    return {
+        name: value if isinstance(value, (int, float, str)) else json.dumps(value)
+        for name, value in vars(recipe).items()
+    }
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes [W * B, ..], with gradients: those of every process reach each row."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(list(all_gather(rows)))

@@ -1,0 +1,61 @@
+"""What is minimised in retrieval."""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import crossget
+from crossget.alignment import Divergence
+from experiments.engine import gather_rows
+from experiments.retrieval.models import Clip, contrastive_loss
+
+
+class RetrievalTask(nn.Module):
+    """Contrastive loss, and beside it the cross tokens' alignment, if there are any.
+
+    Args:
+        clip: attached or not.
+        attached: its attachment, with cross tokens registered in `clip.model`.
+        weight: of the alignment; 1 - weight is that of the contrastive loss. The reference has 0.5. Without cross
+            tokens the contrastive loss is weighted the same, so that all rows take steps of the same size.
+        gather: contrast with the pairs of all processes; the reference contrasts within each process.
+        divergence: of the alignment.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        attached: crossget.Attachment | None = None,
+        *,
+        weight: float = 0.5,
+        gather: bool = False,
+        divergence: Divergence = "reference",
+    ) -> None:
+        super().__init__()
+        self.model = clip.model
+        self.weight, self.gather, self.divergence = weight, gather, divergence
+        self._clip, self._attached = clip, attached
+        self.aligned = attached is not None and len(attached.cross_tokens) == 2
+
+    def forward(self, pixels: Tensor, ids: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """Return the losses of one batch.
+
+        Args:
+            pixels: [B, 3, H, W].
+            ids: [B, T] token ids.
+            image: [B] which photograph each pair is of.
+        """
+        clip: Any = self._clip
+        features = [F.normalize(clip.encode_image(pixels), dim=-1), F.normalize(clip.encode_text(ids), dim=-1)]
+        scale = self.model.logit_scale.clamp(0, math.log(100)).exp()
+        rows = [*features, image]
+        if self.gather:
+            rows = [gather_rows(part) for part in rows]
+        losses = {"contrastive": contrastive_loss(rows[0].float(), rows[1].float(), scale, rows[2])}
+        losses["loss"] = (1 - self.weight) * losses["contrastive"]
+        if self.aligned and self._attached is not None:
+            losses["alignment"] = self._attached.alignment_loss(self.divergence)
+            losses["loss"] = losses["loss"] + self.weight * losses["alignment"]
+        return losses
