@@ -130,24 +130,40 @@ def evaluate(
         device: where the model is.
 
     Returns:
+        See `score`.
+    """
+    if reducer is None:
+        return score(model, None, images, dense, batch, device)
+    with crossget.attach(model, reducer) as attached:
+        return score(model, attached, images, dense, batch, device)
+
+
+def score(
+    model: nn.Module,
+    attached: crossget.Attachment | None,
+    images: Images,
+    dense: Tensor,
+    batch: int = 50,
+    device: str = "cpu",
+) -> common.Json:
+    """Classify all images with the model as it is, attached or not, and count.
+
+    Returns:
         `measure`'s entries, `resolved` (the reducer with the host's values in place of None), `tokens` entering each
         block, and `gflops` of one image, dense and reduced.
     """
-    one = images.pixels[:1].to(device)
-    if reducer is None:
-        # Its logits are at hand; the tokens of the untouched model are those of a reducer that removes none.
-        with crossget.attach(model, crossget.ToMe(0)) as attached:
-            predict(model, one, 1, device)
-            return {**measure(dense, images.labels, dense), **cost(model, attached, one)}
-    with crossget.attach(model, reducer) as attached:
-        logits = predict(model, images.pixels, batch, device)
-        return {**measure(logits, images.labels, dense), **cost(model, attached, one)}
+    logits = predict(model, images.pixels, batch, device)
+    return {**measure(logits, images.labels, dense), **cost(model, attached, images.pixels[:1].to(device))}
 
 
-def cost(model: nn.Module, attached: crossget.Attachment, one: Tensor) -> common.Json:
-    """Return what was attached, tokens per block of the last forward, and multiply-adds of one image / 10^9."""
-    ((tower, tokens),) = attached.tokens.items()
+def cost(model: nn.Module, attached: crossget.Attachment | None, one: Tensor) -> common.Json:
+    """Return what is attached, the tokens entering each block, and multiply-adds of one image / 10^9."""
+    if attached is None:
+        # The tokens of a model without a reducer are those of a reducer that removes none.
+        with crossget.attach(model, crossget.ToMe(0)) as nothing:
+            return cost(model, nothing, one)
     flops = crossget.count_flops(model, one)
+    ((tower, tokens),) = attached.tokens.items()
     gflops = {"dense": flops.dense.total / 1e9, "reduced": flops.total / 1e9}
     return {"resolved": asdict(attached.reducers[tower]), "tokens": tokens, "gflops": gflops}
 

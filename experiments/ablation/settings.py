@@ -35,14 +35,23 @@ class Setting:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def transform(self) -> Callable[[Any], Tensor]:
-        """Return the function from a PIL image to a tensor [3, size, size]."""
+    def transform(self, train: bool = False) -> Callable[[Any], Tensor]:
+        """Return the function from a PIL image to a tensor [3, size, size].
+
+        For training with crops and mirroring: of 50 to 100 % of the area, or by up to an eighth of images that have
+        the model's size already. What chance it takes is torch's.
+        """
         from torchvision import transforms
 
+        bicubic = transforms.InterpolationMode.BICUBIC
         steps: list[Callable[[Any], Any]] = []
-        if self.resize is not None:
-            bicubic = transforms.InterpolationMode.BICUBIC
+        if self.resize is None:
+            steps += [transforms.RandomCrop(self.size, padding=self.size // 8)] if train else []
+        elif train:
+            steps += [transforms.RandomResizedCrop(self.size, scale=(0.5, 1.0), interpolation=bicubic)]
+        else:
             steps += [transforms.Resize(self.resize, interpolation=bicubic), transforms.CenterCrop(self.size)]
+        steps += [transforms.RandomHorizontalFlip()] if train else []
         steps += [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         composed: Callable[[Any], Tensor] = transforms.Compose(steps)
         return composed
@@ -142,13 +151,51 @@ def list_samples(folder: Path) -> list[tuple[str, int]]:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Images that are not read yet.
+
+    Attributes:
+        files: of all images.
+        labels: of all images.
+        source: name of the folder and a digest of the list, for the result files.
+    """
+
+    files: list[Path]
+    labels: list[int]
+    source: dict[str, Any]
+
+
+def find_samples(setting: Setting, folder: Path, limit: int | None = None) -> Samples:
+    """Return what `list_samples` finds, as it suits the setting.
+
+    Args:
+        setting: the number of classes.
+        folder: see `list_samples`.
+        limit: take this many images, spread evenly over the sorted list; None takes all.
+
+    Raises:
+        ValueError: a label is not one of the model's classes.
+    """
+    samples = list_samples(folder)
+    if limit is not None and limit < len(samples):
+        samples = [samples[i * len(samples) // limit] for i in range(limit)]
+    largest = max(label for _, label in samples)
+    if largest >= setting.classes:
+        raise ValueError(f"{folder} has a label {largest}, but {setting.title} has {setting.classes} classes")
+    listing = "\n".join(f"{file},{label}" for file, label in samples)
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    source = {"folder": folder.name, "n": len(samples), "list_sha256": digest}
+    return Samples([folder / file for file, _ in samples], [label for _, label in samples], source)
+
+
+@dataclass(frozen=True)
 class Images:
     """All images of a run, ready for the model.
 
     Attributes:
         pixels: [N, 3, size, size].
         labels: [N].
-        source: name of the folder and a digest of the sample list, for the result files.
+        source: see `Samples`.
     """
 
     pixels: Tensor
@@ -157,30 +204,13 @@ class Images:
 
 
 def load_images(setting: Setting, folder: Path, limit: int | None = None) -> Images:
-    """Read and transform all images once.
-
-    Args:
-        setting: the transform and the number of classes.
-        folder: see `list_samples`.
-        limit: take this many images, spread evenly over the sorted list; None takes all.
-
-    Raises:
-        ValueError: a label is not one of the model's classes.
-    """
+    """Read and transform all images once; see `find_samples`."""
     from PIL import Image
 
-    samples = list_samples(folder)
-    if limit is not None and limit < len(samples):
-        samples = [samples[i * len(samples) // limit] for i in range(limit)]
-    largest = max(label for _, label in samples)
-    if largest >= setting.classes:
-        raise ValueError(f"{folder} has a label {largest}, but {setting.title} has {setting.classes} classes")
+    samples = find_samples(setting, folder, limit)
     transform = setting.transform()
-    pixels = torch.empty(len(samples), 3, setting.size, setting.size)
-    for i, (file, _) in enumerate(tqdm(samples, desc="images", disable=None, unit="image")):
-        with Image.open(folder / file) as image:
+    pixels = torch.empty(len(samples.files), 3, setting.size, setting.size)
+    for i, file in enumerate(tqdm(samples.files, desc="images", disable=None, unit="image")):
+        with Image.open(file) as image:
             pixels[i] = transform(image.convert("RGB"))
-    listing = "\n".join(f"{file},{label}" for file, label in samples)
-    digest = hashlib.sha256(listing.encode()).hexdigest()
-    source = {"folder": folder.name, "n": len(samples), "list_sha256": digest}
-    return Images(pixels, torch.tensor([label for _, label in samples]), source)
+    return Images(pixels, torch.tensor(samples.labels), samples.source)

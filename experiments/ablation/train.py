@@ -1,0 +1,280 @@
+"""Train on, from one dense model, every row of the ablation: `python -m experiments.ablation.train --help`.
+
+The loss is cross-entropy: one tower has nothing to align its cross tokens with.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import crossget
+from experiments import common, engine
+from experiments.ablation.presets import RECIPES, TRAINED, TRAINED_REDUCTIONS, Trained
+from experiments.ablation.run import predict, score
+from experiments.ablation.settings import SETTINGS, Images, Samples, Setting, find_samples, load_images, load_model
+from experiments.retrieval.data import read_pixels
+
+# Beside those without training, not among them: report.py reads these with all subfolders.
+RESULTS = Path(__file__).parent / "results_trained"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the queue: a row of `presets.TRAINED` at one r."""
+
+    setting: str
+    preset: str
+    r: int
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        row = TRAINED[self.preset]
+        r = f"_r{self.r}" if row.preset.swept else ""
+        seed = "" if row.train is None else f"_seed{self.seed}"
+        return f"{self.setting}/{self.preset}{r}{seed}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train, and on which images."""
+
+    setting: Literal["imagenet", "cifar10"]
+    """Model, preprocessing and recipe."""
+    data: Path
+    """Measure on this folder: labels.csv (file,label), or one folder of images per class."""
+    train: Path
+    """Train on this folder, of the same layout; none of its images may be in `data`."""
+    weights: Path | None = None
+    """The dense model that all rows start from, a safetensors file; without it timm's is downloaded."""
+    presets: tuple[str, ...] = tuple(TRAINED)
+    """Rows to run."""
+    r: tuple[int, ...] = TRAINED_REDUCTIONS
+    """Tokens removed per block."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of order and augmentation; rows that are not trained use the first."""
+    eval_batch: int = 200
+    """Images per forward when measuring."""
+    limit: int | None = None
+    """Measure on this many images only."""
+    epochs: int | None = None
+    """Other than the recipe's."""
+    batch: int | None = None
+    """Other than the recipe's; over all processes."""
+    lr: float | None = None
+    """Other than the recipe's."""
+    workers: int = 0
+    """Processes that load images."""
+    work: Path | None = None
+    """Folder for checkpoints, from which a stopped run goes on; without it there are none."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+    overwrite: bool = False
+    """Run again what has a result file."""
+
+
+def queue(options: Options) -> list[Run]:
+    """Return all runs that the options ask for.
+
+    Raises:
+        ValueError: a preset does not exist.
+    """
+    unknown = sorted(set(options.presets) - set(TRAINED))
+    if unknown:
+        raise ValueError(f"unknown presets {unknown}; there are {sorted(TRAINED)}")
+    # A program that is stopped early has run every row at the first r.
+    runs = [
+        Run(
+            options.setting,
+            name,
+            r if TRAINED[name].preset.swept else 0,
+            seed if TRAINED[name].train is not None else options.seeds[0],
+        )
+        for r in options.r
+        for seed in options.seeds
+        for name in options.presets
+    ]
+    return list(dict.fromkeys(runs))
+
+
+def recipe_of(options: Options, seed: int) -> engine.Recipe:
+    """Return the setting's recipe with what the options change of it."""
+    changes = {name: getattr(options, name) for name in ("epochs", "batch", "lr")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(RECIPES[options.setting], seed=seed, workers=options.workers, **changes)
+
+
+class Labelled:
+    """Images with their labels, for training.
+
+    Args:
+        samples: all of them.
+        setting: whose transform for training is used.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, samples: Samples, setting: Setting, seed: int) -> None:
+        self.samples, self.transform, self.seed = samples, setting.transform(train=True), seed
+
+    def __len__(self) -> int:
+        return len(self.samples.files)
+
+    def __getitem__(self, draw: engine.Draw) -> tuple[Tensor, int]:
+        epoch, index = draw
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=engine.generator(self.seed, epoch, index))))
+            pixels = read_pixels(self.samples.files[index], self.transform)
+        return pixels, self.samples.labels[index]
+
+
+def collate(samples: Sequence[tuple[Tensor, int]]) -> engine.Batch:
+    """Return a batch: `pixels` [B, 3, size, size] and `labels` [B]."""
+    return {
+        "pixels": torch.stack([pixels for pixels, _ in samples]),
+        "labels": torch.tensor([label for _, label in samples]),
+    }
+
+
+class ClassificationTask(nn.Module):
+    """Cross-entropy of a classifier, reduced or not, and beside it how many answers are right."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the losses of one batch: `loss`, and `top1` in %, which is only looked at.
+
+        Args:
+            pixels: [B, 3, size, size].
+            labels: [B].
+        """
+        logits = self.model(pixels)
+        return {
+            "loss": F.cross_entropy(logits.float(), labels),
+            "top1": 100 * (logits.argmax(1) == labels).float().mean(),
+        }
+
+
+def build(row: Trained, run: Run, weights: Path | None) -> tuple[nn.Module, crossget.Attachment | None]:
+    """Return the dense model that all rows start from, with the row's reducer attached."""
+    model = load_model(SETTINGS[run.setting], weights)
+    reducer = row.preset.make(run.r, run.seed)
+    return model, None if reducer is None else crossget.attach(model, reducer)
+
+
+def fit(
+    model: nn.Module, attached: crossget.Attachment | None, row: Trained, data: Labelled, recipe: engine.Recipe,
+    folder: Path | None = None, name: str = "ablation",
+) -> engine.Fitted:  # fmt: skip
+    """Train what the row trains, in place; see `engine.fit`."""
+    if attached is not None:
+        attached.register_parameters(model)
+    groups = crossget.parameter_groups(model, attached, train=row.train or "all")
+    return engine.fit(ClassificationTask(model), groups, data, collate, recipe, folder, name=name)
+
+
+def execute(
+    options: Options, run: Run, samples: Samples, images: Images, dense: Tensor, device: str
+) -> common.Json | None:
+    """Train one row, measure it, and return its `result`; None on all processes but the main one.
+
+    Args:
+        options: weights and recipe.
+        run: which row.
+        samples: to train on.
+        images: to measure on.
+        dense: [N, classes] the dense model's logits of `images` before it is trained on.
+        device: where to measure.
+
+    Returns:
+        `run.score`'s entries, and of a row that is trained `history` (losses and top-1 in training by epoch), `recipe`
+        and `cross_tokens` (see `sizes`).
+    """
+    row = TRAINED[run.preset]
+    model, attached = build(row, run, options.weights)
+    result: common.Json = {}
+    if row.train is not None:
+        recipe = recipe_of(options, run.seed)
+        data = Labelled(samples, SETTINGS[options.setting], run.seed)
+        folder = None if options.work is None else options.work / run.slug
+        fitted = fit(model, attached, row, data, recipe, folder, run.slug)
+        if not fitted.is_main:
+            return None
+        # The model in memory may be sharded; what was gathered of it goes into a new one.
+        model, attached = build(row, run, options.weights)
+        if attached is not None:
+            attached.register_parameters(model)
+        model.load_state_dict({key.removeprefix("model."): value for key, value in fitted.state.items()})
+        if attached is not None:
+            attached.unregister_parameters()
+        result.update(history=fitted.history, recipe=asdict(recipe), cross_tokens=sizes(attached))
+    return {**score(model.to(device), attached, images, dense, options.eval_batch, device), **result}
+
+
+def sizes(attached: crossget.Attachment | None) -> list[float]:
+    """Return the root mean square of each block's cross token, which is zero before training; [] without any."""
+    if attached is None:
+        return []
+    return [float(value) for token in attached.parameters() for value in token.detach().square().mean(1).sqrt()]
+
+
+def command(options: Options, run: Run) -> str:
+    """Return the command line that repeats one run; of paths it keeps the name only."""
+    words = ["python", "-m", "experiments.ablation.train", "--setting", run.setting]
+    words += ["--data", options.data.name, "--train", options.train.name]
+    words += ["--weights", options.weights.name] if options.weights else []
+    words += ["--presets", run.preset, "--r", str(run.r), "--seeds", str(run.seed)]
+    for name in ("eval_batch", "limit", "epochs", "batch", "lr"):
+        if getattr(options, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    return shlex.join(words)
+
+
+def main(options: Options) -> int:
+    """Work off the queue and return the number of runs executed."""
+    runs = queue(options)
+    if not common.pending(runs, options.results, options.overwrite):
+        return 0
+    setting = SETTINGS[options.setting]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    samples = find_samples(setting, options.train)
+    images = load_images(setting, options.data, options.limit)
+    dense = predict(load_model(setting, options.weights).to(device), images.pixels, options.eval_batch, device)
+    origin = {
+        "weights": options.weights and {
+            "file": options.weights.name, "sha256": common.file_digest(options.weights)
+        },
+        "data": {"test": images.source, "train": samples.source},
+        "eval_batch": options.eval_batch,
+    }  # fmt: skip
+
+    def made(run: Run) -> common.Json | None:
+        row = TRAINED[run.preset]
+        reducer = row.preset.make(run.r, run.seed)
+        method = None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
+        result = execute(options, run, samples, images, dense, device)
+        return result and {"run": {**asdict(run), "train": row.train, "reducer": method, **origin}, "result": result}
+
+    return common.work_off(
+        runs,
+        options.results,
+        made,
+        command=partial(command, options),
+        environment=common.environment(device),
+        overwrite=options.overwrite,
+    )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
