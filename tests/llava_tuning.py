@@ -66,7 +66,10 @@ def backend(texts: Iterable[str], legacy: bool, size: int = 600) -> Tokenizer:
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """As transformers has it, with LLaVA's two more tokens."""
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],  # otherwise older versions make token types
+    )  # fmt: skip
     more: list[str | AddedToken] = [AddedToken(t, special=True, normalized=False) for t in ("<image>", "<pad>")]
     made.add_tokens(more, special_tokens=True)
     made.pad_token = "<pad>"

@@ -190,11 +190,11 @@ class GroupedSampler(torch.utils.data.Sampler[int]):
     """An order in which a step's samples either all have images or all have none, and a batch's are of like lengths.
 
     As in the original: shuffled samples of a kind are cut into steps; within a step they are sorted by length and dealt
-    to its batches so that these come out equally long; then the steps are shuffled. Incomplete steps of the two kinds
-    are put together: what is a whole step comes first, what is left over comes last.
+    to its batches so that these come out equally long; then the steps are shuffled. What is left over of the two kinds
+    makes one more step, the first, if there is enough. Other than there, less than a step is left out in this epoch.
 
-    The order depends on the seed, the epoch and the samples per step only, so that a run goes on where it stopped; how
-    many processes share a step decides who gets what.
+    What a step is made of depends on the seed, the epoch and the samples per step only, so that any number of processes
+    makes the same steps, and a run goes on where it stopped.
 
     Args:
         lengths: of all samples, negative for those without image.
@@ -205,37 +205,35 @@ class GroupedSampler(torch.utils.data.Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], batch: int, batches: int, seed: int) -> None:
         self.lengths, self.batch, self.batches, self.seed, self.epoch = lengths, batch, batches, seed, 0
+        self.step = batch * batches
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch's order is wanted."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) // self.step * self.step
 
     def __iter__(self) -> Iterator[int]:
         chance = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        step = self.batch * self.batches
-        whole: list[list[int]] = []
+        steps: list[list[int]] = []
         rest: list[int] = []
         for kind in (True, False):
             indices = [i for i, length in enumerate(self.lengths) if (length > 0) == kind]
             shuffled = [indices[i] for i in torch.randperm(len(indices), generator=chance).tolist()]
-            steps = [shuffled[i : i + step] for i in range(0, len(shuffled), step)]
-            if steps and len(steps[-1]) < step:
-                rest += sorted(steps.pop(), key=self._length, reverse=True)
-            whole += map(self._dealt, steps)
-        order = [whole[i] for i in torch.randperm(len(whole), generator=chance).tolist()]
-        if len(rest) >= step:
-            order.insert(0, rest[:step])
-            rest = rest[step:]
-        return iter([index for indices in [*order, rest] for index in indices])
+            whole = len(shuffled) // self.step * self.step
+            steps += [shuffled[i : i + self.step] for i in range(0, whole, self.step)]
+            rest += shuffled[whole:]
+        order = [steps[i] for i in torch.randperm(len(steps), generator=chance).tolist()]
+        if len(rest) >= self.step:
+            order.insert(0, rest[: self.step])
+        return iter([index for step in order for index in self._dealt(step)])
 
     def _length(self, index: int) -> int:
         return abs(self.lengths[index])
 
     def _dealt(self, indices: list[int]) -> list[int]:
-        """Whole steps: the longest first, each to the batch that is shortest so far and not full."""
+        """A step: the longest first, each to the batch that is shortest so far and not full."""
         hands: list[list[int]] = [[] for _ in range(self.batches)]
         for index in sorted(indices, key=self._length, reverse=True):
             open_ = [hand for hand in hands if len(hand) < self.batch]

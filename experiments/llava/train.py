@@ -16,10 +16,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 import tyro
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 import crossget
 from crossget.checkpoint import write
@@ -170,7 +172,7 @@ class InstructionTrainer(Trainer):
 
     def get_batch_samples(self, *given: Any) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(*given)
-        self.parts[2] += 1
+        self.parts[2] += bool(batches)  # older versions ask once more at the end of an epoch
         return batches, self._count(batches)
 
     def _count(self, batches: list[dict[str, Tensor]]) -> Totals:
@@ -202,6 +204,20 @@ class InstructionTrainer(Trainer):
             logs = {**logs, "language_loss": both[0], "alignment_loss": both[1]}
             self.parts.zero_()
         super().log(logs, *given, **named)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint's weights, by their names in the model.
+
+        From its version 4.52 on, transformers renames LLaVA's weights when it saves them, and a resumed `Trainer` does
+        not find them again: it would go on from the weights it started with, with a warning.
+        """
+        if not self.args.should_save:
+            return
+        model: Any = self.model
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        state = model.state_dict() if state_dict is None else state_dict
+        save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / SAFE_WEIGHTS_NAME)
 
     def _get_train_sampler(self, *given: Any) -> GroupedSampler:
         forwards = self.args.world_size * self.args.gradient_accumulation_steps
@@ -256,8 +272,7 @@ def arguments(options: Options, samples: int) -> TrainingArguments:
         tf32=True if on_gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         save_steps=options.save_steps, save_total_limit=1, logging_steps=options.log_steps,
         logging_nan_inf_filter=False, report_to=list(options.loggers), dataloader_num_workers=options.workers,
-        # Whole steps only, so that every number of processes has the same ones.
-        dataloader_drop_last=True, remove_unused_columns=False, ddp_find_unused_parameters=False,
+        remove_unused_columns=False, ddp_find_unused_parameters=False,
         **named,
     )  # fmt: skip
     step = options.batch * options.accumulate * made.world_size
