@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments import common
-from experiments.ablation.presets import TRAINED
+from experiments.ablation.presets import RECIPE_NOTES, TRAINED
 from experiments.ablation.report import Row, check_same, join, markdown, show
 from experiments.ablation.settings import SETTINGS
 
@@ -19,13 +19,13 @@ class Rows:
 
     Attributes:
         joined: by preset and r, all seeds together.
-        seeds: by preset and r, the share of right answers of each seed, by seed.
+        seeds: by preset and r, the result of each seed, by seed.
         recipe: of all rows that are trained.
         sources: what was trained on and measured on, from a result file.
     """
 
     joined: dict[Key, Row]
-    seeds: dict[Key, dict[int, float]]
+    seeds: dict[Key, dict[int, common.Json]]
     recipe: common.Json
     sources: common.Json
 
@@ -62,10 +62,7 @@ def gather(results: list[common.Json]) -> dict[str, Rows]:
             groups.setdefault((result["run"]["preset"], result["run"]["r"]), []).append(result)
         tables[setting] = Rows(
             {key: join(group) for key, group in groups.items()},
-            {
-                key: {result["run"]["seed"]: result["result"]["top1"] / 100 for result in group}
-                for key, group in groups.items()
-            },
+            {key: {result["run"]["seed"]: result["result"] for result in group} for key, group in groups.items()},
             recipes[0] if recipes else {},
             of_setting[0]["run"]["data"],
         )
@@ -130,6 +127,7 @@ class Verdict:
         reductions: at which r; of several the mean.
         points: the difference of top-1 in points, with the interval over images, seeds averaged.
         by_seed: the same difference for each seed that all trained rows have.
+        loss_by_seed: that of the mean cross-entropy, where less is better.
     """
 
     setting: str
@@ -137,6 +135,7 @@ class Verdict:
     reductions: tuple[int, ...]
     points: common.Interval
     by_seed: list[float]
+    loss_by_seed: list[float]
 
     @property
     def word(self) -> str:
@@ -168,19 +167,22 @@ def answer(setting: str, rows: Rows, question: Question, reductions: tuple[int, 
     summed = [np.sum([rows.joined[key].correct for key in side], 0) for side in (plus, minus)]
     interval = common.paired_bootstrap(summed[0], summed[1]).times(100 / len(reductions))
     trained = [set(rows.seeds[key]) for key in (*plus, *minus) if TRAINED[key[0]].train is not None]
-    by_seed = [
-        100
-        * (sum(of_seed(rows, key, seed) for key in plus) - sum(of_seed(rows, key, seed) for key in minus))
-        / len(reductions)
-        for seed in sorted(set.intersection(*trained))
-    ]
-    return Verdict(setting, question, reductions, interval, by_seed)
+    by_seed, loss_by_seed = (
+        [
+            (sum(of_seed(rows, key, seed, what) for key in plus) - sum(of_seed(rows, key, seed, what) for key in minus))
+            / len(reductions)
+            for seed in sorted(set.intersection(*trained))
+        ]
+        for what in ("top1", "loss")
+    )
+    return Verdict(setting, question, reductions, interval, by_seed, loss_by_seed)
 
 
-def of_seed(rows: Rows, key: Key, seed: int) -> float:
-    """Return the share of right answers of one seed; a row that is not trained has one for all."""
-    shares = rows.seeds[key]
-    return shares[seed] if TRAINED[key[0]].train is not None else next(iter(shares.values()))
+def of_seed(rows: Rows, key: Key, seed: int, what: str) -> float:
+    """Return an entry of one seed's result; a row that is not trained has one for all."""
+    seeds = rows.seeds[key]
+    result = seeds[seed] if TRAINED[key[0]].train is not None else next(iter(seeds.values()))
+    return float(result[what])
 
 
 def chapter(results: list[common.Json]) -> list[str]:
@@ -190,7 +192,7 @@ def chapter(results: list[common.Json]) -> list[str]:
     for setting, rows in gather(results).items():
         paragraphs += [
             f"### {SETTINGS[setting].title}, trained on",
-            introduction(rows),
+            introduction(setting, rows),
             answer_table([verdict for verdict in answers if verdict.setting == setting]),
         ]
         for r in rows.reductions:
@@ -198,7 +200,7 @@ def chapter(results: list[common.Json]) -> list[str]:
     return paragraphs
 
 
-def introduction(rows: Rows) -> str:
+def introduction(setting: str, rows: Rows) -> str:
     """Return how the rows came about, and how to read them."""
     recipe, train, test = rows.recipe, rows.sources["train"], rows.sources["test"]
     how = "Nothing was trained."
@@ -207,33 +209,35 @@ def introduction(rows: Rows) -> str:
         how = (
             f"Every row starts from one dense checkpoint and is trained for {recipe['epochs']} epochs on {train['n']} "
             f"images ({recipe['optimizer']}, batch {recipe['batch']}, learning rate {recipe['lr']:g}, that of cross "
-            f"tokens {faster:g} times as high, {recipe['schedule']} schedule; crops and mirroring). The recipe is the "
-            "same for all rows and was not chosen by any of them that has a cross token, nor by a seed reported here. "
-            "The checkpoint may have seen these images before, in its own training; all rows share that."
+            f"tokens {faster:g} times as high, {recipe['schedule']} schedule; crops and mirroring), by the same recipe. "
+            f"{RECIPE_NOTES[setting]}"
         )
     return (
         f"{how} Top-1 is measured on {test['n']} other images. A single tower has nothing to align cross tokens with: "
         "they are trained by cross-entropy alone. Seeds change the order and augmentation of images. Brackets are "
         "95 % paired bootstrap intervals over images of the seeds' mean, bold where they exclude zero. They do not "
         "cover the chance in training, which the differences seed by seed show, and about one in twenty excludes zero "
-        "by chance."
+        "by chance. The loss is the mean cross-entropy on the same images, which sees smaller differences; less is "
+        "better."
     )
 
 
 def answer_table(answers: list[Verdict]) -> str:
     """Return one line for each question and r."""
-    headers = ["question", "rows", "r", "points", "by seed", "answer"]
+    headers = ["question", "rows", "r", "points", "by seed", "loss, by seed", "answer"]
     lines = []
     for verdict in answers:
         r = " ".join(str(r) for r in verdict.reductions) if verdict.reductions != (0,) else "any"
-        seeds = " ".join(f"{points:+.1f}" for points in verdict.by_seed)
-        lines.append([verdict.question.text, verdict.question.compared, r, show(verdict.points), seeds, verdict.word])
+        cells = [verdict.question.text, verdict.question.compared, r, show(verdict.points)]
+        cells += [" ".join(f"{points:+.1f}" for points in verdict.by_seed)]
+        cells += [" ".join(f"{loss:+.3f}" for loss in verdict.loss_by_seed)]
+        lines.append([*cells, verdict.word])
     return markdown(lines, headers)
 
 
 def row_table(rows: Rows, r: int) -> str:
     """Return one line for each row at one r."""
-    headers = ["row", "", "FLOPs, % of dense", "top-1, %", "sd", "seeds", "against the control", "against ToMe"]
+    headers = ["row", "", "FLOPs, % of dense", "top-1, %", "sd", "loss", "seeds", "against the control", "against ToMe"]
     return markdown(list(row_lines(rows, r)), headers)
 
 
@@ -243,9 +247,10 @@ def row_lines(rows: Rows, r: int) -> Iterator[list[str]]:
         key = rows.key(name, r)
         if key is None:
             continue
-        row, shares = rows.joined[key], list(rows.seeds[key].values())
+        row, seeds = rows.joined[key], rows.seeds[key].values()
         cells = [f"`{name}`", trained.label, f"{100 * row.ratio:.0f}", f"{row.top1:.1f}"]
-        cells += [f"{100 * np.std(shares, ddof=1):.1f}" if len(shares) > 1 else "", str(len(shares))]
+        cells += [f"{np.std([seed['top1'] for seed in seeds], ddof=1):.1f}" if len(seeds) > 1 else ""]
+        cells += [f"{np.mean([seed['loss'] for seed in seeds]):.3f}", str(len(seeds))]
         for base in ("control", "tome"):
             other = rows.key(base, r)
             if other is None or name == base:

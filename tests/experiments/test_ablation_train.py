@@ -18,7 +18,7 @@ pytest.importorskip("torchvision")
 
 from experiments import common, engine
 from experiments.ablation import report_trained, settings, train
-from experiments.ablation.presets import RECIPES, TRAINED, TRAINED_REDUCTIONS
+from experiments.ablation.presets import RECIPE_NOTES, RECIPES, TRAINED, TRAINED_REDUCTIONS
 
 CIFAR = settings.SETTINGS["cifar10"]
 
@@ -138,7 +138,7 @@ def entry(preset: str, r: int, seed: int, right: float, **changes: Any) -> commo
             "data": {"test": {"n": 400}, "train": {"n": 20}},
         },
         "result": {
-            "top1": 100 * right, "correct": "1" * count + "0" * (400 - count), "agreement": 90.0,
+            "top1": 100 * right, "loss": 1 - right, "correct": "1" * count + "0" * (400 - count), "agreement": 90.0,
             "divergences": common.pack(np.zeros(400)), "gflops": {"dense": 2.0, "reduced": 1.5}, "tokens": [65, 57],
             **({"recipe": {**vars(RECIPES["cifar10"]), "seed": seed, **changes}} if trained else {}),
         },
@@ -176,6 +176,7 @@ def test_verdicts_follow_from_the_results() -> None:
     assert gain.question.compared == "(`crossget` + `dense`) - (`crossget_untrained` + `control`)"
     assert gain.points.mean == pytest.approx(15.5)
     assert gain.by_seed == pytest.approx([15, 16])
+    assert gain.loss_by_seed == pytest.approx([-0.15, -0.16])
     # What was not run is not answered.
     assert not any("full_size" in verdict.question.compared for verdict in verdicts)
 
@@ -185,7 +186,15 @@ def test_the_chapter_is_built_from_the_results() -> None:
     assert [text for text in paragraphs if text.startswith("#### ")] == ["#### r = 4", "#### r = 8"]
     table = paragraphs[-1]
     row = next(line for line in table.splitlines() if "`crossget`" in line)
-    assert [cell.strip() for cell in row.split("|")][1:7] == ["`crossget`", "CrossGET", "75", "80.5", "0.7", "2"]
+    assert [cell.strip() for cell in row.split("|")][1:8] == [
+        "`crossget`",
+        "CrossGET",
+        "75",
+        "80.5",
+        "0.7",
+        "0.195",
+        "2",
+    ]
     assert "**+10.5 [" in row
     assert report_trained.chapter([]) == []
 
@@ -195,7 +204,8 @@ def test_results_of_different_recipes_are_not_compared() -> None:
         report_trained.chapter([entry("tome", 8, 0, 0.7), entry("tome", 8, 1, 0.7, lr=1.0)])
 
 
-def test_questions_name_rows() -> None:
+def test_questions_name_rows_and_recipes_have_notes() -> None:
+    assert set(RECIPE_NOTES) == set(RECIPES) == set(settings.SETTINGS)
     for question in report_trained.QUESTIONS:
         assert {*question.rows, *question.bases} <= set(TRAINED)
         assert len(question.rows) == len(question.bases)
