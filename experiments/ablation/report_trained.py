@@ -207,9 +207,10 @@ def introduction(setting: str, rows: Rows) -> str:
     if recipe:
         faster = recipe["lr_factors"].get("model.crossget", 1)
         how = (
-            f"Every row starts from one dense checkpoint and is trained for {recipe['epochs']} epochs on {train['n']} "
-            f"images ({recipe['optimizer']}, batch {recipe['batch']}, learning rate {recipe['lr']:g}, that of cross "
-            f"tokens {faster:g} times as high, {recipe['schedule']} schedule; crops and mirroring), by the same recipe. "
+            "All rows start from one dense checkpoint, and all but those called not trained on are trained by the same "
+            f"recipe: {recipe['epochs']} epochs on {train['n']} images, {recipe['optimizer']}, batch {recipe['batch']}, "
+            f"learning rate {recipe['lr']:g}, that of cross tokens {faster:g} times as high, {recipe['schedule']} "
+            "schedule, crops and mirroring. "
             f"{RECIPE_NOTES[setting]}"
         )
     return (
