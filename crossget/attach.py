@@ -65,18 +65,20 @@ class Attachment:
         """
         return {name: t.last.source for name, t in self._towers.items() if t.last.source is not None}
 
-    def alignment_loss(self, divergence: Divergence = "reference") -> Tensor:
+    def alignment_loss(self, divergence: Divergence = "reference", rows: Tensor | None = None) -> Tensor:
         """Alignment loss of the last forward's cross tokens, to be added to the task's loss in training.
 
         Args:
             divergence: see `crossget.alignment.alignment_loss`.
+            rows: [B] the row of the second tower that each row of the first belongs to: the images' labels, where the
+                texts are the classes. Without it row i belongs to row i; of images in prompts it is known.
 
         Raises:
             RuntimeError: there are not two towers with cross tokens, or no forward with gradients came before.
 
         Source: CrossGET (arXiv 2305.17455), section 3.1; reference implementation.
         """
-        sides, rows = [], None
+        sides = []
         for name, attached in self._towers.items():
             tower, record = attached.tower, attached.last
             if not attached.reducer.cross_token or tower.project is None:
@@ -87,14 +89,14 @@ class Attachment:
                     "forward of both towers with gradients enabled before alignment_loss()"
                 )
             sides.append(torch.stack([tower.project(record.cross_tokens[i]) for i in range(len(tower.blocks))]))
-            if tower.prompt is not None:
+            if tower.prompt is not None and rows is None:
                 rows = attached.rows
         if len(sides) != 2:
             raise RuntimeError(
                 f"alignment_loss() needs two towers with cross tokens in one space, found {len(sides)}"
                 f"{_why_not(self)}: attach CrossGET to a model with an image and a text tower"
             )
-        if rows is not None:  # images belong to prompts, of which some may have several, and some none
+        if rows is not None:  # prompts and classes may have several images, or none
             sides[1] = sides[1].index_select(1, rows.to(sides[1].device))
         return alignment_loss(sides[0], sides[1], divergence)
 

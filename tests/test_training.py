@@ -135,3 +135,33 @@ def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
         crossget.parameter_groups(model, train="cross_tokens")
     assert all(p.requires_grad for p in model.parameters())
+
+
+def two_towers() -> Any:
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
+    text = {"context_length": 8, "vocab_size": 20, "width": 32, "heads": 2, "layers": 2}
+    return open_clip.CLIP(16, vision, text)
+
+
+def test_texts_that_several_images_share_are_aligned_with_each_of_them() -> None:
+    """Picking the classes' rows by label is what running the text tower once for each image would be."""
+    model = two_towers()
+    attached = crossget.attach(model, {"visual": crossget.CrossGET(r=2), "text": crossget.CrossGET(r=1)})
+    for parameter in attached.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    classes = torch.tensor([[18, 3, 4, 19, 0, 0, 0, 0], [18, 7, 19, 0, 0, 0, 0, 0], [18, 5, 6, 7, 8, 19, 0, 0]])
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([2, 0, 2, 1, 0])
+    model.encode_image(images)
+    model.encode_text(classes[labels])
+    losses = [attached.alignment_loss()]
+    model.encode_image(images)
+    model.encode_text(classes)
+    with pytest.raises(ValueError, match="as many images as texts"):
+        attached.alignment_loss()
+    losses.append(attached.alignment_loss(rows=labels))
+    torch.testing.assert_close(losses[1], losses[0])
+    gradients = [torch.autograd.grad(loss, list(attached.parameters())) for loss in losses]
+    torch.testing.assert_close(gradients[1], gradients[0])
