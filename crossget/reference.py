@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from crossget.registry import find_towers
 _CLIP_CROSS = {"visual": "visual.transformer.cross_image", "text": "transformer.cross_text"}
 # Archives of OpenAI's models carry these integers beside the weights.
 _OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
+# What the model's parts are called in checkpoints of the reference's CoOp, which has no token embedding in them.
+_DASSL = {"image_encoder.": "visual.", "text_encoder.": "", "logit_scale": "logit_scale"}
+_DASSL_PROMPTS, _EMBEDDING = "prompt_learner.", "token_embedding.weight"
+# Such a checkpoint has a scheduler in it as it lay in memory, with its optimiser.
+_DASSL_OBJECTS = {
+    "torch.optim.lr_scheduler": ("CosineAnnealingLR", "StepLR", "MultiStepLR"),
+    "torch.optim.sgd": ("SGD",),
+    "torch.optim.adam": ("Adam",),
+    "torch.optim.adamw": ("AdamW",),
+}
 # What changes the outputs of a LLaVA and does not show in the shapes of its weights.
 _UNSEEN_TEXT = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act")
 
@@ -32,7 +43,8 @@ def load_reference(
     """Load a checkpoint of the reference implementation, and attach.
 
     - CLIP, into open_clip's: a file `{"model": state_dict}` with OpenAI's key names plus the cross tokens of both
-      towers. The reference's r is (16, 0).
+      towers. The reference's r is (16, 0). Or Dassl's file of the reference's CoOp, `{"state_dict": ...}`, whose
+      prompts are left to `experiments.coop.prompts.load_dassl`; the token embedding is not in it and stays the model's.
     - LLaVA, into transformers' LlavaForConditionalGeneration: a folder in LLaVA's original layout with
       `cross_tokens.bin` (or with the cross tokens among the weights), LoRA merged. The reference's r is 13 in the
       vision tower. A vision tower that is not in the folder stays the model's own, and where the model has more tokens
@@ -85,13 +97,18 @@ def _is(model: nn.Module, home: str, name: str) -> bool:
 def _load_clip(
     model: nn.Module, path: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
 ) -> Attachment:
-    content = original.load_pickle(path)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+    content = _load_without_objects(path)
+    keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+    if "model" in keys and isinstance(content["model"], dict):
+        state = {name: value for name, value in content["model"].items() if name not in _OPENAI_EXTRAS}
+    elif "state_dict" in keys and isinstance(content["state_dict"], dict):
+        state = _from_dassl(content["state_dict"], path)
+        state[_EMBEDDING] = model.state_dict()[_EMBEDDING]
+    else:
         raise ValueError(
-            f'{path} is not a CLIP checkpoint of the reference: expected {{"model": state_dict}}, found {keys}'
+            f'{path} is not a CLIP checkpoint of the reference: expected {{"model": state_dict}} or Dassl\'s '
+            f'{{"state_dict": state_dict}}, found {keys}'
         )
-    state = {name: value for name, value in content["model"].items() if name not in _OPENAI_EXTRAS}
     cross = {tower: state.pop(key) for tower, key in _CLIP_CROSS.items() if key in state}
     missing = [key for tower, key in _CLIP_CROSS.items() if tower not in cross]
     original.check_shapes(_shapes(model.state_dict()), _shapes(state), str(path), type(model).__name__, missing=missing)
@@ -105,6 +122,64 @@ def _load_clip(
     attached = attach_with(model, CrossGET(r=16) if reducer is None else reducer, cross, str(path), previous)
     model.load_state_dict(state)
     return attached
+
+
+def dassl_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file of Dassl's, `model.pth.tar-N`, by its own keys.
+
+    Raises:
+        ValueError: there is none, or the file holds other objects than Dassl puts there.
+    """
+    content = _load_without_objects(Path(path))
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f'{path} is not a file of Dassl\'s: expected {{"state_dict": ...}}, found {found}')
+    state: dict[str, Tensor] = content["state_dict"]
+    return state
+
+
+def _from_dassl(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Under OpenAI's keys, without the prompts."""
+    if not any(name.startswith("image_encoder.") for name in state):
+        raise ValueError(
+            f"{path} has no image_encoder, it has {original.listed(sorted(state))}: prompts alone go into a prompt "
+            "learner, with experiments.coop.prompts.load_dassl"
+        )
+    renamed = {}
+    for name, value in state.items():
+        start = next((start for start in _DASSL if name.startswith(start)), "")
+        if not name.startswith(_DASSL_PROMPTS):
+            renamed[_DASSL.get(start, "") + name[len(start) :]] = value
+    return renamed
+
+
+class _LeftOut:
+    """What stands for an object that is not wanted: it takes what the file says about it and forgets it."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _objects_left_out() -> Iterator[None]:
+    """Inside, torch.load with `weights_only=True` passes over Dassl's schedulers, and runs nothing of theirs."""
+    stands = [
+        type(name, (_LeftOut,), {"__module__": module}) for module, names in _DASSL_OBJECTS.items() for name in names
+    ]
+    # An optimiser's state is a defaultdict(dict), which is not filled under weights_only=True: it becomes a dict.
+    filled = type("defaultdict", (), {"__module__": "collections", "__new__": lambda cls, *of: {}})
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals([*stands, filled, dict])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _load_without_objects(path: Path) -> Any:
+    with _objects_left_out():
+        return original.load_pickle(path)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, original.Shape]:
