@@ -1,0 +1,1 @@
+"""Prompt learning (CoOp) with reduced models, beside the control with the same extra training."""

@@ -1,0 +1,390 @@
+"""Learn prompts and evaluate every row of the CoOp table: `python -m experiments.coop.run --help`."""
+
+import shlex
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import crossget
+from experiments import common, engine
+from experiments.coop import datasets
+from experiments.coop.presets import PRESETS, SETTINGS, Preset, recipe_of
+from experiments.coop.prompts import PromptLearner
+from experiments.coop.task import CoopTask, logits
+from experiments.retrieval import models
+from experiments.retrieval.data import read_pixels
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the queue: a row of `presets.PRESETS` on a data set, at one strength."""
+
+    setting: str
+    dataset: str
+    preset: str
+    percent: int
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        percent = f"_{self.percent}" if PRESETS[self.preset].swept else ""
+        seed = "" if PRESETS[self.preset].prompts == "template" else f"_seed{self.seed}"
+        return f"{self.setting}/{self.dataset}/{self.preset}{percent}{seed}"
+
+    @property
+    def base(self) -> "Run":
+        """The run whose prompts this one starts from."""
+        return replace(self, preset="coop", percent=0)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train, and on which photographs."""
+
+    setting: Literal["reference", "caltech101_small"]
+    """Model, recipes and strengths."""
+    data: Path
+    """Folder of the data sets in CoOp's layout; or of one with train/CLASS/*.jpg and test/CLASS/*.jpg."""
+    dataset: Literal[
+        "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft",
+        "sun397", "dtd", "eurosat", "ucf101",
+    ] = "caltech101"  # fmt: skip
+    """Which set."""
+    weights: Path | None = None
+    """State dict of the dense model that all rows share, as safetensors or torch.save wrote it; None: open_clip's."""
+    presets: tuple[str, ...] = tuple(PRESETS)
+    """Rows to run."""
+    percent: tuple[int, ...] = ()
+    """Strengths: % of multiply-adds that are left, as the setting calls them; without it, all."""
+    seeds: tuple[int, ...] = ()
+    """Without it, those of the setting."""
+    shots: int = 16
+    """Photographs of each class to train on; 0: all."""
+    context: int = 16
+    """Context tokens."""
+    class_specific: bool = False
+    """A context for each class."""
+    split: Literal["test", "val"] = "test"
+    """Evaluate on this split."""
+    eval_batch: int = 100
+    """Photographs per forward when evaluating."""
+    model: str | None = None
+    """Another CLIP than the setting's: see experiments/retrieval/models.py."""
+    epochs: int | None = None
+    """Other than the recipe's, in both stages."""
+    batch: int | None = None
+    """Other than the recipe's; over all processes."""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Other than the recipe's."""
+    accumulate: int | None = None
+    """Batches per step."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    workers: int = 0
+    """Processes that load data."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: one at the end of each epoch."""
+    skip_bad: bool = False
+    """Leave out photographs that cannot be used, instead of stopping."""
+    trackers: tuple[str, ...] = ()
+    """Loggers: tensorboard, wandb, ..."""
+    work: Path = Path("work/coop")
+    """Folder for checkpoints, logs, learnt prompts and cross tokens."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+    overwrite: bool = False
+    """Run again what has a result file."""
+
+
+def queue(options: Options) -> list[Run]:
+    """Return all runs that the options ask for, `coop` of each seed before those that start from its prompts.
+
+    Raises:
+        ValueError: a preset does not exist, or a strength is not of the setting.
+    """
+    setting = SETTINGS[options.setting]
+    unknown = sorted(set(options.presets) - set(PRESETS))
+    if unknown:
+        raise ValueError(f"unknown presets {unknown}; there are {sorted(PRESETS)}")
+    strange = sorted(set(options.percent) - set(setting.r))
+    if strange:
+        raise ValueError(f"percent {strange}: {options.setting} has {sorted(setting.r)}")
+    seeds = options.seeds or setting.seeds
+    runs = []
+    # A program that is stopped early has run every row at the first strength.
+    for percent in options.percent or sorted(setting.r):
+        for seed in seeds:
+            for name in sorted(options.presets, key=lambda name: name != "coop"):
+                of_seed = seed if PRESETS[name].prompts != "template" else seeds[0]
+                run = Run(options.setting, options.dataset, name, percent if PRESETS[name].swept else 0, of_seed)
+                if PRESETS[name].prompts == "coop" and not prompts_file(options, run.base).is_file():
+                    runs.append(run.base)
+                runs.append(run)
+    return list(dict.fromkeys(runs))
+
+
+def prompts_file(options: Options, run: Run) -> Path:
+    """Return where a run's learnt prompts are."""
+    return options.work / run.slug / "prompts.safetensors"
+
+
+def recipe_for(options: Options, run: Run) -> engine.Recipe:
+    """Return the row's recipe with what the options change of it."""
+    recipe = recipe_of(SETTINGS[options.setting], options.dataset, PRESETS[run.preset])
+    changes = {name: getattr(options, name) for name in ("epochs", "batch", "precision", "accumulate")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(
+        recipe, seed=run.seed, checkpointing=options.checkpointing, workers=options.workers,
+        save_every=options.save_every, **changes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Built:
+    """A row's model.
+
+    Attributes:
+        clip: dense, or attached.
+        learner: of its prompts.
+        attached: its attachment.
+    """
+
+    clip: models.Clip
+    learner: PromptLearner
+    attached: crossget.Attachment | None
+
+
+def build(options: Options, run: Run, names: Sequence[str]) -> Built:
+    """Return the dense model that all rows share, with the row's reducers attached and its prompts to start from."""
+    setting, preset = SETTINGS[run.setting], PRESETS[run.preset]
+    name = options.model or setting.model
+    if name == "small" and options.weights is None:
+        raise ValueError("nobody publishes weights of the small CLIP: give a file of them with --weights")
+    clip = models.load_clip(name, options.weights)
+    learner = PromptLearner(clip, names, options.context, class_specific=options.class_specific, seed=run.seed)
+    if preset.prompts == "coop":
+        load_prompts(learner, prompts_file(options, run.base))
+    reducers = preset.make(setting.r.get(run.percent, 0))
+    return Built(clip, learner, None if reducers is None else crossget.attach(clip.model, reducers))
+
+
+def load_prompts(learner: PromptLearner, file: Path) -> None:
+    """Load what `save_prompts` wrote.
+
+    Raises:
+        ValueError: it has another number of context tokens, classes or width.
+    """
+    from safetensors.torch import load_file
+
+    context = load_file(file)["ctx"]
+    if context.shape != learner.ctx.shape:
+        raise ValueError(
+            f"{file} has prompts {list(context.shape)}, and {list(learner.ctx.shape)} are wanted: give this --context "
+            "and --class-specific another --work and --results"
+        )
+    with torch.no_grad():
+        learner.ctx.copy_(context)
+
+
+def save_prompts(context: Tensor, file: Path) -> None:
+    """Write learnt prompts."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    save_file({"ctx": context.detach().cpu().contiguous()}, part)
+    part.replace(file)
+
+
+def train(
+    built: Built,
+    photos: Sequence[datasets.Photo],
+    recipe: engine.Recipe,
+    preset: Preset,
+    crop: float,
+    folder: Path | None = None,
+    *,
+    skip_bad: bool = False,
+    trackers: Sequence[str] = (),
+    name: str = "coop",
+) -> engine.Fitted:
+    """Train prompts and cross tokens in place; see `engine.fit` for what comes back, `task.CoopTask` for the loss."""
+    clip, learner, attached = built.clip, built.learner, built.attached
+    if attached is not None:
+        attached.register_parameters(clip.model)
+    task = CoopTask(learner, attached, share=preset.share, alignment=preset.alignment)
+    groups = crossget.parameter_groups(clip.model, attached, train="prompts", prompts=[learner.ctx])
+    look = datasets.transform(clip.size, clip.mean, clip.std, crop)
+    data: engine.Dataset = datasets.Labelled(photos, look, recipe.seed)
+    if skip_bad:
+        data = engine.Skipping(data)
+    return engine.fit(task, groups, data, datasets.collate, recipe, folder, trackers=trackers, name=name)
+
+
+def take(built: Built, state: Mapping[str, Tensor]) -> None:
+    """Load what training has changed: the prompts and the cross tokens."""
+    with torch.no_grad():
+        built.learner.ctx.copy_(state["learner.ctx"])
+        for tower, parameter in ({} if built.attached is None else built.attached.cross_tokens).items():
+            parameter.copy_(state[f"model.crossget.{tower}"])
+
+
+@torch.no_grad()
+def measure(
+    built: Built,
+    photos: Sequence[datasets.Photo],
+    batch: int,
+    *,
+    template: Sequence[str] | None = None,
+    skip_bad: bool = False,
+) -> common.Json:
+    """Return top-1 accuracy in % and a mark for each photograph: 1 where the right class is the first.
+
+    Args:
+        built: whose prompts are evaluated.
+        photos: to be classified.
+        batch: of them per forward.
+        template: prompts to be used instead, one per class.
+        skip_bad: leave out photographs that cannot be read, with a warning, instead of stopping.
+
+    Raises:
+        BadData: a photograph cannot be read.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip, learner = built.clip, built.learner.to(device)
+    clip.model.eval().to(device)
+    text = learner() if template is None else clip.encode_text(clip.tokenize(list(template)).to(device))
+    look = datasets.transform(clip.size, clip.mean, clip.std)
+    marks = ""
+    for start in range(0, len(photos), batch):
+        pixels, labels = [], []
+        for photo in photos[start : start + batch]:
+            try:
+                pixels.append(read_pixels(photo.file, look))
+            except engine.BadData as error:
+                if not skip_bad:
+                    raise
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+                continue
+            labels.append(photo.label)
+        if labels:
+            image = clip.encode_image(torch.stack(pixels).to(device))
+            right = logits(image, text, clip.model.logit_scale).argmax(-1).cpu() == torch.tensor(labels)
+            marks += "".join(map(str, right.int().tolist()))
+    return {"top1": 100 * marks.count("1") / len(marks), "correct": marks}
+
+
+def count(built: Built) -> common.Json:
+    """Return multiply-adds in G, of a photograph and of one with one prompt, and the tokens entering each block."""
+    model: Any = built.clip.model.cpu().eval()
+    pixels, ids = torch.zeros(1, 3, built.clip.size, built.clip.size), built.learner.ids[:1].cpu()
+    image = "visual" if hasattr(model, "visual") else "vision_model"
+    counted = crossget.count_flops(model, (pixels, ids) if image == "visual" else (ids, pixels))
+    return {
+        "gflops": {
+            "image": {"dense": counted.dense.by_module[image] / 1e9, "reduced": counted.by_module[image] / 1e9},
+            "both": {"dense": counted.dense.total / 1e9, "reduced": counted.total / 1e9},
+        },
+        "tokens": {} if built.attached is None else built.attached.tokens,
+    }
+
+
+def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json) -> common.Json | None:
+    """Train one row, evaluate it, and return what is to be written; None on all processes but the main one."""
+    from accelerate import PartialState
+
+    setting, preset = SETTINGS[run.setting], PRESETS[run.preset]
+    built = build(options, run, data.names)
+    evaluated = datasets.existing(data.splits.get(options.split, ()), options.skip_bad)
+    fingerprints: common.Json = {options.split: datasets.fingerprint(evaluated, data.names)}
+    result: common.Json = {}
+    if preset.trained:
+        drawn = datasets.existing(datasets.few_shot(data, options.shots, run.seed)["train"], options.skip_bad)
+        fingerprints["train"] = datasets.fingerprint(drawn, data.names)
+        recipe = recipe_for(options, run)
+        fitted = train(
+            built, drawn, recipe, preset, setting.crop, options.work / run.slug,
+            skip_bad=options.skip_bad, trackers=options.trackers, name=run.slug,
+        )  # fmt: skip
+        if fitted.is_main:
+            save_prompts(fitted.state["learner.ctx"], prompts_file(options, run))
+        PartialState().wait_for_everyone()  # the next row may start from these prompts, on every process
+        if not fitted.is_main:
+            return None
+        # The model in memory may be sharded; what was learnt goes into a new one.
+        built = build(options, run, data.names)
+        take(built, fitted.state)
+        if built.attached is not None:
+            built.attached.save(options.work / run.slug)
+        result.update(history=fitted.history, recipe=asdict(recipe))
+    elif not PartialState().is_main_process:
+        return None
+    template = None
+    if preset.prompts == "template":
+        template = [data.template.format(name.replace("_", " ")) for name in data.names]
+    result.update(
+        measure(built, evaluated, options.eval_batch, template=template, skip_bad=options.skip_bad), **count(built)
+    )
+    result["parameters"] = {
+        "prompts": 0 if template else built.learner.ctx.numel(),
+        "cross_tokens": 0 if built.attached is None else sum(p.numel() for p in built.attached.parameters()),
+    }
+    described = {
+        **asdict(run), "r": setting.r[run.percent] if preset.swept else 0, "split": options.split,
+        "model": options.model or setting.model, "shots": options.shots, "context": options.context,
+        "class_specific": options.class_specific, "data": fingerprints, **origin,
+    }  # fmt: skip
+    if preset.prompts == "coop":
+        described["prompts_sha256"] = common.file_digest(prompts_file(options, run.base))
+    return {"run": described, "result": result}
+
+
+def command(options: Options, run: Run) -> str:
+    """Return the command line that repeats one run, files and folders by their names only."""
+    words = [
+        "python", "-m", "experiments.coop.run", "--setting", run.setting, "--data", options.data.name, "--dataset",
+        run.dataset, "--presets", run.preset, "--seeds", str(run.seed), "--split", options.split, "--shots",
+        str(options.shots), "--context", str(options.context),
+    ]  # fmt: skip
+    if options.weights is not None:
+        words += ["--weights", options.weights.name]
+    if PRESETS[run.preset].swept:
+        words += ["--percent", str(run.percent)]
+    for name in ("model", "epochs", "batch", "precision", "accumulate"):
+        if getattr(options, name) is not None:
+            words += [f"--{name}", str(getattr(options, name))]
+    words += [f"--{name.replace('_', '-')}" for name in ("class_specific", "checkpointing") if getattr(options, name)]
+    return shlex.join(words)
+
+
+def main(options: Options) -> int:
+    """Work off the queue; return how many runs were executed."""
+    runs = queue(options)
+    data = datasets.read(options.dataset, options.data)
+    weights = options.weights
+    origin = {"weights": weights and {"file": weights.name, "sha256": common.file_digest(weights)}}
+    environment = common.environment("cuda" if torch.cuda.is_available() else "cpu")
+    work_off: Callable[..., int] = partial(
+        common.work_off, folder=options.results, execute=lambda run: execute(options, run, data, origin),
+        command=partial(command, options), environment=environment,
+    )  # fmt: skip
+    # A result file is of no use to the rows that start from its prompts, if these are gone.
+    lost = [run for run in runs if run.preset == "coop" and not prompts_file(options, run).is_file()]
+    return work_off(lost, overwrite=True) + work_off(
+        [run for run in runs if run not in lost], overwrite=options.overwrite
+    )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
