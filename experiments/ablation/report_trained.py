@@ -208,8 +208,8 @@ def introduction(setting: str, rows: Rows) -> str:
         faster = recipe["lr_factors"].get("model.crossget", 1)
         how = (
             "All rows start from one dense checkpoint, and all but those called not trained on are trained by the same "
-            f"recipe: {recipe['epochs']} epochs on {train['n']} images, {recipe['optimizer']}, batch {recipe['batch']}, "
-            f"learning rate {recipe['lr']:g}, that of cross tokens {faster:g} times as high, {recipe['schedule']} "
+            f"recipe: {recipe['epochs']} epochs on {train['n']} images, {recipe['optimizer']}, batch "
+            f"{recipe['batch']}, learning rate {recipe['lr']:g}, that of cross tokens {faster:g} times as high, {recipe['schedule']} "
             "schedule, crops and mirroring. "
             f"{RECIPE_NOTES[setting]}"
         )
