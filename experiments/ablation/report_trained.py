@@ -39,6 +39,24 @@ class Rows:
         """All r, ascending."""
         return sorted({r for preset, r in self.joined if TRAINED[preset].preset.swept})
 
+    def shared_seeds(self, keys: list[Key]) -> list[int]:
+        """Return the seeds that all of these have, so that what is compared was trained in the same orders.
+
+        Rows that are not trained have one result for all seeds; if no other is among them, that one's seed.
+        """
+        trained = [set(self.seeds[key]) for key in keys if TRAINED[key[0]].train is not None]
+        return sorted(set.intersection(*(trained or [set(self.seeds[keys[0]])])))
+
+    def of_seed(self, key: Key, seed: int) -> common.Json:
+        """Return the result of one seed."""
+        seeds = self.seeds[key]
+        return seeds[seed] if TRAINED[key[0]].train is not None else next(iter(seeds.values()))
+
+    def correct(self, key: Key, seeds: list[int]) -> common.Values:
+        """Return [n], the share of these seeds that classify each image rightly."""
+        marks = [[float(mark) for mark in self.of_seed(key, seed)["correct"]] for seed in seeds]
+        return np.asarray(np.mean(marks, 0), dtype=np.float64)
+
 
 def gather(results: list[common.Json]) -> dict[str, Rows]:
     """Return the rows of each setting.
@@ -125,8 +143,8 @@ class Verdict:
         setting: of which model.
         question: what was asked.
         reductions: at which r; of several the mean.
-        points: the difference of top-1 in points, with the interval over images, seeds averaged.
-        by_seed: the same difference for each seed that all trained rows have.
+        points: the difference of top-1 in points, with the interval over images; the mean of the seeds that all have.
+        by_seed: the same difference for each of these seeds.
         loss_by_seed: that of the mean cross-entropy, where less is better.
     """
 
@@ -164,25 +182,20 @@ def answer(setting: str, rows: Rows, question: Question, reductions: tuple[int, 
     plus, minus = ([key for key in side if key is not None] for side in sides)
     if len(plus) < len(sides[0]) or len(minus) < len(sides[1]):
         return None
-    summed = [np.sum([rows.joined[key].correct for key in side], 0) for side in (plus, minus)]
+    seeds = rows.shared_seeds([*plus, *minus])
+    if not seeds:
+        return None
+    summed = [np.sum([rows.correct(key, seeds) for key in side], 0) for side in (plus, minus)]
     interval = common.paired_bootstrap(summed[0], summed[1]).times(100 / len(reductions))
-    trained = [set(rows.seeds[key]) for key in (*plus, *minus) if TRAINED[key[0]].train is not None]
     by_seed, loss_by_seed = (
         [
-            (sum(of_seed(rows, key, seed, what) for key in plus) - sum(of_seed(rows, key, seed, what) for key in minus))
+            (sum(rows.of_seed(key, seed)[what] for key in plus) - sum(rows.of_seed(key, seed)[what] for key in minus))
             / len(reductions)
-            for seed in sorted(set.intersection(*trained))
+            for seed in seeds
         ]
         for what in ("top1", "loss")
     )
     return Verdict(setting, question, reductions, interval, by_seed, loss_by_seed)
-
-
-def of_seed(rows: Rows, key: Key, seed: int, what: str) -> float:
-    """Return an entry of one seed's result; a row that is not trained has one for all."""
-    seeds = rows.seeds[key]
-    result = seeds[seed] if TRAINED[key[0]].train is not None else next(iter(seeds.values()))
-    return float(result[what])
 
 
 def chapter(results: list[common.Json]) -> list[str]:
@@ -209,8 +222,8 @@ def introduction(setting: str, rows: Rows) -> str:
         how = (
             "All rows start from one dense checkpoint, and all but those called not trained on are trained by the same "
             f"recipe: {recipe['epochs']} epochs on {train['n']} images, {recipe['optimizer']}, batch "
-            f"{recipe['batch']}, learning rate {recipe['lr']:g}, that of cross tokens {faster:g} times as high, {recipe['schedule']} "
-            "schedule, crops and mirroring. "
+            f"{recipe['batch']}, learning rate {recipe['lr']:g}, that of cross tokens {faster:g} times as high, "
+            f"{recipe['schedule']} schedule, crops and mirroring. "
             f"{RECIPE_NOTES[setting]}"
         )
     return (
@@ -254,9 +267,10 @@ def row_lines(rows: Rows, r: int) -> Iterator[list[str]]:
         cells += [f"{np.mean([seed['loss'] for seed in seeds]):.3f}", str(len(seeds))]
         for base in ("control", "tome"):
             other = rows.key(base, r)
-            if other is None or name == base:
+            shared = [] if other is None else rows.shared_seeds([key, other])
+            if other is None or name == base or not shared:
                 cells.append("")
             else:
-                difference = common.paired_bootstrap(row.correct, rows.joined[other].correct)
-                cells.append(show(difference.times(100)))
+                one, two = (rows.correct(side, shared) for side in (key, other))
+                cells.append(show(common.paired_bootstrap(one, two).times(100)))
         yield cells

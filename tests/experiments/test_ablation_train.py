@@ -181,6 +181,16 @@ def test_verdicts_follow_from_the_results() -> None:
     assert not any("full_size" in verdict.question.compared for verdict in verdicts)
 
 
+def test_rows_are_compared_by_the_seeds_that_both_have() -> None:
+    results = [entry("tome", 8, 0, 0.7), entry("crossget", 8, 0, 0.8), entry("crossget", 8, 1, 0.1)]
+    (verdict,) = report_trained.verdicts(results)
+    assert verdict.points.mean == pytest.approx(10)
+    assert verdict.by_seed == pytest.approx([10])
+    line = next(line for line in report_trained.chapter(results)[-1].splitlines() if "`crossget`" in line)
+    assert "| **+10.0 [" in line
+    assert report_trained.verdicts([results[0], results[2]]) == []
+
+
 def test_the_chapter_is_built_from_the_results() -> None:
     paragraphs = report_trained.chapter(made_up())
     assert [text for text in paragraphs if text.startswith("#### ")] == ["#### r = 4", "#### r = 8"]
