@@ -92,6 +92,7 @@ class AttachedTower:
         self.noted: ByThread[Any] = ByThread()
         self.reading: ByThread[Reading] = ByThread()
         self.generating: ByThread[bool] = ByThread()
+        self.arrived: ByThread[Tensor] = ByThread()
         self.reducer = reducer
         self.set_reducer(reducer)
 
@@ -152,6 +153,23 @@ class AttachedTower:
 
     # One block ------------------------------------------------------------------------------------------------------
 
+    def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the block, and meanwhile remember the tokens as the host gave them.
+
+        Hooks on the block may put other tensors of the same tokens in their place, as FSDP2's do.
+        """
+        outer = self.arrived.get()
+        self.arrived.set(take_tokens(self.inputs[base_of(block)], args, kwargs)[0])
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.arrived.set(outer)
+
+    def bearer(self, tokens: Tensor) -> Tensor:
+        """The tensor that bears what was left on the block's tokens: that which the host gave, or `tokens` itself."""
+        arrived = self.arrived.get()
+        return arrived if arrived is not None and arrived.shape == tokens.shape else tokens
+
     def run(self, block: nn.Module, layer: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run `forward`, the host's own, on fewer tokens."""
         names = self.inputs[base_of(block)]
@@ -203,7 +221,7 @@ class AttachedTower:
         state = TokenState.start(
             batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
         )
-        state.reading = _left_on(tokens, _READING, self.reading.get())
+        state.reading = _left_on(self.bearer(tokens), _READING, self.reading.get())
         if cross:
             tokens = torch.cat([tokens, self._origin(tokens, valid).detach()], 1)
         return tokens, state
@@ -222,7 +240,7 @@ class AttachedTower:
     def _end_of_text(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.tower.text is None:
             return None, None
-        found: TextEnds | None = take_note(self, tokens)
+        found: TextEnds | None = take_note(self, self.bearer(tokens))
         batch, length, _ = tokens.shape
         if found is None or found[0] != batch:
             seen = "no token ids" if found is None else f"token ids of {found[0]} texts"
@@ -233,7 +251,7 @@ class AttachedTower:
         return found[1:]
 
     def _continue(self, tokens: Tensor, layer: int) -> tuple[Tensor, TokenState]:
-        state = state_of(tokens, layer, self.tower)
+        state = state_of(self.bearer(tokens), layer, self.tower)
         if state.compact is not None:
             tokens = state.compact
         return tokens, state

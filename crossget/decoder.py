@@ -40,9 +40,9 @@ class AttachedDecoder(AttachedTower):
         if not self.reducer.cross_token:
             return forward(*args, **kwargs)
         tokens, args, kwargs = take_tokens(self.inputs[base_of(block)], args, kwargs)
-        state: FirstToken | None = take_note(self, tokens) if layer == 0 else None
+        state: FirstToken | None = take_note(self, self.bearer(tokens)) if layer == 0 else None
         if state is None:
-            state = state_of(tokens, layer, self.tower)
+            state = state_of(self.bearer(tokens), layer, self.tower)
         if state.position is not None:
             tokens = self._renewed(tokens, state, state.position, layer)
         out = forward(tokens, *args, **kwargs)

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 _SEAT = "_crossget_seat"
@@ -22,6 +23,10 @@ _BOUND = ("forward", "_old_forward")
 
 class Sitter(Protocol):
     """Runs a block in its own way."""
+
+    def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the block, with all hooks on it: between here and `run` they may exchange its arguments."""
+        ...
 
     def run(self, block: nn.Module, layer: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run `forward`, the block's own, or not."""
@@ -88,13 +93,19 @@ def _subclass(base: type) -> Any:
             _, sitter, layer = self.__dict__[_SEAT]
             return sitter.run(self, layer, super(swapped, self).forward, args, kwargs)
 
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            whole = super(swapped, self).__call__
+            if _SEAT not in self.__dict__ or torch.compiler.is_compiling():
+                return whole(*args, **kwargs)
+            return self.__dict__[_SEAT][1].call(self, whole, args, kwargs)
+
         def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
             # The subclass cannot be imported by name: pickle its base, and swap again while unpickling.
             state = super(swapped, self).__reduce_ex__(protocol)[2]
             return _blank, (base,), state
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body = {"forward": forward, "__reduce_ex__": reduce, _BASE: base, **names}
+        body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, _BASE: base, **names}
         swapped: Any = type(base.__name__, (base,), body)
         _SUBCLASSES[base] = swapped
     return _SUBCLASSES[base]

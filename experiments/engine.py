@@ -349,10 +349,26 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+class _Gather(torch.autograd.Function):
+    """All processes' rows; the gradient of a process's rows is what all processes have for them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        torch.distributed.all_reduce(gradient)  # not reduce_scatter: gloo has none
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Return the rows of all processes [W * B, ..], with gradients: those of every process reach each row."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(list(all_gather(rows)))
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered

@@ -55,7 +55,7 @@ def main(options: Options) -> None:
         models.load_published_tower(clip)
     recipe = replace(setting.pretrain, seed=options.seed, workers=options.workers)
     recipe = recipe if options.epochs is None else replace(recipe, epochs=options.epochs)
-    start = time.perf_counter()
+    start, environment = time.perf_counter(), common.environment("cuda" if torch.cuda.is_available() else "cpu")
     folder = options.work / options.setting / "pretrain"
     fitted = train(clip, photos["train"], recipe, setting.captions, folder, trackers=options.trackers, name="pretrain")
     if not fitted.is_main:
@@ -72,7 +72,7 @@ def main(options: Options) -> None:
             "weights": {"file": options.out.name, "sha256": common.file_digest(options.out)},
         },
         "command": shlex.join(["python", "-m", "experiments.retrieval.pretrain", *words]),
-        "environment": common.environment("cuda" if torch.cuda.is_available() else "cpu"),
+        "environment": environment,
         "result": result,
         "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip

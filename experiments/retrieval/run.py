@@ -160,6 +160,7 @@ def measure(clip: models.Clip, photos: Sequence[data.Photo], batch: int) -> comm
     return {
         "image_to_text": evaluate.recalls(to_text),
         "text_to_image": evaluate.recalls(to_image),
+        "captions": [len(photo.captions) for photo in photos],
         "places": {
             "image_to_text": common.pack(np.minimum(to_text, 100).astype(np.float64)),
             "text_to_image": common.pack(np.minimum(to_image, 100).astype(np.float64)),

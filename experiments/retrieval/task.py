@@ -35,6 +35,8 @@ class RetrievalTask(nn.Module):
     ) -> None:
         super().__init__()
         self.model = clip.model
+        # FSDP2 shards no scalars. A state dict with one value fits both.
+        self.model.logit_scale = nn.Parameter(self.model.logit_scale.detach().reshape(1))
         self.weight, self.gather, self.divergence = weight, gather, divergence
         self._clip, self._attached = clip, attached
         self.aligned = attached is not None and len(attached.cross_tokens) == 2

@@ -1,0 +1,232 @@
+"""The chapter on retrieval of docs/results.md, from the result files alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import common
+from experiments.ablation.report import markdown, show
+from experiments.retrieval.presets import PARTS, PRESETS, SETTINGS
+
+KS = (1, 5, 10)
+WAYS = ("image_to_text", "text_to_image")
+
+# question -> (what is compared, with what, at the same r)
+QUESTIONS: dict[str, list[tuple[str, str]]] = {
+    "How much of the gain is just training?": [
+        ("control", "dense"), ("tome", "tome_untrained"), ("crossget", "crossget_untrained"),
+    ],
+    "What does reducing the image tower cost, trained equally long?": [("tome", "control"), ("crossget", "control")],
+    "Is CrossGET better than ToMe?": [("crossget", "tome"), ("crossget_untrained", "tome_untrained")],
+    "Does complete-graph matching beat bipartite matching?": [("crossget", "bipartite")],
+    "Does the guided ensemble add anything?": [("crossget", "size")],
+    "Does guided matching help once the cross tokens are trained?": [("crossget", "unguided")],
+    "Do the cross token and its alignment loss help?": [
+        ("crossget", "no_cross_token"), ("crossget", "no_alignment"), ("crossget", "jensen_shannon"),
+    ],
+    "Is it enough to train the cross tokens alone?": [
+        ("cross_tokens", "crossget_untrained"), ("cross_tokens", "crossget"),
+    ],
+    "What does reducing texts cost?": [("text", "control"), ("both", "crossget")],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row at one r, all seeds together.
+
+    Attributes:
+        recalls: by "image_to_text" and "text_to_image", recall@1, 5 and 10 in %, the mean over seeds.
+        photos: [N] for each photograph the mean of its six recalls (of its texts, both ways), the mean over seeds.
+        spread: standard deviation over seeds of the mean recall, in points; None with one seed.
+        seeds: how many.
+        ratio: of multiply-adds of a photograph with a caption, reduced by dense.
+    """
+
+    recalls: dict[str, list[float]]
+    photos: common.Values
+    spread: float | None
+    seeds: int
+    ratio: float
+
+    @property
+    def mean(self) -> float:
+        """The mean of the six recalls, in %, photographs weighing the same however many captions they have."""
+        return float(100 * self.photos.mean())
+
+
+def per_photo(result: common.Json) -> common.Values:
+    """Return for each photograph [N] the mean of recall@1, 5 and 10 both ways."""
+    to_text, to_image = (common.unpack(result["places"][way]) for way in WAYS)
+    owner = np.repeat(np.arange(len(result["captions"])), result["captions"])
+    total = np.zeros(len(to_text))
+    for k in KS:
+        total += to_text < k
+        total += np.bincount(owner, to_image < k) / np.asarray(result["captions"])
+    return total / (2 * len(KS))
+
+
+def join(results: Sequence[common.Json]) -> Row:
+    """Return the row that the seeds' results make together."""
+    photos = np.array([per_photo(result) for result in results])
+    flops = results[0]["gflops"]
+    return Row(
+        {way: [float(np.mean([one[way][f"r@{k}"] for one in results])) for k in KS] for way in WAYS},
+        photos.mean(0),
+        float(100 * photos.mean(1).std(ddof=1)) if len(results) > 1 else None,
+        len(results),
+        flops["reduced"] / flops["dense"],
+    )
+
+
+def gather(results: Sequence[common.Json]) -> dict[str, dict[tuple[str, int], Row]]:
+    """Return the rows of each setting by (preset, r).
+
+    Raises:
+        ValueError: rows of one setting come from other data, another dense model or another recipe.
+    """
+    tables: dict[str, dict[tuple[str, int], Row]] = {}
+    for setting in SETTINGS:
+        groups: dict[tuple[str, int], list[common.Json]] = {}
+        origins = set()
+        for entry in results:
+            run = entry["run"]
+            if run["setting"] != setting or run["preset"] == "pretrain":
+                continue
+            groups.setdefault((run["preset"], run["r"]), []).append(entry["result"])
+            recipe = {key: value for key, value in entry["result"].get("recipe", {}).items() if key != "seed"}
+            origins.add(repr((run["data"], run["weights"], run["split"], run["model"])))
+            origins |= {repr(("recipe", recipe))} if recipe else set()
+        if sum(not origin.startswith("('recipe'") for origin in origins) > 1 or len(origins) > 2:
+            raise ValueError(f"the results of {setting} differ in data, weights or recipe: run them anew")
+        if groups:
+            tables[setting] = {key: join(group) for key, group in groups.items()}
+    return tables
+
+
+def find(table: dict[tuple[str, int], Row], preset: str, r: int) -> Row | None:
+    """Return the row of a preset at r; one that does not depend on r is the same at all of them."""
+    return table.get((preset, r if PRESETS[preset].swept else 0))
+
+
+def rows_at(table: dict[tuple[str, int], Row], r: int) -> str:
+    """Return all rows at one r."""
+    headers = ["row", "% of FLOPs", *(f"{way} @{k}" for way in ("I→T", "T→I") for k in KS), "mean", "± seeds"]
+    headers += ["against the control"]
+    control = find(table, "control", r)
+    lines = []
+    for name, preset in PRESETS.items():
+        row = find(table, name, r)
+        if row is None:
+            continue
+        label = f"CrossGET, {preset.label}" if name in PARTS else preset.label
+        cells = [f"{value:.1f}" for way in WAYS for value in row.recalls[way]]
+        spread = "" if row.spread is None else f"{row.spread:.1f} ({row.seeds})"
+        against = "" if control is None or name == "control" else difference(row, control)
+        lines.append([label, f"{100 * row.ratio:.0f}", *cells, f"{row.mean:.1f}", spread, against])
+    return markdown(lines, headers)
+
+
+def difference(row: Row, base: Row) -> str:
+    """Return the difference of the mean recalls in points, with its interval."""
+    return show(common.paired_bootstrap(row.photos, base.photos).times(100))
+
+
+def answers(table: dict[tuple[str, int], Row], reductions: Sequence[int]) -> str:
+    """Return each question with what the data say; a comparison that was not run is left out."""
+    lines = []
+    for question, pairs in QUESTIONS.items():
+        for one, other in pairs:
+            for r in reductions if PRESETS[one].swept or PRESETS[other].swept else reductions[:1]:
+                row, base = find(table, one, r), find(table, other, r)
+                if row is None or base is None:
+                    continue
+                interval = common.paired_bootstrap(row.photos, base.photos).times(100)
+                at = f"r = {r}" if PRESETS[one].swept or PRESETS[other].swept else ""
+                compared = f"{PRESETS[one].label} minus {PRESETS[other].label}"
+                lines.append([question, compared, at, show(interval), verdict(interval)])
+                question = ""
+    return markdown(lines, ["question", "compared", "", "mean recall, points", "difference"])
+
+
+def verdict(interval: common.Interval) -> str:
+    """Return in a word what an interval says."""
+    if not interval.excludes_zero:
+        return "not decided"
+    return "better" if interval.mean > 0 else "worse"
+
+
+def chapter(results: Sequence[common.Json]) -> list[str]:
+    """Return the paragraphs about retrieval."""
+    paragraphs = ["## Retrieval"]
+    for setting, table in gather(results).items():
+        reductions = sorted({r for preset, r in table if PRESETS[preset].swept}, reverse=True)
+        mine = [entry for entry in results if entry["run"]["setting"] == setting]
+        paragraphs += [f"### {SETTINGS[setting].title}", introduction(setting, mine)]
+        for r in reductions:
+            removed = f"{r} tokens are removed in each block of the image tower"
+            text = f"; in the text tower, where it is reduced, {SETTINGS[setting].r[r]}"
+            paragraphs += [f"**r = {r}**: {removed}{text}.", rows_at(table, r)]
+        paragraphs += ["**What the data say**", answers(table, reductions)]
+    return paragraphs
+
+
+def introduction(setting: str, results: Sequence[common.Json]) -> str:
+    """Return what was done, from the files."""
+    rows = [entry for entry in results if entry["run"]["preset"] != "pretrain"]
+    data = rows[0]["run"]["data"]
+    recipe: dict[str, Any] = next((entry["result"]["recipe"] for entry in rows if "recipe" in entry["result"]), {})
+    trained = sum("recipe" in entry["result"] for entry in rows)
+    text = f"{data['train']['photos']} photographs to train on, {data['eval']['photos']} to evaluate on. "
+    before = next((entry["result"] for entry in results if entry["run"]["preset"] == "pretrain"), None)
+    if before is not None:
+        text += f"The dense model was trained here for {before['recipe']['epochs']} epochs. "
+    if recipe:
+        text += (
+            f"From it, each row was trained for {recipe['epochs']} more epochs (batch {recipe['batch']}, learning rate "
+            f"{recipe['lr']:g}), except those that say they were not: {trained} runs, "
+            f"{sum(entry['seconds'] for entry in rows) / 3600:.1f} hours. "
+        )
+    return text + (
+        "FLOPs are multiply-adds of one photograph with one caption. The mean is that of the six recalls; "
+        "“± seeds” is its standard deviation over seeds (how many in parentheses)."
+    )
+
+
+def draw(results: Sequence[common.Json], file: Path) -> bool:
+    """Draw the mean recall over multiply-adds; return whether there was anything to draw."""
+    from matplotlib.figure import Figure
+
+    tables = gather(results)
+    if not tables:
+        return False
+    lines = {
+        "tome": ("#000000", "o"), "tome_untrained": ("#888888", "o"), "crossget": ("#D55E00", "^"),
+        "crossget_untrained": ("#E69F00", "^"), "both": ("#0072B2", "s"),
+    }  # fmt: skip
+    figure = Figure(figsize=(6.4 * len(tables), 4.4), layout="constrained")
+    for axes, (setting, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        for name, (color, marker) in lines.items():
+            rows = [row for (preset, _), row in sorted(table.items()) if preset == name]
+            spreads = [row.spread or 0.0 for row in rows]
+            axes.errorbar(
+                [100 * row.ratio for row in rows], [row.mean for row in rows], spreads, color=color, marker=marker,
+                markersize=5, linewidth=1.4, capsize=3, label=PRESETS[name].label,
+                linestyle="--" if name.endswith("untrained") else "-",
+            )  # fmt: skip
+        for name, style in (("control", "-"), ("dense", (0, (4, 3)))):
+            row = find(table, name, 0)
+            if row is not None:
+                axes.axhline(row.mean, color="#555555", linestyle=style, linewidth=1, label=PRESETS[name].label)
+        axes.set_xlabel("FLOPs of a photograph with a caption, % of the dense model")
+        axes.set_ylabel("mean of the six recalls, %")
+        axes.set_title(SETTINGS[setting].title, fontsize=11, loc="left")
+        axes.legend(frameon=False, fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=160)
+    return True

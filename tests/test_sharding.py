@@ -1,0 +1,114 @@
+"""Training on two processes: cross tokens under DDP and FSDP2 get the gradients that one process gives them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.fsdp
+from torch import Tensor, nn
+
+import crossget
+
+open_clip = pytest.importorskip("open_clip")
+
+WORLD = 2
+
+
+class Task(nn.Module):
+    """Both towers, and a loss that depends on every cross token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+        vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+        self.model: Any = open_clip.CLIP(16, vision, text)
+        self.model.logit_scale = nn.Parameter(torch.ones(1))  # FSDP2 shards no scalars
+        both = {"visual": crossget.CrossGET(r=2), "text": crossget.CrossGET(r=1)}
+        self.attached = crossget.attach(self.model, both)
+        self.attached.register_parameters(self.model)
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        image, text = self.model.encode_image(pixels), self.model.encode_text(ids)
+        return self.model.logit_scale[0] * (image * text).sum(1).mean() + self.attached.alignment_loss()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 48, (4, 8), generator=chance)
+    ids[:, -1] = 49
+    return torch.randn(4, 3, 32, 32, generator=chance), ids
+
+
+def gradients(task: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in task.named_parameters():
+        gradient: Any = parameter.grad
+        if gradient is not None:
+            found[name.removeprefix("module.")] = (
+                gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            )
+    return found
+
+
+def train(rank: int, kind: str, checkpointing: bool, folder: Path) -> None:
+    """One of the processes: a forward and a backward of its half of the batch."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD
+    )
+    task: Any = Task()
+    if checkpointing:
+        task.model.set_grad_checkpointing()
+    if kind == "ddp":
+        task = nn.parallel.DistributedDataParallel(task)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for tower in task.attached.towers.values():
+            for block in tower.blocks:
+                fully_shard(block, mesh=mesh)
+        fully_shard(task, mesh=mesh)
+        assert hasattr(task.model.crossget.visual, "full_tensor"), "cross tokens are sharded like the rest"
+    pixels, ids = batch()
+    half = slice(2 * rank, 2 * rank + 2)
+    loss = task(pixels[half], ids[half])
+    loss.backward()
+    loss = loss.detach()
+    torch.distributed.all_reduce(loss)
+    found = gradients(task)
+    if rank == 0:
+        torch.save({"loss": loss / WORLD, "gradients": found}, folder / "found.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+# fully_shard is public from 2.6 on.
+KINDS = ["ddp", "fsdp2"] if hasattr(torch.distributed.fsdp, "fully_shard") else ["ddp"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one(kind: str, checkpointing: bool, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train, (kind, checkpointing, tmp_path), nprocs=WORLD)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    task = Task()
+    loss = task(*batch())
+    loss.backward()
+    expected = gradients(task)
+    torch.testing.assert_close(found["loss"], loss.detach())
+    assert set(found["gradients"]) == set(expected)
+    assert {"model.crossget.visual", "model.crossget.text"} <= set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            found["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name in ("visual", "text"):
+        assert bool((expected[f"model.crossget.{name}"].abs().sum(1) > 0).all()), "every block's cross token learns"
