@@ -1,13 +1,34 @@
 """Rebuild docs/results.md and its figures from the result files: `python -m experiments.report --help`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments import common
+from experiments.ablation import report_trained as ablation
+from experiments.coop import report as coop
 from experiments.retrieval import report as retrieval
 
 EXPERIMENTS = Path(__file__).parent
 DOCS = common.ROOT / "docs"
+
+# By title: the folder of result files, and what makes paragraphs of them.
+CHAPTERS: dict[str, tuple[str, Callable[[list[common.Json]], list[str]]]] = {
+    "Retrieval": ("retrieval/results", retrieval.chapter),
+    "Prompt learning (CoOp)": ("coop/results", coop.chapter),
+    "Image classification": ("ablation/results_trained", ablation.chapter),
+}
+
+
+class Figure(NamedTuple):
+    """A picture of a chapter: its file, and what draws it."""
+
+    name: str
+    draw: Callable[[list[common.Json], Path], bool]
+
+
+FIGURES = {"retrieval/results": Figure("retrieval.png", retrieval.draw)}
 
 INTRODUCTION = """\
 # Results of training
@@ -25,13 +46,20 @@ augmentation of the data; the intervals do not hold that in, so it stands beside
 
 
 def render(experiments: Path = EXPERIMENTS) -> str:
-    """Return the page."""
+    """Return the page.
+
+    Raises:
+        ValueError: there is no result file.
+    """
     paragraphs = [INTRODUCTION]
-    results = common.read_results(experiments / "retrieval" / "results")
-    if results:
-        paragraphs += ["![Mean recall over FLOPs](results/retrieval.png)", *retrieval.chapter(results)]
-        paragraphs.append(provenance(results))
-    return "\n\n".join(paragraphs) + "\n"
+    for title, (folder, chapter) in CHAPTERS.items():
+        results = common.read_results(experiments / folder)
+        if results:
+            picture = f"![{title}](results/{FIGURES[folder].name})" if folder in FIGURES else ""
+            paragraphs += [f"## {title}", picture, *chapter(results), provenance(results)]
+    if len(paragraphs) == 1:
+        raise ValueError(f"no result file in {experiments}: run the experiments first")
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
 
 
 def provenance(results: list[common.Json]) -> str:
@@ -60,8 +88,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Write the page and its figures."""
-    results = common.read_results(options.experiments / "retrieval" / "results")
-    retrieval.draw(results, options.docs / "results" / "retrieval.png")
+    for folder, figure in FIGURES.items():
+        figure.draw(common.read_results(options.experiments / folder), options.docs / "results" / figure.name)
     (options.docs / "results.md").write_text(render(options.experiments), encoding="utf-8")
 
 

@@ -161,7 +161,7 @@ def verdict(interval: common.Interval) -> str:
 
 def chapter(results: Sequence[common.Json]) -> list[str]:
     """Return the paragraphs about retrieval."""
-    paragraphs = ["## Retrieval"]
+    paragraphs = []
     for setting, table in gather(results).items():
         reductions = sorted({r for preset, r in table if PRESETS[preset].swept}, reverse=True)
         mine = [entry for entry in results if entry["run"]["setting"] == setting]
@@ -196,7 +196,7 @@ def introduction(setting: str, results: Sequence[common.Json]) -> str:
     )
 
 
-def draw(results: Sequence[common.Json], file: Path) -> bool:
+def draw(results: list[common.Json], file: Path) -> bool:
     """Draw the mean recall over multiply-adds; return whether there was anything to draw."""
     from matplotlib.figure import Figure
 
