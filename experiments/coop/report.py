@@ -175,9 +175,8 @@ def introduction(setting: str, results: Sequence[common.Json]) -> str:
 
 def chapter(results: Sequence[common.Json]) -> list[str]:
     """Return the paragraphs about prompt learning."""
-    paragraphs = ["## Prompt learning (CoOp)"]
-    tables = gather(results)
-    for (setting, dataset), table in tables.items():
+    paragraphs = []
+    for (setting, dataset), table in gather(results).items():
         mine = [e for e in results if (e["run"]["setting"], e["run"]["dataset"]) == (setting, dataset)]
         paragraphs += [
             f"### {SETTINGS[setting].title}, {SOURCES[dataset].title}",
