@@ -79,7 +79,7 @@ class Recipe:
             )
         if self.schedule == "constant":
             return 1.0
-        done = math.floor(epoch) / self.epochs
+        done = math.floor(epoch - self.warmup) / self.epochs
         if self.schedule == "cosine":
             done = min(1.0, (epoch - self.warmup) / (self.epochs - self.warmup))
         return (1 + math.cos(math.pi * done)) / 2

@@ -110,7 +110,7 @@ SETTINGS = {
     "caltech101_small": Setting(
         "small CLIP (ViT-Tiny, 112 px)",
         "small",
-        _SMALL,
+        replace(_SMALL, epochs=10),
         _SMALL,
         r={80: (2, 2, 2, 2, 2, 1) * 2, 69: (3, 3, 3, 2) * 3, 58: (4, 4, 3) * 4},
         counted="one photograph (the prompts are encoded once for all)",

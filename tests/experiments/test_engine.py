@@ -171,7 +171,7 @@ def test_parameters_outside_the_task_are_refused() -> None:
         ({"schedule": "cosine_by_epoch"}, [1, 1, 0.8536, 0.8536, 0.5, 0.5, 0.1464, 0.1464]),
         ({"schedule": "cosine"}, [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]),
         ({"schedule": "constant", "warmup": 2.0}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
-        ({"schedule": "cosine_by_epoch", "warmup": 1.0, "warmup_lr": 1e-3}, [0.1, 0.1, 0.8536, 0.8536, 0.5, 0.5]),
+        ({"schedule": "cosine_by_epoch", "warmup": 1.0, "warmup_lr": 1e-3}, [0.1, 0.1, 1, 1, 0.8536, 0.8536]),
         ({"schedule": "cosine", "warmup": 1.0}, [0.5, 1, 1, 0.9330, 0.75, 0.5, 0.25, 0.0670]),
     ],
 )
