@@ -36,7 +36,8 @@ def alignment_loss(first: Tensor, second: Tensor, divergence: Divergence = "refe
         )
     layers = max(first.shape[0], second.shape[0])
     first, second = (_repeat(side, layers).flatten(0, 1) for side in (first, second))
-    a, b = first.log_softmax(-1), second.log_softmax(-1)
+    kind = torch.promote_types(first.dtype, torch.float32)  # half precision has too few digits for small divergences
+    a, b = first.log_softmax(-1, dtype=kind), second.log_softmax(-1, dtype=kind)
     mean = (a.exp() + b.exp()) / 2
     if divergence == "reference":
         return (F.kl_div(a, mean, reduction="batchmean") + F.kl_div(b, mean, reduction="batchmean")) / 2

@@ -93,6 +93,7 @@ class AttachedTower:
         self.reading: ByThread[Reading] = ByThread()
         self.generating: ByThread[bool] = ByThread()
         self.arrived: ByThread[Tensor] = ByThread()
+        self.left: ByThread[Any] = ByThread()
         self.reducer = reducer
         self.set_reducer(reducer)
 
@@ -154,21 +155,37 @@ class AttachedTower:
     # One block ------------------------------------------------------------------------------------------------------
 
     def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call the block, and meanwhile remember the tokens as the host gave them.
+        """Call the block, and keep what is left on its tokens though hooks put other tensors in their place.
 
-        Hooks on the block may put other tensors of the same tokens in their place, as FSDP2's do.
+        FSDP2's hooks exchange what a block gets, DeepSpeed's also what it returns.
         """
         outer = self.arrived.get()
+        self.left.set(None)
         self.arrived.set(take_tokens(self.inputs[base_of(block)], args, kwargs)[0])
         try:
-            return call(*args, **kwargs)
+            out = call(*args, **kwargs)
         finally:
             self.arrived.set(outer)
+        left = self.left.get()
+        self.left.set(None)
+        if left is not None:
+            carry(out[0] if isinstance(out, tuple) else out, left)
+        return out
 
-    def bearer(self, tokens: Tensor) -> Tensor:
-        """The tensor that bears what was left on the block's tokens: that which the host gave, or `tokens` itself."""
+    def bearers(self, tokens: Tensor) -> list[Tensor]:
+        """The tensors of a block's tokens: as it got them, and as the host gave them if hooks have exchanged them.
+
+        What is left on them is left on both: the recomputation of a checkpoint may begin on either side of the hooks.
+        """
         arrived = self.arrived.get()
-        return arrived if arrived is not None and arrived.shape == tokens.shape else tokens
+        exchanged = arrived is not None and arrived is not tokens and arrived.shape == tokens.shape
+        return [tokens, arrived] if exchanged and arrived is not None else [tokens]
+
+    def leave(self, tokens: Tensor, state: Any) -> None:
+        """Leave a state on a block's output, for the next one."""
+        carry(tokens, state)
+        if self.arrived.get() is not None:
+            self.left.set(state)
 
     def run(self, block: nn.Module, layer: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run `forward`, the host's own, on fewer tokens."""
@@ -221,7 +238,7 @@ class AttachedTower:
         state = TokenState.start(
             batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
         )
-        state.reading = _left_on(self.bearer(tokens), _READING, self.reading.get())
+        state.reading = _left_on(self.bearers(tokens), _READING, self.reading.get())
         if cross:
             tokens = torch.cat([tokens, self._origin(tokens, valid).detach()], 1)
         return tokens, state
@@ -240,7 +257,7 @@ class AttachedTower:
     def _end_of_text(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.tower.text is None:
             return None, None
-        found: TextEnds | None = take_note(self, self.bearer(tokens))
+        found: TextEnds | None = take_note(self, tokens)
         batch, length, _ = tokens.shape
         if found is None or found[0] != batch:
             seen = "no token ids" if found is None else f"token ids of {found[0]} texts"
@@ -251,7 +268,7 @@ class AttachedTower:
         return found[1:]
 
     def _continue(self, tokens: Tensor, layer: int) -> tuple[Tensor, TokenState]:
-        state = state_of(self.bearer(tokens), layer, self.tower)
+        state = state_of(self.bearers(tokens), layer, self.tower)
         if state.compact is not None:
             tokens = state.compact
         return tokens, state
@@ -293,7 +310,7 @@ class AttachedTower:
         if not last:
             if shown is not tokens:
                 state.compact = tokens
-            carry(shown, state)
+            self.leave(shown, state)
         return (shown, *out[1:]) if isinstance(out, tuple) else shown
 
     def _shown(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
@@ -327,19 +344,22 @@ def note(attached: AttachedTower, what: Any, tokens: Tensor | None = None) -> No
 
 def take_note(attached: AttachedTower, tokens: Tensor) -> Any:
     """What was noted, or None."""
-    known = getattr(tokens, _NOTED, None)
+    bearers = attached.bearers(tokens)
+    known = _left_on(bearers, _NOTED, None)
     if known is not None:
         return known
     found = attached.noted.get()
     attached.noted.set(None)
-    return _left_on(tokens, _NOTED, found)
+    return _left_on(bearers, _NOTED, found)
 
 
-def _left_on(tokens: Tensor, name: str, value: Any) -> Any:
+def _left_on(bearers: list[Tensor], name: str, value: Any) -> Any:
     """A value that is left on the first block's input, where the recomputation of a checkpoint finds it again."""
     if value is None:
-        return getattr(tokens, name, None)
-    setattr(tokens, name, value)
+        value = next((found for one in bearers if (found := getattr(one, name, None)) is not None), None)
+    if value is not None:
+        for one in bearers:
+            setattr(one, name, value)
     return value
 
 
@@ -371,19 +391,21 @@ def generating(attached: AttachedTower) -> Iterator[None]:
         attached.generating.set(outer)
 
 
-def state_of(tokens: Tensor, layer: int, tower: Tower) -> Any:
-    """What block `layer - 1` left on the tokens.
+def state_of(bearers: list[Tensor], layer: int, tower: Tower) -> Any:
+    """What block `layer - 1` left on the tokens, of which these are the tensors.
 
     Raises:
         RuntimeError: it is lost.
     """
-    state = carried(tokens)
+    tokens, state = bearers[0], next((found for one in bearers if (found := carried(one)) is not None), None)
     if state is None:
         raise RuntimeError(
             f"block {layer} of tower {tower.name!r} got tokens {list(tokens.shape)} without their state: something "
             "made a new tensor between two blocks (re-entrant checkpointing, for instance: use use_reentrant=False; or "
             "a model spread over several devices), or the block was called on its own"
         )
+    for one in bearers:
+        carry(one, state)
     return state
 
 

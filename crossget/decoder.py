@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from crossget.attached import AttachedTower, state_of, take_note, take_tokens
 from crossget.reducers import Reducer
-from crossget.state import Record, carry
+from crossget.state import Record
 from crossget.swap import base_of
 from crossget.watch import visible
 
@@ -40,13 +40,13 @@ class AttachedDecoder(AttachedTower):
         if not self.reducer.cross_token:
             return forward(*args, **kwargs)
         tokens, args, kwargs = take_tokens(self.inputs[base_of(block)], args, kwargs)
-        state: FirstToken | None = take_note(self, self.bearer(tokens)) if layer == 0 else None
+        state: FirstToken | None = take_note(self, tokens) if layer == 0 else None
         if state is None:
-            state = state_of(self.bearer(tokens), layer, self.tower)
+            state = state_of(self.bearers(tokens), layer, self.tower)
         if state.position is not None:
             tokens = self._renewed(tokens, state, state.position, layer)
         out = forward(tokens, *args, **kwargs)
-        carry(out[0] if isinstance(out, tuple) else out, state)
+        self.leave(out[0] if isinstance(out, tuple) else out, state)
         if state.position is not None and (layer > 0 or self.depth == 1):
             self.last = state.record
         return out

@@ -9,6 +9,7 @@ stopped goes on as if it had not been.
 import contextlib
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,12 +149,14 @@ class Fitted:
         history: of each epoch, the mean of every loss.
         steps: the loss of each step since the call, the mean over all processes.
         state: the task's parameters and buffers, whole and on the CPU, however they were sharded. On the main process.
+        processes: how many trained.
         is_main: whether this is the main process, which is to evaluate and to write.
     """
 
     history: list[dict[str, float]]
     steps: list[float]
     state: dict[str, Tensor]
+    processes: int
     is_main: bool
 
 
@@ -276,8 +279,24 @@ def fit(
             save_checkpoint(accelerator, checkpoints, progress.step)
     bar.close()
     state = {key: value.detach().cpu() for key, value in accelerator.get_state_dict(model).items()}
-    accelerator.end_training()
-    return Fitted(progress.history, steps, state, accelerator.is_main_process)
+    # Not end_training(): that ends the process group, too, and the next row of a queue needs it.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return Fitted(progress.history, steps, state, accelerator.num_processes, accelerator.is_main_process)
+
+
+def is_main() -> bool:
+    """Return whether this is the process that evaluates and writes, before `fit` has set up anything.
+
+    Not by Accelerate's PartialState: whoever asks it first sets up its device and its kind of processes for good.
+    """
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_everyone() -> None:
+    """Wait until all processes are here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def build_optimizer(task: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]], recipe: Recipe) -> Any:

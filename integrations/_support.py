@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from crossget.registry import Tower
@@ -37,8 +36,29 @@ def project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor)
 
 def frozen(module: nn.Module, tokens: Tensor) -> Tensor:
     """A module's output, without gradient for its parameters."""
-    out: Tensor = functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (tokens,))
+    out: Tensor = _Frozen.apply(tokens, module)
     return out
+
+
+class _Frozen(torch.autograd.Function):
+    """A module with a backward for its input alone.
+
+    The module is called as it is, parameters and hooks included: sharded parameters (ZeRO-3) are whole only then, and
+    detached copies of them would be copies of nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, module: nn.Module) -> Tensor:
+        with torch.enable_grad():
+            ctx.tokens = tokens.detach().requires_grad_(tokens.requires_grad)
+            ctx.out = module(ctx.tokens)
+        detached: Tensor = ctx.out.detach()
+        return detached
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = torch.autograd.grad(ctx.out, ctx.tokens, gradients[0])
+        return gradient, None
 
 
 def rows_left(table: Tensor, last: Tensor, state: TokenState) -> Tensor:

@@ -1,7 +1,12 @@
-"""Training on two processes: cross tokens under DDP and FSDP2 get the gradients that one process gives them."""
+"""Training on two processes: cross tokens under DDP and FSDP2 get the gradients that one process gives them.
+
+Beside them, in one process: hooks that put other tensors of the same tokens in the place of those that a block gets and
+returns, as the hooks of FSDP2 and of DeepSpeed's ZeRO-3 do.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -94,7 +99,11 @@ def train(rank: int, kind: str, checkpointing: bool, folder: Path) -> None:
 KINDS = ["ddp", "fsdp2"] if hasattr(torch.distributed.fsdp, "fully_shard") else ["ddp"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+# Older open_clip leaves the kind of checkpointing to torch's default, the re-entrant one, which is refused.
+CHECKPOINTING = [False, True] if "use_reentrant" in inspect.getsource(open_clip.transformer) else [False]
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one(kind: str, checkpointing: bool, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train, (kind, checkpointing, tmp_path), nprocs=WORLD)
@@ -112,3 +121,65 @@ def test_two_processes_are_one(kind: str, checkpointing: bool, tmp_path: Path) -
         )
     for name in ("visual", "text"):
         assert bool((expected[f"model.crossget.{name}"].abs().sum(1) > 0).all()), "every block's cross token learns"
+
+
+def exchange(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Hooks on every block that exchange the tensors that go in and come out."""
+
+    def other(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(other, value))
+        return value.view_as(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    for block in blocks:
+        block.register_forward_pre_hook(
+            lambda block, args, kwargs: (other(args), {name: other(value) for name, value in kwargs.items()}),
+            with_kwargs=True, prepend=True,
+        )  # fmt: skip
+        block.register_forward_hook(lambda block, args, out: other(out))
+
+
+def of_open_clip() -> Any:
+    task = Task()
+    return task, task.attached, lambda: task(*batch()), task.model.set_grad_checkpointing
+
+
+def of_transformers() -> Any:
+    hf_models = pytest.importorskip("hf_models")
+    torch.manual_seed(0)
+    model = hf_models.llava()
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    attached.register_parameters(model)
+    ids, mask = hf_models.prompts("^#a", "^#bb")
+    given = {"input_ids": ids, "attention_mask": mask, "pixel_values": hf_models.images(2), "labels": ids}
+
+    def loss() -> Tensor:
+        return model(**given).loss + attached.alignment_loss()
+
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(model, f"{kind}_checkpointing_enable")
+    keyword = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+    return model.train(), attached, loss, lambda: enable(**keyword)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("host", [of_open_clip, of_transformers])
+def test_hooks_may_exchange_what_blocks_get_and_return(host: Any, checkpointing: bool) -> None:
+    if checkpointing and host is of_open_clip and not CHECKPOINTING[-1]:
+        pytest.skip("this open_clip's checkpointing is re-entrant, which is refused")
+    model, attached, loss, enable = host()
+    expected_loss = loss()
+    expected_loss.backward()
+    expected, tokens = gradients(model), attached.tokens
+    model, attached, loss, enable = host()
+    exchange(model, [block for tower in attached.towers.values() for block in tower.blocks])
+    if checkpointing:
+        enable()
+    found_loss = loss()
+    found_loss.backward()
+    torch.testing.assert_close(found_loss, expected_loss, rtol=0, atol=1e-6)
+    assert attached.tokens == tokens
+    found = gradients(model)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -300,8 +300,6 @@ def count(built: Built) -> common.Json:
 
 def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json) -> common.Json | None:
     """Train one row, evaluate it, and return what is to be written; None on all processes but the main one."""
-    from accelerate import PartialState
-
     setting, preset = SETTINGS[run.setting], PRESETS[run.preset]
     built = build(options, run, data.names)
     evaluated = datasets.existing(data.splits.get(options.split, ()), options.skip_bad)
@@ -317,7 +315,7 @@ def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json
         )  # fmt: skip
         if fitted.is_main:
             save_prompts(fitted.state["learner.ctx"], prompts_file(options, run))
-        PartialState().wait_for_everyone()  # the next row may start from these prompts, on every process
+        engine.wait_for_everyone()  # the next row may start from these prompts, on every process
         if not fitted.is_main:
             return None
         # The model in memory may be sharded; what was learnt goes into a new one.
@@ -325,8 +323,8 @@ def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json
         take(built, fitted.state)
         if built.attached is not None:
             built.attached.save(options.work / run.slug)
-        result.update(history=fitted.history, recipe=asdict(recipe))
-    elif not PartialState().is_main_process:
+        result.update(history=fitted.history, recipe=asdict(recipe), processes=fitted.processes)
+    elif not engine.is_main():
         return None
     template = None
     if preset.prompts == "template":

@@ -170,8 +170,21 @@ def chapter(results: Sequence[common.Json]) -> list[str]:
             removed = f"{r} tokens are removed in each block of the image tower"
             text = f"; in the text tower, where it is reduced, {SETTINGS[setting].r[r]}"
             paragraphs += [f"**r = {r}**: {removed}{text}.", rows_at(table, r)]
-        paragraphs += ["**What the data say**", answers(table, reductions)]
+        paragraphs += ["**What the data say**", answers(table, reductions), absent(setting, mine)]
     return paragraphs
+
+
+def absent(setting: str, results: Sequence[common.Json], seeds: Sequence[int] = (0, 1, 2)) -> str:
+    """Return which of the planned runs have no result: every row at every r, trained ones with every seed."""
+    done = {(entry["run"]["preset"], entry["run"]["r"], entry["run"]["seed"]) for entry in results}
+    lacking = []
+    for name, preset in PRESETS.items():
+        for r in SETTINGS[setting].r if preset.swept else (0,):
+            open_seeds = [seed for seed in (seeds if preset.train else seeds[:1]) if (name, r, seed) not in done]
+            if open_seeds:
+                which = f", seeds {' '.join(map(str, open_seeds))}" if preset.train else ""
+                lacking.append(f"`{name}`{f' at r = {r}' if preset.swept else ''}{which}")
+    return f"Planned and not run: {'; '.join(lacking)}." if lacking else ""
 
 
 def introduction(setting: str, results: Sequence[common.Json]) -> str:

@@ -184,6 +184,8 @@ def count(clip: models.Clip) -> common.Json:
 def execute(options: Options, run: Run, photos: dict[str, list[data.Photo]], origin: common.Json) -> common.Json | None:
     """Train one row, evaluate it, and return what is to be written; None on all processes but the main one."""
     setting, preset = SETTINGS[run.setting], PRESETS[run.preset]
+    if preset.train is None and not engine.is_main():
+        return None
     name = options.model or setting.model
     clip, attached = build(setting, preset, run, name, options.weights)
     result: common.Json = {}
@@ -205,7 +207,7 @@ def execute(options: Options, run: Run, photos: dict[str, list[data.Photo]], ori
             attached.unregister_parameters()
             attached.save(options.work / run.slug)
         save_weights(clip, options.work / run.slug / "model.safetensors")
-        result.update(history=fitted.history, recipe=asdict(recipe))
+        result.update(history=fitted.history, recipe=asdict(recipe), processes=fitted.processes)
     result.update(measure(clip, photos["eval"], options.eval_batch), **count(clip))
     result["parameters"] = {
         "model": sum(p.numel() for p in clip.model.parameters()),

@@ -705,15 +705,18 @@ def test_two_processes_are_one_with_the_same_batch(
         "SETTINGS['caltech101_small'] = replace(SETTINGS['caltech101_small'], r={80: 2, 58: 4})\n"
         "photos, out = map(Path, sys.argv[2:])\n"
         "run.main(run.Options('caltech101_small', photos, work=out / 'work', results=out / 'results', dataset='dtd',\n"
-        "    presets=('coop', 'coop_control', 'crossget'), seeds=(0,), percent=(58,), shots=4, context=4, batch=4,\n"
+        "    presets=('zero_shot', 'coop', 'coop_control', 'crossget'), seeds=(0,), percent=(58,), shots=4,\n"
+        "    context=4, batch=4,\n"
         "    epochs=2, model='tiny', weights=photos / 'dense.pt'))\n"
     )
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    config = str(ROOT / "experiments/configs/ddp.yaml")
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
     words += [str(tmp_path / "program.py"), str(configs), str(photos), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     for name in ("coop_seed0", "coop_control_seed0", "crossget_58_seed0"):
         one, two = (result(tmp_path / folder, name)["result"] for folder in ("one", "two"))
+        assert (one["processes"], two["processes"]) == (1, 2)
         for ours, theirs in zip(one["history"], two["history"], strict=True):
             assert theirs == pytest.approx(ours, rel=1e-4)

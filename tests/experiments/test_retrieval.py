@@ -342,9 +342,9 @@ def test_a_stopped_run_goes_on(
         assert torch.equal(one, other)
 
 
-def launched(arguments: list[str], processes: int, config: str | None = None) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    launcher += ["--config_file", str(ROOT / "experiments/configs" / config)] if config else ["--cpu"]
+def launched(arguments: list[str], processes: int) -> None:
+    config = str(ROOT / "experiments/configs/ddp.yaml")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes)]
     words = [sys.executable, *launcher, "-m", "experiments.retrieval.run", *arguments]
     environment = {
         **os.environ,
@@ -357,18 +357,23 @@ def launched(arguments: list[str], processes: int, config: str | None = None) ->
 
 
 def test_two_processes_are_one_with_the_same_batch(folder: Path, clip_folder: Path, tmp_path: Path) -> None:
-    wanted = options(folder, clip_folder, tmp_path / "one", presets=("crossget",), gather=True)
+    wanted = options(folder, clip_folder, tmp_path / "one", presets=("dense", "control", "crossget"), gather=True)
     run.main(wanted)
     arguments = [
         "--setting", "flickr8k", "--annotations", str(wanted.annotations), "--images", str(wanted.images), "--weights",
-        str(wanted.weights), "--presets", "crossget", "--r", "4", "--seeds", "0", "--batch", "4", "--epochs", "2",
-        "--model", str(wanted.model), "--gather", "--work", str(tmp_path / "two/work"), "--results",
+        str(wanted.weights), "--presets", "dense", "control", "crossget", "--r", "4", "--seeds", "0", "--batch", "4",
+        "--epochs", "2", "--model", str(wanted.model), "--gather", "--work", str(tmp_path / "two/work"), "--results",
         str(tmp_path / "two/results"),
     ]  # fmt: skip
     launched(arguments, 2)
-    one, two = (result(tmp_path / name, "crossget_r4_seed0")["result"] for name in ("one", "two"))
-    for ours, theirs in zip(one["history"], two["history"], strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-4)
+    for row in ("control_seed0", "crossget_r4_seed0"):
+        one, two = (result(tmp_path / name, row)["result"] for name in ("one", "two"))
+        assert (one["processes"], two["processes"]) == (1, 2)
+        for ours, theirs in zip(one["history"], two["history"], strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-4)
+    assert (
+        result(tmp_path / "two", "dense")["result"]["places"] == result(tmp_path / "one", "dense")["result"]["places"]
+    )
     clips = [models.load_clip(f"hf:{clip_folder}").model for _ in range(2)]
     cross = [
         crossget.load(clip, tmp_path / name / "work/flickr8k/crossget_r4_seed0").cross_tokens
