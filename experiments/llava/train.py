@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -292,7 +293,13 @@ def save(trainer: InstructionTrainer, attached: crossget.Attachment, processor: 
         rest = {name: value for name, value in state.items() if not name.startswith(CROSS)}
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model.config.use_cache = True
-        model.save_pretrained(folder, state_dict=rest)
+        # In a model of its own: one that ZeRO-3 sharded while it was loaded saves its weights by wrong names.
+        unset_hf_deepspeed_config()
+        with torch.device("meta"):
+            own = type(model)(model.config)
+        own.load_state_dict(rest, assign=True)
+        own.generation_config = model.generation_config
+        own.save_pretrained(folder)
         write(folder, attached.reducers, cross)
         processor.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
