@@ -176,7 +176,9 @@ def chapter(results: Sequence[common.Json]) -> list[str]:
 
 def absent(setting: str, results: Sequence[common.Json], seeds: Sequence[int] = (0, 1, 2)) -> str:
     """Return which of the planned runs have no result: every row at every r, trained ones with every seed."""
-    done = {(entry["run"]["preset"], entry["run"]["r"], entry["run"]["seed"]) for entry in results}
+    done = {
+        (entry["run"]["preset"], entry["run"]["r"], entry["run"]["seed"]) for entry in results if "r" in entry["run"]
+    }
     lacking = []
     for name, preset in PRESETS.items():
         for r in SETTINGS[setting].r if preset.swept else (0,):
@@ -226,6 +228,8 @@ def draw(results: list[common.Json], file: Path) -> bool:
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         for name, (color, marker) in lines.items():
             rows = [row for (preset, _), row in sorted(table.items()) if preset == name]
+            if not rows:
+                continue
             spreads = [row.spread or 0.0 for row in rows]
             axes.errorbar(
                 [100 * row.ratio for row in rows], [row.mean for row in rows], spreads, color=color, marker=marker,
