@@ -711,6 +711,7 @@ def test_two_processes_are_one_with_the_same_batch(
     )
     config = str(ROOT / "experiments/configs/ddp.yaml")
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    words += ["--main_process_port", "0"]  # any: others may train beside this
     words += [str(tmp_path / "program.py"), str(configs), str(photos), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)

@@ -345,6 +345,7 @@ def test_a_stopped_run_goes_on(
 def launched(arguments: list[str], processes: int) -> None:
     config = str(ROOT / "experiments/configs/ddp.yaml")
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes)]
+    launcher += ["--main_process_port", "0"]  # any: others may train beside this
     words = [sys.executable, *launcher, "-m", "experiments.retrieval.run", *arguments]
     environment = {
         **os.environ,
