@@ -194,6 +194,24 @@ def paired_bootstrap(values: Values, reference: Values, resamples: int = 10_000,
     return Interval(float(difference.mean()), float(low), float(high))
 
 
+Seeds = Mapping[int | None, Values]
+"""Values per item, by the seed that gave them; None: no seed took part, so that they stand beside any."""
+
+
+def compare(one: Seeds, other: Seeds) -> Interval | None:
+    """Return the paired bootstrap of two rows over the seeds that both have, averaged; None if they share none.
+
+    What is trained from the same start and in the same order differs by less than what is not, and a row with fewer
+    seeds must not be compared with the others' seeds.
+    """
+    seeds = sorted(({*one} | {*other}) - {None}, key=str)
+    shared = [seed for seed in seeds or [None] if all(seed in row or None in row for row in (one, other))]
+    if not shared:
+        return None
+    means = [np.mean([row[seed] if seed in row else row[None] for seed in shared], 0) for row in (one, other)]
+    return paired_bootstrap(means[0], means[1])
+
+
 @functools.lru_cache(maxsize=4)
 def _resampled(n: int, resamples: int) -> npt.NDArray[np.uint8]:
     """How often each item is drawn, [resamples, n]: the same draws for all comparisons, on every machine."""

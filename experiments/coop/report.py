@@ -20,14 +20,14 @@ class Row:
     """One row at one strength, all seeds together.
 
     Attributes:
-        correct: [n] share of seeds that classify each photograph rightly.
+        correct: by seed [n], 1 for each photograph that is classified rightly.
         top1: accuracy of each seed in %.
         r: tokens removed per block.
         image: multiply-adds of a photograph, reduced by dense.
         both: the same with one prompt.
     """
 
-    correct: common.Values
+    correct: common.Seeds
     top1: tuple[float, ...]
     r: Any
     image: float
@@ -47,10 +47,15 @@ class Row:
 def join(entries: Sequence[common.Json]) -> Row:
     """Return the row that the seeds' results make together."""
     results = [entry["result"] for entry in entries]
-    marks = np.array([[mark == "1" for mark in result["correct"]] for result in results], dtype=np.float64)
+    correct = {
+        None if PRESETS[entry["run"]["preset"]].prompts == "template" else entry["run"]["seed"]: np.array(
+            [mark == "1" for mark in entry["result"]["correct"]], dtype=np.float64
+        )
+        for entry in entries
+    }
     flops = results[0]["gflops"]
     return Row(
-        marks.mean(0),
+        correct,
         tuple(result["top1"] for result in results),
         entries[0]["run"]["r"],
         flops["image"]["reduced"] / flops["image"]["dense"],
@@ -117,8 +122,9 @@ def rows_of(table: dict[Key, Row]) -> str:
 
 
 def difference(row: Row, base: Row) -> str:
-    """Return the difference of the accuracies in points, with its interval."""
-    return show(common.paired_bootstrap(row.correct, base.correct).times(100))
+    """Return the difference of the accuracies in points, with its interval; nothing where no seed is shared."""
+    interval = common.compare(row.correct, base.correct)
+    return "" if interval is None else show(interval.times(100))
 
 
 # question -> (what is compared, with what, at the same strength)
@@ -141,7 +147,10 @@ def answers(table: dict[Key, Row]) -> str:
                 row, base = find(table, one, percent), find(table, other, percent)
                 if row is None or base is None:
                     continue
-                interval = common.paired_bootstrap(row.correct, base.correct).times(100)
+                interval = common.compare(row.correct, base.correct)
+                if interval is None:
+                    continue
+                interval = interval.times(100)
                 compared = f"{PRESETS[one].label} minus {PRESETS[other].label}"
                 verdict = "not decided" if not interval.excludes_zero else "better" if interval.mean > 0 else "worse"
                 lines.append([question, compared, f"~{percent} %" if swept else "", show(interval), verdict])
@@ -169,7 +178,8 @@ def introduction(setting: str, results: Sequence[common.Json]) -> str:
     return text + (
         f"{len(results)} runs, {seconds / 3600:.1f} hours. FLOPs are multiply-adds; the strengths are named after "
         f"those of {SETTINGS[setting].counted}. “± seeds” is the standard deviation over seeds (how many in "
-        "parentheses)."
+        "parentheses); a seed draws the photographs to train on and the prompts to start from. Differences are over "
+        "the seeds that both rows have."
     )
 
 

@@ -40,14 +40,14 @@ class Row:
 
     Attributes:
         recalls: by "image_to_text" and "text_to_image", recall@1, 5 and 10 in %, the mean over seeds.
-        photos: [N] for each photograph the mean of its six recalls (of its texts, both ways), the mean over seeds.
+        photos: by seed [N], for each photograph the mean of its six recalls (of its texts, both ways).
         spread: standard deviation over seeds of the mean recall, in points; None with one seed.
         seeds: how many.
         ratio: of multiply-adds of a photograph with a caption, reduced by dense.
     """
 
     recalls: dict[str, list[float]]
-    photos: common.Values
+    photos: common.Seeds
     spread: float | None
     seeds: int
     ratio: float
@@ -55,7 +55,7 @@ class Row:
     @property
     def mean(self) -> float:
         """The mean of the six recalls, in %, photographs weighing the same however many captions they have."""
-        return float(100 * self.photos.mean())
+        return float(100 * np.mean(list(self.photos.values())))
 
 
 def per_photo(result: common.Json) -> common.Values:
@@ -69,14 +69,19 @@ def per_photo(result: common.Json) -> common.Values:
     return total / (2 * len(KS))
 
 
-def join(results: Sequence[common.Json]) -> Row:
+def join(entries: Sequence[common.Json]) -> Row:
     """Return the row that the seeds' results make together."""
-    photos = np.array([per_photo(result) for result in results])
+    results = [entry["result"] for entry in entries]
+    photos = {
+        None if PRESETS[entry["run"]["preset"]].train is None else entry["run"]["seed"]: per_photo(entry["result"])
+        for entry in entries
+    }
+    means = [float(100 * values.mean()) for values in photos.values()]
     flops = results[0]["gflops"]
     return Row(
         {way: [float(np.mean([one[way][f"r@{k}"] for one in results])) for k in KS] for way in WAYS},
-        photos.mean(0),
-        float(100 * photos.mean(1).std(ddof=1)) if len(results) > 1 else None,
+        photos,
+        float(np.std(means, ddof=1)) if len(results) > 1 else None,
         len(results),
         flops["reduced"] / flops["dense"],
     )
@@ -96,7 +101,7 @@ def gather(results: Sequence[common.Json]) -> dict[str, dict[tuple[str, int], Ro
             run = entry["run"]
             if run["setting"] != setting or run["preset"] == "pretrain":
                 continue
-            groups.setdefault((run["preset"], run["r"]), []).append(entry["result"])
+            groups.setdefault((run["preset"], run["r"]), []).append(entry)
             recipe = {key: value for key, value in entry["result"].get("recipe", {}).items() if key != "seed"}
             origins.add(repr((run["data"], run["weights"], run["split"], run["model"])))
             origins |= {repr(("recipe", recipe))} if recipe else set()
@@ -131,8 +136,9 @@ def rows_at(table: dict[tuple[str, int], Row], r: int) -> str:
 
 
 def difference(row: Row, base: Row) -> str:
-    """Return the difference of the mean recalls in points, with its interval."""
-    return show(common.paired_bootstrap(row.photos, base.photos).times(100))
+    """Return the difference of the mean recalls in points, with its interval; nothing where no seed is shared."""
+    interval = common.compare(row.photos, base.photos)
+    return "" if interval is None else show(interval.times(100))
 
 
 def answers(table: dict[tuple[str, int], Row], reductions: Sequence[int]) -> str:
@@ -144,7 +150,10 @@ def answers(table: dict[tuple[str, int], Row], reductions: Sequence[int]) -> str
                 row, base = find(table, one, r), find(table, other, r)
                 if row is None or base is None:
                     continue
-                interval = common.paired_bootstrap(row.photos, base.photos).times(100)
+                interval = common.compare(row.photos, base.photos)
+                if interval is None:
+                    continue
+                interval = interval.times(100)
                 at = f"r = {r}" if PRESETS[one].swept or PRESETS[other].swept else ""
                 compared = f"{PRESETS[one].label} minus {PRESETS[other].label}"
                 lines.append([question, compared, at, show(interval), verdict(interval)])
@@ -207,7 +216,8 @@ def introduction(setting: str, results: Sequence[common.Json]) -> str:
         )
     return text + (
         "FLOPs are multiply-adds of one photograph with one caption. The mean is that of the six recalls; "
-        "“± seeds” is its standard deviation over seeds (how many in parentheses)."
+        "“± seeds” is its standard deviation over seeds (how many in parentheses). "
+        "Differences are over the seeds that both rows have."
     )
 
 

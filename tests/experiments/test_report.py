@@ -96,6 +96,17 @@ def test_what_the_data_say() -> None:
     assert table["tome", 4].mean < table["control", 0].mean < table["crossget", 4].mean
 
 
+def test_rows_are_compared_over_the_seeds_that_both_have() -> None:
+    ones, twos = np.ones(5), np.full(5, 2.0)
+    row: common.Seeds = {0: ones, 1: twos}
+    assert common.compare(row, {0: ones}) == common.Interval(0, 0, 0)
+    assert common.compare(row, {1: ones, 2: np.zeros(5)}) == common.Interval(1, 1, 1)
+    assert common.compare(row, {2: ones}) is None
+    assert common.compare(row, {None: ones}) == common.Interval(0.5, 0.5, 0.5)
+    assert common.compare({None: ones}, row) == common.Interval(-0.5, -0.5, -0.5)
+    assert common.compare({None: twos}, {None: ones}) == common.Interval(1, 1, 1)
+
+
 @pytest.mark.parametrize("change", [{"weights": {"sha256": "1"}}, {"split": "test"}, {"model": "other"}])
 def test_rows_that_cannot_be_compared_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="differ in data, weights or recipe"):
