@@ -37,6 +37,9 @@ class RetrievalTask(nn.Module):
         self.model = clip.model
         # FSDP2 shards no scalars. A state dict with one value fits both.
         self.model.logit_scale = nn.Parameter(self.model.logit_scale.detach().reshape(1))
+        # What FSDP2 shards one by one.
+        blocks = [block for tower in crossget.find_towers(self.model) for block in tower.blocks]
+        self._no_split_modules = sorted({type(block).__name__ for block in blocks})
         self.weight, self.gather, self.divergence = weight, gather, divergence
         self._clip, self._attached = clip, attached
         self.aligned = attached is not None and len(attached.cross_tokens) == 2
