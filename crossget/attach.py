@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from crossget.alignment import Divergence, alignment_loss
 from crossget.attached import AttachedTower, generating, note, read_between
 from crossget.decoder import AttachedDecoder, cached_tokens, first_token
-from crossget.prompts import around_generate, before_forward
+from crossget.prompts import around_generate, before_forward, image_tokens
 from crossget.reducers import Reducer
 from crossget.registry import Prompt, Tower, absent_towers, find_towers
 from crossget.swap import argument_names, has_own_forward, is_intact, owner_of, swap_in, swap_out, unwrap, wrap
@@ -169,6 +169,18 @@ class Attachment:
             attached.register(None)
         delattr(self._registered, _HOLDER)
         self._registered = None
+
+    @property
+    def image_tokens(self) -> tuple[int, int]:
+        """Of a model with images in its prompts: tokens of an image that its processor writes, and how many are left.
+
+        Raises:
+            ValueError: the model has no such prompts.
+        """
+        for attached in self._towers.values():
+            if attached.tower.prompt is not None:
+                return image_tokens(attached.tower.prompt, attached, {})
+        raise ValueError(f"no tower of {self} puts images into prompts, or their number of tokens cannot be told")
 
     def read_ids(self, ids: Tensor, tower: str = "text") -> None:
         """Say where the next forward's texts end, when token ids do not go through the tower's own embedding.

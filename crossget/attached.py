@@ -134,10 +134,11 @@ class AttachedTower:
         if resolved.cross_token and self.cross is None:
             # The first of floating point: quantised weights are integers.
             like = next(p for p in self.tower.blocks[0].parameters() if p.is_floating_point())
-            zeros = torch.zeros((self.depth, self.tower.width), dtype=like.dtype, device=like.device)
-            self._own_cross = nn.Parameter(zeros)
-            if self.holder is not None:
-                self.holder.register_parameter(self.tower.name, self._own_cross)
+            cross = nn.Parameter(torch.zeros((self.depth, self.tower.width), dtype=like.dtype, device=like.device))
+            if self.holder is None:
+                self._own_cross = cross
+            else:
+                self.holder.register_parameter(self.tower.name, cross)
         self.reducer = resolved
 
     def tokens_behind(self, layer: int, tokens: int) -> int:

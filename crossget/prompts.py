@@ -43,9 +43,7 @@ def fit(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any], *
     earlier = generates and int(cached_tokens(_first_given(arguments, "cache", "past_key_values"))) > 0
     if images == 0 and not earlier:
         return dict(arguments)
-    features = prompt.features(arguments)
-    dense = features.tokens - features.dropped
-    reduced = attached.tokens_behind(features.layer, features.tokens) - features.dropped
+    dense, reduced = image_tokens(prompt, attached, arguments)
     is_image = placeholders(prompt, arguments)
     per_row = is_image.sum(1)
     found = int(per_row.sum())
@@ -60,6 +58,15 @@ def fit(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any], *
             "batch whole, with its pixel values, in the call that has its tokens"
         )
     return _Change(is_image, _padding(arguments, is_image), dense, reduced).apply(prompt, arguments, generates)
+
+
+def image_tokens(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """How many tokens of an image the processor writes, and how many features come for them."""
+    features = prompt.features(arguments)
+    return (
+        features.tokens - features.dropped,
+        attached.tokens_behind(features.layer, features.tokens) - features.dropped,
+    )
 
 
 def _count_images(arguments: Mapping[str, Any]) -> int:

@@ -124,6 +124,17 @@ def read_results(folder: Path) -> list[Json]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.json"))]
 
 
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that are not known.
+
+    Raises:
+        ValueError: some are not.
+    """
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"unknown {what} {unknown}; there are {sorted(known)}")
+
+
 def pending(runs: Iterable[RunT], folder: Path, overwrite: bool = False) -> list[RunT]:
     """Return the runs that have no result file yet, or all of them."""
     return [run for run in runs if overwrite or not (folder / f"{run.slug}.json").exists()]

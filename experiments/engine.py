@@ -1,4 +1,6 @@
-"""The training loop of retrieval and CoOp: Accelerate drives it, so that processes and sharding are launch options.
+"""The training loop of retrieval, CoOp and the ablation.
+
+Accelerate drives it, so that processes and sharding are launch options.
 
 A *task* is a module whose `forward` takes a batch and returns its losses as a dict with a key "loss"; everything that
 depends on parameters happens in there, because DDP and FSDP2 know no other place. Data is drawn as (epoch, index): what
@@ -11,27 +13,22 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Draw = tuple[int, int]
-Batch = dict[str, Any]
-
-
-class BadData(ValueError):
-    """A sample that cannot be used; the message names its file."""
+import crossget
+from experiments.samples import Batch, Dataset, Draw, generator
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults are those of nobody: presets say them all that matter."""
+    """How to train."""
 
     epochs: int
     """Times the data is seen."""
@@ -86,18 +83,50 @@ class Recipe:
         return (1 + math.cos(math.pi * done)) / 2
 
 
-class Dataset(Protocol):
-    """Samples, drawn anew in each epoch."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What the programs let their users change of a recipe, and where they keep what they do not report."""
 
-    def __len__(self) -> int: ...
+    epochs: int | None = None
+    """Other than the recipe's."""
+    batch: int | None = None
+    """Other than the recipe's; over all processes."""
+    lr: float | None = None
+    """Other than the recipe's."""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Other than the recipe's."""
+    accumulate: int | None = None
+    """Batches per step, other than the recipe's."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    workers: int = 0
+    """Processes that load data."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: one at the end of each epoch."""
+    skip_bad: bool = False
+    """Put the next good sample in the place of a bad one, with a warning, instead of stopping."""
+    trackers: tuple[str, ...] = ()
+    """Loggers: tensorboard, wandb, ..."""
+    overwrite: bool = False
+    """Run again what has a result file."""
 
-    def __getitem__(self, draw: Draw) -> Any:
-        """Return one sample.
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is other than the recipe's."""
+        values = {name: getattr(self, name) for name in ("epochs", "batch", "lr", "precision", "accumulate")}
+        return {name: value for name, value in values.items() if value is not None}
 
-        Raises:
-            BadData: it cannot be used.
-        """
-        ...
+    def applied(self, recipe: Recipe, seed: int) -> Recipe:
+        """Return the recipe with what is changed of it."""
+        return replace(
+            recipe, seed=seed, checkpointing=self.checkpointing, workers=self.workers, save_every=self.save_every,
+            **self.changes,
+        )  # fmt: skip
+
+    def words(self) -> list[str]:
+        """Return what repeats these changes on a command line."""
+        words = [word for name, value in self.changes.items() for word in (f"--{name}", str(value))]
+        return [*words, "--checkpointing"] if self.checkpointing else words
 
 
 class Shuffled(torch.utils.data.Sampler[Draw]):
@@ -114,33 +143,6 @@ class Shuffled(torch.utils.data.Sampler[Draw]):
         return iter([(self.epoch, index) for index in order[: self.used].tolist()])
 
 
-def generator(*numbers: int) -> torch.Generator:
-    """Return a source of chance that depends on these numbers only."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (2**63)
-    return torch.Generator().manual_seed(seed)
-
-
-class Skipping:
-    """A data set whose bad samples are replaced by the next good one, with a warning that names them."""
-
-    def __init__(self, data: Dataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, draw: Draw) -> Any:
-        epoch, index = draw
-        for offset in range(len(self.data)):
-            try:
-                return self.data[epoch, (index + offset) % len(self.data)]
-            except BadData as error:  # noqa: PERF203
-                warnings.warn(f"skipped: {error}", stacklevel=2)
-        raise BadData("no sample of the data set can be used")
-
-
 @dataclass(frozen=True)
 class Fitted:
     """What a training run leaves.
@@ -150,14 +152,12 @@ class Fitted:
         steps: the loss of each step since the call, the mean over all processes.
         state: the task's parameters and buffers, whole and on the CPU, however they were sharded. On the main process.
         processes: how many trained.
-        is_main: whether this is the main process, which is to evaluate and to write.
     """
 
     history: list[dict[str, float]]
     steps: list[float]
     state: dict[str, Tensor]
     processes: int
-    is_main: bool
 
 
 class Progress:
@@ -282,11 +282,23 @@ def fit(
     # Not end_training(): that ends the process group, too, and the next row of a queue needs it.
     for tracker in accelerator.trackers:
         tracker.finish()
-    return Fitted(progress.history, steps, state, accelerator.num_processes, accelerator.is_main_process)
+    return Fitted(progress.history, steps, state, accelerator.num_processes)
+
+
+def take(model: nn.Module, attached: crossget.Attachment | None, state: Mapping[str, Tensor]) -> None:
+    """Load what `fit` gathered of a task's `model` into another one of its kind, cross tokens included.
+
+    The model that was trained may lie in pieces on several processes.
+    """
+    if attached is not None:
+        attached.register_parameters(model)
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
+    if attached is not None:
+        attached.unregister_parameters()
 
 
 def is_main() -> bool:
-    """Return whether this is the process that evaluates and writes, before `fit` has set up anything.
+    """Return whether this is the process that evaluates and writes; also before `fit` has set up anything.
 
     Not by Accelerate's PartialState: whoever asks it first sets up its device and its kind of processes for good.
     """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from experiments import common
 from experiments.ablation import report_trained as ablation
 from experiments.coop import report as coop
 from experiments.retrieval import report as retrieval
+from experiments.tables import all_of
 
 EXPERIMENTS = Path(__file__).parent
 DOCS = common.ROOT / "docs"
@@ -64,14 +66,10 @@ def render(experiments: Path = EXPERIMENTS) -> str:
 
 def provenance(results: list[common.Json]) -> str:
     """Return where the numbers of a chapter come from."""
-    environments = [result["environment"] for result in results]
-
-    def all_of(name: str) -> str:
-        return " and ".join(sorted({str(environment.get(name)) for environment in environments}))
-
+    values = partial(all_of, results)
     return (
-        f"From {len(results)} result files: torch {all_of('torch')}, on {all_of('device')}; commit {all_of('commit')}, "
-        f"with changes not committed: {all_of('dirty')}. Each file has the command, the seed, and digests of the data "
+        f"From {len(results)} result files: torch {values('torch')}, on {values('device')}; commit {values('commit')}, "
+        f"with changes not committed: {values('dirty')}. Each file has the command, the seed, and digests of the data "
         "and of the dense model."
     )
 

@@ -165,3 +165,9 @@ def test_texts_that_several_images_share_are_aligned_with_each_of_them() -> None
     torch.testing.assert_close(losses[1], losses[0])
     gradients = [torch.autograd.grad(loss, list(attached.parameters())) for loss in losses]
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_model_without_images_in_prompts_has_no_image_tokens() -> None:
+    attached = crossget.attach(vit(), crossget.CrossGET(r=2))
+    with pytest.raises(ValueError, match="no tower of .* puts images into prompts"):
+        attached.image_tokens  # noqa: B018

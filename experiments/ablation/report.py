@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from experiments import common
 from experiments.ablation.presets import COMPARISONS, METHODS, PRESETS
 from experiments.ablation.settings import SETTINGS
+from experiments.tables import all_of, markdown, show
 
 HERE = Path(__file__).parent
 # Everything between the two is written anew; what stands outside is written by hand and stays.
@@ -116,12 +117,6 @@ def join(group: list[common.Json]) -> Row:
     )
 
 
-def show(interval: common.Interval, digits: int = 1) -> str:
-    """Return an interval as text, bold where it excludes zero."""
-    text = f"{interval.mean:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-    return f"**{text}**" if interval.excludes_zero else text
-
-
 def accuracy_change(rows: list[Row], bases: list[Row]) -> str:
     """Return the difference of top-1 in points, the mean over several r."""
     one, other = (np.mean([row.correct for row in group], 0) for group in (rows, bases))
@@ -132,12 +127,6 @@ def divergence_change(rows: list[Row], bases: list[Row]) -> str:
     """Return the difference of the divergence in % of the bases', the mean over several r."""
     one, other = (np.mean([row.divergence for row in group], 0) for group in (rows, bases))
     return show(common.paired_bootstrap(one, other).times(100 / float(other.mean())), 0)
-
-
-def markdown(rows: list[list[Any]], headers: list[str]) -> str:
-    """Return a Markdown table whose first column is text and whose others are aligned right."""
-    align = ["left"] + ["right"] * (len(headers) - 1)
-    return tabulate(rows, headers, tablefmt="github", colalign=align, disable_numparse=True)
 
 
 def overview(table: Table) -> str:
@@ -211,15 +200,12 @@ def chapter(table: Table) -> Iterator[str]:
 
 def provenance(results: list[common.Json]) -> str:
     """Return where the numbers come from, in a few sentences."""
-    environments = [result["environment"] for result in results]
     hours = sum(result["seconds"] for result in results) / 3600
-
-    def all_of(name: str) -> str:
-        return " and ".join(sorted({str(environment.get(name)) for environment in environments}))
+    values = partial(all_of, results)
 
     return (
-        f"{len(results)} result files, {hours:.1f} hours; crossget {all_of('crossget')}, torch {all_of('torch')}, "
-        f"timm {all_of('timm')}; commit {all_of('commit')}, with changes not committed: {all_of('dirty')}. "
+        f"{len(results)} result files, {hours:.1f} hours; crossget {values('crossget')}, torch {values('torch')}, "
+        f"timm {values('timm')}; commit {values('commit')}, with changes not committed: {values('dirty')}. "
         "Brackets are 95 % paired bootstrap intervals over images (10,000 resamples), bold where they exclude zero; "
         "about one in twenty does so by chance. A row with chance in it is the mean of its seeds."
     )

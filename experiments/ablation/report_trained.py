@@ -7,8 +7,9 @@ import numpy as np
 
 from experiments import common
 from experiments.ablation.presets import RECIPE_NOTES, TRAINED
-from experiments.ablation.report import Row, check_same, join, markdown, show
+from experiments.ablation.report import Row, check_same, join
 from experiments.ablation.settings import SETTINGS
+from experiments.tables import markdown, show
 
 Key = tuple[str, int]
 

@@ -70,9 +70,7 @@ def queue(options: Options) -> list[Run]:
     Raises:
         ValueError: a preset does not exist.
     """
-    unknown = sorted(set(options.presets) - set(PRESETS))
-    if unknown:
-        raise ValueError(f"unknown presets {unknown}; there are {sorted(PRESETS)}")
+    common.check_names("presets", options.presets, PRESETS)
     # Seeds outermost: a program stopped early has seen every row once.
     return [
         Run(options.setting, name, r, seed)

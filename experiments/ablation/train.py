@@ -5,7 +5,7 @@ The loss is cross-entropy: one tower has nothing to align its cross tokens with.
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from experiments import common, engine
 from experiments.ablation.presets import RECIPES, TRAINED, TRAINED_REDUCTIONS, Trained
 from experiments.ablation.run import predict, score
 from experiments.ablation.settings import SETTINGS, Images, Samples, Setting, find_samples, load_images, load_model
-from experiments.retrieval.data import read_pixels
+from experiments.samples import Dataset, Labelled, Skipping, collate
 
 # Beside those without training, not among them: report.py reads these with all subfolders.
 RESULTS = Path(__file__).parent / "results_trained"
@@ -44,7 +44,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(engine.TrainingOptions):
     """What to train, and on which images."""
 
     setting: Literal["imagenet", "cifar10"]
@@ -65,20 +65,10 @@ class Options:
     """Images per forward when measuring."""
     limit: int | None = None
     """Measure on this many images only."""
-    epochs: int | None = None
-    """Other than the recipe's."""
-    batch: int | None = None
-    """Other than the recipe's; over all processes."""
-    lr: float | None = None
-    """Other than the recipe's."""
-    workers: int = 0
-    """Processes that load images."""
     work: Path | None = None
     """Folder for checkpoints, from which a stopped run goes on; without it there are none."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
-    overwrite: bool = False
-    """Run again what has a result file."""
 
 
 def queue(options: Options) -> list[Run]:
@@ -87,9 +77,7 @@ def queue(options: Options) -> list[Run]:
     Raises:
         ValueError: a preset does not exist.
     """
-    unknown = sorted(set(options.presets) - set(TRAINED))
-    if unknown:
-        raise ValueError(f"unknown presets {unknown}; there are {sorted(TRAINED)}")
+    common.check_names("presets", options.presets, TRAINED)
     # A program that is stopped early has run every row at the first r.
     runs = [
         Run(
@@ -105,42 +93,9 @@ def queue(options: Options) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def recipe_of(options: Options, seed: int) -> engine.Recipe:
-    """Return the setting's recipe with what the options change of it."""
-    changes = {name: getattr(options, name) for name in ("epochs", "batch", "lr")}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return replace(RECIPES[options.setting], seed=seed, workers=options.workers, **changes)
-
-
-class Labelled:
-    """Images with their labels, for training.
-
-    Args:
-        samples: all of them.
-        setting: whose transform for training is used.
-        seed: of the augmentation.
-    """
-
-    def __init__(self, samples: Samples, setting: Setting, seed: int) -> None:
-        self.samples, self.transform, self.seed = samples, setting.transform(train=True), seed
-
-    def __len__(self) -> int:
-        return len(self.samples.files)
-
-    def __getitem__(self, draw: engine.Draw) -> tuple[Tensor, int]:
-        epoch, index = draw
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=engine.generator(self.seed, epoch, index))))
-            pixels = read_pixels(self.samples.files[index], self.transform)
-        return pixels, self.samples.labels[index]
-
-
-def collate(samples: Sequence[tuple[Tensor, int]]) -> engine.Batch:
-    """Return a batch: `pixels` [B, 3, size, size] and `labels` [B]."""
-    return {
-        "pixels": torch.stack([pixels for pixels, _ in samples]),
-        "labels": torch.tensor([label for _, label in samples]),
-    }
+def labelled(samples: Samples, setting: Setting, seed: int) -> Labelled:
+    """Return images with their labels, as the setting augments them."""
+    return Labelled(samples.files, samples.labels, setting.transform(train=True), seed)
 
 
 class ClassificationTask(nn.Module):
@@ -172,14 +127,14 @@ def build(row: Trained, run: Run, weights: Path | None) -> tuple[nn.Module, cros
 
 
 def fit(
-    model: nn.Module, attached: crossget.Attachment | None, row: Trained, data: Labelled, recipe: engine.Recipe,
-    folder: Path | None = None, name: str = "ablation",
+    model: nn.Module, attached: crossget.Attachment | None, row: Trained, data: Dataset, recipe: engine.Recipe,
+    folder: Path | None = None, name: str = "ablation", trackers: Sequence[str] = (),
 ) -> engine.Fitted:  # fmt: skip
     """Train what the row trains, in place; see `engine.fit`."""
     if attached is not None:
         attached.register_parameters(model)
     groups = crossget.parameter_groups(model, attached, train=row.train or "all")
-    return engine.fit(ClassificationTask(model), groups, data, collate, recipe, folder, name=name)
+    return engine.fit(ClassificationTask(model), groups, data, collate, recipe, folder, trackers=trackers, name=name)
 
 
 def execute(
@@ -203,19 +158,16 @@ def execute(
     model, attached = build(row, run, options.weights)
     result: common.Json = {}
     if row.train is not None:
-        recipe = recipe_of(options, run.seed)
-        data = Labelled(samples, SETTINGS[options.setting], run.seed)
+        recipe = options.applied(RECIPES[options.setting], run.seed)
+        data: Dataset = labelled(samples, SETTINGS[options.setting], run.seed)
+        if options.skip_bad:
+            data = Skipping(data)
         folder = None if options.work is None else options.work / run.slug
-        fitted = fit(model, attached, row, data, recipe, folder, run.slug)
-        if not fitted.is_main:
+        fitted = fit(model, attached, row, data, recipe, folder, run.slug, options.trackers)
+        if not engine.is_main():
             return None
-        # The model in memory may be sharded; what was gathered of it goes into a new one.
         model, attached = build(row, run, options.weights)
-        if attached is not None:
-            attached.register_parameters(model)
-        model.load_state_dict({key.removeprefix("model."): value for key, value in fitted.state.items()})
-        if attached is not None:
-            attached.unregister_parameters()
+        engine.take(model, attached, fitted.state)
         result.update(history=fitted.history, recipe=asdict(recipe), cross_tokens=sizes(attached))
     return {**score(model.to(device), attached, images, dense, options.eval_batch, device), **result}
 
@@ -233,10 +185,9 @@ def command(options: Options, run: Run) -> str:
     words += ["--data", options.data.name, "--train", options.train.name]
     words += ["--weights", options.weights.name] if options.weights else []
     words += ["--presets", run.preset, "--r", str(run.r), "--seeds", str(run.seed)]
-    for name in ("eval_batch", "limit", "epochs", "batch", "lr"):
-        if getattr(options, name) is not None:
-            words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    return shlex.join(words)
+    words += ["--eval-batch", str(options.eval_batch)]
+    words += ["--limit", str(options.limit)] if options.limit is not None else []
+    return shlex.join([*words, *options.words()])
 
 
 def main(options: Options) -> int:

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from experiments.engine import BadData, Batch, Draw, generator
-from experiments.retrieval.data import read_pixels
+from experiments.samples import BadData
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -306,32 +304,3 @@ def transform(
         [*steps, transforms.ToTensor(), transforms.Normalize(mean, std)]
     )
     return composed
-
-
-class Labelled:
-    """Photographs with their labels, for training.
-
-    Args:
-        photos: all of them.
-        transform: from a PIL image to [3, H, W]; what chance it takes is torch's.
-        seed: of that chance.
-    """
-
-    def __init__(self, photos: Sequence[Photo], transform: Callable[[Any], Tensor], seed: int) -> None:
-        self.photos, self.transform, self.seed = photos, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
-        epoch, index = draw
-        photo = self.photos[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.seed, epoch, index))))
-            return read_pixels(photo.file, self.transform), photo.label
-
-
-def collate(samples: Sequence[tuple[Tensor, int]]) -> Batch:
-    """Return a batch: `pixels` [B, 3, H, W] and `labels` [B]."""
-    pixels, labels = zip(*samples, strict=True)
-    return {"pixels": torch.stack(pixels), "labels": torch.tensor(labels)}

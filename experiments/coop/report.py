@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from experiments import common
-from experiments.ablation.report import markdown, show
 from experiments.coop.datasets import SOURCES
 from experiments.coop.presets import PRESETS, SETTINGS
+from experiments.tables import answers, difference, markdown
 
 Key = tuple[str, int]
 """A row: preset and strength."""
@@ -114,17 +114,11 @@ def rows_of(table: dict[Key, Row]) -> str:
         row = table.get((name, percent))
         if row is None:
             continue
-        against = "" if control is None or name == "coop_control" else difference(row, control)
+        against = "" if control is None or name == "coop_control" else difference(row.correct, control.correct)
         r = " ".join(map(str, row.r)) if isinstance(row.r, list) else str(row.r or "")
         ratios = [f"{100 * ratio:.0f}" for ratio in (row.image, row.both)]
         lines.append([PRESETS[name].label, r, *ratios, f"{row.mean:.1f}", row.spread, against])
     return markdown(lines, headers)
-
-
-def difference(row: Row, base: Row) -> str:
-    """Return the difference of the accuracies in points, with its interval; nothing where no seed is shared."""
-    interval = common.compare(row.correct, base.correct)
-    return "" if interval is None else show(interval.times(100))
 
 
 # question -> (what is compared, with what, at the same strength)
@@ -136,26 +130,19 @@ QUESTIONS: dict[str, list[tuple[str, str]]] = {
 }
 
 
-def answers(table: dict[Key, Row]) -> str:
-    """Return each question with what the data say; a comparison that was not run is left out."""
-    lines = []
+def answered(table: dict[Key, Row]) -> str:
+    """Return each question with what the data say."""
     percents = sorted({percent for _, percent in table if percent}, reverse=True)
-    for question, pairs in QUESTIONS.items():
-        for one, other in pairs:
-            swept = PRESETS[one].swept or PRESETS[other].swept
-            for percent in percents if swept else [0]:
-                row, base = find(table, one, percent), find(table, other, percent)
-                if row is None or base is None:
-                    continue
-                interval = common.compare(row.correct, base.correct)
-                if interval is None:
-                    continue
-                interval = interval.times(100)
-                compared = f"{PRESETS[one].label} minus {PRESETS[other].label}"
-                verdict = "not decided" if not interval.excludes_zero else "better" if interval.mean > 0 else "worse"
-                lines.append([question, compared, f"~{percent} %" if swept else "", show(interval), verdict])
-                question = ""
-    return markdown(lines, ["question", "compared", "FLOPs", "top-1, points", "difference"])
+
+    def strengths(one: str, other: str) -> list[tuple[int, str]]:
+        swept = PRESETS[one].swept or PRESETS[other].swept
+        return [(percent, f"~{percent} %") for percent in percents] if swept else [(0, "")]
+
+    def correct(preset: str, percent: int) -> common.Seeds | None:
+        row = find(table, preset, percent)
+        return None if row is None else row.correct
+
+    return answers(QUESTIONS, strengths, correct, lambda name: PRESETS[name].label, ("FLOPs", "top-1, points"))
 
 
 def introduction(setting: str, results: Sequence[common.Json]) -> str:
@@ -195,6 +182,6 @@ def chapter(results: Sequence[common.Json]) -> list[str]:
             "is the difference in points from the control, the dense model trained equally long.",
             rows_of(table),
             "**What the data say**, each comparison at the same r and on the same photographs.",
-            answers(table),
+            answered(table),
         ]
     return paragraphs

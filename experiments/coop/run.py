@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 import crossget
-from experiments import common, engine
+from experiments import common, engine, samples
 from experiments.coop import datasets
 from experiments.coop.presets import PRESETS, SETTINGS, Preset, recipe_of
 from experiments.coop.prompts import PromptLearner
 from experiments.coop.task import CoopTask, logits
 from experiments.retrieval import models
-from experiments.retrieval.data import read_pixels
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,7 +46,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(engine.TrainingOptions):
     """What to train, and on which photographs."""
 
     setting: Literal["reference", "caltech101_small"]
@@ -79,30 +78,10 @@ class Options:
     """Photographs per forward when evaluating."""
     model: str | None = None
     """Another CLIP than the setting's: see experiments/retrieval/models.py."""
-    epochs: int | None = None
-    """Other than the recipe's, in both stages."""
-    batch: int | None = None
-    """Other than the recipe's; over all processes."""
-    precision: Literal["no", "bf16", "fp16"] | None = None
-    """Other than the recipe's."""
-    accumulate: int | None = None
-    """Batches per step."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-    workers: int = 0
-    """Processes that load data."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: one at the end of each epoch."""
-    skip_bad: bool = False
-    """Leave out photographs that cannot be used, instead of stopping."""
-    trackers: tuple[str, ...] = ()
-    """Loggers: tensorboard, wandb, ..."""
     work: Path = Path("work/coop")
     """Folder for checkpoints, logs, learnt prompts and cross tokens."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
-    overwrite: bool = False
-    """Run again what has a result file."""
 
 
 def queue(options: Options) -> list[Run]:
@@ -112,9 +91,7 @@ def queue(options: Options) -> list[Run]:
         ValueError: a preset does not exist, or a strength is not of the setting.
     """
     setting = SETTINGS[options.setting]
-    unknown = sorted(set(options.presets) - set(PRESETS))
-    if unknown:
-        raise ValueError(f"unknown presets {unknown}; there are {sorted(PRESETS)}")
+    common.check_names("presets", options.presets, PRESETS)
     strange = sorted(set(options.percent) - set(setting.r))
     if strange:
         raise ValueError(f"percent {strange}: {options.setting} has {sorted(setting.r)}")
@@ -139,13 +116,7 @@ def prompts_file(options: Options, run: Run) -> Path:
 
 def recipe_for(options: Options, run: Run) -> engine.Recipe:
     """Return the row's recipe with what the options change of it."""
-    recipe = recipe_of(SETTINGS[options.setting], options.dataset, PRESETS[run.preset])
-    changes = {name: getattr(options, name) for name in ("epochs", "batch", "precision", "accumulate")}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return replace(
-        recipe, seed=run.seed, checkpointing=options.checkpointing, workers=options.workers,
-        save_every=options.save_every, **changes,
-    )  # fmt: skip
+    return options.applied(recipe_of(SETTINGS[options.setting], options.dataset, PRESETS[run.preset]), run.seed)
 
 
 @dataclass(frozen=True)
@@ -224,10 +195,11 @@ def train(
     task = CoopTask(learner, attached, share=preset.share, alignment=preset.alignment)
     groups = crossget.parameter_groups(clip.model, attached, train="prompts", prompts=[learner.ctx])
     look = datasets.transform(clip.size, clip.mean, clip.std, crop)
-    data: engine.Dataset = datasets.Labelled(photos, look, recipe.seed)
+    files, labels = [photo.file for photo in photos], [photo.label for photo in photos]
+    data: samples.Dataset = samples.Labelled(files, labels, look, recipe.seed)
     if skip_bad:
-        data = engine.Skipping(data)
-    return engine.fit(task, groups, data, datasets.collate, recipe, folder, trackers=trackers, name=name)
+        data = samples.Skipping(data)
+    return engine.fit(task, groups, data, samples.collate, recipe, folder, trackers=trackers, name=name)
 
 
 def take(built: Built, state: Mapping[str, Tensor]) -> None:
@@ -269,8 +241,8 @@ def measure(
         pixels, labels = [], []
         for photo in photos[start : start + batch]:
             try:
-                pixels.append(read_pixels(photo.file, look))
-            except engine.BadData as error:
+                pixels.append(samples.read_image(photo.file, look))
+            except samples.BadData as error:
                 if not skip_bad:
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
@@ -313,10 +285,10 @@ def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json
             built, drawn, recipe, preset, setting.crop, options.work / run.slug,
             skip_bad=options.skip_bad, trackers=options.trackers, name=run.slug,
         )  # fmt: skip
-        if fitted.is_main:
+        if engine.is_main():
             save_prompts(fitted.state["learner.ctx"], prompts_file(options, run))
         engine.wait_for_everyone()  # the next row may start from these prompts, on every process
-        if not fitted.is_main:
+        if not engine.is_main():
             return None
         # The model in memory may be sharded; what was learnt goes into a new one.
         built = build(options, run, data.names)
@@ -357,11 +329,11 @@ def command(options: Options, run: Run) -> str:
         words += ["--weights", options.weights.name]
     if PRESETS[run.preset].swept:
         words += ["--percent", str(run.percent)]
-    for name in ("model", "epochs", "batch", "precision", "accumulate"):
-        if getattr(options, name) is not None:
-            words += [f"--{name}", str(getattr(options, name))]
-    words += [f"--{name.replace('_', '-')}" for name in ("class_specific", "checkpointing") if getattr(options, name)]
-    return shlex.join(words)
+    if options.model is not None:
+        words += ["--model", options.model]
+    if options.class_specific:
+        words.append("--class-specific")
+    return shlex.join([*words, *options.words()])
 
 
 def main(options: Options) -> int:

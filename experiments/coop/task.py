@@ -39,8 +39,7 @@ class CoopTask(nn.Module):
         super().__init__()
         self.learner, self.model = learner, learner.clip.model
         self.share, self.alignment = share, alignment
-        self._attached = attached
-        self.aligned = attached is not None and len(attached.cross_tokens) == 2
+        self._aligned = attached if attached is not None and len(attached.cross_tokens) == 2 else None
 
     def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the losses of one batch, and its accuracy.
@@ -53,8 +52,8 @@ class CoopTask(nn.Module):
         found = logits(image, text, self.model.logit_scale)
         losses = {"cross_entropy": F.cross_entropy(found, labels)}
         losses["loss"] = self.share * losses["cross_entropy"]
-        if self.aligned and self._attached is not None:
-            losses["alignment"] = self._attached.alignment_loss(rows=labels)
+        if self._aligned is not None:
+            losses["alignment"] = self._aligned.alignment_loss(rows=labels)
             losses["loss"] = losses["loss"] + self.share * self.alignment * losses["alignment"]
         losses["accuracy"] = (found.argmax(-1) == labels).float().mean()
         return losses

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from experiments.samples import BadData
+
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -25,10 +27,6 @@ ANSWER = f" {ROLES['gpt']}: "
 IGNORED = -100
 
 Turn = Mapping[str, Any]
-
-
-class BadData(ValueError):
-    """A sample that cannot be used; the message names it, or its file."""
 
 
 class Encoded(NamedTuple):

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from experiments.llava.conversation import IGNORED, BadData, Encoder
+from experiments.llava.conversation import IGNORED, Encoder
+from experiments.samples import BadData, first_good, read_image
 
 Sample = dict[str, Any]
 
@@ -103,14 +104,12 @@ class Conversations(torch.utils.data.Dataset[dict[str, Tensor]]):
         Raises:
             BadData: it cannot be used.
         """
-        for offset in range(len(self.samples) if self.skip_bad else 1):
-            try:
-                return self._read(self.samples[(index + offset) % len(self.samples)])
-            except BadData as error:  # noqa: PERF203
-                if not self.skip_bad:
-                    raise BadData(f"{error}. Correct it, or leave such samples out with --skip-bad") from error
-                warnings.warn(f"skipped: {error}", stacklevel=2)
-        raise BadData("no sample of the data can be used")
+        if self.skip_bad:
+            return first_good(lambda i: self._read(self.samples[i]), index, len(self.samples))
+        try:
+            return self._read(self.samples[index])
+        except BadData as error:
+            raise BadData(f"{error}. Correct it, or leave such samples out with --skip-bad") from error
 
     def lengths(self) -> list[int]:
         """Return the words of each sample, negative where there is no image."""
@@ -143,14 +142,11 @@ class Conversations(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
 
     def _pixels(self, path: Path, name: str) -> Tensor:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        # What PIL raises for broken files; a SyntaxError is one of PNG's.
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BadData(f"{name}: the image cannot be read ({type(error).__name__}: {error})") from error
         colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
-        return self._process(square(image, colour))
+        try:
+            return read_image(path, lambda image: self._process(square(image, colour)))
+        except BadData as error:
+            raise BadData(f"{name}: {error}") from error
 
     def _process(self, image: Image.Image) -> Tensor:
         pixels: Tensor = self.image_processor(image, return_tensors="pt")["pixel_values"][0]

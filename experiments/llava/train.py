@@ -5,10 +5,7 @@ total loss is that of the language model plus the weighted alignment loss of the
 the image tower's own weights.
 """
 
-import contextlib
 import dataclasses
-import importlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +23,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 import crossget
 from crossget.checkpoint import write
-from crossget.schedule import planned_tokens
 from experiments.llava.conversation import IGNORED, Encoder
 from experiments.llava.data import Collator, Conversations, GroupedSampler, read_samples
 
@@ -116,7 +112,6 @@ class Objective:
 
     def __init__(self, model: nn.Module, attached: crossget.Attachment) -> None:
         self.attached = attached
-        self.projector = next(m for name, m in model.named_modules() if name.endswith("multi_modal_projector"))
         self.labels = torch.empty(0)
         self.hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -137,21 +132,7 @@ class Objective:
         labels = self.labels[:, 1:]
         learnt = labels != IGNORED
         language = cross_entropy(out.logits[:, :-1][learnt].float(), labels[learnt], reduction="sum")
-        with whole(self.projector):
-            alignment = self.attached.alignment_loss().float()
-        return {"language": language, "alignment": alignment}
-
-
-@contextlib.contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Inside, the module has its parameters: with ZeRO-3 they are there only while its own forward runs."""
-    parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
-    if not parameters:
-        yield
-        return
-    deepspeed: Any = importlib.import_module("deepspeed")
-    with deepspeed.zero.GatheredParameters(parameters):
-        yield
+        return {"language": language, "alignment": self.attached.alignment_loss()}
 
 
 class InstructionTrainer(Trainer):
@@ -224,19 +205,6 @@ class InstructionTrainer(Trainer):
         forwards = self.args.world_size * self.args.gradient_accumulation_steps
         data: Any = self.train_dataset
         return GroupedSampler(data.lengths(), self.args.train_batch_size, forwards, self.args.seed)
-
-
-def image_tokens(attached: crossget.Attachment) -> tuple[int, int]:
-    """Return how many tokens of an image a processor writes, and how many reach the language model."""
-    tower, reducer = attached.towers["visual"], attached.reducers["visual"]
-    if tower.prompt is None:
-        raise ValueError("the language model's prompts do not follow the image tower: give one vision_feature_layer")
-    found = tower.prompt.features({})
-    cross = int(bool(reducer.cross_token))
-    reserved = tower.n_reserved(bool(cross))
-    plan = planned_tokens(reducer.schedule, len(tower.blocks), found.tokens + cross, reserved)
-    left = plan[found.layer + 1] - cross * int(reducer.strip_cross_token)
-    return found.tokens - found.dropped, left - found.dropped
 
 
 def prepare(model: Any, r: int) -> crossget.Attachment:
@@ -314,7 +282,7 @@ def main(options: Options) -> InstructionTrainer:
     model: Any = LlavaForConditionalGeneration.from_pretrained(options.model, torch_dtype=torch.float32)
     attached = prepare(model, options.r)
     encoder = Encoder(processor.tokenizer, model.config.image_token_index, options.limit)
-    written, reaching = image_tokens(attached)
+    written, reaching = attached.image_tokens
     data = Conversations(
         samples, options.images, encoder, processor.image_processor, written, reaching, options.skip_bad
     )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from experiments.engine import BadData, Batch, Draw, generator
+from experiments.samples import BadData, Batch, Draw, chance, read_image
 
 # COCO's photographs that are in neither of Karpathy's small splits are for training, too.
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
@@ -80,21 +80,6 @@ def fingerprint(photos: Sequence[Photo]) -> dict[str, Any]:
     return {"photos": len(photos), "list_sha256": hashlib.sha256(listing.encode()).hexdigest()}
 
 
-def read_pixels(file: Path, transform: Callable[[Any], Tensor]) -> Tensor:
-    """Return a photograph as the model wants it, [3, H, W].
-
-    Raises:
-        BadData: it is missing, truncated or no image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return transform(image.convert("RGB"))
-    except OSError as error:  # also what PIL raises for truncated files and for files of another kind
-        raise BadData(f"{file} cannot be read as an image: {error}") from error
-
-
 class Pairs:
     """Pairs of a photograph and a caption, for training.
 
@@ -116,15 +101,13 @@ class Pairs:
         return len(self.pairs) if self.captions == "all" else len(self.photos)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, str, int]:
-        epoch, index = draw
-        seed = int(torch.randint(2**62, (), generator=generator(self.seed, epoch, index)))
-        if self.captions == "all":
-            image, caption = self.pairs[index]
-        else:
-            image, caption = index, seed % len(self.photos[index].captions)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            pixels = read_pixels(self.photos[image].file, self.transform)
+        index = draw[1]
+        with chance(self.seed, draw) as number:
+            if self.captions == "all":
+                image, caption = self.pairs[index]
+            else:
+                image, caption = index, number % len(self.photos[index].captions)
+            pixels = read_image(self.photos[image].file, self.transform)
         return pixels, self.photos[image].captions[caption], image
 
 

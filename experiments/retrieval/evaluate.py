@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.retrieval.data import Photo, read_pixels
+from experiments.retrieval.data import Photo
 from experiments.retrieval.models import Clip
+from experiments.samples import read_image
 
 Ranks = npt.NDArray[np.int64]
 
@@ -30,7 +31,7 @@ def encode(clip: Clip, photos: Sequence[Photo], batch: int, device: str = "cpu")
         return torch.cat([F.normalize(encode(prepare(piece).to(device)).float(), dim=-1).cpu() for piece in pieces])
 
     images = in_batches(
-        photos, lambda some: torch.stack([read_pixels(p.file, transform) for p in some]), clip.encode_image
+        photos, lambda some: torch.stack([read_image(p.file, transform) for p in some]), clip.encode_image
     )
     return images, in_batches(texts, clip.tokenize, clip.encode_text), owner
 

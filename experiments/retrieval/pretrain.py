@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from experiments import common
+from experiments import common, engine
 from experiments.retrieval import data, models
 from experiments.retrieval.presets import SETTINGS
 from experiments.retrieval.run import RESULTS, measure, save_weights, train
@@ -58,9 +58,9 @@ def main(options: Options) -> None:
     start, environment = time.perf_counter(), common.environment("cuda" if torch.cuda.is_available() else "cpu")
     folder = options.work / options.setting / "pretrain"
     fitted = train(clip, photos["train"], recipe, setting.captions, folder, trackers=options.trackers, name="pretrain")
-    if not fitted.is_main:
+    if not engine.is_main():
         return
-    clip.model.load_state_dict({key.removeprefix("model."): value for key, value in fitted.state.items()})
+    engine.take(clip.model, None, fitted.state)
     save_weights(clip, options.out)
     result = {"history": fitted.history, "recipe": asdict(recipe), **measure(clip, photos["val"], 128)}
     vision = options.vision_weights and common.file_digest(options.vision_weights)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from experiments import common
-from experiments.ablation.report import markdown, show
 from experiments.retrieval.presets import PARTS, PRESETS, SETTINGS
+from experiments.tables import answers, difference, markdown
 
 KS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")
@@ -130,42 +130,23 @@ def rows_at(table: dict[tuple[str, int], Row], r: int) -> str:
         label = f"CrossGET, {preset.label}" if name in PARTS else preset.label
         cells = [f"{value:.1f}" for way in WAYS for value in row.recalls[way]]
         spread = "" if row.spread is None else f"{row.spread:.1f} ({row.seeds})"
-        against = "" if control is None or name == "control" else difference(row, control)
+        against = "" if control is None or name == "control" else difference(row.photos, control.photos)
         lines.append([label, f"{100 * row.ratio:.0f}", *cells, f"{row.mean:.1f}", spread, against])
     return markdown(lines, headers)
 
 
-def difference(row: Row, base: Row) -> str:
-    """Return the difference of the mean recalls in points, with its interval; nothing where no seed is shared."""
-    interval = common.compare(row.photos, base.photos)
-    return "" if interval is None else show(interval.times(100))
+def answered(table: dict[tuple[str, int], Row], reductions: Sequence[int]) -> str:
+    """Return each question with what the data say."""
 
+    def strengths(one: str, other: str) -> list[tuple[int, str]]:
+        swept = PRESETS[one].swept or PRESETS[other].swept
+        return [(r, f"r = {r}") for r in reductions] if swept else [(reductions[0], "")]
 
-def answers(table: dict[tuple[str, int], Row], reductions: Sequence[int]) -> str:
-    """Return each question with what the data say; a comparison that was not run is left out."""
-    lines = []
-    for question, pairs in QUESTIONS.items():
-        for one, other in pairs:
-            for r in reductions if PRESETS[one].swept or PRESETS[other].swept else reductions[:1]:
-                row, base = find(table, one, r), find(table, other, r)
-                if row is None or base is None:
-                    continue
-                interval = common.compare(row.photos, base.photos)
-                if interval is None:
-                    continue
-                interval = interval.times(100)
-                at = f"r = {r}" if PRESETS[one].swept or PRESETS[other].swept else ""
-                compared = f"{PRESETS[one].label} minus {PRESETS[other].label}"
-                lines.append([question, compared, at, show(interval), verdict(interval)])
-                question = ""
-    return markdown(lines, ["question", "compared", "", "mean recall, points", "difference"])
+    def photos(preset: str, r: int) -> common.Seeds | None:
+        row = find(table, preset, r)
+        return None if row is None else row.photos
 
-
-def verdict(interval: common.Interval) -> str:
-    """Return in a word what an interval says."""
-    if not interval.excludes_zero:
-        return "not decided"
-    return "better" if interval.mean > 0 else "worse"
+    return answers(QUESTIONS, strengths, photos, lambda name: PRESETS[name].label, ("", "mean recall, points"))
 
 
 def chapter(results: Sequence[common.Json]) -> list[str]:
@@ -179,7 +160,7 @@ def chapter(results: Sequence[common.Json]) -> list[str]:
             removed = f"{r} tokens are removed in each block of the image tower"
             text = f"; in the text tower, where it is reduced, {SETTINGS[setting].r[r]}"
             paragraphs += [f"**r = {r}**: {removed}{text}.", rows_at(table, r)]
-        paragraphs += ["**What the data say**", answers(table, reductions), absent(setting, mine)]
+        paragraphs += ["**What the data say**", answered(table, reductions), absent(setting, mine)]
     return paragraphs
 
 

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import crossget
-from experiments import common, engine
+from experiments import common, engine, samples
 from experiments.retrieval import data, evaluate, models
 from experiments.retrieval.presets import PRESETS, SETTINGS, Preset, Setting
 from experiments.retrieval.task import RetrievalTask
@@ -37,7 +37,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(engine.TrainingOptions):
     """What to train, and on which photographs."""
 
     setting: Literal["flickr30k", "coco", "flickr8k"]
@@ -60,32 +60,12 @@ class Options:
     """Photographs or captions per forward when evaluating."""
     model: str | None = None
     """Another CLIP than the setting's: see experiments/retrieval/models.py."""
-    epochs: int | None = None
-    """Other than the recipe's."""
-    batch: int | None = None
-    """Other than the recipe's; over all processes."""
-    precision: Literal["no", "bf16", "fp16"] | None = None
-    """Other than the recipe's."""
-    accumulate: int | None = None
-    """Batches per step."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-    workers: int = 0
-    """Processes that load data."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: one at the end of each epoch."""
     gather: bool = False
     """Contrast with the pairs of all processes; the reference does not."""
-    skip_bad: bool = False
-    """Leave out photographs that cannot be used, instead of stopping."""
-    trackers: tuple[str, ...] = ()
-    """Loggers: tensorboard, wandb, ..."""
     work: Path = Path("work/retrieval")
     """Folder for checkpoints, logs and trained models."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
-    overwrite: bool = False
-    """Run again what has a result file."""
 
 
 def queue(options: Options) -> list[Run]:
@@ -95,9 +75,7 @@ def queue(options: Options) -> list[Run]:
         ValueError: a preset does not exist, or an r is not of the setting.
     """
     setting = SETTINGS[options.setting]
-    unknown = sorted(set(options.presets) - set(PRESETS))
-    if unknown:
-        raise ValueError(f"unknown presets {unknown}; there are {sorted(PRESETS)}")
+    common.check_names("presets", options.presets, PRESETS)
     strange = sorted(set(options.r) - set(setting.r))
     if strange:
         raise ValueError(f"r {strange}: {options.setting} has {sorted(setting.r)}")
@@ -114,17 +92,6 @@ def queue(options: Options) -> list[Run]:
         for name in options.presets
     ]
     return list(dict.fromkeys(runs))
-
-
-def recipe_of(options: Options, seed: int) -> engine.Recipe:
-    """Return the setting's recipe with what the options change of it."""
-    recipe = SETTINGS[options.setting].recipe
-    changes = {name: getattr(options, name) for name in ("epochs", "batch", "precision", "accumulate")}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return replace(
-        recipe, seed=seed, checkpointing=options.checkpointing, workers=options.workers,
-        save_every=options.save_every, **changes,
-    )  # fmt: skip
 
 
 def train(
@@ -146,9 +113,9 @@ def train(
         attached.register_parameters(clip.model)
     task = RetrievalTask(clip, attached, weight=preset.weight, gather=gather, divergence=preset.divergence)
     groups = crossget.parameter_groups(clip.model, attached, train=preset.train or "all")
-    pairs: engine.Dataset = data.Pairs(photos, clip.transform(train=True), captions, recipe.seed)
+    pairs: samples.Dataset = data.Pairs(photos, clip.transform(train=True), captions, recipe.seed)
     if skip_bad:
-        pairs = engine.Skipping(pairs)
+        pairs = samples.Skipping(pairs)
     collate = partial(data.collate, tokenize=clip.tokenize)
     return engine.fit(task, groups, pairs, collate, recipe, folder, trackers=trackers, name=name)
 
@@ -190,21 +157,17 @@ def execute(options: Options, run: Run, photos: dict[str, list[data.Photo]], ori
     clip, attached = build(setting, preset, run, name, options.weights)
     result: common.Json = {}
     if preset.train is not None:
-        recipe = recipe_of(options, run.seed)
+        recipe = options.applied(setting.recipe, run.seed)
         fitted = train(
             clip, photos["train"], recipe, setting.captions, options.work / run.slug,
             attached=attached, preset=preset, gather=options.gather, skip_bad=options.skip_bad,
             trackers=options.trackers, name=run.slug,
         )  # fmt: skip
-        if not fitted.is_main:
+        if not engine.is_main():
             return None
-        # The model in memory may be sharded; what was gathered of it goes into a new one.
         clip, attached = build(setting, preset, run, name, options.weights)
+        engine.take(clip.model, attached, fitted.state)
         if attached is not None:
-            attached.register_parameters(clip.model)
-        clip.model.load_state_dict({key.removeprefix("model."): value for key, value in fitted.state.items()})
-        if attached is not None:
-            attached.unregister_parameters()
             attached.save(options.work / run.slug)
         save_weights(clip, options.work / run.slug / "model.safetensors")
         result.update(history=fitted.history, recipe=asdict(recipe), processes=fitted.processes)
@@ -243,11 +206,11 @@ def command(options: Options, run: Run) -> str:
     ]  # fmt: skip
     if PRESETS[run.preset].swept:
         words += ["--r", str(run.r)]
-    for name in ("model", "epochs", "batch", "precision", "accumulate"):
-        if getattr(options, name) is not None:
-            words += [f"--{name}", str(getattr(options, name))]
-    words += [f"--{name}" for name in ("gather", "checkpointing") if getattr(options, name)]
-    return shlex.join(words)
+    if options.model is not None:
+        words += ["--model", options.model]
+    if options.gather:
+        words.append("--gather")
+    return shlex.join([*words, *options.words()])
 
 
 def load_photos(options: Options) -> tuple[dict[str, list[data.Photo]], common.Json]:

@@ -41,8 +41,8 @@ class RetrievalTask(nn.Module):
         blocks = [block for tower in crossget.find_towers(self.model) for block in tower.blocks]
         self._no_split_modules = sorted({type(block).__name__ for block in blocks})
         self.weight, self.gather, self.divergence = weight, gather, divergence
-        self._clip, self._attached = clip, attached
-        self.aligned = attached is not None and len(attached.cross_tokens) == 2
+        self._clip = clip
+        self._aligned = attached if attached is not None and len(attached.cross_tokens) == 2 else None
 
     def forward(self, pixels: Tensor, ids: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Return the losses of one batch.
@@ -60,7 +60,7 @@ class RetrievalTask(nn.Module):
             rows = [gather_rows(part) for part in rows]
         losses = {"contrastive": contrastive_loss(rows[0].float(), rows[1].float(), scale, rows[2])}
         losses["loss"] = (1 - self.weight) * losses["contrastive"]
-        if self.aligned and self._attached is not None:
-            losses["alignment"] = self._attached.alignment_loss(self.divergence)
+        if self._aligned is not None:
+            losses["alignment"] = self._aligned.alignment_loss(self.divergence)
             losses["loss"] = losses["loss"] + self.weight * losses["alignment"]
         return losses

@@ -96,7 +96,7 @@ def test_cross_tokens_alone_leave_the_weights(inputs: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert attached is not None
     assert train.sizes(attached) == [0] * 4
-    data = train.Labelled(settings.find_samples(CIFAR, inputs / "train"), CIFAR, seed=0)
+    data = train.labelled(settings.find_samples(CIFAR, inputs / "train"), CIFAR, seed=0)
     train.fit(model, attached, row, data, engine.Recipe(epochs=1, batch=10, lr=0.01))
     attached.unregister_parameters()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -105,12 +105,12 @@ def test_cross_tokens_alone_leave_the_weights(inputs: Path) -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(inputs: Path) -> None:
     samples = settings.find_samples(CIFAR, inputs / "train")
-    data = train.Labelled(samples, CIFAR, seed=0)
+    data = train.labelled(samples, CIFAR, seed=0)
     pixels, label = data[3, 7]
     assert (pixels.shape, label) == ((3, 32, 32), samples.labels[7])
     assert torch.equal(pixels, data[3, 7][0])
     assert not torch.equal(pixels, data[4, 7][0])
-    assert not torch.equal(pixels, train.Labelled(samples, CIFAR, seed=1)[3, 7][0])
+    assert not torch.equal(pixels, train.labelled(samples, CIFAR, seed=1)[3, 7][0])
     photograph = Image.new("RGB", (300, 260), "red")
     assert settings.SETTINGS["imagenet"].transform(train=True)(photograph).shape == (3, 224, 224)
 

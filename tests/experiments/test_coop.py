@@ -31,8 +31,8 @@ from experiments.coop.datasets import SOURCES, Photo
 from experiments.coop.presets import PRESETS, SETTINGS, recipe_of
 from experiments.coop.prompts import PromptLearner
 from experiments.coop.task import CoopTask
-from experiments.engine import BadData
 from experiments.retrieval.models import Clip, load_clip
+from experiments.samples import BadData, Labelled
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("face", "water_lilly", "dragonfly")
@@ -240,7 +240,7 @@ def test_no_shots_are_all_photographs() -> None:
 def test_what_a_sample_looks_like_depends_on_epoch_and_index_alone(tmp_path: Path) -> None:
     image(tmp_path / "a.jpg", size=(64, 48))
     look = datasets.transform(32, (0.5,) * 3, (0.5,) * 3, 0.08)
-    data = datasets.Labelled([Photo(tmp_path / "a.jpg", 2)], look, 0)
+    data = Labelled([tmp_path / "a.jpg"], [2], look, 0)
     state = torch.random.get_rng_state()
     first, label = data[0, 0]
     assert label == 2
@@ -251,7 +251,7 @@ def test_what_a_sample_looks_like_depends_on_epoch_and_index_alone(tmp_path: Pat
     middle = datasets.transform(32, (0.0,) * 3, (1.0,) * 3)(Image.new("RGB", (64, 48), (255, 0, 0)))
     assert middle.shape == (3, 32, 32)
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
-    with pytest.raises(BadData, match=r"a\.jpg cannot be read"):
+    with pytest.raises(BadData, match=r"a\.jpg: the image cannot be read"):
         data[0, 0]
 
 
@@ -686,7 +686,7 @@ def test_bad_photographs_stop_the_program_unless_they_are_to_be_skipped(
     wanted = options(tmp_path / "data", tmp_path, presets=("zero_shot",))
     with pytest.raises(BadData, match=r"face/5\.jpg is listed and is not there"):
         run.main(wanted)
-    with pytest.warns(UserWarning, match=r"skipped: .*face/4\.jpg cannot be read"):
+    with pytest.warns(UserWarning, match=r"skipped: .*face/4\.jpg: the image cannot be read"):
         run.main(replace(wanted, skip_bad=True))
     assert len(result(tmp_path, "zero_shot")["result"]["correct"]) == 4
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate")
 
 import crossget
-from experiments import engine
-from experiments.engine import BadData, Recipe, fit
+from experiments import engine, samples
+from experiments.engine import Recipe, fit
+from experiments.samples import BadData
 
 timm = pytest.importorskip("timm")
 
@@ -29,7 +30,7 @@ class Numbers:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, draw: engine.Draw) -> Tensor:
+    def __getitem__(self, draw: samples.Draw) -> Tensor:
         epoch, index = draw
         if index in self.bad:
             raise BadData(f"photo{index}.jpg is truncated")
@@ -138,10 +139,10 @@ def test_bad_samples_stop_the_run_or_are_skipped_if_asked() -> None:
         run(Line(), data)
     task = Line()
     with pytest.warns(UserWarning, match=r"skipped: photo3\.jpg is truncated"):
-        run(task, engine.Skipping(data), epochs=1)
+        run(task, samples.Skipping(data), epochs=1)
     assert pytest.approx(3 / 20) not in list(itertools.chain(*task.seen))
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(BadData, match="no sample"):
-        run(Line(), engine.Skipping(Numbers(4, bad=(0, 1, 2, 3))))
+        run(Line(), samples.Skipping(Numbers(4, bad=(0, 1, 2, 3))))
 
 
 def test_too_few_samples_are_refused() -> None:

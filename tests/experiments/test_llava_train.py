@@ -32,8 +32,9 @@ from accelerate.state import AcceleratorState
 
 from experiments import common
 from experiments.llava import make_mix67k, train
-from experiments.llava.conversation import BadData, Encoder
+from experiments.llava.conversation import Encoder
 from experiments.llava.data import Collator, Conversations, GroupedSampler, read_samples, square
+from experiments.samples import BadData
 
 reference_folder = reference.folder
 
@@ -149,7 +150,7 @@ def test_tokens_of_an_image() -> None:
     text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=20)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=19)
     attached = train.prepare(LlavaForConditionalGeneration(config), 13)
-    assert train.image_tokens(attached) == (576, 278)
+    assert attached.image_tokens == (576, 278)
 
 
 # Training -----------------------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ pytest.importorskip("open_clip")
 
 import crossget
 from experiments import common
-from experiments.engine import BadData
 from experiments.retrieval import data, evaluate, models, run
 from experiments.retrieval.presets import FIRST, PARTS, PRESETS, SETTINGS
 from experiments.retrieval.task import RetrievalTask
+from experiments.samples import BadData, read_image
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["a", "red", "dog", "runs", "cat", "over", "green", "grass", "ball", "child"]
@@ -146,8 +146,8 @@ def test_a_truncated_photograph_is_named(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
     file.write_bytes(file.read_bytes()[:900])
-    with pytest.raises(BadData, match=r"half\.jpg cannot be read as an image"):
-        data.read_pixels(file, lambda image: torch.zeros(1))
+    with pytest.raises(BadData, match=r"half\.jpg: the image cannot be read"):
+        read_image(file, lambda image: torch.zeros(1))
 
 
 def test_pairs_are_every_caption_or_one_of_each_photograph(folder: Path) -> None:
@@ -388,5 +388,5 @@ def test_two_processes_are_one_with_the_same_batch(folder: Path, clip_folder: Pa
 
 def test_the_parts_are_rows() -> None:
     assert set(PARTS) | set(FIRST) <= set(PRESETS)
-    recipe = run.recipe_of(replace(options(Path(), Path(), Path()), batch=None, epochs=None), 3)
+    recipe = replace(options(Path(), Path(), Path()), batch=None, epochs=None).applied(SETTINGS["flickr8k"].recipe, 3)
     assert recipe == replace(SETTINGS["flickr8k"].recipe, seed=3)
