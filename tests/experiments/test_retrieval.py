@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.fsdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -343,11 +344,35 @@ def test_a_stopped_run_goes_on(
         assert torch.equal(one, other)
 
 
-def launched(arguments: list[str], processes: int) -> None:
-    config = str(ROOT / "experiments/configs/ddp.yaml")
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes)]
+# Accelerate shards on GPUs only; where it would on this launch, this has it do so on CPUs.
+ON_CPUS = """
+import accelerate.state as state
+from experiments.retrieval import run
+import tyro
+
+usual = state.AcceleratorState.__init__
+
+def sharding(self, *args, **given):
+    usual(self, *args, **given)
+    if given.get("fsdp_plugin") is not None:
+        self.fsdp_plugin = given["fsdp_plugin"]
+        self.distributed_type = state.PartialState._shared_state["distributed_type"] = state.DistributedType.FSDP
+
+state.AcceleratorState.__init__ = sharding
+run.main(tyro.cli(run.Options))
+assert state.AcceleratorState().distributed_type == state.DistributedType.FSDP
+"""
+
+
+def launched(arguments: list[str], processes: int, config: str, folder: Path) -> None:
+    file = str(ROOT / "experiments/configs" / config)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", str(processes)]
     launcher += ["--main_process_port", "0"]  # any: others may train beside this
-    words = [sys.executable, *launcher, "-m", "experiments.retrieval.run", *arguments]
+    program = ["-m", "experiments.retrieval.run"]
+    if config == "fsdp2.yaml":
+        (folder / "program.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{ON_CPUS}")
+        program = [str(folder / "program.py")]
+    words = [sys.executable, *launcher, *program, *arguments]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -358,7 +383,13 @@ def launched(arguments: list[str], processes: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_two_processes_are_one_with_the_same_batch(folder: Path, clip_folder: Path, tmp_path: Path) -> None:
+FSDP2 = hasattr(torch.distributed.fsdp, "fully_shard")  # public from torch 2.6 on
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", *[pytest.param("fsdp2.yaml", marks=pytest.mark.slow)] * FSDP2])
+def test_two_processes_are_one_with_the_same_batch(
+    folder: Path, clip_folder: Path, tmp_path: Path, config: str
+) -> None:
     wanted = options(folder, clip_folder, tmp_path / "one", presets=("dense", "control", "crossget"), gather=True)
     run.main(wanted)
     arguments = [
@@ -367,7 +398,7 @@ def test_two_processes_are_one_with_the_same_batch(folder: Path, clip_folder: Pa
         "--epochs", "2", "--model", str(wanted.model), "--gather", "--work", str(tmp_path / "two/work"), "--results",
         str(tmp_path / "two/results"),
     ]  # fmt: skip
-    launched(arguments, 2)
+    launched(arguments, 2, config, tmp_path)
     for row in ("control_seed0", "crossget_r4_seed0"):
         one, two = (result(tmp_path / name, row)["result"] for name in ("one", "two"))
         assert (one["processes"], two["processes"]) == (1, 2)
@@ -384,6 +415,10 @@ def test_two_processes_are_one_with_the_same_batch(folder: Path, clip_folder: Pa
     for tower in ("visual", "text"):
         assert float(cross[0][tower].detach().abs().min(0).values.max()) > 0
         torch.testing.assert_close(cross[1][tower], cross[0][tower], rtol=1e-2, atol=2e-6)
+    (tmp_path / "two/results/flickr8k/crossget_r4_seed0.json").unlink()
+    launched(arguments, 2, config, tmp_path)  # from its last checkpoint: nothing is left to be trained
+    again = result(tmp_path / "two", "crossget_r4_seed0")["result"]
+    assert (again["history"], again["places"]) == (two["history"], two["places"])
 
 
 def test_the_parts_are_rows() -> None:
