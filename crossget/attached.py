@@ -179,8 +179,9 @@ class AttachedTower:
         What is left on them is left on both: the recomputation of a checkpoint may begin on either side of the hooks.
         """
         arrived = self.arrived.get()
-        exchanged = arrived is not None and arrived is not tokens and arrived.shape == tokens.shape
-        return [tokens, arrived] if exchanged and arrived is not None else [tokens]
+        if arrived is None or arrived is tokens or arrived.shape != tokens.shape:
+            return [tokens]
+        return [tokens, arrived]
 
     def leave(self, tokens: Tensor, state: Any) -> None:
         """Leave a state on a block's output, for the next one."""
