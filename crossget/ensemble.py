@@ -4,6 +4,9 @@ Every ensemble takes `tokens` [B, T, C], their `sizes` [B, T] (how many input to
 `importance` [B, T] and a `Plan`, and returns tokens [B, T - r, C] and sizes [B, T - r]. Sizes are float32 (bfloat16
 counts exactly to 256 only) and always sum to what they summed to before. The values carry gradients; sizes and
 importance do not.
+
+All of them move a destination x_b by what its sources x_a ask for, x_b + sum over a of (take_a x_a - give_a x_b), and
+differ in the two weights only. So the tokens are read and written once, and those that nobody joins are copied.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from crossget.matching import Plan
+from crossget.matching import Plan, flat, take
 
 
 def guided(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -26,13 +29,12 @@ def guided(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tup
 
     Source: CrossGET (arXiv 2305.17455), section 3.3; reference implementation.
     """
-    destination = _destinations(plan)
-    weight = 2 * _pair(importance, plan).softmax(-1)
-    mass = tokens * sizes[:, :, None]
-    gain = weight[..., :1] * _take(mass, plan.source) + (weight[..., 1:] - 1) * _take(mass, destination)
-    mass = _add(mass, destination, gain.to(mass.dtype))
-    sizes = _joint(sizes, plan)
-    return _divide(_take(mass, plan.kept), sizes, tokens.dtype), sizes
+    a, b = plan.source, _destinations(plan)
+    joint = _joint(sizes, plan)
+    whole = joint.gather(1, plan.arrived)
+    weight = 2 * torch.sigmoid(importance.gather(1, a) - importance.gather(1, b))  # w_a; w_b is 2 - w_a
+    mine, other = sizes.gather(1, a), sizes.gather(1, b)
+    return _pull(tokens, plan, weight * mine / whole, (mine - (1 - weight) * other) / whole), joint
 
 
 def size(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -40,10 +42,9 @@ def size(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tuple
 
     Source: ToMe (arXiv 2210.09461), section 3.
     """
-    mass = tokens * sizes[:, :, None]
-    mass = _add(mass, _destinations(plan), _take(mass, plan.source))
-    sizes = _joint(sizes, plan)
-    return _divide(_take(mass, plan.kept), sizes, tokens.dtype), sizes
+    joint = _joint(sizes, plan)
+    share = sizes.gather(1, plan.source) / joint.gather(1, plan.arrived)
+    return _pull(tokens, plan, share, share), joint
 
 
 def normalized(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -52,13 +53,9 @@ def normalized(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) ->
     Every new token is a weighted average of the tokens it stands for, so constants are preserved. For one pair of
     equal sizes it equals `guided`.
     """
-    weight = sizes * (importance - importance.amax(1, keepdim=True)).exp()
-    mass = tokens * weight[:, :, None]
-    destination = _destinations(plan)
-    mass = _add(mass, destination, _take(mass, plan.source))
-    weight = weight.scatter_add(1, destination, weight.gather(1, plan.source))
-    new = _divide(_take(mass, plan.kept), weight.gather(1, plan.kept), tokens.dtype)
-    return new, _joint(sizes, plan)
+    weights = sizes * (importance - importance.amax(1, keepdim=True)).exp()
+    share = weights.gather(1, plan.source) / _joint(weights, plan).gather(1, plan.arrived)
+    return _pull(tokens, plan, share, share), _joint(sizes, plan)
 
 
 Ensemble = Callable[[Tensor, Tensor, Tensor, Plan], "tuple[Tensor, Tensor]"]
@@ -78,8 +75,8 @@ def unmerge(tokens: Tensor, source: Tensor, fill: Tensor | None = None) -> Tenso
         [B, T, C].
     """
     if fill is None:
-        return _take(tokens, source)
-    return torch.where(source[:, :, None] < 0, fill, _take(tokens, source.clamp(min=0)))
+        return take(tokens, source)
+    return torch.where(source[:, :, None] < 0, fill, take(tokens, source.clamp(min=0)))
 
 
 def _destinations(plan: Plan) -> Tensor:
@@ -88,22 +85,27 @@ def _destinations(plan: Plan) -> Tensor:
     return plan.destination
 
 
-def _pair(importance: Tensor, plan: Plan) -> Tensor:
-    both = (importance.gather(1, plan.source), importance.gather(1, _destinations(plan)))
-    return torch.stack(both, -1)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def _add(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    return x.scatter_add(1, index[:, :, None].expand(-1, -1, x.shape[2]), values)
-
-
 def _joint(sizes: Tensor, plan: Plan) -> Tensor:
+    """[B, T - r] the sizes of the groups."""
     return sizes.scatter_add(1, _destinations(plan), sizes.gather(1, plan.source)).gather(1, plan.kept)
 
 
-def _divide(mass: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    return (mass / by[:, :, None]).to(dtype)
+def _pull(tokens: Tensor, plan: Plan, taken: Tensor, given: Tensor) -> Tensor:
+    """The tokens that stay, each moved by its sources: x_b + sum over a of (taken_a x_a - given_a x_b).
+
+    Args:
+        tokens: [B, T, C].
+        plan: with destinations.
+        taken, given: [B, r] float32.
+
+    Returns:
+        [B, T - r, C].
+    """
+    stay = take(tokens, plan.kept)
+    width = int(stay.shape[2])
+    pairs = torch.cat([plan.source, _destinations(plan)], 1)
+    # In float32 for half precision, as the weights are.
+    change = take(tokens, pairs) * torch.cat([taken, -given], 1)[:, :, None]
+    rows = flat(torch.cat([plan.arrived, plan.arrived], 1), int(stay.shape[1]))
+    joined = stay.view(-1, width).index_add_(0, rows, change.to(tokens.dtype).view(-1, width))
+    return joined.view(stay.shape)

@@ -13,21 +13,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def by_guide(unit_keys: Tensor, queries: Tensor, guide: Tensor) -> Tensor:
+def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
     """How well each token's key answers the guide's query: a cosine.
 
     Args:
-        unit_keys: [B, T, C] of length one.
-        queries: [B, T, C].
-        guide: [B] position of the guide: the cross token in vision, the end-of-text token in text, or the class token.
+        keys: [B, T, C].
+        inverse_norms: [B, T] one over the length of each key.
+        query: [B, 1, C] of the guide: the cross token in vision, the end-of-text token in text, or the class token.
 
     Returns:
         [B, T] in [-1, 1].
 
     Source: CrossGET (arXiv 2305.17455), section 3.1.
     """
-    query = queries.gather(1, guide[:, None, None].expand(-1, 1, queries.shape[2])).to(unit_keys.dtype)
-    return (unit_keys @ F.normalize(query, dim=-1).transpose(1, 2)).squeeze(2)
+    unit = F.normalize(query.to(keys.dtype), dim=-1)
+    return (keys @ unit.transpose(1, 2)).squeeze(2) * inverse_norms
 
 
 def by_attention(weights: Tensor) -> Tensor:

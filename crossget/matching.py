@@ -9,26 +9,32 @@ Shapes: B batch, T tokens, C channels, r removed. Nothing here carries a gradien
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Ties = Literal["reference", "stable"]
+BUDGET = 1 << 26
+"""Similarities that a matching holds at a time, over the whole batch: above, they are made in tiles, and twice."""
+_FAR = 8.0  # beyond any cosine
 
 
 class Candidates:
     """What a matching may choose from.
 
+    Attributes:
+        inverse_norms: [B, T] one over the length of each key.
+
     Args:
-        keys: [B, T, C] what tokens are compared by; made unit length here.
+        keys: [B, T, C] what tokens are compared by, of any length.
         protected: [B, T] true for tokens that are neither source nor destination.
         n_protected: how many are protected in each row, at most (the same for all rows, so that shapes are static).
         valid: [B, T] false for padding. Padding is only ever matched with padding.
         ties: how equal similarities are ranked, see `complete_graph`.
         seed: what a random matching depends on.
+        budget: similarities to hold at a time.
     """
 
     def __init__(
@@ -39,15 +45,17 @@ class Candidates:
         valid: Tensor | None = None,
         ties: Ties = "reference",
         seed: int = 0,
+        budget: int = BUDGET,
     ) -> None:
         # Half precision has too few digits to rank cosines; float64 stays.
-        wide = keys.float() if keys.dtype in (torch.float16, torch.bfloat16) else keys
-        self.keys = F.normalize(wide, dim=-1)
+        self.keys = keys.float() if keys.dtype in (torch.float16, torch.bfloat16) else keys
+        self.inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
         self.protected = protected
         self.n_free = int(keys.shape[1]) - n_protected
         self.valid = valid
         self.ties = ties
         self.seed = seed
+        self.budget = budget
 
     def limit(self, r: int) -> int:
         """The number of tokens that can really be removed: half of those that may be touched.
@@ -57,17 +65,29 @@ class Candidates:
         reserve = 0 if self.valid is None else 2
         return max(0, min(r, (self.n_free - reserve) // 2))
 
-    def similarity(self) -> Tensor:
-        """Cosines [B, T, T] with -inf wherever a pair must not be matched: S of the paper, section 3.2."""
-        similarity = self.keys @ self.keys.transpose(1, 2)
-        if self.ties == "stable":
-            # Kernels may round S_ij and S_ji differently, which would break the tie of two nearest neighbours.
-            similarity = torch.maximum(similarity, similarity.transpose(1, 2))
-        itself = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
-        blocked = itself | self.protected[:, :, None] | self.protected[:, None, :]
-        if self.valid is not None:
-            blocked = blocked | (self.valid[:, :, None] != self.valid[:, None, :])
-        return similarity.masked_fill(blocked, -math.inf)
+    def cosines(self, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
+        """Cosines between some tokens and others, nothing masked: S of the paper, section 3.2.
+
+        The products are scaled, not the keys: there are fewer of them. Scaled by the product of both norms, S_ij and
+        S_ji stay equal to the last bit, which ranking depends on.
+
+        Args:
+            rows, columns: which tokens, as a slice or as [B, N] positions.
+
+        Returns:
+            [B, rows, columns].
+        """
+        (a, a_norms), (b, b_norms) = self._some(rows), self._some(columns)
+        return (a @ b.transpose(1, 2)).mul_(a_norms[:, :, None] * b_norms[:, None, :])
+
+    def _some(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
+        if isinstance(which, slice):
+            return self.keys[:, which], self.inverse_norms[:, which]
+        return take(self.keys, which), self.inverse_norms.gather(1, which)
+
+    def hidden(self) -> Tensor:
+        """[B, T] what is added to similarities with each token: -inf for one that is protected, otherwise 0."""
+        return torch.zeros_like(self.inverse_norms).masked_fill(self.protected, -math.inf)
 
     def argsort(self, values: Tensor, descending: bool = False) -> Tensor:
         """Sorted order of `values` [B, N] along the last axis, with this object's rule for ties."""
@@ -94,22 +114,39 @@ class Plan:
     Attributes:
         source: [B, r] tokens that leave.
         destination: [B, r] the token each source joins; None when sources are dropped.
+        arrived: [B, r] the new position of that destination; -1 when sources are dropped.
         kept: [B, T - r] tokens that stay, ascending.
         index: [B, T] the new position of each token's content (-1: dropped).
     """
 
     def __init__(self, source: Tensor, destination: Tensor | None, tokens: int) -> None:
-        batch, r = source.shape
-        order = torch.arange(tokens, device=source.device)
+        batch, left = int(source.shape[0]), tokens - int(source.shape[1])
+        order = torch.arange(tokens, device=source.device).expand(batch, tokens)
         # Integers, not booleans: tracing has no scatter with a boolean value.
-        stays = torch.ones(batch, tokens, dtype=torch.long, device=source.device).scatter(1, source, 0)
-        # The removed ones sort behind the others: static shapes, no wait for the device.
-        self.kept = torch.where(stays > 0, order, tokens).sort(1).values[:, : tokens - int(r)]
+        stays = torch.ones_like(order).scatter(1, source, 0)
         new = stays.cumsum(1) - 1
+        # The removed ones share a place behind the others: static shapes, no wait for the device.
+        place = new.masked_fill(stays == 0, left)
+        self.kept = new.new_empty(batch, left + 1).scatter(1, place, order)[:, :left]
         self.source = source
         self.destination = destination
-        arrived = torch.full_like(source, -1) if destination is None else new.gather(1, destination)
-        self.index = new.scatter(1, source, arrived)
+        self.arrived = torch.full_like(source, -1) if destination is None else new.gather(1, destination)
+        self.index = new.scatter(1, source, self.arrived)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The rows [B, N, C] of `x` [B, T, C] at `index` [B, N]."""
+    # Whole rows of a flat tensor are copied as such; a gather would look at an index for every number.
+    batch, tokens, width = (int(n) for n in x.shape)
+    return x.reshape(batch * tokens, width).index_select(0, flat(index, tokens)).view(batch, -1, width)
+
+
+def flat(index: Tensor, tokens: int) -> Tensor:
+    """[B, N] positions in rows of so many tokens as positions [B * N] in all rows one behind the other."""
+    if int(index.shape[0]) == 1:
+        return index.reshape(-1)
+    first = torch.arange(0, int(index.shape[0]) * tokens, tokens, device=index.device)
+    return (index + first[:, None]).view(-1)
 
 
 def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -134,16 +171,110 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
 
     Source: CrossGET (arXiv 2305.17455), section 3.2 and algorithm 1.
     """
-    similarity = candidates.similarity()
-    order = candidates.argsort(similarity.amax(-1), descending=True)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter(1, order, place)
-    below = rank[:, None, :] > rank[:, :, None]
-    partner = similarity.masked_fill(~below, -math.inf).amax(-1)
+    batch, tokens, _ = (int(n) for n in candidates.keys.shape)
+    tiled = batch * tokens**2 > candidates.budget
+    hidden = candidates.hidden()
+    pairs: Pairs = Tiles(candidates, hidden) if tiled else Square(candidates, hidden)
+    best = pairs.best() + hidden
+    order = candidates.argsort(best, descending=True)
+    place = torch.arange(tokens, device=order.device, dtype=best.dtype).expand_as(order)
+    partner = pairs.best_below(torch.empty_like(best).scatter(1, order, place)) + hidden
     source = candidates.argsort(_priority(partner, importance))[:, :r]
-    rows = similarity.gather(1, source[:, :, None].expand(-1, -1, similarity.shape[2]))
-    leaves = torch.zeros_like(order).scatter(1, source, 1) > 0
-    return source, rows.masked_fill(leaves[:, None, :], -math.inf).argmax(-1)
+    leaves = hidden.scatter(1, source, -math.inf)
+    return source, pairs.nearest(source, leaves)
+
+
+class Square:
+    """The similarities of all tokens with all others, as one tensor [B, T, T]."""
+
+    def __init__(self, candidates: Candidates, hidden: Tensor) -> None:
+        self.similarity = candidates.cosines()
+        if candidates.ties == "stable":
+            # Kernels may round S_ij and S_ji differently, which would break the tie of two nearest neighbours.
+            self.similarity = torch.maximum(self.similarity, self.similarity.transpose(1, 2))
+        # Additions and minima instead of masks: masks of this size take a CPU twenty times as long.
+        self.similarity += hidden[:, None, :]
+        self.similarity.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+        if candidates.valid is not None:
+            self.similarity.masked_fill_(_mixed(candidates.valid, candidates.valid), -math.inf)
+
+    def best(self) -> Tensor:
+        """[B, T] the largest similarity of each token."""
+        return self.similarity.amax(-1)
+
+    def best_below(self, rank: Tensor) -> Tensor:
+        """[B, T] the largest similarity of each token to one of a higher `rank` [B, T]; -inf where there is none."""
+        bound = torch.sub(rank[:, None, :], rank[:, :, None])
+        return _within(torch.minimum(self.similarity, bound.mul_(_FAR)).amax(-1))
+
+    def nearest(self, source: Tensor, hidden: Tensor) -> Tensor:
+        """[B, r] the most similar token of each source [B, r], `hidden` [B, T] added."""
+        return (take(self.similarity, source) + hidden[:, None, :]).argmax(-1)
+class Tiles:
+    """The same similarities in stripes of rows, which are made anew each time they are asked for.
+
+    Each pair of tokens is computed once and looked at from both sides: half the work, and a tie is a tie.
+    """
+
+    def __init__(self, candidates: Candidates, hidden: Tensor) -> None:
+        self.candidates, self.hidden = candidates, hidden
+        self.batch, self.tokens, _ = (int(n) for n in candidates.keys.shape)
+        # Beside a tile, others of its size are needed to scale and to compare it.
+        self.rows = max(1, candidates.budget // (4 * self.batch * self.tokens))
+
+    def best(self) -> Tensor:
+        """As `Square.best`."""
+        best = torch.full_like(self.hidden, -math.inf)
+        for rows, columns, tile in self._upper():
+            best[:, rows] = torch.maximum(best[:, rows], tile.amax(2))
+            best[:, columns] = torch.maximum(best[:, columns], tile.amax(1))
+        return best
+
+    def best_below(self, rank: Tensor) -> Tensor:
+        """As `Square.best_below`."""
+        best = torch.full_like(rank, -math.inf)
+        for rows, columns, tile in self._upper():
+            bound = torch.sub(rank[:, None, columns], rank[:, rows, None]).mul_(_FAR)
+            best[:, rows] = torch.maximum(best[:, rows], torch.minimum(tile, bound).amax(2))
+            best[:, columns] = torch.maximum(best[:, columns], torch.minimum(tile, bound.neg_()).amax(1))
+        return _within(best)
+
+    def nearest(self, source: Tensor, hidden: Tensor) -> Tensor:
+        """As `Square.nearest`."""
+        found = []
+        for some in source.split(self.rows, 1):
+            stripe = self.candidates.cosines(some).add_(hidden[:, None, :])
+            if self.candidates.valid is not None:
+                stripe.masked_fill_(_mixed(self.candidates.valid.gather(1, some), self.candidates.valid), -math.inf)
+            found.append(stripe.argmax(-1))
+        return torch.cat(found, 1)
+
+    def _upper(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and [B, rows, columns] of all tiles on and above the diagonal."""
+        hidden, valid = self.hidden, self.candidates.valid
+        for first in range(0, self.tokens, self.rows):
+            rows, columns = slice(first, first + self.rows), slice(first, None)
+            tile = self.candidates.cosines(rows, columns)
+            corner = tile[:, :, : self.rows]
+            corner.copy_(torch.maximum(corner, corner.transpose(1, 2)))
+            corner.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+            tile.add_(hidden[:, rows, None]).add_(hidden[:, None, columns])
+            if valid is not None:
+                tile.masked_fill_(_mixed(valid[:, rows], valid[:, columns]), -math.inf)
+            yield rows, columns, tile
+
+
+Pairs = Square | Tiles
+
+
+def _within(similarity: Tensor) -> Tensor:
+    """Similarities, where those out of bounds are none: -inf."""
+    return similarity.masked_fill(similarity < -_FAR / 2, -math.inf)
+
+
+def _mixed(a: Tensor, b: Tensor) -> Tensor:
+    """[B, N, M] where one of a pair is padding and the other is not."""
+    return a[:, :, None] != b[:, None, :]
 
 
 def bipartite(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -164,10 +295,9 @@ def bipartite(candidates: Candidates, r: int, importance: Tensor | None = None) 
     order = (group * tokens + torch.arange(tokens, device=group.device)).argsort(1)
     n_sources = candidates.n_free // 2
     a, b = order[:, :n_sources], order[:, n_sources : candidates.n_free]
-    similarity = _rows(candidates.keys, a) @ _rows(candidates.keys, b).transpose(1, 2)
+    similarity = candidates.cosines(a, b)
     if candidates.valid is not None:
-        mixed = candidates.valid.gather(1, a)[:, :, None] != candidates.valid.gather(1, b)[:, None, :]
-        similarity = similarity.masked_fill(mixed, -math.inf)
+        similarity.masked_fill_(_mixed(candidates.valid.gather(1, a), candidates.valid.gather(1, b)), -math.inf)
     nearest = similarity.max(-1)
     guide = None if importance is None else importance.gather(1, a)
     best = candidates.argsort(_priority(nearest.values, guide))[:, :r]
@@ -199,10 +329,6 @@ MATCHINGS: dict[str, Matching] = {"complete_graph": complete_graph, "bipartite":
 
 def _priority(similarity: Tensor, importance: Tensor | None) -> Tensor:
     return -similarity if importance is None else importance - similarity
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def _first(mask: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crossget.ensemble import ENSEMBLES
 from crossget.importance import by_guide
-from crossget.matching import MATCHINGS, Candidates, Plan, Ties
+from crossget.matching import MATCHINGS, Candidates, Plan, Ties, take
 from crossget.schedule import Schedule, as_schedule
 
 MatchingName = Literal["complete_graph", "bipartite", "random"]
@@ -257,7 +257,7 @@ class TopK(Reducer):
             if view.valid is not None:
                 score = score.masked_fill(~view.valid & ~view.protected, -torch.inf)
             plan = Plan(score.argsort(1)[:, :r], None, int(view.tokens.shape[1]))
-        tokens = view.tokens.gather(1, plan.kept[:, :, None].expand(-1, -1, view.tokens.shape[2]))
+        tokens = take(view.tokens, plan.kept)
         return tokens, None if view.sizes is None else view.sizes.gather(1, plan.kept), plan
 
 
@@ -271,7 +271,9 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
         guide = torch.zeros_like(view.protected[:, 0], dtype=torch.long)
     if guide is None:
         raise RuntimeError("importance='cross_token' found no guide among the tokens")
-    return by_guide(candidates.keys, _flat(view.queries, reducer.keys), guide)
+    _, heads, _, width = view.queries.shape
+    query = view.queries.gather(2, guide[:, None, None, None].expand(-1, heads, 1, width))
+    return by_guide(candidates.keys, candidates.inverse_norms, _flat(query, reducer.keys))
 
 
 def _flat(heads: Tensor, keys: KeysName | None) -> Tensor:

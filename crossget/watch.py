@@ -310,6 +310,14 @@ class BlockWatch(TorchFunctionMode):
 
     def _reduce(self, total: Tensor) -> Tensor:
         self.done = True
+        try:
+            return self._left(total)
+        finally:  # the block's MLP, which needs the most memory, comes now
+            self.residuals.clear()
+            self.received.clear()
+            self.queries = self.keys = None
+
+    def _left(self, total: Tensor) -> Tensor:
         if not self.weighed and self.state.sizes is not None:
             raise RuntimeError(
                 "the block's attention has no softmax over its scores that could be seen, so token sizes could not "

@@ -71,7 +71,7 @@ def image_of(view: Seen, row: int, reducer: Merging) -> reference.Image:
     wide = heads.double() if heads.dtype == torch.float64 else heads.float()
     unit = wide / wide.norm(dim=-1, keepdim=True)
     batch = Candidates(_flat(view.keys, reducer), view.protected, view.n_protected)
-    similarity = (batch.keys @ batch.keys.transpose(1, 2))[row]
+    similarity = batch.cosines()[row]
     if reducer.ties == "stable":
         similarity = torch.maximum(similarity, similarity.T)
     tokens = view.tokens.shape[1]

@@ -60,7 +60,8 @@ def importance_of(view: View) -> Tensor:
     if view.received is not None:
         return view.received
     assert view.guide is not None
-    return by_guide(F.normalize(view.keys[:, 0], dim=-1), view.queries[:, 0], view.guide)
+    query = view.queries[:, 0].gather(1, view.guide[:, None, None].expand(-1, 1, view.queries.shape[-1]))
+    return by_guide(view.keys[:, 0], view.keys[:, 0].norm(dim=-1).reciprocal(), query)
 
 
 @pytest.mark.parametrize("name", MATCHING)
