@@ -67,7 +67,7 @@ class Measurement:
     @property
     def quartiles(self) -> tuple[float, float]:
         """First and third quartile of the time of one call, in seconds."""
-        return _quartiles(self.seconds)
+        return quartiles(self.seconds)
 
     @property
     def median_speed(self) -> float:
@@ -77,7 +77,7 @@ class Measurement:
     @property
     def speed_quartiles(self) -> tuple[float, float]:
         """First and third quartile of the ratios to dense."""
-        return _quartiles(self.speed)
+        return quartiles(self.speed)
 
     @property
     def images_per_second(self) -> float:
@@ -182,8 +182,8 @@ def benchmark(
 
     # Not inference_mode: what a host caches in its first forward must still serve in training.
     with _in_eval_mode(model), torch.no_grad():
-        seconds = _take_turns(run, device, turns, rounds, warmup)
-        memory = {name: _peak_memory(run, device, turn) for name, turn in turns.items()}
+        seconds = take_turns(run, device, turns, rounds, warmup)
+        memory = {name: peak_memory(run, device, turn) for name, turn in turns.items()}
     batch = int(given.tensors[0].shape[0]) if given.tensors[0].dim() else 1
     speed = {name: tuple(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True)) for name in turns}
     measurements = tuple(
@@ -245,10 +245,18 @@ def _turns(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict
     return turns, {DENSE: "", **{name: str(method) for name, method in methods.items()}}
 
 
-def _take_turns(
-    run: Callable[[], None], device: torch.device, turns: Mapping[str, _Turn], rounds: int, warmup: int
+def take_turns(
+    run: Callable[[], Any], device: torch.device, turns: Mapping[str, _Turn], rounds: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Seconds of a call, round by round; every round starts with another method."""
+    """Seconds of a call, round by round; every round starts with another method.
+
+    Args:
+        run: the call.
+        device: that it works on.
+        turns: name of a method -> makes a context in which the call is that method's.
+        rounds: timed turns of each method.
+        warmup: untimed rounds before.
+    """
     names = list(turns)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warmup + rounds):
@@ -261,7 +269,7 @@ def _take_turns(
     return seconds
 
 
-def _timed(run: Callable[[], None], device: torch.device) -> float:
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the second of two calls: the first settles caches that the change of method has upset."""
     run()
     _synchronize(device)
@@ -291,13 +299,13 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 # Memory
 
 
-def _peak_memory(run: Callable[[], None], device: torch.device, turn: _Turn) -> int:
+def peak_memory(run: Callable[[], Any], device: torch.device, turn: _Turn) -> int:
     """Bytes that one call needs at most, on top of what is allocated before it; in a pass of its own, untimed."""
     with turn():
         return _peak_on_cuda(run, device) if device.type == "cuda" else _peak_on_cpu(run)
 
 
-def _peak_on_cuda(run: Callable[[], None], device: torch.device) -> int:
+def _peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
     run()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -307,7 +315,7 @@ def _peak_on_cuda(run: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _peak_on_cpu(run: Callable[[], None]) -> int:
+def _peak_on_cpu(run: Callable[[], Any]) -> int:
     """From torch's profiler, which notes every allocation of torch's allocator, those inside kernels too.
 
     The process's own high-water mark would not do: it cannot be reset between methods.
@@ -349,7 +357,7 @@ def _quiet_profiler() -> Iterator[None]:
 # Numbers and names
 
 
-def _quartiles(values: tuple[float, ...]) -> tuple[float, float]:
+def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
     if len(values) == 1:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")

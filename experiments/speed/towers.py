@@ -1,0 +1,415 @@
+"""Time image and text towers, dense and reduced: `python -m experiments.speed.towers --help`.
+
+In one run, in turns: the dense model, CrossGET, ToMe-style merging, and the ideal, which is the dense model's blocks run
+at CrossGET's token counts without any reducer: what CrossGET takes longer than that is the reducer's own cost. Speed
+does not depend on the weights' values, so they are random and nothing is downloaded.
+"""
+
+import contextlib
+import copy
+import importlib
+import json
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import crossget
+from crossget.benchmark import peak_memory, quartiles, take_turns
+from crossget.reducers import Reducer
+from crossget.schedule import planned_tokens
+from experiments import common
+from experiments.speed.ideal import cut
+from experiments.speed.llava import DTYPES
+
+RESULTS = Path(__file__).parent / "results"
+DENSE, CROSSGET, TOME, IDEAL = "dense", "CrossGET", "ToMe-style", "ideal"
+METHODS = (DENSE, CROSSGET, TOME, IDEAL)
+TowerName = Literal["vit-b", "vit-l-336", "vit-h", "dinov2-l-518", "clip-text", "llava-tower", "tiny", "tiny-text", "tiny-llava"]
+
+
+class Entry(nn.Module):
+    """A model and the method of it that is timed."""
+
+    def __init__(self, model: nn.Module, method: str = "__call__") -> None:
+        super().__init__()
+        self.model = model
+        self.method = method
+
+    def forward(self, x: Tensor) -> Any:
+        """Call the method."""
+        return getattr(self.model, self.method)(x)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A tower to time.
+
+    Attributes:
+        make: returns the model with random weights.
+        r: tokens removed per block.
+        inputs: returns inputs for a batch.
+        tower: its name in the model.
+        method: what is called.
+        unread: blocks at the end whose output nobody reads, which an attached model leaves out.
+    """
+
+    make: Callable[[], nn.Module]
+    r: int
+    inputs: Callable[[int], Tensor]
+    tower: str = "visual"
+    method: str = "__call__"
+    unread: int = 0
+
+
+def timm(name: str, **options: Any) -> nn.Module:
+    """Return a model of timm."""
+    model: nn.Module = importlib.import_module("timm").create_model(name, **options)
+    return model
+
+
+def open_clip(**changes: Any) -> nn.Module:
+    """Return open_clip's ViT-B-16, or another one with the same text tower."""
+    library: Any = importlib.import_module("open_clip")
+    model: nn.Module = library.CLIP(**{**library.get_model_config("ViT-B-16"), **changes})
+    return model
+
+
+def llava(width: int, depth: int, image: int) -> nn.Module:
+    """Return a LLaVA with the image tower in question and next to no language model."""
+    transformers: Any = importlib.import_module("transformers")
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64, intermediate_size=4 * width,
+        image_size=image, patch_size=14,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64, vocab_size=64, pad_token_id=0
+    )
+    model: nn.Module = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    )
+    return model
+
+
+def images(size: int, batch: int) -> Tensor:
+    """Return noise [B, 3, size, size]."""
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def texts(batch: int) -> Tensor:
+    """Return token ids [B, 77]. They end early, so that the ideal, which cuts at the end, still holds the end of text."""
+    ids = torch.randint(1, 1000, (batch, 77), generator=torch.Generator().manual_seed(0))
+    ids[:, 2] = 49407
+    ids[:, 3:] = 0
+    return ids
+
+
+TINY = {"embed_dim": 64, "vision_cfg": {"layers": 2, "width": 64, "head_width": 32, "patch_size": 32, "image_size": 64},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}}  # fmt: skip
+# r so that about half of the multiply-adds are left; those of texts and LLaVA are the reference's.
+SETUPS: Mapping[str, Setup] = {
+    "vit-b": Setup(partial(timm, "vit_base_patch16_224"), 16, partial(images, 224)),
+    "vit-l-336": Setup(partial(timm, "vit_large_patch14_clip_336"), 23, partial(images, 336)),
+    "vit-h": Setup(partial(timm, "vit_huge_patch14_clip_224"), 7, partial(images, 224)),
+    "dinov2-l-518": Setup(partial(timm, "vit_large_patch14_dinov2"), 55, partial(images, 518)),
+    "clip-text": Setup(open_clip, 6, texts, "text", "encode_text"),
+    "llava-tower": Setup(partial(llava, 1024, 24, 336), 13, partial(images, 336), method="get_image_features", unread=1),
+    "tiny": Setup(partial(timm, "test_vit"), 13, partial(images, 160)),
+    "tiny-text": Setup(partial(open_clip, **TINY), 6, texts, "text", "encode_text"),
+    "tiny-llava": Setup(partial(llava, 64, 3, 112), 5, partial(images, 112), method="get_image_features", unread=1),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the queue: a tower at one batch size."""
+
+    tower: str
+    batch: int
+    dtype: str
+    device: str
+    mode: str
+    train: bool
+    rounds: int
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        kind = "train" if self.train else self.mode
+        return f"towers/{self.tower}_{self.device.partition(':')[0]}_{self.dtype}_{kind}_batch{self.batch}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to time."""
+
+    towers: tuple[TowerName, ...] = ("vit-b", "vit-l-336", "vit-h", "dinov2-l-518", "clip-text", "llava-tower")
+    """Towers."""
+    batch: tuple[int, ...] = (1, 8, 32, 128)
+    """Images or texts per call; what does not fit is said so in its result."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of weights and computation."""
+    device: str = "cuda"
+    """Where the model runs."""
+    mode: Literal["eager", "compile"] = "eager"
+    """With or without torch.compile."""
+    train: bool = False
+    """Time a forward and backward pass in training mode."""
+    rounds: int = 11
+    """Timed turns of each method."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+    overwrite: bool = False
+    """Run again what has a result file."""
+
+
+def queue(options: Options) -> list[Run]:
+    """Return all runs that the options ask for."""
+    if options.train and options.mode == "compile":
+        raise ValueError("--train and --mode compile were given: training is timed in eager mode only")
+    return [
+        Run(tower, batch, options.dtype, options.device, options.mode, options.train, options.rounds)
+        for tower in options.towers
+        for batch in options.batch
+    ]
+
+
+def variants(setup: Setup, dtype: torch.dtype, device: str) -> dict[str, Entry]:
+    """Return the model in every form. All share their weights."""
+    torch.manual_seed(0)
+    dense = Entry(setup.make().to(device, dtype).eval(), setup.method)
+    weights = {id(tensor): tensor for tensor in [*dense.parameters(), *dense.buffers()]}
+    forms = {name: dense if name == DENSE else copy.deepcopy(dense, dict(weights)) for name in METHODS}
+    for name, reducer in reducers(setup).items():
+        crossget.attach(forms[name].model, {setup.tower: reducer})
+    # What the ideal has to match: the tower's own counts.
+    attached = crossget.attachment(forms[CROSSGET].model)
+    tower = attached.towers[setup.tower]
+    with torch.no_grad():
+        forms[CROSSGET](placed(setup.inputs(1), device, dtype))
+    first = attached.tokens[setup.tower][0]
+    depth = len(tower.blocks)
+    counts = planned_tokens(attached.reducers[setup.tower].schedule, depth, first, tower.n_reserved(True))
+    blocks = next(t for t in crossget.find_towers(forms[IDEAL].model) if t.name == setup.tower).blocks
+    cut(blocks, counts[: depth + 1 - setup.unread])
+    return forms
+
+
+def placed(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """Return inputs where and as the model wants them."""
+    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+
+def reducers(setup: Setup) -> dict[str, Reducer]:
+    """Return the reducers that are timed."""
+    return {CROSSGET: crossget.CrossGET(setup.r), TOME: crossget.ToMe(setup.r)}
+
+
+def step(form: Callable[[Tensor], Any], parameters: Sequence[nn.Parameter], x: Tensor) -> None:
+    """Run forward and backward."""
+    for parameter in parameters:
+        parameter.grad = None
+    pooled(form(x)).float().sum().backward()
+
+
+def pooled(out: Any) -> Tensor:
+    """Return the features of what a model returns: in transformers the form differs between versions."""
+    while not isinstance(out, Tensor):
+        out = getattr(out, "pooler_output", None) if hasattr(out, "pooler_output") else out[0]
+    return out
+
+
+def calls(
+    run: Run, setup: Setup, forms: Mapping[str, Entry], x: Tensor
+) -> tuple[dict[str, Callable[[], Any]], dict[str, common.Json]]:
+    """Return what is timed of each method, and what it took to compile it."""
+    if run.mode == "eager":
+        if run.train:
+            return {name: _trained(form, x) for name, form in forms.items()}, {}
+        return {name: partial(form, x) for name, form in forms.items()}, {}
+    metrics: Any = importlib.import_module("torch._inductor.metrics")
+    found, costs = {}, {}
+    for name, form in forms.items():
+        torch._dynamo.reset()
+        metrics.reset()
+        # A graph break is an error. CUDA graphs where there is CUDA.
+        compiled = torch.compile(form, fullgraph=True, mode="reduce-overhead" if x.is_cuda else "default")
+        start = time.perf_counter()
+        compiled(x)
+        costs[name] = {"seconds": time.perf_counter() - start, "kernels": metrics.generated_kernel_count}
+        found[name] = partial(compiled, x)
+    return found, costs
+
+
+def _trained(form: Entry, x: Tensor) -> Callable[[], None]:
+    form.train()
+    attachment = crossget.find_attachment(form)
+    parameters = [*form.parameters(), *(attachment.parameters() if attachment else [])]
+    return partial(step, form, parameters, x)
+
+
+def launches(call: Callable[[], Any], depth: int) -> float | None:
+    """Return kernels launched per block in one call; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kinds = ("memcpy", "memset")
+    kernels = sum(event.count for event in profile.key_averages() if not event.key.lower().startswith(kinds))
+    return round(kernels / depth, 1)
+
+
+def flops(setup: Setup) -> dict[str, int]:
+    """Return multiply-adds of one image or text."""
+    counted: dict[str, int] = {}
+    with torch.device("meta"):
+        model = setup.make().eval()
+    entry, x = Entry(model, setup.method), setup.inputs(1).to("meta")
+    for name, reducer in reducers(setup).items():
+        with crossget.attach(model, {setup.tower: reducer}):
+            report = crossget.count_flops(entry, x)
+        counted[DENSE], counted[name] = report.dense.total, report.total
+    return counted
+
+
+def execute(run: Run) -> common.Json:
+    """Time one tower at one batch size, every method in turns."""
+    setup, device, dtype = SETUPS[run.tower], torch.device(run.device), DTYPES[run.dtype]
+    counted = flops(setup)
+    forms = variants(setup, dtype, run.device)
+    depth = len(crossget.attachment(forms[CROSSGET].model).towers[setup.tower].blocks)
+    x = placed(setup.inputs(run.batch), run.device, dtype)
+    result: common.Json = {"flops": counted, "r": setup.r, "depth": depth, "rows": []}
+    try:
+        with torch.set_grad_enabled(run.train):
+            timed, compiled = calls(run, setup, forms, x)
+            seconds, memory = measure(timed, device, run.rounds)
+            for name in METHODS:
+                found = row(name, seconds, memory, counted)
+                result["rows"].append({**found, "compile": compiled.get(name), "launches": launches(timed[name], depth)})
+    except torch.cuda.OutOfMemoryError as error:
+        result["does_not_fit"] = str(error).partition("\n")[0]
+    return {"run": asdict(run), "result": result}
+
+
+def measure(
+    timed: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Return the seconds of every round and the peak memory of every method."""
+    current: list[Callable[[], Any]] = []
+
+    @contextlib.contextmanager
+    def turn(call: Callable[[], Any]) -> Iterator[None]:
+        current.append(call)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    turns = {name: partial(turn, call) for name, call in timed.items()}
+
+    def run() -> None:
+        current[-1]()
+
+    seconds = take_turns(run, device, turns, rounds, warmup=1)
+    return seconds, {name: peak_memory(run, device, each) for name, each in turns.items()}
+
+
+def row(
+    name: str, seconds: Mapping[str, Sequence[float]], memory: Mapping[str, int], counted: Mapping[str, int]
+) -> common.Json:
+    """Return what one method took."""
+    speed = tuple(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True))
+    over = tuple(b / a - 1 for a, b in zip(seconds[IDEAL], seconds[name], strict=True))
+    promised = counted[DENSE] / counted[CROSSGET if name == IDEAL else name]
+    return {
+        "method": name,
+        "seconds": round(statistics.median(seconds[name]), 6),
+        "speed": round(statistics.median(speed), 4),
+        "quartiles": [round(value, 4) for value in quartiles(speed)],
+        "promised": round(promised, 4),
+        "realised": round(statistics.median(speed) / promised, 4),
+        "over_ideal": round(statistics.median(over), 4),
+        "over_ideal_quartiles": [round(value, 4) for value in quartiles(over)],
+        "peak_memory": memory[name],
+        "memory": round(memory[name] / memory[DENSE], 4),
+        "rounds": [round(value, 6) for value in seconds[name]],
+    }
+
+
+COLUMNS = ["tower", "", "batch", "method", "ms", "speed", "by FLOPs", "realised", "above the ideal", "memory"]
+
+
+def cells(content: common.Json) -> list[list[str]]:
+    """Return the rows of one result."""
+    run, result = content["run"], content["result"]
+    kind = f"{run['dtype']}, {'training step' if run['train'] else run['mode']}"
+    head = [run["tower"], kind, str(run["batch"])]
+    if "does_not_fit" in result:
+        return [[*head, "does not fit", *[""] * 6]]
+    rows = []
+    for found in result["rows"]:
+        dense, ideal = found["method"] == DENSE, found["method"] == IDEAL
+        low, high = found["quartiles"]
+        rows.append([
+            *(head if dense else [""] * 3),
+            found["method"],
+            f"{1e3 * found['seconds']:.1f}",
+            "1.00x" if dense else f"{found['speed']:.2f}x [{low:.2f}, {high:.2f}]",
+            "" if dense else f"{found['promised']:.2f}x",
+            "" if dense else f"{found['realised']:.2f}",
+            "" if dense or ideal else f"{100 * found['over_ideal']:+.1f} %",
+            f"{found['memory']:.2f}",
+        ])  # fmt: skip
+    return rows
+
+
+def markdown(contents: Sequence[common.Json], fmt: str = "github") -> str:
+    """Return results as one table."""
+    order = sorted(contents, key=lambda c: [c["run"][k] for k in ("device", "train", "mode", "dtype", "tower", "batch")])
+    rows = [line for content in order for line in cells(content)]
+    return tabulate(rows, COLUMNS, tablefmt=fmt, disable_numparse=True, colalign=["left"] * 4 + ["right"] * 6)
+
+
+def command_of(options: Options) -> Callable[[Run], str]:
+    """Return the function that writes the command which repeats one run."""
+
+    def command(run: Run) -> str:
+        words = ["python", "-m", "experiments.speed.towers", "--towers", run.tower, "--batch", str(run.batch)]
+        words += ["--dtype", run.dtype, "--device", run.device, "--mode", run.mode, "--rounds", str(run.rounds)]
+        return shlex.join([*words, "--train"] if run.train else words)
+
+    return command
+
+
+def main(options: Options) -> int:
+    """Work off the queue, print every result, and return the number of runs executed."""
+    done = common.work_off(
+        queue(options),
+        options.results,
+        execute,
+        command=command_of(options),
+        environment=common.environment(options.device),
+        overwrite=options.overwrite,
+    )
+    files = [options.results / f"{run.slug}.json" for run in queue(options)]
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    where = contents[0]["environment"]
+    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}\n\n{markdown(contents, 'simple')}\n")
+    return done
+
+
+if __name__ == "__main__":
+    import tyro
+
+    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
