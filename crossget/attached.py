@@ -197,10 +197,10 @@ class AttachedTower:
             tokens, state = self._start(tokens, {**dict(zip(names[1:], args)), **kwargs})  # noqa: B905
         else:
             tokens, state = self._continue(tokens, layer)
+            if self.reducer.cross_token:
+                tokens = self._renew_cross_token(tokens, state, layer)
         count = int(tokens.shape[1])
         state.record.tokens[layer] = count
-        if self.reducer.cross_token:
-            tokens = self._renew_cross_token(tokens, state, layer)
         if self._is_read_by_nobody(state.reading, layer):
             return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer)
         r = self.reducer.schedule.removed(layer, self.depth, count)
@@ -242,11 +242,12 @@ class AttachedTower:
         )
         state.reading = _left_on(self.bearers(tokens), _READING, self.reading.get())
         if cross:
-            tokens = torch.cat([tokens, self._origin(tokens, valid).detach()], 1)
+            origin = self._origin(tokens, valid) if end is None else _at(tokens, end)
+            tokens = torch.cat([tokens, self.cross_token(origin.squeeze(1), state.record, 0)[:, None]], 1)
         return tokens, state
 
     def _origin(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """What the cross token starts as: [B, 1, C]. Where a text has an end, that replaces it."""
+        """What the cross token of a tower without ends of text starts as: [B, 1, C]."""
         if self.tower.class_token:
             return tokens[:, :1]
         if valid is None:
@@ -276,12 +277,22 @@ class AttachedTower:
         return tokens, state
 
     def _renew_cross_token(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
-        if state.end is None:
-            origin = tokens[:, -1]
-        else:
-            origin = tokens.gather(1, state.end[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)
+        origin = tokens[:, -1] if state.end is None else _at(tokens, state.end).squeeze(1)
         token = self.cross_token(origin, state.record, layer)
+        if self._is_ours(tokens, state, layer):
+            tokens[:, -1] = token
+            return tokens
         return torch.cat([tokens[:, :-1], token[:, None]], 1)
+
+    def _is_ours(self, tokens: Tensor, state: TokenState, layer: int) -> bool:
+        """Whether nobody else may hold the tokens in front of block `layer`, so that they need not be copied."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        reading: Reading | None = state.reading
+        if reading is not None and (reading.layers is None or layer - 1 in reading.layers) and state.compact is None:
+            return False  # the host keeps what it has read
+        hooks = self.tower.blocks[layer - 1]._forward_hooks or nn.modules.module._global_forward_hooks
+        return not hooks and tokens.is_inference() == torch.is_inference_mode_enabled()
 
     def cross_token(self, origin: Tensor, record: Record, layer: int) -> Tensor:
         """[B, C] the cross token in front of block `layer`."""
@@ -417,6 +428,11 @@ def take_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any])
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
     return rest.pop(names[0]), (), rest
+
+
+def _at(tokens: Tensor, position: Tensor) -> Tensor:
+    """[B, 1, C] the token of each row at `position` [B]."""
+    return tokens.gather(1, position[:, None, None].expand(-1, 1, tokens.shape[2]))
 
 
 def _not_seen(block: nn.Module, layer: int, tower: Tower, watch: BlockWatch) -> str:

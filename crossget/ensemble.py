@@ -29,11 +29,12 @@ def guided(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tup
 
     Source: CrossGET (arXiv 2305.17455), section 3.3; reference implementation.
     """
-    a, b = plan.source, _destinations(plan)
-    joint = _joint(sizes, plan)
+    r = int(plan.source.shape[1])
+    pairs, joint = _pairs(plan), _joint(sizes, plan)
     whole = joint.gather(1, plan.arrived)
-    weight = 2 * torch.sigmoid(importance.gather(1, a) - importance.gather(1, b))  # w_a; w_b is 2 - w_a
-    mine, other = sizes.gather(1, a), sizes.gather(1, b)
+    scores, masses = importance.gather(1, pairs), sizes.gather(1, pairs)
+    weight = 2 * torch.sigmoid(scores[:, :r] - scores[:, r:])  # w_a; w_b is 2 - w_a
+    mine, other = masses[:, :r], masses[:, r:]
     return _pull(tokens, plan, weight * mine / whole, (mine - (1 - weight) * other) / whole), joint
 
 
@@ -85,6 +86,11 @@ def _destinations(plan: Plan) -> Tensor:
     return plan.destination
 
 
+def _pairs(plan: Plan) -> Tensor:
+    """[B, 2 r] sources, then their destinations."""
+    return torch.cat([plan.source, _destinations(plan)], 1)
+
+
 def _joint(sizes: Tensor, plan: Plan) -> Tensor:
     """[B, T - r] the sizes of the groups."""
     return sizes.scatter_add(1, _destinations(plan), sizes.gather(1, plan.source)).gather(1, plan.kept)
@@ -96,16 +102,16 @@ def _pull(tokens: Tensor, plan: Plan, taken: Tensor, given: Tensor) -> Tensor:
     Args:
         tokens: [B, T, C].
         plan: with destinations.
-        taken, given: [B, r] float32.
+        taken: [B, r] float32, of each source.
+        given: [B, r] float32, of its destination.
 
     Returns:
         [B, T - r, C].
     """
     stay = take(tokens, plan.kept)
     width = int(stay.shape[2])
-    pairs = torch.cat([plan.source, _destinations(plan)], 1)
     # In float32 for half precision, as the weights are.
-    change = take(tokens, pairs) * torch.cat([taken, -given], 1)[:, :, None]
+    change = take(tokens, _pairs(plan)) * torch.cat([taken, -given], 1)[:, :, None]
     rows = flat(torch.cat([plan.arrived, plan.arrived], 1), int(stay.shape[1]))
     joined = stay.view(-1, width).index_add_(0, rows, change.to(tokens.dtype).view(-1, width))
     return joined.view(stay.shape)

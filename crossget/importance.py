@@ -27,7 +27,7 @@ def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
     Source: CrossGET (arXiv 2305.17455), section 3.1.
     """
     unit = F.normalize(query.to(keys.dtype), dim=-1)
-    return (keys @ unit.transpose(1, 2)).squeeze(2) * inverse_norms
+    return torch.bmm(unit, keys.transpose(1, 2)).squeeze(1) * inverse_norms
 
 
 def by_attention(weights: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 Ties = Literal["reference", "stable"]
 BUDGET = 1 << 26
 """Similarities that a matching holds at a time, over the whole batch: above, they are made in tiles, and twice."""
-_FAR = 8.0  # beyond any cosine
 
 
 class Candidates:
@@ -72,13 +71,14 @@ class Candidates:
         S_ji stay equal to the last bit, which ranking depends on.
 
         Args:
-            rows, columns: which tokens, as a slice or as [B, N] positions.
+            rows: which tokens, as a slice or as [B, N] positions.
+            columns: which others.
 
         Returns:
             [B, rows, columns].
         """
         (a, a_norms), (b, b_norms) = self._some(rows), self._some(columns)
-        return (a @ b.transpose(1, 2)).mul_(a_norms[:, :, None] * b_norms[:, None, :])
+        return torch.bmm(a, b.transpose(1, 2)).mul_(a_norms[:, :, None] * b_norms[:, None, :])
 
     def _some(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
         if isinstance(which, slice):
@@ -204,12 +204,13 @@ class Square:
 
     def best_below(self, rank: Tensor) -> Tensor:
         """[B, T] the largest similarity of each token to one of a higher `rank` [B, T]; -inf where there is none."""
-        bound = torch.sub(rank[:, None, :], rank[:, :, None])
-        return _within(torch.minimum(self.similarity, bound.mul_(_FAR)).amax(-1))
+        return torch.minimum(self.similarity, _bound(rank, rank)).amax(-1)
 
     def nearest(self, source: Tensor, hidden: Tensor) -> Tensor:
         """[B, r] the most similar token of each source [B, r], `hidden` [B, T] added."""
         return (take(self.similarity, source) + hidden[:, None, :]).argmax(-1)
+
+
 class Tiles:
     """The same similarities in stripes of rows, which are made anew each time they are asked for.
 
@@ -234,10 +235,10 @@ class Tiles:
         """As `Square.best_below`."""
         best = torch.full_like(rank, -math.inf)
         for rows, columns, tile in self._upper():
-            bound = torch.sub(rank[:, None, columns], rank[:, rows, None]).mul_(_FAR)
+            bound = _bound(rank[:, rows], rank[:, columns])
             best[:, rows] = torch.maximum(best[:, rows], torch.minimum(tile, bound).amax(2))
             best[:, columns] = torch.maximum(best[:, columns], torch.minimum(tile, bound.neg_()).amax(1))
-        return _within(best)
+        return best
 
     def nearest(self, source: Tensor, hidden: Tensor) -> Tensor:
         """As `Square.nearest`."""
@@ -267,9 +268,9 @@ class Tiles:
 Pairs = Square | Tiles
 
 
-def _within(similarity: Tensor) -> Tensor:
-    """Similarities, where those out of bounds are none: -inf."""
-    return similarity.masked_fill(similarity < -_FAR / 2, -math.inf)
+def _bound(rank: Tensor, other: Tensor) -> Tensor:
+    """[B, N, M] what the similarity of two tokens is cut to: infinity where `other` ranks higher, otherwise -inf."""
+    return torch.sub(other[:, None, :], (rank + 0.5)[:, :, None]).mul_(math.inf)  # the half: zero would give no number
 
 
 def _mixed(a: Tensor, b: Tensor) -> Tensor:

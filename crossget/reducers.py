@@ -42,7 +42,8 @@ class View:
         protected: [B, T] true for tokens that must stay as they are.
         n_protected: an upper bound of the protected tokens in a row.
         valid: [B, T] false for padding; None when there is none.
-        guide: [B] position of the token that guides: cross token, or end of text; None when the tower has none.
+        guide: position of the token that guides: that of the cross token, or [B] those of the ends of text; None when
+            the tower has none.
     """
 
     tokens: Tensor
@@ -53,7 +54,7 @@ class View:
     protected: Tensor
     n_protected: int
     valid: Tensor | None = None
-    guide: Tensor | None = None
+    guide: Tensor | int | None = None
 
 
 @dataclass(frozen=True)
@@ -266,13 +267,14 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
         if view.received is None:
             raise RuntimeError("importance='attention' got no attention probabilities from the block")
         return view.received
-    guide = view.guide
-    if reducer.importance == "class_token":
-        guide = torch.zeros_like(view.protected[:, 0], dtype=torch.long)
+    guide = 0 if reducer.importance == "class_token" else view.guide
     if guide is None:
         raise RuntimeError("importance='cross_token' found no guide among the tokens")
-    _, heads, _, width = view.queries.shape
-    query = view.queries.gather(2, guide[:, None, None, None].expand(-1, heads, 1, width))
+    if isinstance(guide, int):
+        query = view.queries[:, :, guide : guide + 1]
+    else:
+        _, heads, _, width = view.queries.shape
+        query = view.queries.gather(2, guide[:, None, None, None].expand(-1, heads, 1, width))
     return by_guide(candidates.keys, candidates.inverse_norms, _flat(query, reducer.keys))
 
 

@@ -338,7 +338,7 @@ class BlockWatch(TorchFunctionMode):
         received = torch.stack(self.received).mean(0) if self.received else None
         view = View(
             total, queries, keys, received, state.sizes, state.protected, state.n_protected, state.valid,
-            self._guide(total),
+            self._guide(),
         )  # fmt: skip
         device = total.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
@@ -346,12 +346,10 @@ class BlockWatch(TorchFunctionMode):
         with torch.autocast(device, enabled=False):  # the choice of tokens is made in full precision
             return self.reducer.reduce(view, self.r)
 
-    def _guide(self, total: Tensor) -> Tensor | None:
+    def _guide(self) -> Tensor | int | None:
         if self.state.end is not None:
             return self.state.end
-        if not self.state.cross:
-            return None
-        return torch.full((self.batch,), self.tokens - 1, device=total.device)
+        return self.tokens - 1 if self.state.cross else None
 
 
 def visible(mask: Tensor, batch: int) -> Tensor:

@@ -497,3 +497,24 @@ def test_every_part_can_be_exchanged_alone() -> None:
     for i, a in enumerate(outputs):
         for b in outputs[i + 1 :]:
             assert not torch.allclose(a, b, atol=1e-6)
+
+
+@torch.no_grad()
+def test_tokens_are_copied_for_the_cross_token_only_where_somebody_may_hold_them() -> None:
+    model, image = Plain(), TOKENS.clone()
+    with crossget.attach(model, crossget.CrossGET(r=2)) as attached:
+        attached.cross_tokens["visual"].normal_()
+        expected = model(image)
+        got: list[Tensor] = []
+        given: list[Tensor] = []
+        inside = model.stages[1].register_forward_pre_hook(lambda module, args: got.append(args[0].clone()))
+        assert torch.equal(model(image), expected)
+        hook = model.stages[0].register_forward_hook(lambda module, args, out: given.append(out))
+        assert torch.equal(model(image), expected)
+        assert torch.equal(given[0], got[1])  # what a hook was given does not change afterwards
+        hook.remove()
+        inside.remove()
+        with torch.enable_grad():
+            out = model(image)
+            out.sum().backward()
+        torch.testing.assert_close(out, expected)

@@ -16,7 +16,7 @@ import crossget
 import reference
 from crossget import importance
 from crossget.importance import by_attention
-from crossget.matching import Candidates
+from crossget.matching import BUDGET, Candidates, complete_graph
 from crossget.reducers import Host, Merging, View
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -366,3 +366,47 @@ def test_attention_received_in_parts(bias: Any, at_once: int, monkeypatch: pytes
     scores = queries @ keys.mT * 0.3 + (0 if added is None else added)
     expected = by_attention(scores.softmax(-1)).mean(1)
     torch.testing.assert_close(importance.attention_received(queries, keys, added, 0.3), expected)
+
+
+@settings(deadline=None)
+@given(views(), st.integers(1, 2000), st.booleans())
+def test_tiles_choose_as_the_whole_square_does(case: tuple[View, int], budget: int, guided: bool) -> None:
+    view, r = case
+    keys = view.keys.transpose(1, 2).flatten(2).double()  # so that how a product is cut up decides nothing
+    whole, tiled = (Candidates(keys, view.protected, view.n_protected, view.valid, budget=b) for b in (BUDGET, budget))
+    r = whole.limit(r)
+    importance = view.received.double() if guided and view.received is not None else None
+    for one, other in zip(complete_graph(whole, r, importance), complete_graph(tiled, r, importance), strict=True):
+        assert torch.equal(one, other)
+
+
+@settings(deadline=None)
+@given(views(tied=True), st.integers(1, 500), st.sampled_from(["reference", "stable"]))
+def test_tiles_keep_ties(case: tuple[View, int], budget: int, ties: Any) -> None:
+    view, r = case
+    keys = view.keys.transpose(1, 2).flatten(2)
+    whole, tiled = (
+        Candidates(keys, view.protected, view.n_protected, view.valid, ties, budget=b) for b in (BUDGET, budget)
+    )
+    r = whole.limit(r)
+    for one, other in zip(complete_graph(whole, r), complete_graph(tiled, r), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_long_sequence_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, budget = 300, 9000
+    largest = []
+    cosines = Candidates.cosines
+
+    def noted(self: Candidates, *which: Any) -> Tensor:
+        made = cosines(self, *which)
+        largest.append(made.numel())
+        return made
+
+    monkeypatch.setattr(Candidates, "cosines", noted)
+    keys = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(0))
+    protected = torch.zeros(2, tokens, dtype=torch.bool)
+    tiled = complete_graph(Candidates(keys, protected, 0, budget=budget), 40)
+    assert 4 * max(largest) <= budget  # a tile, and what is made of it
+    for one, other in zip(complete_graph(Candidates(keys, protected, 0), 40), tiled, strict=True):
+        assert torch.equal(one, other)

@@ -16,7 +16,6 @@ import torch
 from golden_inputs import GOLDEN, array, weight
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import crossget
 from crossget.importance import by_attention, by_guide

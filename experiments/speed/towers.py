@@ -1,8 +1,8 @@
 """Time image and text towers, dense and reduced: `python -m experiments.speed.towers --help`.
 
-In one run, in turns: the dense model, CrossGET, ToMe-style merging, and the ideal, which is the dense model's blocks run
-at CrossGET's token counts without any reducer: what CrossGET takes longer than that is the reducer's own cost. Speed
-does not depend on the weights' values, so they are random and nothing is downloaded.
+In one run, in turns: the dense model, CrossGET, ToMe-style merging, and the ideal, which is the dense model's blocks at
+CrossGET's token counts without any reducer: what CrossGET takes longer than that is the reducer's own cost. Speed does
+not depend on the weights' values, so they are random and nothing is downloaded.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import crossget
+from crossget.attach import find_attachment
 from crossget.benchmark import peak_memory, quartiles, take_turns
 from crossget.reducers import Reducer
 from crossget.schedule import planned_tokens
@@ -33,7 +34,9 @@ from experiments.speed.llava import DTYPES
 RESULTS = Path(__file__).parent / "results"
 DENSE, CROSSGET, TOME, IDEAL = "dense", "CrossGET", "ToMe-style", "ideal"
 METHODS = (DENSE, CROSSGET, TOME, IDEAL)
-TowerName = Literal["vit-b", "vit-l-336", "vit-h", "dinov2-l-518", "clip-text", "llava-tower", "tiny", "tiny-text", "tiny-llava"]
+TowerName = Literal[
+    "vit-b", "vit-l-336", "vit-h", "dinov2-l-518", "clip-text", "llava-tower", "tiny", "tiny-text", "tiny-llava"
+]
 
 
 class Entry(nn.Module):
@@ -105,7 +108,7 @@ def images(size: int, batch: int) -> Tensor:
 
 
 def texts(batch: int) -> Tensor:
-    """Return token ids [B, 77]. They end early, so that the ideal, which cuts at the end, still holds the end of text."""
+    """Return token ids [B, 77]. They end early, so that the end of text is there when the ideal has cut the others."""
     ids = torch.randint(1, 1000, (batch, 77), generator=torch.Generator().manual_seed(0))
     ids[:, 2] = 49407
     ids[:, 3:] = 0
@@ -121,7 +124,9 @@ SETUPS: Mapping[str, Setup] = {
     "vit-h": Setup(partial(timm, "vit_huge_patch14_clip_224"), 7, partial(images, 224)),
     "dinov2-l-518": Setup(partial(timm, "vit_large_patch14_dinov2"), 55, partial(images, 518)),
     "clip-text": Setup(open_clip, 6, texts, "text", "encode_text"),
-    "llava-tower": Setup(partial(llava, 1024, 24, 336), 13, partial(images, 336), method="get_image_features", unread=1),
+    "llava-tower": Setup(
+        partial(llava, 1024, 24, 336), 13, partial(images, 336), method="get_image_features", unread=1
+    ),
     "tiny": Setup(partial(timm, "test_vit"), 13, partial(images, 160)),
     "tiny-text": Setup(partial(open_clip, **TINY), 6, texts, "text", "encode_text"),
     "tiny-llava": Setup(partial(llava, 64, 3, 112), 5, partial(images, 112), method="get_image_features", unread=1),
@@ -232,11 +237,10 @@ def calls(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, common.Json]]:
     """Return what is timed of each method, and what it took to compile it."""
     if run.mode == "eager":
-        if run.train:
-            return {name: _trained(form, x) for name, form in forms.items()}, {}
-        return {name: partial(form, x) for name, form in forms.items()}, {}
+        return {name: _trained(form, x) if run.train else partial(form, x) for name, form in forms.items()}, {}
     metrics: Any = importlib.import_module("torch._inductor.metrics")
-    found, costs = {}, {}
+    found: dict[str, Callable[[], Any]] = {}
+    costs: dict[str, common.Json] = {}
     for name, form in forms.items():
         torch._dynamo.reset()
         metrics.reset()
@@ -251,7 +255,7 @@ def calls(
 
 def _trained(form: Entry, x: Tensor) -> Callable[[], None]:
     form.train()
-    attachment = crossget.find_attachment(form)
+    attachment = find_attachment(form)
     parameters = [*form.parameters(), *(attachment.parameters() if attachment else [])]
     return partial(step, form, parameters, x)
 
@@ -266,7 +270,7 @@ def launches(call: Callable[[], Any], depth: int) -> float | None:
         torch.cuda.synchronize()
     kinds = ("memcpy", "memset")
     kernels = sum(event.count for event in profile.key_averages() if not event.key.lower().startswith(kinds))
-    return round(kernels / depth, 1)
+    return round(float(kernels) / depth, 1)
 
 
 def flops(setup: Setup) -> dict[str, int]:
@@ -296,7 +300,9 @@ def execute(run: Run) -> common.Json:
             seconds, memory = measure(timed, device, run.rounds)
             for name in METHODS:
                 found = row(name, seconds, memory, counted)
-                result["rows"].append({**found, "compile": compiled.get(name), "launches": launches(timed[name], depth)})
+                result["rows"].append(
+                    {**found, "compile": compiled.get(name), "launches": launches(timed[name], depth)}
+                )
     except torch.cuda.OutOfMemoryError as error:
         result["does_not_fit"] = str(error).partition("\n")[0]
     return {"run": asdict(run), "result": result}
@@ -376,7 +382,9 @@ def cells(content: common.Json) -> list[list[str]]:
 
 def markdown(contents: Sequence[common.Json], fmt: str = "github") -> str:
     """Return results as one table."""
-    order = sorted(contents, key=lambda c: [c["run"][k] for k in ("device", "train", "mode", "dtype", "tower", "batch")])
+    order = sorted(
+        contents, key=lambda c: [c["run"][k] for k in ("device", "train", "mode", "dtype", "tower", "batch")]
+    )
     rows = [line for content in order for line in cells(content)]
     return tabulate(rows, COLUMNS, tablefmt=fmt, disable_numparse=True, colalign=["left"] * 4 + ["right"] * 6)
 
