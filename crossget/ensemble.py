@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from crossget import kernels
 from crossget.matching import Plan, flat, take
 
 
@@ -108,6 +109,9 @@ def _pull(tokens: Tensor, plan: Plan, taken: Tensor, given: Tensor) -> Tensor:
     Returns:
         [B, T - r, C].
     """
+    if kernels.usable(tokens):
+        arguments = (plan.kept, plan.source, _destinations(plan), plan.arrived)
+        return kernels.pull(tokens, *arguments, taken, given)
     stay = take(tokens, plan.kept)
     width = int(stay.shape[2])
     # In float32 for half precision, as the weights are.

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from crossget import kernels
+
 Ties = Literal["reference", "stable"]
 BUDGET = 1 << 26
 """Similarities that a matching holds at a time, over the whole batch: above, they are made in tiles, and twice."""
@@ -24,6 +26,7 @@ class Candidates:
     """What a matching may choose from.
 
     Attributes:
+        given: [B, T, C] the keys as they came.
         inverse_norms: [B, T] one over the length of each key.
 
     Args:
@@ -46,6 +49,7 @@ class Candidates:
         seed: int = 0,
         budget: int = BUDGET,
     ) -> None:
+        self.given = keys
         # Half precision has too few digits to rank cosines; float64 stays.
         self.keys = keys.float() if keys.dtype in (torch.float16, torch.bfloat16) else keys
         self.inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
@@ -159,7 +163,8 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
     Ties are the rule: two mutual nearest neighbours have the same largest similarity, and their order decides which
     of them may become the source. `ties="reference"` leaves it to the default, unstable `torch.argsort`, as the
     reference does (what it gives on the CPU is part of the reference's results; another device may differ).
-    `ties="stable"` ranks the token that comes first in the sequence higher, on every device.
+    `ties="stable"` ranks the token that comes first in the sequence higher, on every device. So do the Triton kernels
+    (`crossget.kernels`) that take over on a GPU.
 
     Args:
         candidates: what may be matched.
@@ -172,6 +177,9 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
     Source: CrossGET (arXiv 2305.17455), section 3.2 and algorithm 1.
     """
     batch, tokens, _ = (int(n) for n in candidates.keys.shape)
+    # In float32 the kernels would do without tensor cores.
+    if candidates.given is not candidates.keys and kernels.usable(candidates.given):
+        return kernels.complete_graph(candidates.given, candidates.protected, candidates.valid, r, importance)
     tiled = batch * tokens**2 > candidates.budget
     hidden = candidates.hidden()
     pairs: Pairs = Tiles(candidates, hidden) if tiled else Square(candidates, hidden)

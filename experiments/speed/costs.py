@@ -1,0 +1,409 @@
+"""Time what CrossGET costs beside the forward pass: `python -m experiments.speed.costs --help`.
+
+Four costs, each with a result file of its own: attaching and detaching, importing, the first call of a compiled model,
+and the matching of long sequences. Models have random weights, so nothing is downloaded, and all runs on the CPU.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import crossget
+from crossget.benchmark import peak_memory, quartiles
+from crossget.matching import BUDGET, Candidates, complete_graph
+from experiments import common
+
+RESULTS = Path(__file__).parent / "results"
+Cost = Literal["attach", "import", "compile", "length"]
+COSTS: tuple[Cost, ...] = get_args(Cost)
+DENSE, REDUCED = "dense", "CrossGET"
+UNLIMITED, WHOLE_BYTES = 1 << 62, 2 << 30
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    cost: tuple[Cost, ...] = COSTS
+    """Which costs."""
+    models: tuple[str, ...] = ("timm/vit_base_patch16_224", "open_clip/ViT-B-16")
+    """Models to attach to, each as library/name."""
+    r: int = 16
+    """Tokens removed per block."""
+    attach_rounds: int = 20
+    """How often each model is attached to and detached from."""
+    import_rounds: int = 10
+    """Pairs of imports."""
+    compiled: str = "timm/vit_base_patch16_224"
+    """Model to compile, as library/name; it is called with one image."""
+    backend: str = "inductor"
+    """Of torch.compile."""
+    compile_rounds: int = 1
+    """How often it is compiled, dense and reduced."""
+    lengths: tuple[int, ...] = (256, 1024, 4096, 12288, 16384)
+    """Tokens to match, an eighth of which is removed."""
+    width: int = 768
+    """Channels of a token."""
+    budget: int = BUDGET
+    """Similarities to hold at a time, to compare with no limit."""
+    length_rounds: int = 3
+    """Timed matchings of each length."""
+    seed: int = 0
+    """Of tokens and weights."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+    overwrite: bool = False
+    """Measure again what has a result file."""
+
+
+# What each cost depends on.
+SETTINGS: dict[Cost, tuple[str, ...]] = {
+    "attach": ("models", "r", "attach_rounds", "seed"),
+    "import": ("import_rounds",),
+    "compile": ("compiled", "r", "backend", "compile_rounds", "seed"),
+    "length": ("lengths", "width", "budget", "length_rounds", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the queue: one cost."""
+
+    cost: Cost
+    options: Options
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        return f"costs/{self.cost}"
+
+    @property
+    def settings(self) -> common.Json:
+        """The options that the cost depends on."""
+        return {name: getattr(self.options, name) for name in SETTINGS[self.cost]}
+
+
+def queue(options: Options) -> list[Run]:
+    """Return all runs that the options ask for.
+
+    Raises:
+        ValueError: a cost, a model or a backend is not known.
+    """
+    common.check_names("costs", options.cost, COSTS)
+    if "attach" in options.cost:
+        for model in options.models:
+            library_of(model)
+    if "compile" in options.cost:
+        library_of(options.compiled)
+        common.check_names("backends", [options.backend], torch.compiler.list_backends(exclude_tags=()))
+    return [Run(cost, options) for cost in options.cost]
+
+
+def library_of(model: str) -> tuple[Any, str]:
+    """Return the library of a model and the model's name there.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    library, _, name = model.partition("/")
+    common.check_names("library of a model, as in library/name:", [library], ["timm", "open_clip"])
+    module: Any = importlib.import_module(library)
+    if name not in module.list_models():
+        raise ValueError(f"unknown model {model!r}: see {library}.list_models()")
+    return module, name
+
+
+def make(model: str, seed: int) -> nn.Module:
+    """Return a model with random weights."""
+    torch.manual_seed(seed)
+    module, name = library_of(model)
+    made: nn.Module = module.create_model(name)
+    return made.eval()
+
+
+def image_for(model: Any) -> Tensor:
+    """Return an image of the size that a model wants."""
+    if hasattr(model, "pretrained_cfg"):
+        height, width = model.pretrained_cfg["input_size"][-2:]
+    else:
+        size = model.visual.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+    return torch.randn(1, 3, height, width)
+
+
+def spread(values: Sequence[float]) -> common.Json:
+    """Return median, quartiles and the values themselves."""
+    return {
+        "median": round(statistics.median(values), 6),
+        "quartiles": [round(value, 6) for value in quartiles(tuple(values))],
+        "rounds": [round(value, 6) for value in values],
+    }
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Return the seconds of a call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def take_turns(clocks: dict[str, Clock], rounds: int) -> dict[str, list[float]]:
+    """Return what each clock reads, round by round; the order turns around in every other round."""
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    for i in range(rounds):
+        for name in list(clocks)[:: -1 if i % 2 else 1]:
+            seconds[name].append(clocks[name]())
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], name: str, reference: str) -> common.Json:
+    """Return by how much one takes longer than the other, round by round."""
+    return spread([a / b for a, b in zip(seconds[name], seconds[reference], strict=True)])
+
+
+def in_child(code: str, *arguments: str, **variables: str) -> str:
+    """Return the last line that a fresh interpreter prints for some code.
+
+    Raises:
+        RuntimeError: the code failed.
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=common.ROOT, env={**os.environ, **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+    if child.returncode:
+        raise RuntimeError(f"a fresh interpreter failed:\n{child.stderr[-2000:]}")
+    return child.stdout.splitlines()[-1]
+
+
+def attaching(options: Options) -> list[common.Json]:
+    """Time attaching to and detaching from each model."""
+    rows = []
+    for name in options.models:
+        model = make(name, options.seed)
+        crossget.attach(model, crossget.CrossGET(options.r)).detach()  # imports what it needs
+        attach, detach = [], []
+        for _ in range(options.attach_rounds):
+            start = time.perf_counter()
+            attached = crossget.attach(model, crossget.CrossGET(options.r))
+            attach.append(time.perf_counter() - start)
+            detach.append(timed(attached.detach))
+        rows.append({"model": name, "attach": spread(attach), "detach": spread(detach)})
+    return rows
+
+
+IMPORTS = {"torch": "import torch", "torch, crossget": "import torch, crossget"}
+
+
+def import_seconds(statement: str) -> float:
+    """Return the seconds of an import in a fresh interpreter, whose own start is not counted."""
+    return float(in_child(f"import time; s = time.perf_counter(); {statement}; print(time.perf_counter() - s)"))
+
+
+def importing(options: Options) -> list[common.Json]:
+    """Time imports with and without crossget, in turns."""
+    clocks: dict[str, Clock] = {name: functools.partial(import_seconds, code) for name, code in IMPORTS.items()}
+    clocks["torch, crossget"]()  # writes bytecode, and reads the files into the system's cache
+    seconds = take_turns(clocks, options.import_rounds)
+    return [{"import": name, "seconds": spread(seconds[name]), "ratio": ratios(seconds, name, "torch")}
+            for name in IMPORTS]  # fmt: skip
+
+
+FIRST_CALL = """
+import json, sys
+from experiments.speed import costs
+print(json.dumps(costs.first_call(*json.loads(sys.argv[1]))))
+"""
+
+
+def first_call(model: str, r: int | None, backend: str, seed: int) -> tuple[float, int]:
+    """Compile a model, attached unless r is None; return the seconds of its first call and the number of kernels."""
+    metrics: Any = importlib.import_module("torch._inductor.metrics")
+    built = make(model, seed)
+    image = image_for(built)
+    with torch.no_grad(), contextlib.nullcontext() if r is None else crossget.attach(built, crossget.CrossGET(r)):
+        built(image)  # what any first call sets up is not the compiler's cost
+        compiled = torch.compile(built, fullgraph=True, backend=backend)
+        seconds = timed(lambda: compiled(image))
+    return seconds, metrics.generated_kernel_count
+
+
+def compiling(options: Options) -> list[common.Json]:
+    """Compile the model, dense and reduced, in turns, each time in a fresh process with an empty cache."""
+    kernels: dict[str, int] = {}
+
+    def compile_once(name: str, r: int | None) -> float:
+        arguments = json.dumps([options.compiled, r, options.backend, options.seed])
+        with tempfile.TemporaryDirectory() as cache:
+            cold = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
+            seconds, kernels[name] = json.loads(in_child(FIRST_CALL, arguments, **cold))
+        return float(seconds)
+
+    methods = {DENSE: None, REDUCED: options.r}
+    clocks: dict[str, Clock] = {name: functools.partial(compile_once, name, r) for name, r in methods.items()}
+    seconds = take_turns(clocks, options.compile_rounds)
+    return [{"method": name, "seconds": spread(seconds[name]), "ratio": ratios(seconds, name, DENSE),
+             "kernels": kernels[name]} for name in methods]  # fmt: skip
+
+
+def whole_bytes(tokens: int) -> int:
+    """Return what a matching without a limit holds at a time: the similarities, their bounds, and what these leave."""
+    return 3 * 4 * tokens**2
+
+
+def matching(options: Options) -> list[common.Json]:
+    """Time the matching of one sequence of each length, within the budget and, where that fits, without a limit."""
+    return [match(tokens, options) for tokens in options.lengths]
+
+
+def match(tokens: int, options: Options) -> common.Json:
+    """Time the matching of one sequence, of which the first token is protected."""
+    generator = torch.Generator().manual_seed(options.seed)
+    keys = torch.randn(1, tokens, options.width, generator=generator)
+    protected = torch.arange(tokens)[None] == 0
+
+    def pairs(budget: int) -> tuple[Tensor, Tensor]:
+        return complete_graph(Candidates(keys, protected, 1, budget=budget), tokens // 8)
+
+    budgets = {"budget": options.budget, "whole": UNLIMITED}
+    if whole_bytes(tokens) >= WHOLE_BYTES:
+        del budgets["whole"]
+    runs = {name: functools.partial(pairs, budget) for name, budget in budgets.items()}
+    with torch.no_grad():
+        # First, since its calls also warm up.
+        memory = {name: peak_memory(run, keys.device, contextlib.nullcontext) for name, run in runs.items()}
+        clocks: dict[str, Clock] = {name: functools.partial(timed, run) for name, run in runs.items()}
+        seconds = take_turns(clocks, options.length_rounds)
+        chosen = [as_set(*run()) for run in runs.values()]
+    same = len(chosen[0] & chosen[-1]) / len(chosen[0]) if "whole" in runs else None
+    found = {name: {"seconds": spread(seconds[name]), "peak_memory": memory[name]} for name in runs}
+    return {"tokens": tokens, "r": tokens // 8, "tiled": tokens**2 > options.budget, **found,
+            "same": None if same is None else same == 1, "pairs_in_common": same}  # fmt: skip
+
+
+def as_set(source: Tensor, destination: Tensor) -> set[tuple[int, int]]:
+    """Return the pairs of a batch of one."""
+    return set(zip(source[0].tolist(), destination[0].tolist(), strict=True))
+
+
+MEASURES: dict[Cost, Callable[[Options], list[common.Json]]] = {
+    "attach": attaching,
+    "import": importing,
+    "compile": compiling,
+    "length": matching,
+}
+
+
+def execute(run: Run) -> common.Json:
+    """Measure one cost."""
+    return {"run": {"cost": run.cost, **run.settings}, "result": {"rows": MEASURES[run.cost](run.options)}}
+
+
+def shown(found: common.Json, unit: float = 1.0, digits: int = 2) -> str:
+    """Return median and quartiles, in a unit; one round has no quartiles."""
+    median, low, high = (f"{value / unit:.{digits}f}" for value in [found["median"], *found["quartiles"]])
+    return median if len(found["rounds"]) == 1 else f"{median} [{low}, {high}]"
+
+
+def attach_cells(row: common.Json) -> list[str]:
+    return [row["model"], *(shown(row[name], 1e-3, 3) for name in ("attach", "detach"))]
+
+
+def import_cells(row: common.Json) -> list[str]:
+    return [row["import"], shown(row["seconds"]), shown(row["ratio"], digits=3)]
+
+
+def compile_cells(row: common.Json) -> list[str]:
+    return [row["method"], shown(row["seconds"], digits=1), shown(row["ratio"]), str(row["kernels"])]
+
+
+def length_cells(row: common.Json) -> list[str]:
+    cells = [str(row["tokens"]), str(row["r"]), "yes" if row["tiled"] else "no"]
+    for found in (row["budget"], row.get("whole")):
+        cells += [shown(found["seconds"], 1e-3, 1), f"{found['peak_memory'] / 2**20:.1f}"] if found else ["", ""]
+    same = row["pairs_in_common"]
+    return [*cells, "" if same is None else "all" if row["same"] else f"{100 * same:.2f} %"]
+
+
+CELLS: dict[Cost, tuple[Callable[[common.Json], list[str]], list[str]]] = {
+    "attach": (attach_cells, ["model", "attach ms", "detach ms"]),
+    "import": (import_cells, ["import", "s", "ratio to torch"]),
+    "compile": (compile_cells, ["method", "first call s", "ratio to dense", "kernels"]),
+    "length": (length_cells, ["tokens", "r", "tiled", "ms", "peak MiB", "unlimited ms", "peak MiB", "pairs in common"]),
+}
+
+
+def heading(content: common.Json) -> str:
+    """Return what one result's table shows, in a line."""
+    run, where = content["run"], content["environment"]
+    what = {
+        "attach": "Attaching CrossGET with r = {r}, and detaching it; {attach_rounds} rounds",
+        "import": "Importing in a fresh interpreter; {import_rounds} pairs",
+        "compile": "First call of {compiled}, compiled by {backend}, CrossGET with r = {r}; {compile_rounds} rounds",
+        "length": "Matching one sequence of {width} channels with a budget of {budget} similarities, and without a "
+        "limit; {length_rounds} rounds",
+    }[run["cost"]].format(**run)
+    return f"{what}; {where['device']}, {where['threads']} threads, torch {where['torch']}; median and quartiles"
+
+
+def table(content: common.Json, style: str = "simple") -> str:
+    """Return one result as text."""
+    cells, columns = CELLS[content["run"]["cost"]]
+    rows = [cells(row) for row in content["result"]["rows"]]
+    aligned = ["left"] + ["right"] * (len(columns) - 1)
+    body = tabulate(rows, columns, tablefmt=style, disable_numparse=True, colalign=aligned)
+    return f"{heading(content)}\n\n{body}"
+
+
+def markdown(contents: Sequence[common.Json]) -> str:
+    """Return several results as tables of a page."""
+    ordered = sorted(contents, key=lambda content: COSTS.index(content["run"]["cost"]))
+    return "\n\n".join(table(content, "github") for content in ordered)
+
+
+def command(run: Run) -> str:
+    """Return the command that repeats one run."""
+    words = ["python", "-m", "experiments.speed.costs", "--cost", run.cost]
+    for name, value in run.settings.items():
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
+
+
+def main(options: Options) -> int:
+    """Work off the queue, print every result, and return the number of runs executed."""
+    runs = queue(options)
+    done = common.work_off(
+        runs,
+        options.results,
+        execute,
+        command=command,
+        environment=common.environment(),
+        overwrite=options.overwrite,
+    )
+    for run in runs:
+        file = options.results / f"{run.slug}.json"
+        print(table(json.loads(file.read_text(encoding="utf-8"))), end="\n\n")
+    return done
+
+
+if __name__ == "__main__":
+    import tyro
+
+    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")

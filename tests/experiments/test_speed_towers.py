@@ -1,0 +1,106 @@
+"""The program that times towers, run whole on tiny ones: what it measures, not how fast it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import crossget
+from experiments.speed.ideal import cut
+from experiments.speed.towers import (
+    CROSSGET,
+    DENSE,
+    IDEAL,
+    METHODS,
+    SETUPS,
+    Options,
+    main,
+    markdown,
+    queue,
+    row,
+    variants,
+)
+
+TINY = ("tiny", "tiny-text", "tiny-llava")
+SMALL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "batch": (2,), "rounds": 2}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_ideal_has_crossgets_counts(name: str) -> None:
+    setup = SETUPS[name]
+    forms = variants(setup, torch.float32, "cpu")
+    attached = crossget.attachment(forms[CROSSGET].model)
+    tower = next(t for t in crossget.find_towers(forms[IDEAL].model) if t.name == setup.tower)
+    seen = []
+    for block in tower.blocks:
+        block.register_forward_hook(lambda module, args, kwargs, out: seen.append(out.shape[1]), with_kwargs=True)
+    with torch.no_grad():
+        forms[CROSSGET](setup.inputs(1))
+        forms[IDEAL](setup.inputs(1))
+    entering = attached.tokens[setup.tower]
+    last = len(entering) - 1 - setup.unread
+    assert seen[:last] == entering[1 : last + 1]
+    assert seen[last] < entering[last]
+    weights = {id(p) for p in forms[DENSE].parameters()}
+    assert all({id(p) for p in form.parameters()} == weights for form in forms.values())
+
+
+def test_the_ideal_that_keeps_all_tokens_is_the_dense_model() -> None:
+    setup = SETUPS["tiny"]
+    model, x = setup.make().eval(), setup.inputs(2)
+    with torch.no_grad():
+        expected = model(x)
+        cut(list(model.blocks), [101] * (len(model.blocks) + 1))  # type: ignore[arg-type]
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_block_without_an_ideal_is_named() -> None:
+    with pytest.raises(TypeError, match="no ideal is known for a Linear"):
+        cut([torch.nn.Linear(1, 1)], [1, 1])
+
+
+@pytest.mark.parametrize(("name", "train"), [(name, False) for name in TINY] + [("tiny", True), ("tiny-llava", True)])
+def test_every_method_is_measured(name: Any, train: bool, tmp_path: Path) -> None:
+    options = Options(towers=(name,), train=train, results=tmp_path, **SMALL)
+    assert main(options) == 1
+    assert main(options) == 0  # it has a result
+    (file,) = tmp_path.rglob("*.json")
+    content = json.loads(file.read_text())
+    rows = content["result"]["rows"]
+    assert [found["method"] for found in rows] == list(METHODS)
+    assert all(len(found["rounds"]) == 2 and found["peak_memory"] > 0 for found in rows)
+    dense, reduced, tome, ideal = rows
+    assert (dense["speed"], dense["promised"], dense["memory"]) == (1, 1, 1)
+    assert reduced["promised"] == ideal["promised"] < tome["promised"]
+    assert ideal["over_ideal"] == 0
+    counted = content["result"]["flops"]
+    assert reduced["promised"] == pytest.approx(counted[DENSE] / counted[CROSSGET], abs=1e-4)
+    assert ("--train" in content["command"]) == train
+    assert len(markdown([content]).splitlines()) == 2 + len(METHODS)
+
+
+def test_what_is_promised_and_what_is_realised() -> None:
+    seconds = {DENSE: [4.0, 8.0], CROSSGET: [2.5, 5.0], IDEAL: [2.0, 4.0]}
+    memory = {DENSE: 10, CROSSGET: 5, IDEAL: 4}
+    found = row(CROSSGET, seconds, memory, {DENSE: 200, CROSSGET: 100})
+    assert (found["speed"], found["promised"], found["realised"]) == (1.6, 2.0, 0.8)
+    assert (found["over_ideal"], found["memory"]) == (0.25, 0.5)
+
+
+def test_the_queue() -> None:
+    runs = queue(Options(towers=("vit-b", "vit-h"), batch=(1, 8)))
+    assert [(run.tower, run.batch) for run in runs] == [("vit-b", 1), ("vit-b", 8), ("vit-h", 1), ("vit-h", 8)]
+    with pytest.raises(ValueError, match="training is timed in eager mode"):
+        queue(Options(mode="compile", train=True))
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path) -> None:
+    assert main(Options(towers=("tiny",), mode="compile", results=tmp_path, **SMALL)) == 1
+    (file,) = tmp_path.rglob("*.json")
+    rows = json.loads(file.read_text())["result"]["rows"]
+    assert all(found["compile"]["seconds"] > 0 and found["compile"]["kernels"] > 0 for found in rows)
