@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import crossget
+from experiments import common
+from experiments.speed import gpu, report, towers
 from experiments.speed.ideal import cut
 from experiments.speed.towers import (
     CROSSGET,
@@ -104,3 +107,43 @@ def test_compiled(tmp_path: Path) -> None:
     (file,) = tmp_path.rglob("*.json")
     rows = json.loads(file.read_text())["result"]["rows"]
     assert all(found["compile"]["seconds"] > 0 and found["compile"]["kernels"] > 0 for found in rows)
+
+
+def test_all_that_needs_a_gpu_in_one_call(tmp_path: Path) -> None:
+    became = gpu.main(gpu.Options(device="cpu", small=True, results=tmp_path))
+    assert became == {"no waiting": "done", "tiny": "done"}
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    jobs = gpu.queue(gpu.Options())
+    assert jobs[0].name == "kernels"
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said() -> None:
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu.main(gpu.Options())
+
+
+def test_what_would_come_too_late_is_not_started() -> None:
+    now = [0.0]
+
+    def take(seconds: float) -> None:
+        now[0] += seconds
+        if seconds == 7:
+            raise RuntimeError("out of luck")
+
+    jobs = [gpu.Job(f"{seconds} s", seconds, partial(take, seconds)) for seconds in (50, 7, 60, 20)]
+    assert gpu.work_off(jobs, 100, lambda: now[0]) == {
+        "50 s": "done", "7 s": "FAILED: out of luck", "60 s": "not started: no time left", "20 s": "done",
+    }  # fmt: skip
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.written(page) == page
+    assert "| vit-b " in page
+
+
+def test_the_figure(tmp_path: Path) -> None:
+    report.draw(common.read_results(towers.RESULTS / "towers"), tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000

@@ -1,0 +1,152 @@
+"""Make all measurements that need a GPU, in one call of at most ten minutes: `python -m experiments.speed.gpu`.
+
+First the kernels are checked against the plain operators and a forward against waiting for the device. Then what
+matters most is timed first; each result is written as soon as it is there, nothing is started that would come too late,
+and what is missing is said at the end. Called again, it goes on with that.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import crossget
+from crossget import kernels
+from experiments.speed import llava, towers
+from experiments.speed.towers import SETUPS, placed, reducers
+
+TESTS = ("-m", "pytest", "-q", "-m", "gpu", "tests/test_kernels.py")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long, and where."""
+
+    minutes: float = 10
+    """After these nothing is started any more that is expected to take longer than what is left."""
+    device: str = "cuda"
+    """The GPU."""
+    small: bool = False
+    """Tiny models, to try the program out; runs on a CPU too."""
+    results: Path = field(default=towers.RESULTS)
+    """Where the result files go."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement.
+
+    Attributes:
+        name: for the log.
+        seconds: that it is expected to take.
+        work: does it.
+    """
+
+    name: str
+    seconds: float
+    work: Callable[[], object]
+
+
+def queue(options: Options) -> list[Job]:
+    """Return all measurements, the most important first."""
+    where = {"device": options.device, "results": options.results}
+    if options.small:
+        small = towers.Options(towers=("tiny",), batch=(2,), dtype="float32", rounds=2, **where)  # type: ignore[arg-type]
+        return [
+            Job("no waiting", 5, lambda: no_waiting("tiny", options.device)),
+            Job("tiny", 5, lambda: towers.main(small)),
+        ]
+
+    def tower(name: towers.TowerName, batch: int, mode: str, seconds: float) -> Job:
+        chosen = towers.Options(towers=(name,), batch=(batch,), mode=mode, rounds=15, **where)  # type: ignore[arg-type]
+        return Job(f"{name}, batch {batch}, {mode}", seconds, lambda: towers.main(chosen))
+
+    def answer(size: llava.Size, batch: int, seconds: float) -> Job:
+        chosen = llava.Options(size=(size,), batch=(batch,), new_tokens=(), rounds=5, **where)  # type: ignore[arg-type]
+        return Job(f"{size}, batch {batch}, first token", seconds, lambda: llava.main(chosen))
+
+    return [
+        Job("kernels", 60, lambda: subprocess.run([sys.executable, *TESTS], check=True)),
+        Job("no waiting", 10, lambda: no_waiting("vit-b", options.device)),
+        tower("vit-b", 128, "eager", 20),
+        tower("vit-l-336", 32, "eager", 30),
+        answer("llava-1.5-7b", 8, 60),
+        tower("vit-b", 128, "compile", 120),
+        tower("vit-b", 1, "eager", 10),
+        answer("llava-1.5-13b", 8, 90),
+        tower("vit-l-336", 32, "compile", 180),
+        answer("llava-1.5-7b", 32, 90),
+        answer("llava-1.5-13b", 32, 120),
+        tower("vit-b", 1, "compile", 120),
+        tower("vit-h", 32, "eager", 30),
+        tower("dinov2-l-518", 8, "eager", 30),
+        tower("llava-tower", 32, "eager", 30),
+        tower("clip-text", 128, "eager", 20),
+    ]
+
+
+def no_waiting(name: str, device: str) -> None:
+    """Run an attached forward in which waiting for the device is an error.
+
+    Raises:
+        RuntimeError: something waited.
+    """
+    setup = SETUPS[name]
+    model, x = setup.make().to(device).eval(), placed(setup.inputs(2), device, torch.float32)
+    with torch.no_grad(), crossget.attach(model, {setup.tower: reducers(setup)[towers.CROSSGET]}):
+        model(x)  # kernels are tuned at their first use, which does wait
+        if x.is_cuda:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(x)
+            with kernels.disabled():
+                model(x)
+        finally:
+            if x.is_cuda:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def work_off(jobs: list[Job], seconds: float, clock: Callable[[], float] = time.monotonic) -> dict[str, str]:
+    """Do the jobs in order, and return what became of each.
+
+    Args:
+        jobs: the most important first.
+        seconds: to stay within; a job that is expected to take longer than what is left is skipped.
+        clock: tells the time.
+    """
+    start = clock()
+    became = {}
+    for job in jobs:
+        if clock() - start + job.seconds > seconds:
+            became[job.name] = "not started: no time left"
+            continue
+        print(f"--- {job.name}", flush=True)
+        try:
+            job.work()
+            became[job.name] = "done"
+        except (RuntimeError, subprocess.CalledProcessError) as error:  # the next one may work: the time is short
+            became[job.name] = f"FAILED: {error}"
+    return became
+
+
+def main(options: Options) -> dict[str, str]:
+    """Make the measurements, and return what became of each.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device was found: this program measures on a GPU (--small --device cpu tries it out)")
+    became = work_off(queue(options), 60 * options.minutes)
+    print("\n".join(f"{name}: {what}" for name, what in became.items()))
+    return became
+
+
+if __name__ == "__main__":
+    import tyro
+
+    sys.exit(any(what.startswith("FAILED") for what in main(tyro.cli(Options, description=__doc__)).values()))

@@ -1,0 +1,67 @@
+"""Put the results of towers and costs into docs/speed.md, with a figure: `python -m experiments.speed.report`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import common
+from experiments.speed import costs, towers
+
+PAGE = common.ROOT / "docs" / "speed.md"
+FIGURE = common.ROOT / "docs" / "speed.png"
+# Told apart by lightness too, and named beside the bars.
+COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.IDEAL: "#bbbbbb"}
+
+
+def fill(page: str, name: str, content: str) -> str:
+    """Return the page with the content between its two marks of that name."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = page.partition(start)
+    return f"{before}{start}{content}\n{end}{rest.partition(end)[2]}"
+
+
+def written(page: str) -> str:
+    """Return the page with the tables of the committed results."""
+    page = fill(page, "towers", towers.markdown(common.read_results(towers.RESULTS / "towers")))
+    return fill(page, "costs", costs.markdown(common.read_results(costs.RESULTS / "costs")))
+
+
+def draw(contents: Sequence[common.Json], file: Path) -> None:
+    """Draw measured speed-ups beside what the multiply-adds promise."""
+    from matplotlib.figure import Figure
+
+    fitting = [content for content in contents if "does_not_fit" not in content["result"]]
+    figure = Figure(figsize=(9, 0.9 + 0.72 * len(fitting)), layout="constrained")
+    axes: Any = figure.subplots()
+    for place, content in enumerate(fitting):
+        rows = {row["method"]: row for row in content["result"]["rows"]}
+        for i, (method, colour) in enumerate(COLOURS.items()):
+            row, height = rows[method], place + 0.26 * (i - 1)
+            low, high = row["quartiles"]
+            spread = [[max(0.0, row["speed"] - low)], [max(0.0, high - row["speed"])]]
+            label = method if place == 0 else None
+            axes.barh(height, row["speed"], 0.24, color=colour, label=label, xerr=spread, error_kw={"lw": 1})
+            promised = "promised by multiply-adds" if place == 0 and i == 0 else None
+            axes.plot([row["promised"]] * 2, [height - 0.12, height + 0.12], "k", lw=2, label=promised)
+    names = []
+    for content in fitting:
+        run = content["run"]
+        kind = "training step" if run["train"] else run["mode"]
+        names.append(f"{run['tower']}, batch {run['batch']}\n{run['dtype']}, {kind}")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="k", lw=0.8, ls=":")
+    axes.set_xlabel("speed relative to dense (median, quartiles)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    """Write the page and the figure."""
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(common.read_results(towers.RESULTS / "towers"), FIGURE)
+
+
+if __name__ == "__main__":
+    main()
