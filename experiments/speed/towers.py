@@ -219,10 +219,10 @@ def reducers(setup: Setup) -> dict[str, Reducer]:
 
 
 def step(form: Callable[[Tensor], Any], parameters: Sequence[nn.Parameter], x: Tensor) -> None:
-    """Run forward and backward."""
+    """Run forward and backward, and leave nothing behind that the next call would free."""
+    pooled(form(x)).float().sum().backward()
     for parameter in parameters:
         parameter.grad = None
-    pooled(form(x)).float().sum().backward()
 
 
 def pooled(out: Any) -> Tensor:
