@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import os
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _lock = threading.Lock()
 _launching = threading.Lock()  # Triton's tuner keeps the arguments of a call in itself.
 _disabled = 0
+
+OLDEST_TRITON = (3, 4)
 
 
 def usable(tensor: Tensor) -> bool:
@@ -186,6 +189,9 @@ def _runs_on(tensor: Tensor) -> bool:
 def _kernels() -> Any:
     """The module of the kernels, None without Triton: it comes with some builds of torch only."""
     try:
+        major, minor, *_ = importlib.metadata.version("triton").split(".")
+        if (int(major), int(minor)) < OLDEST_TRITON:  # on the interpreter of 3.0 the kernels come out wrong
+            return None
         module: ModuleType = importlib.import_module("crossget._triton")
     except ImportError:
         return None

@@ -4,6 +4,7 @@ Behind the attention the sequence is cut, which is the cheapest way to have fewe
 written out here, for the three hosts that are timed, so that nothing of the library's own mechanism takes part.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,11 +28,16 @@ def cut(blocks: Sequence[nn.Module], counts: Sequence[int]) -> None:
         if layer + 1 < len(counts):
             block.forward = partial(forward, block, counts[layer], counts[layer + 1])
         else:
-            block.forward = _nothing
+            block.forward = partial(_nothing, block)
 
 
-def _nothing(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return x
+def _nothing(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return (x,) if _returns_tuple(block) else x
+
+
+def _returns_tuple(block: nn.Module) -> bool:
+    """Say whether this is a layer of an older transformers, which returns its attention too if it is asked for it."""
+    return "output_attentions" in inspect.signature(type(block).forward).parameters
 
 
 def _entered(x: Tensor, tokens: int) -> Tensor:
@@ -60,7 +66,8 @@ def clip_layer(block: Any, tokens: int, left: int, hidden_states: Tensor, *args:
     """Run a layer of transformers' CLIP."""
     x = _entered(hidden_states, tokens)
     x = x[:, :left] + block.self_attn(block.layer_norm1(x), attention_mask=None)[0][:, :left]
-    return x + block.mlp(block.layer_norm2(x))
+    x = x + block.mlp(block.layer_norm2(x))
+    return (x,) if _returns_tuple(block) else x
 
 
 FORWARDS: dict[str, Callable[..., Any]] = {

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import crossget
 from crossget.attach import find_attachment
 from crossget.benchmark import peak_memory, quartiles, take_turns
+from crossget.integrations._support import NumbersOnCPU
 from crossget.reducers import Reducer
 from crossget.schedule import planned_tokens
 from experiments import common
@@ -42,14 +43,15 @@ TowerName = Literal[
 class Entry(nn.Module):
     """A model and the method of it that is timed."""
 
-    def __init__(self, model: nn.Module, method: str = "__call__") -> None:
+    def __init__(self, model: nn.Module, setup: "Setup") -> None:
         super().__init__()
         self.model = model
-        self.method = method
+        self.method = setup.method
+        self.options = dict(setup.options)
 
     def forward(self, x: Tensor) -> Any:
         """Call the method."""
-        return getattr(self.model, self.method)(x)
+        return getattr(self.model, self.method)(x, **self.options)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Setup:
         inputs: returns inputs for a batch.
         tower: its name in the model.
         method: what is called.
+        options: what it is called with, beside the inputs.
         unread: blocks at the end whose output nobody reads, which an attached model leaves out.
     """
 
@@ -70,6 +73,7 @@ class Setup:
     inputs: Callable[[int], Tensor]
     tower: str = "visual"
     method: str = "__call__"
+    options: Mapping[str, Any] = field(default_factory=dict)
     unread: int = 0
 
 
@@ -117,6 +121,9 @@ def texts(batch: int) -> Tensor:
 
 TINY = {"embed_dim": 64, "vision_cfg": {"layers": 2, "width": 64, "head_width": 32, "patch_size": 32, "image_size": 64},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}}  # fmt: skip
+# As LLaVA-1.5 does by itself; older versions of transformers want to be told.
+FEATURES = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+LLAVA: Any = {"method": "get_image_features", "options": FEATURES, "unread": 1}
 # r so that about half of the multiply-adds are left; those of texts and LLaVA are the reference's.
 SETUPS: Mapping[str, Setup] = {
     "vit-b": Setup(partial(timm, "vit_base_patch16_224"), 16, partial(images, 224)),
@@ -124,12 +131,10 @@ SETUPS: Mapping[str, Setup] = {
     "vit-h": Setup(partial(timm, "vit_huge_patch14_clip_224"), 7, partial(images, 224)),
     "dinov2-l-518": Setup(partial(timm, "vit_large_patch14_dinov2"), 55, partial(images, 518)),
     "clip-text": Setup(open_clip, 6, texts, "text", "encode_text"),
-    "llava-tower": Setup(
-        partial(llava, 1024, 24, 336), 13, partial(images, 336), method="get_image_features", unread=1
-    ),
+    "llava-tower": Setup(partial(llava, 1024, 24, 336), 13, partial(images, 336), **LLAVA),
     "tiny": Setup(partial(timm, "test_vit"), 13, partial(images, 160)),
     "tiny-text": Setup(partial(open_clip, **TINY), 6, texts, "text", "encode_text"),
-    "tiny-llava": Setup(partial(llava, 64, 3, 112), 5, partial(images, 112), method="get_image_features", unread=1),
+    "tiny-llava": Setup(partial(llava, 64, 3, 112), 5, partial(images, 112), **LLAVA),
 }
 
 
@@ -190,7 +195,7 @@ def queue(options: Options) -> list[Run]:
 def variants(setup: Setup, dtype: torch.dtype, device: str) -> dict[str, Entry]:
     """Return the model in every form. All share their weights."""
     torch.manual_seed(0)
-    dense = Entry(setup.make().to(device, dtype).eval(), setup.method)
+    dense = Entry(setup.make().to(device, dtype).eval(), setup)
     weights = {id(tensor): tensor for tensor in [*dense.parameters(), *dense.buffers()]}
     forms = {name: dense if name == DENSE else copy.deepcopy(dense, dict(weights)) for name in METHODS}
     for name, reducer in reducers(setup).items():
@@ -276,9 +281,9 @@ def launches(call: Callable[[], Any], depth: int) -> float | None:
 def flops(setup: Setup) -> dict[str, int]:
     """Return multiply-adds of one image or text."""
     counted: dict[str, int] = {}
-    with torch.device("meta"):
+    with torch.device("meta"), NumbersOnCPU():
         model = setup.make().eval()
-    entry, x = Entry(model, setup.method), setup.inputs(1).to("meta")
+    entry, x = Entry(model, setup), setup.inputs(1).to("meta")
     for name, reducer in reducers(setup).items():
         with crossget.attach(model, {setup.tower: reducer}):
             report = crossget.count_flops(entry, x)

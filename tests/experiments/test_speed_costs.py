@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tyro
 
+from contract import COMPILES
 from experiments import common
 from experiments.speed import costs
 from experiments.speed.costs import COSTS, Options, execute, main, markdown, queue, table
@@ -20,11 +21,14 @@ SMALL: dict[str, Any] = {
     "lengths": (16, 64), "width": 8, "budget": 1 << 10, "length_rounds": 2,
 }  # fmt: skip
 
+# Older versions of torch cannot compile an attached model.
+HERE: Any = tuple(cost for cost in COSTS if COMPILES or cost != "compile")
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("costs")
-    assert main(Options(**SMALL, results=folder)) == 4
+    assert main(Options(**SMALL, cost=HERE, results=folder)) == len(HERE)
     return folder
 
 
@@ -38,7 +42,7 @@ def check_spread(found: Any, rounds: int) -> None:
     assert len(found["rounds"]) == rounds
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", HERE)
 def test_every_cost_has_a_file(results: Path, cost: str) -> None:
     found = content(results, cost)
     assert set(found) == {"run", "command", "environment", "result", "seconds"}
@@ -63,6 +67,7 @@ def test_import(results: Path) -> None:
     assert rows[0]["ratio"]["median"] == 1
 
 
+@pytest.mark.skipif(not COMPILES, reason="this torch cannot compile an attached model")
 def test_compile(results: Path) -> None:
     rows = content(results, "compile")["result"]["rows"]
     assert [row["method"] for row in rows] == ["dense", "CrossGET"]
@@ -118,13 +123,13 @@ def test_pairs_are_counted_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_run_that_is_there_is_not_repeated(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {cost: content(results, cost) for cost in COSTS}
-    assert main(Options(**SMALL, results=results)) == 0
+    assert main(Options(**SMALL, cost=HERE, results=results)) == 0
     assert {cost: content(results, cost) for cost in COSTS} == before
     printed = capsys.readouterr().out
     assert all(table(found) in printed for found in before.values())
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", HERE)
 def test_the_command_repeats_the_run(results: Path, cost: str) -> None:
     words = shlex.split(content(results, cost)["command"])
     assert words[:3] == ["python", "-m", "experiments.speed.costs"]
