@@ -122,9 +122,9 @@ def test_pairs_are_counted_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_run_that_is_there_is_not_repeated(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {cost: content(results, cost) for cost in COSTS}
+    before = {cost: content(results, cost) for cost in HERE}
     assert main(Options(**SMALL, cost=HERE, results=results)) == 0
-    assert {cost: content(results, cost) for cost in COSTS} == before
+    assert {cost: content(results, cost) for cost in HERE} == before
     printed = capsys.readouterr().out
     assert all(table(found) in printed for found in before.values())
 
@@ -140,9 +140,10 @@ def test_the_command_repeats_the_run(results: Path, cost: str) -> None:
 def test_the_tables_of_a_page(results: Path) -> None:
     text = markdown(common.read_results(results))
     starts = ["Attaching CrossGET with r = 4", "Importing", "First call of timm/test_vit", "Matching one sequence"]
+    starts = [start for start in starts if COMPILES or not start.startswith("First call")]
     paragraphs = text.split("\n\n")
-    assert [p.startswith(start) for p, start in zip(paragraphs[::2], starts, strict=True)] == [True] * 4
-    assert [p.count("\n") for p in paragraphs[1::2]] == [3, 3, 3, 3]  # a head, a line and two rows each
+    assert [p.startswith(start) for p, start in zip(paragraphs[::2], starts, strict=True)] == [True] * len(HERE)
+    assert [p.count("\n") for p in paragraphs[1::2]] == [3] * len(HERE)  # a head, a line and two rows each
     assert all(line.startswith("|") and line.endswith("|") for p in paragraphs[1::2] for line in p.splitlines())
     assert [cell.strip() for cell in paragraphs[-1].splitlines()[-1].split("|")][1:4] == ["64", "8", "yes"]
 

@@ -40,7 +40,9 @@ def test_the_ideal_has_crossgets_counts(name: str) -> None:
     tower = next(t for t in crossget.find_towers(forms[IDEAL].model) if t.name == setup.tower)
     seen = []
     for block in tower.blocks:
-        block.register_forward_hook(lambda module, args, kwargs, out: seen.append(out.shape[1]), with_kwargs=True)
+        block.register_forward_hook(
+            lambda module, args, out: seen.append((out[0] if isinstance(out, tuple) else out).shape[1])
+        )
     with torch.no_grad():
         forms[CROSSGET](setup.inputs(1))
         forms[IDEAL](setup.inputs(1))
