@@ -202,7 +202,8 @@ class Square:
             self.similarity = torch.maximum(self.similarity, self.similarity.transpose(1, 2))
         # Additions and minima instead of masks: masks of this size take a CPU twenty times as long.
         self.similarity += hidden[:, None, :]
-        self.similarity.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+        tokens = int(self.similarity.shape[2])
+        self.similarity.view(-1, tokens * tokens)[:, :: tokens + 1].fill_(-math.inf)  # the diagonal
         if candidates.valid is not None:
             self.similarity.masked_fill_(_mixed(candidates.valid, candidates.valid), -math.inf)
 
