@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def cut(blocks: Sequence[nn.Module], counts: Sequence[int]) -> None:
@@ -55,8 +56,10 @@ def timm_block(block: Any, tokens: int, left: int, x: Tensor, **kwargs: Any) -> 
 def open_clip_block(block: Any, tokens: int, left: int, q_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run open_clip's ResidualAttentionBlock."""
     x, mask = _entered(q_x, tokens), kwargs.get("attn_mask")
-    if mask is not None:  # causal: the same at every length
-        mask = torch.full((tokens, tokens), -torch.inf, dtype=mask.dtype, device=mask.device).triu(1)
+    if mask is not None and len(mask) < tokens:  # causal: nobody sees the token at the end, which sees all
+        mask = F.pad(F.pad(mask, (0, 1), value=-torch.inf), (0, 0, 0, 1))
+    elif mask is not None:
+        mask = mask[:tokens, :tokens]
     x = x[:, :left] + block.ls_1(block.attention(q_x=block.ln_1(x), attn_mask=mask))[:, :left]
     out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
     return out

@@ -8,6 +8,7 @@ not depend on the weights' values, so they are random and nothing is downloaded.
 import contextlib
 import copy
 import importlib
+import inspect
 import json
 import shlex
 import statistics
@@ -65,7 +66,6 @@ class Setup:
         tower: its name in the model.
         method: what is called.
         options: what it is called with, beside the inputs.
-        unread: blocks at the end whose output nobody reads, which an attached model leaves out.
     """
 
     make: Callable[[], nn.Module]
@@ -74,7 +74,6 @@ class Setup:
     tower: str = "visual"
     method: str = "__call__"
     options: Mapping[str, Any] = field(default_factory=dict)
-    unread: int = 0
 
 
 def timm(name: str, **options: Any) -> nn.Module:
@@ -123,7 +122,7 @@ TINY = {"embed_dim": 64, "vision_cfg": {"layers": 2, "width": 64, "head_width": 
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}}  # fmt: skip
 # As LLaVA-1.5 does by itself; older versions of transformers want to be told.
 FEATURES = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
-LLAVA: Any = {"method": "get_image_features", "options": FEATURES, "unread": 1}
+LLAVA: Any = {"method": "get_image_features", "options": FEATURES}
 # r so that about half of the multiply-adds are left; those of texts and LLaVA are the reference's.
 SETUPS: Mapping[str, Setup] = {
     "vit-b": Setup(partial(timm, "vit_base_patch16_224"), 16, partial(images, 224)),
@@ -182,7 +181,13 @@ class Options:
 
 
 def queue(options: Options) -> list[Run]:
-    """Return all runs that the options ask for."""
+    """Return all runs that the options ask for.
+
+    Raises:
+        ValueError: they make no sense.
+    """
+    if options.rounds < 1 or min(options.batch, default=0) < 1:
+        raise ValueError(f"--rounds {options.rounds} --batch {options.batch}: expected numbers of at least 1")
     if options.train and options.mode == "compile":
         raise ValueError("--train and --mode compile were given: training is timed in eager mode only")
     return [
@@ -200,17 +205,28 @@ def variants(setup: Setup, dtype: torch.dtype, device: str) -> dict[str, Entry]:
     forms = {name: dense if name == DENSE else copy.deepcopy(dense, dict(weights)) for name in METHODS}
     for name, reducer in reducers(setup).items():
         crossget.attach(forms[name].model, {setup.tower: reducer})
-    # What the ideal has to match: the tower's own counts.
-    attached = crossget.attachment(forms[CROSSGET].model)
-    tower = attached.towers[setup.tower]
-    with torch.no_grad():
-        forms[CROSSGET](placed(setup.inputs(1), device, dtype))
-    first = attached.tokens[setup.tower][0]
-    depth = len(tower.blocks)
-    counts = planned_tokens(attached.reducers[setup.tower].schedule, depth, first, tower.n_reserved(True))
     blocks = next(t for t in crossget.find_towers(forms[IDEAL].model) if t.name == setup.tower).blocks
-    cut(blocks, counts[: depth + 1 - setup.unread])
+    cut(blocks, counts_of(forms[CROSSGET], setup, placed(setup.inputs(1), device, dtype)))
     return forms
+
+
+def counts_of(form: Entry, setup: Setup, x: Tensor) -> list[int]:
+    """Return how many tokens enter each block of an attached model, and how many leave the last one that runs."""
+    attached = crossget.attachment(form.model)
+    tower, reducer = attached.towers[setup.tower], attached.reducers[setup.tower]
+    ran: list[int] = []
+    # With some versions of transformers, blocks behind the features that LLaVA reads are left out.
+    hooks = [
+        next(block.children()).register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer, block in enumerate(tower.blocks)
+    ]
+    with torch.no_grad():
+        form(x)
+    for hook in hooks:
+        hook.remove()
+    first, depth = attached.tokens[setup.tower][0], len(tower.blocks)
+    counts = planned_tokens(reducer.schedule, depth, first, tower.n_reserved(bool(reducer.cross_token)))
+    return counts[: max(ran) + 2]
 
 
 def placed(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
@@ -243,19 +259,49 @@ def calls(
     """Return what is timed of each method, and what it took to compile it."""
     if run.mode == "eager":
         return {name: _trained(form, x) if run.train else partial(form, x) for name, form in forms.items()}, {}
-    metrics: Any = importlib.import_module("torch._inductor.metrics")
     found: dict[str, Callable[[], Any]] = {}
     costs: dict[str, common.Json] = {}
+    torch._dynamo.reset()
+    with nothing_cached():  # what compiles first starts the compiler
+        torch.compile(torch.sin)(x.float())
     for name, form in forms.items():
-        torch._dynamo.reset()
-        metrics.reset()
-        # A graph break is an error. CUDA graphs where there is CUDA.
-        compiled = torch.compile(form, fullgraph=True, mode="reduce-overhead" if x.is_cuda else "default")
-        start = time.perf_counter()
-        compiled(x)
-        costs[name] = {"seconds": time.perf_counter() - start, "kernels": metrics.generated_kernel_count}
-        found[name] = partial(compiled, x)
+        form(x)  # sets up what cannot be traced: transformers' hooks, for one
+        found[name] = partial(compiled(form, x.is_cuda), x)
+        costs[name] = first_call(found[name])
     return found, costs
+
+
+def compiled(form: Entry, on_cuda: bool) -> Callable[[Tensor], Any]:
+    """Return the form, to be compiled when it is called: as a whole, for these shapes, by itself.
+
+    All forms are of one class and share its code, with which torch keeps what it compiles. There is no reset between
+    them: the earlier ones would be compiled again. Where torch can, it keeps them apart; elsewhere its guards do.
+    """
+    # A graph break is an error. CUDA graphs where there is CUDA.
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead" if on_cuda else "default"}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    call: Callable[[Tensor], Any] = torch.compile(form, **options)
+    return call
+
+
+def nothing_cached() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which what was compiled before, also by other processes, does not help."""
+    inductor: Any = importlib.import_module("torch._inductor.utils")
+    context: contextlib.AbstractContextManager[None] = (
+        getattr(inductor, "fresh_cache", None) or inductor.fresh_inductor_cache
+    )()
+    return context
+
+
+def first_call(call: Callable[[], Any]) -> common.Json:
+    """Make the call that compiles, and return what that took."""
+    metrics: Any = importlib.import_module("torch._inductor.metrics")
+    metrics.reset()
+    start = time.perf_counter()
+    with nothing_cached():
+        call()
+    return {"seconds": round(time.perf_counter() - start, 3), "kernels": metrics.generated_kernel_count}
 
 
 def _trained(form: Entry, x: Tensor) -> Callable[[], None]:
@@ -265,17 +311,22 @@ def _trained(form: Entry, x: Tensor) -> Callable[[], None]:
     return partial(step, form, parameters, x)
 
 
-def launches(call: Callable[[], Any], depth: int) -> float | None:
+def launches(call: Callable[[], Any], device: torch.device, depth: int) -> float | None:
     """Return kernels launched per block in one call; None without a GPU."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return None
     call()
+    torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
-        torch.cuda.synchronize()
-    kinds = ("memcpy", "memset")
-    kernels = sum(event.count for event in profile.key_averages() if not event.key.lower().startswith(kinds))
-    return round(float(kernels) / depth, 1)
+        torch.cuda.synchronize(device)
+    # The host's calls of CUDA's runtime are among the events, too, and so are copies.
+    kernels = [
+        event
+        for event in profile.events() or []
+        if event.device_type.name == "CUDA" and not event.name.lower().startswith(("memcpy", "memset"))
+    ]
+    return round(len(kernels) / depth, 1)
 
 
 def flops(setup: Setup) -> dict[str, int]:
@@ -293,24 +344,32 @@ def flops(setup: Setup) -> dict[str, int]:
 
 def execute(run: Run) -> common.Json:
     """Time one tower at one batch size, every method in turns."""
-    setup, device, dtype = SETUPS[run.tower], torch.device(run.device), DTYPES[run.dtype]
-    counted = flops(setup)
-    forms = variants(setup, dtype, run.device)
-    depth = len(crossget.attachment(forms[CROSSGET].model).towers[setup.tower].blocks)
-    x = placed(setup.inputs(run.batch), run.device, dtype)
-    result: common.Json = {"flops": counted, "r": setup.r, "depth": depth, "rows": []}
+    setup, device = SETUPS[run.tower], torch.device(run.device)
+    result: common.Json = {"flops": flops(setup), "r": setup.r, "rows": []}
     try:
-        with torch.set_grad_enabled(run.train):
-            timed, compiled = calls(run, setup, forms, x)
-            seconds, memory = measure(timed, device, run.rounds)
-            for name in METHODS:
-                found = row(name, seconds, memory, counted)
-                result["rows"].append(
-                    {**found, "compile": compiled.get(name), "launches": launches(timed[name], depth)}
-                )
+        result |= timed(run, setup, device, result["flops"])
     except torch.cuda.OutOfMemoryError as error:
         result["does_not_fit"] = str(error).partition("\n")[0]
     return {"run": asdict(run), "result": result}
+
+
+def timed(run: Run, setup: Setup, device: torch.device, counted: Mapping[str, int]) -> common.Json:
+    """Return the depth of the tower, and a row for each method."""
+    dtype = DTYPES[run.dtype]
+    forms = variants(setup, dtype, run.device)
+    depth = len(crossget.attachment(forms[CROSSGET].model).towers[setup.tower].blocks)
+    x = placed(setup.inputs(run.batch), run.device, dtype)
+    with torch.set_grad_enabled(run.train):
+        made, costs = calls(run, setup, forms, x)
+        seconds, memory = measure(made, device, run.rounds)
+        if run.mode == "compile" and device.type == "cuda":
+            memory = {}  # a CUDA graph keeps its memory between calls, so that none needs any
+        rows = [
+            row(name, seconds, memory, counted)
+            | {"compile": costs.get(name), "launches": launches(made[name], device, depth)}
+            for name in METHODS
+        ]
+    return {"depth": depth, "rows": rows}
 
 
 def measure(
@@ -352,8 +411,8 @@ def row(
         "realised": round(statistics.median(speed) / promised, 4),
         "over_ideal": round(statistics.median(over), 4),
         "over_ideal_quartiles": [round(value, 4) for value in quartiles(over)],
-        "peak_memory": memory[name],
-        "memory": round(memory[name] / memory[DENSE], 4),
+        "peak_memory": memory.get(name),
+        "memory": round(memory[name] / memory[DENSE], 4) if name in memory else None,
         "rounds": [round(value, 6) for value in seconds[name]],
     }
 
@@ -380,7 +439,7 @@ def cells(content: common.Json) -> list[list[str]]:
             "" if dense else f"{found['promised']:.2f}x",
             "" if dense else f"{found['realised']:.2f}",
             "" if dense or ideal else f"{100 * found['over_ideal']:+.1f} %",
-            f"{found['memory']:.2f}",
+            "" if found["memory"] is None else f"{found['memory']:.2f}",
         ])  # fmt: skip
     return rows
 
@@ -406,16 +465,23 @@ def command_of(options: Options) -> Callable[[Run], str]:
 
 
 def main(options: Options) -> int:
-    """Work off the queue, print every result, and return the number of runs executed."""
+    """Work off the queue, print every result, and return the number of runs executed.
+
+    Raises:
+        ValueError: the options make no sense, or ask for a device that is not there.
+    """
+    runs = queue(options)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: give --device cpu")
     done = common.work_off(
-        queue(options),
+        runs,
         options.results,
         execute,
         command=command_of(options),
         environment=common.environment(options.device),
         overwrite=options.overwrite,
     )
-    files = [options.results / f"{run.slug}.json" for run in queue(options)]
+    files = [options.results / f"{run.slug}.json" for run in runs]
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     where = contents[0]["environment"]
     print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}\n\n{markdown(contents, 'simple')}\n")

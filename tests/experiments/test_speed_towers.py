@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import crossget
+from contract import COMPILES
 from experiments import common
 from experiments.speed import gpu, report, towers
 from experiments.speed.ideal import cut
@@ -32,35 +33,54 @@ TINY = ("tiny", "tiny-text", "tiny-llava")
 SMALL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "batch": (2,), "rounds": 2}
 
 
+def blocks_of(form: Any, setup: Any) -> list[Any]:
+    return list(next(t for t in crossget.find_towers(form.model) if t.name == setup.tower).blocks)
+
+
+def note_tokens(module: Any, counts: list[int]) -> None:
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        counts.append(int((args[0] if args else kwargs["hidden_states"]).shape[1]))
+
+    module.register_forward_pre_hook(note, with_kwargs=True)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_ideal_has_crossgets_counts(name: str) -> None:
+    """In front of the attention and behind it, in every block that runs."""
     setup = SETUPS[name]
     forms = variants(setup, torch.float32, "cpu")
-    attached = crossget.attachment(forms[CROSSGET].model)
-    tower = next(t for t in crossget.find_towers(forms[IDEAL].model) if t.name == setup.tower)
-    seen = []
-    for block in tower.blocks:
-        block.register_forward_hook(
-            lambda module, args, out: seen.append((out[0] if isinstance(out, tuple) else out).shape[1])
-        )
-    with torch.no_grad():
-        forms[CROSSGET](setup.inputs(1))
-        forms[IDEAL](setup.inputs(1))
-    entering = attached.tokens[setup.tower]
-    last = len(entering) - 1 - setup.unread
-    assert seen[:last] == entering[1 : last + 1]
-    assert seen[last] < entering[last]
+    entered: dict[str, list[int]] = {CROSSGET: [], IDEAL: []}
+    left: dict[str, list[int]] = {CROSSGET: [], IDEAL: []}
+    for method in entered:
+        for block in blocks_of(forms[method], setup):
+            note_tokens(next(block.children()), entered[method])
+            note_tokens(block.mlp, left[method])
+        with torch.no_grad():
+            forms[method](setup.inputs(2))
+    assert entered[IDEAL] == entered[CROSSGET]
+    assert left[IDEAL] == left[CROSSGET] == [count - setup.r for count in entered[IDEAL]]
     weights = {id(p) for p in forms[DENSE].parameters()}
     assert all({id(p) for p in form.parameters()} == weights for form in forms.values())
 
 
-def test_the_ideal_that_keeps_all_tokens_is_the_dense_model() -> None:
-    setup = SETUPS["tiny"]
-    model, x = setup.make().eval(), setup.inputs(2)
+@pytest.mark.parametrize("name", TINY)
+def test_the_ideal_that_keeps_all_tokens_is_the_dense_model(name: str) -> None:
+    setup = SETUPS[name]
+    forms, x = variants(setup, torch.float32, "cpu"), setup.inputs(2)
+    counts: list[int] = []
+    for block in blocks_of(forms[DENSE], setup):
+        note_tokens(block, counts)
     with torch.no_grad():
-        expected = model(x)
-        cut(list(model.blocks), [101] * (len(model.blocks) + 1))  # type: ignore[arg-type]
-        torch.testing.assert_close(model(x), expected)
+        expected = towers.pooled(forms[DENSE](x))
+        cut(blocks_of(forms[IDEAL], setup), [*counts, counts[-1]])
+        torch.testing.assert_close(towers.pooled(forms[IDEAL](x)), expected)
+
+
+def test_the_end_of_text_outlives_the_cut() -> None:
+    setup = SETUPS["tiny-text"]
+    forms, ids = variants(setup, torch.float32, "cpu"), setup.inputs(2)
+    with torch.no_grad():  # it sees only what is in front of it
+        torch.testing.assert_close(forms[IDEAL](ids), forms[DENSE](ids))
 
 
 def test_a_block_without_an_ideal_is_named() -> None:
@@ -101,11 +121,54 @@ def test_the_queue() -> None:
     assert [(run.tower, run.batch) for run in runs] == [("vit-b", 1), ("vit-b", 8), ("vit-h", 1), ("vit-h", 8)]
     with pytest.raises(ValueError, match="training is timed in eager mode"):
         queue(Options(mode="compile", train=True))
+    with pytest.raises(ValueError, match="--rounds 0 --batch .*: expected numbers of at least 1"):
+        queue(Options(rounds=0))
+
+
+def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
+
+    monkeypatch.setattr(towers, "timed", full)
+    monkeypatch.setattr(towers, "flops", lambda setup: {})
+    assert main(Options(towers=("tiny",), results=tmp_path, **SMALL)) == 1
+    (content,) = common.read_results(tmp_path)
+    assert content["result"]["does_not_fit"] == "CUDA out of memory."
+    assert "does not fit" in markdown([content])
+
+
+@pytest.mark.skipif(not COMPILES, reason="this torch cannot compile an attached model")
+def test_each_form_is_compiled_once_and_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also transformers' models, which set something up in their first call that cannot be traced."""
+    compile_with: Any = torch.compile
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def traced(
+        model: Any, *, mode: str = "", fullgraph: bool = True, dynamic: bool = False, isolate_recompiles: bool = False
+    ) -> Any:
+        options = {"isolate_recompiles": True} if isolate_recompiles else {}
+        return compile_with(model, backend=count, fullgraph=fullgraph, dynamic=dynamic, **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    setup = SETUPS["tiny-llava"]
+    forms, x = variants(setup, torch.float32, "cpu"), setup.inputs(2)
+    (run,) = queue(Options(towers=("tiny-llava",), mode="compile", **SMALL))
+    with torch.no_grad():
+        made, costs = towers.calls(run, setup, forms, x)
+        assert tuple(made) == tuple(costs) == METHODS
+        for name in METHODS:
+            torch.testing.assert_close(towers.pooled(made[name]()), towers.pooled(forms[name](x)))
+    assert len(graphs) == 1 + len(METHODS)  # the first one starts the compiler
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # torch's own call
 def test_compiled(tmp_path: Path) -> None:
-    assert main(Options(towers=("tiny",), mode="compile", results=tmp_path, **SMALL)) == 1
+    assert main(Options(towers=("tiny-text",), mode="compile", results=tmp_path, **SMALL)) == 1
     (file,) = tmp_path.rglob("*.json")
     rows = json.loads(file.read_text())["result"]["rows"]
     assert all(found["compile"]["seconds"] > 0 and found["compile"]["kernels"] > 0 for found in rows)
@@ -124,6 +187,8 @@ def test_all_that_needs_a_gpu_in_one_call(tmp_path: Path) -> None:
 def test_no_gpu_is_said() -> None:
     with pytest.raises(SystemExit, match="no CUDA device"):
         gpu.main(gpu.Options())
+    with pytest.raises(ValueError, match="there is no CUDA device here: give --device cpu"):
+        main(Options())
 
 
 def test_what_would_come_too_late_is_not_started() -> None:
@@ -136,7 +201,7 @@ def test_what_would_come_too_late_is_not_started() -> None:
 
     jobs = [gpu.Job(f"{seconds} s", seconds, partial(take, seconds)) for seconds in (50, 7, 60, 20)]
     assert gpu.work_off(jobs, 100, lambda: now[0]) == {
-        "50 s": "done", "7 s": "FAILED: out of luck", "60 s": "not started: no time left", "20 s": "done",
+        "50 s": "done", "7 s": "FAILED: RuntimeError: out of luck", "60 s": "not started: no time left", "20 s": "done",
     }  # fmt: skip
 
 
