@@ -53,6 +53,13 @@ def _groups(protected, valid, protected_t, valid_t, t, T):
     return group
 
 
+@triton.jit
+def _read(keys, norms, group, keys_t, t, T):
+    """Where the keys of some tokens start, how long they are, and their groups."""
+    start = keys + tl.minimum(t, T - 1).to(tl.int64) * keys_t
+    return start, tl.load(norms + t, mask=t < T, other=1.0), tl.load(group + t, mask=t < T, other=-1).to(tl.int32)
+
+
 def row_max(
     keys, norms, protected, valid, best, group, leaves, T, bucket, keys_b, keys_t, protected_b, protected_t, valid_b,
     valid_t, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -97,16 +104,12 @@ def priority(
     norms += b * T
     best += b * T
     group += b * T
-    row = keys + tl.minimum(i, T - 1).to(tl.int64) * keys_t
-    row_norm = tl.load(norms + i, mask=i < T, other=1.0)
-    row_group = tl.load(group + i, mask=i < T, other=-1).to(tl.int32)
+    row, row_norm, row_group = _read(keys, norms, group, keys_t, i, T)
     row_best = tl.load(best + i, mask=i < T, other=0.0)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     for start in range(0, T, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        column = keys + tl.minimum(j, T - 1).to(tl.int64) * keys_t
-        column_norm = tl.load(norms + j, mask=j < T, other=1.0)
-        column_group = tl.load(group + j, mask=j < T, other=-1).to(tl.int32)
+        column, column_norm, column_group = _read(keys, norms, group, keys_t, j, T)
         column_best = tl.load(best + j, mask=j < T, other=0.0)
         s = _cosines(row, column, row_norm, column_norm, C, BLOCK_M, BLOCK_N, BLOCK_K)
         below = column_best[None, :] < row_best[:, None]
@@ -134,16 +137,12 @@ def nearest(
     group += b * T
     leaves += b * T
     i = tl.load(source + b * R + a, mask=a < R, other=0).to(tl.int32)
-    row = keys + i.to(tl.int64) * keys_t
-    row_norm = tl.load(norms + i)
-    row_group = tl.load(group + i).to(tl.int32)
+    row, row_norm, row_group = _read(keys, norms, group, keys_t, i, T)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     at = tl.zeros((BLOCK_M,), dtype=tl.int32)
     for start in range(0, T, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        column = keys + tl.minimum(j, T - 1).to(tl.int64) * keys_t
-        column_norm = tl.load(norms + j, mask=j < T, other=1.0)
-        column_group = tl.load(group + j, mask=j < T, other=-1).to(tl.int32)
+        column, column_norm, column_group = _read(keys, norms, group, keys_t, j, T)
         stays = tl.load(leaves + j, mask=j < T, other=1) == 0
         s = _cosines(row, column, row_norm, column_norm, C, BLOCK_M, BLOCK_N, BLOCK_K)
         allowed = (row_group[:, None] == column_group[None, :]) & (row_group[:, None] >= 0) & stays[None, :]

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from crossget.reducers import Reducer
 __all__ = ["BenchmarkReport", "Measurement", "benchmark", "environment"]
 
 Method = Reducer | Mapping[str, Reducer]
-_Turn = Callable[[], AbstractContextManager[Any]]
+Turn = Callable[[], AbstractContextManager[Callable[[], Any]]]
+"""Makes a context in which a call, which it gives, is one method's."""
+_Mode = Callable[[], AbstractContextManager[Any]]
 
 DENSE = "dense"
 _LIBRARIES = ("crossget", "timm", "open_clip_torch", "transformers", "fvcore")
@@ -173,17 +176,18 @@ def benchmark(
     """
     given = as_call(inputs)
     _check(rounds, warmup, given.tensors)
-    turns, texts = _turns(model, methods)
+    modes, texts = _modes(model, methods)
     device = given.tensors[0].device
     timed = model if call is None else call
 
     def run() -> None:
         timed(*given.args, **given.kwargs)
 
+    turns: dict[str, Turn] = {name: partial(calling, run, mode) for name, mode in modes.items()}
     # Not inference_mode: what a host caches in its first forward must still serve in training.
     with _in_eval_mode(model), torch.no_grad():
-        seconds = take_turns(run, device, turns, rounds, warmup)
-        memory = {name: peak_memory(run, device, turn) for name, turn in turns.items()}
+        seconds = take_turns(turns, device, rounds, warmup)
+        memory = {name: peak_memory(turn, device) for name, turn in turns.items()}
     batch = int(given.tensors[0].shape[0]) if given.tensors[0].dim() else 1
     speed = {name: tuple(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True)) for name in turns}
     measurements = tuple(
@@ -225,7 +229,14 @@ def _check(rounds: int, warmup: int, tensors: tuple[Tensor, ...]) -> None:
         raise ValueError("inputs are on the meta device, where nothing takes time: use crossget.count_flops there")
 
 
-def _turns(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict[str, _Turn], dict[str, str]]:
+@contextmanager
+def calling(run: Callable[[], Any], mode: _Mode = contextlib.nullcontext) -> Iterator[Callable[[], Any]]:
+    """A turn of `run`, inside a context that makes it a method's."""
+    with mode():
+        yield run
+
+
+def _modes(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict[str, _Mode], dict[str, str]]:
     """Name -> a context in which the model is that method; name -> the method as text. Dense comes first."""
     attachment = find_attachment(model)
     if attachment is not None:
@@ -239,21 +250,18 @@ def _turns(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict
         raise ValueError("nothing to compare with: attach a reducer, or give methods={'mine': crossget.CrossGET(8)}")
     if DENSE in methods:
         raise ValueError(f"methods names one {DENSE!r}: that name is the model's without a reducer")
-    turns: dict[str, _Turn] = {DENSE: contextlib.nullcontext}
+    modes: dict[str, _Mode] = {DENSE: contextlib.nullcontext}
     for name, method in methods.items():
-        turns[name] = lambda method=method: attach(model, method)  # type: ignore[misc]
-    return turns, {DENSE: "", **{name: str(method) for name, method in methods.items()}}
+        modes[name] = partial(attach, model, method)
+    return modes, {DENSE: "", **{name: str(method) for name, method in methods.items()}}
 
 
-def take_turns(
-    run: Callable[[], Any], device: torch.device, turns: Mapping[str, _Turn], rounds: int, warmup: int
-) -> dict[str, list[float]]:
-    """Seconds of a call, round by round; every round starts with another method.
+def take_turns(turns: Mapping[str, Turn], device: torch.device, rounds: int, warmup: int = 0) -> dict[str, list[float]]:
+    """Seconds of each method's call, round by round; every round starts with another method.
 
     Args:
-        run: the call.
-        device: that it works on.
-        turns: name of a method -> makes a context in which the call is that method's.
+        turns: the methods by name.
+        device: that they work on.
         rounds: timed turns of each method.
         warmup: untimed rounds before.
     """
@@ -262,8 +270,8 @@ def take_turns(
     for i in range(warmup + rounds):
         start = i % len(names)
         for name in names[start:] + names[:start]:
-            with turns[name]():
-                elapsed = _timed(run, device)
+            with turns[name]() as call:
+                elapsed = _timed(call, device)
             if i >= warmup:
                 seconds[name].append(elapsed)
     return seconds
@@ -299,10 +307,10 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 # Memory
 
 
-def peak_memory(run: Callable[[], Any], device: torch.device, turn: _Turn) -> int:
+def peak_memory(turn: Turn, device: torch.device) -> int:
     """Bytes that one call needs at most, on top of what is allocated before it; in a pass of its own, untimed."""
-    with turn():
-        return _peak_on_cuda(run, device) if device.type == "cuda" else _peak_on_cpu(run)
+    with turn() as call:
+        return _peak_on_cuda(call, device) if device.type == "cuda" else _peak_on_cpu(call)
 
 
 def _peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
@@ -358,6 +366,7 @@ def _quiet_profiler() -> Iterator[None]:
 
 
 def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
+    """First and third quartile of some numbers; of one number, that number."""
     if len(values) == 1:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")

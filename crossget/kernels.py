@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ _lock = threading.Lock()
 _launching = threading.Lock()  # Triton's tuner keeps the arguments of a call in itself.
 _disabled = 0
 
-OLDEST_TRITON = (3, 4)
+OLDEST_TRITON = (3, 4)  # on the interpreter of 3.0 the kernels come out wrong; between the two nothing was tried
 
 
 def usable(tensor: Tensor) -> bool:
@@ -40,9 +39,9 @@ def usable(tensor: Tensor) -> bool:
     # Compilation first: nothing below it is then traced.
     return (
         not torch.compiler.is_compiling()
-        and _runs_on(tensor)
         and not _disabled
         and os.environ.get("CROSSGET_TRITON") != "0"
+        and _runs_on(tensor)
         and not torch._C._is_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
@@ -188,14 +187,12 @@ def _runs_on(tensor: Tensor) -> bool:
 @functools.cache
 def _kernels() -> Any:
     """The module of the kernels, None without Triton: it comes with some builds of torch only."""
-    try:
-        major, minor, *_ = importlib.metadata.version("triton").split(".")
-        if (int(major), int(minor)) < OLDEST_TRITON:  # on the interpreter of 3.0 the kernels come out wrong
-            return None
-        module: ModuleType = importlib.import_module("crossget._triton")
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
         return None
-    return module
+    major, minor, *_ = importlib.import_module("triton").__version__.split(".")
+    if (int(major), int(minor)) < OLDEST_TRITON:
+        return None
+    return importlib.import_module("crossget._triton")
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

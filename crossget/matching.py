@@ -25,12 +25,8 @@ BUDGET = 1 << 26
 class Candidates:
     """What a matching may choose from.
 
-    Attributes:
-        given: [B, T, C] the keys as they came.
-        inverse_norms: [B, T] one over the length of each key.
-
     Args:
-        keys: [B, T, C] what tokens are compared by, of any length.
+        given: [B, T, C] the keys, what tokens are compared by, of any length.
         protected: [B, T] true for tokens that are neither source nor destination.
         n_protected: how many are protected in each row, at most (the same for all rows, so that shapes are static).
         valid: [B, T] false for padding. Padding is only ever matched with padding.
@@ -41,7 +37,7 @@ class Candidates:
 
     def __init__(
         self,
-        keys: Tensor,
+        given: Tensor,
         protected: Tensor,
         n_protected: int,
         valid: Tensor | None = None,
@@ -49,16 +45,31 @@ class Candidates:
         seed: int = 0,
         budget: int = BUDGET,
     ) -> None:
-        self.given = keys
-        # Half precision has too few digits to rank cosines; float64 stays.
-        self.keys = keys.float() if keys.dtype in (torch.float16, torch.bfloat16) else keys
-        self.inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
+        self.given = given
+        self.is_half = given.dtype in (torch.float16, torch.bfloat16)
         self.protected = protected
-        self.n_free = int(keys.shape[1]) - n_protected
+        self.n_free = int(given.shape[1]) - n_protected
         self.valid = valid
         self.ties = ties
         self.seed = seed
         self.budget = budget
+        # Made when they are asked for. By hand: Dynamo cannot enter the lock of older Pythons' cached_property.
+        self._keys: Tensor | None = None
+        self._inverse_norms: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, T, C] the keys in float32 or wider: half precision has too few digits to rank cosines."""
+        if self._keys is None:
+            self._keys = self.given.float() if self.is_half else self.given
+        return self._keys
+
+    @property
+    def inverse_norms(self) -> Tensor:
+        """[B, T] one over the length of each key."""
+        if self._inverse_norms is None:
+            self._inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
+        return self._inverse_norms
 
     def limit(self, r: int) -> int:
         """The number of tokens that can really be removed: half of those that may be touched.
@@ -105,8 +116,8 @@ class Candidates:
         A hash instead of a generator: the recomputation of gradient checkpointing, another thread, a compiled graph
         and another device all draw the same numbers.
         """
-        n = torch.arange(math.prod(shape), device=self.keys.device).view(shape)
-        n = n + 7919 * (self.seed + 1) + 104729 * int(self.keys.shape[1])
+        n = torch.arange(math.prod(shape), device=self.given.device).view(shape)
+        n = n + 7919 * (self.seed + 1) + 104729 * int(self.given.shape[1])
         for _ in range(2):
             n = ((n ^ (n >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
         return ((n ^ (n >> 16)) & 0xFFFFFF).float() / 2**24
@@ -176,9 +187,9 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
 
     Source: CrossGET (arXiv 2305.17455), section 3.2 and algorithm 1.
     """
-    batch, tokens, _ = (int(n) for n in candidates.keys.shape)
+    batch, tokens, _ = (int(n) for n in candidates.given.shape)
     # In float32 the kernels would do without tensor cores.
-    if candidates.given is not candidates.keys and kernels.usable(candidates.given):
+    if candidates.is_half and kernels.usable(candidates.given):
         return kernels.complete_graph(candidates.given, candidates.protected, candidates.valid, r, importance)
     tiled = batch * tokens**2 > candidates.budget
     hidden = candidates.hidden()
@@ -321,7 +332,7 @@ def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> 
 
     Args, returns: as `complete_graph`; importance is not looked at.
     """
-    batch, tokens, _ = (int(n) for n in candidates.keys.shape)
+    batch, tokens, _ = (int(n) for n in candidates.given.shape)
     free = ~candidates.protected
     valid = candidates.valid if candidates.valid is not None else torch.ones_like(free)
     # The first of each group never leaves, so that every source finds a destination of its group.

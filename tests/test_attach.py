@@ -507,11 +507,13 @@ def test_tokens_are_copied_for_the_cross_token_only_where_somebody_may_hold_them
         expected = model(image)
         got: list[Tensor] = []
         given: list[Tensor] = []
-        inside = model.stages[1].register_forward_pre_hook(lambda module, args: got.append(args[0].clone()))
+        inside = model.stages[1].register_forward_pre_hook(lambda module, args: got.extend([args[0], args[0].clone()]))
         assert torch.equal(model(image), expected)
+        assert torch.equal(got[0][:, :-1], got[1][:, :-1])
+        assert not torch.equal(got[0][:, -1], got[1][:, -1])  # nobody else held them: no copy
         hook = model.stages[0].register_forward_hook(lambda module, args, out: given.append(out))
         assert torch.equal(model(image), expected)
-        assert torch.equal(given[0], got[1])  # what a hook was given does not change afterwards
+        assert torch.equal(given[0], got[3])  # what a hook was given does not change afterwards
         hook.remove()
         inside.remove()
         with torch.enable_grad():

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossget import kernels
+from crossget import CrossGET, kernels
+from crossget.reducers import Host, View
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -410,6 +411,42 @@ class TestUsable:
     def test_compiled(self) -> None:
         compiled = torch.compile(lambda x: x + 1 if kernels.usable(x) else x - 1, backend="eager", fullgraph=True)
         assert torch.equal(compiled(self.X), self.X - 1)
+
+
+@pytest.mark.parametrize("ensemble", ["guided", "size", "normalized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_library_asks_for_what_the_kernels_answer(
+    ensemble: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loops stand in for the kernels: what they get has to lead to what the plain operators make of it."""
+    keys, x = torch.randn(2, 4, 20, 8).to(dtype), torch.randn(2, 20, 12).to(dtype)
+    protected = torch.zeros(2, 20, dtype=torch.bool)
+    protected[:, [0, -1]] = True
+    view = View(x, keys.flip(2), keys, None, torch.randint(1, 5, (2, 20)).float(), protected, 2, None, 19)
+    reducer = CrossGET(6, ensemble=ensemble, ties="stable").resolved(Host("tower"))
+    expected = reducer.reduce(view, 6)
+    asked = []
+
+    def in_loops(given: Tensor, protected: Tensor, valid: Any, r: int, importance: Any) -> tuple[Tensor, Tensor]:
+        asked.append("matching")
+        found = [matching(similarity_of(given[b], protected[b], valid), r, importance[b]) for b in range(2)]
+        return torch.tensor([f[0] for f in found]), torch.tensor([f[1] for f in found])
+
+    def joined(tokens: Tensor, *plan: Tensor) -> Tensor:
+        asked.append("ensemble")
+        return pulled(tokens.float(), plan).to(tokens.dtype)
+
+    monkeypatch.setattr(kernels, "usable", lambda tensor: True)
+    monkeypatch.setattr(kernels, "complete_graph", in_loops)
+    monkeypatch.setattr(kernels, "pull", joined)
+    found = reducer.reduce(view, 6)
+    assert asked == (["matching", "ensemble"] if dtype in HALF else ["ensemble"])
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found[2].source, expected[2].source)
+    assert torch.equal(found[2].index, expected[2].index)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+    assert torch.equal(found[1], expected[1])
 
 
 def test_without_triton() -> None:

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import crossget
-from crossget.benchmark import peak_memory, quartiles
+from crossget.benchmark import calling, peak_memory, quartiles
 from crossget.matching import BUDGET, Candidates, complete_graph
 from experiments import common
 
@@ -164,7 +164,7 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(clocks: dict[str, Clock], rounds: int) -> dict[str, list[float]]:
+def alternate(clocks: dict[str, Clock], rounds: int) -> dict[str, list[float]]:
     """Return what each clock reads, round by round; the order turns around in every other round."""
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     for i in range(rounds):
@@ -221,7 +221,7 @@ def importing(options: Options) -> list[common.Json]:
     """Time imports with and without crossget, in turns."""
     clocks: dict[str, Clock] = {name: functools.partial(import_seconds, code) for name, code in IMPORTS.items()}
     clocks["torch, crossget"]()  # writes bytecode, and reads the files into the system's cache
-    seconds = take_turns(clocks, options.import_rounds)
+    seconds = alternate(clocks, options.import_rounds)
     return [{"import": name, "seconds": spread(seconds[name]), "ratio": ratios(seconds, name, "torch")}
             for name in IMPORTS]  # fmt: skip
 
@@ -258,7 +258,7 @@ def compiling(options: Options) -> list[common.Json]:
 
     methods = {DENSE: None, REDUCED: options.r}
     clocks: dict[str, Clock] = {name: functools.partial(compile_once, name, r) for name, r in methods.items()}
-    seconds = take_turns(clocks, options.compile_rounds)
+    seconds = alternate(clocks, options.compile_rounds)
     return [{"method": name, "seconds": spread(seconds[name]), "ratio": ratios(seconds, name, DENSE),
              "kernels": kernels[name]} for name in methods]  # fmt: skip
 
@@ -288,9 +288,10 @@ def match(tokens: int, options: Options) -> common.Json:
     runs = {name: functools.partial(pairs, budget) for name, budget in budgets.items()}
     with torch.no_grad():
         # First, since its calls also warm up.
-        memory = {name: peak_memory(run, keys.device, contextlib.nullcontext) for name, run in runs.items()}
+        turns = {name: functools.partial(calling, run) for name, run in runs.items()}
+        memory = {name: peak_memory(turn, keys.device) for name, turn in turns.items()}
         clocks: dict[str, Clock] = {name: functools.partial(timed, run) for name, run in runs.items()}
-        seconds = take_turns(clocks, options.length_rounds)
+        seconds = alternate(clocks, options.length_rounds)
         chosen = [as_set(*run()) for run in runs.values()]
     same = len(chosen[0] & chosen[-1]) / len(chosen[0]) if "whole" in runs else None
     found = {name: {"seconds": spread(seconds[name]), "peak_memory": memory[name]} for name in runs}

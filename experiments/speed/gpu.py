@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import crossget
 from crossget import kernels
+from experiments import common
 from experiments.speed import llava, towers
 from experiments.speed.towers import SETUPS, placed, reducers
 
@@ -54,26 +56,26 @@ class Job:
 
 def queue(options: Options) -> list[Job]:
     """Return all measurements, the most important first."""
-    where = {"device": options.device, "results": options.results}
+    here = towers.Options(device=options.device, results=options.results, rounds=15)
     if options.small:
-        small = towers.Options(towers=("tiny",), batch=(2,), dtype="float32", rounds=2, **where)  # type: ignore[arg-type]
+        small = replace(here, towers=("tiny",), batch=(2,), dtype="float32", rounds=2)
         return [
             Job("no waiting", 5, lambda: no_waiting("tiny", options.device)),
             Job("tiny", 5, lambda: towers.main(small)),
         ]
 
-    def tower(name: towers.TowerName, batch: int, mode: str, seconds: float) -> Job:
-        chosen = towers.Options(towers=(name,), batch=(batch,), mode=mode, rounds=15, **where)  # type: ignore[arg-type]
+    def tower(name: towers.TowerName, batch: int, mode: Literal["eager", "compile"], seconds: float) -> Job:
+        chosen = replace(here, towers=(name,), batch=(batch,), mode=mode)
         return Job(f"{name}, batch {batch}, {mode}", seconds, lambda: towers.main(chosen))
 
     def answer(size: llava.Size, batch: int, seconds: float) -> Job:
         # In a folder of their own: the first token alone must not pass for the whole measurement.
-        there = {**where, "results": options.results / "first_token"}
-        chosen = llava.Options(size=(size,), batch=(batch,), new_tokens=(), rounds=5, **there)  # type: ignore[arg-type]
+        there = options.results / "first_token"
+        chosen = llava.Options(size=(size,), batch=(batch,), new_tokens=(), device=options.device, results=there)
         return Job(f"{size}, batch {batch}, first token", seconds, lambda: llava.main(chosen))
 
     return [
-        Job("kernels", 60, lambda: subprocess.run([sys.executable, *TESTS], check=True)),
+        Job("kernels", 60, lambda: subprocess.run([sys.executable, *TESTS], cwd=common.ROOT, check=True)),
         Job("no waiting", 10, lambda: no_waiting("vit-b", options.device)),
         tower("vit-b", 128, "eager", 20),
         tower("vit-l-336", 32, "eager", 30),
@@ -99,7 +101,9 @@ def no_waiting(name: str, device: str) -> None:
         RuntimeError: something waited.
     """
     setup = SETUPS[name]
-    model, x = setup.make().to(device).eval(), placed(setup.inputs(2), device, torch.float32)
+    # In half precision on a GPU, where all kernels take part.
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model, x = setup.make().to(device, dtype).eval(), placed(setup.inputs(2), device, dtype)
     with torch.no_grad(), crossget.attach(model, {setup.tower: reducers(setup)[towers.CROSSGET]}):
         model(x)  # kernels are tuned at their first use, which does wait
         if x.is_cuda:

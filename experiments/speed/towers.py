@@ -13,7 +13,7 @@ import json
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 import crossget
 from crossget.attach import find_attachment
-from crossget.benchmark import peak_memory, quartiles, take_turns
+from crossget.benchmark import calling, peak_memory, quartiles, take_turns
 from crossget.integrations._support import NumbersOnCPU
 from crossget.reducers import Reducer
 from crossget.schedule import planned_tokens
 from experiments import common
 from experiments.speed.ideal import cut
-from experiments.speed.llava import DTYPES
 
 RESULTS = Path(__file__).parent / "results"
 DENSE, CROSSGET, TOME, IDEAL = "dense", "CrossGET", "ToMe-style", "ideal"
@@ -355,44 +354,23 @@ def execute(run: Run) -> common.Json:
 
 def timed(run: Run, setup: Setup, device: torch.device, counted: Mapping[str, int]) -> common.Json:
     """Return the depth of the tower, and a row for each method."""
-    dtype = DTYPES[run.dtype]
+    dtype = getattr(torch, run.dtype)
     forms = variants(setup, dtype, run.device)
     depth = len(crossget.attachment(forms[CROSSGET].model).towers[setup.tower].blocks)
     x = placed(setup.inputs(run.batch), run.device, dtype)
     with torch.set_grad_enabled(run.train):
         made, costs = calls(run, setup, forms, x)
-        seconds, memory = measure(made, device, run.rounds)
-        if run.mode == "compile" and device.type == "cuda":
-            memory = {}  # a CUDA graph keeps its memory between calls, so that none needs any
+        turns = {name: partial(calling, call) for name, call in made.items()}
+        seconds = take_turns(turns, device, run.rounds, warmup=1)
+        # A CUDA graph keeps its memory between calls, so that none needs any.
+        meters = {} if run.mode == "compile" and device.type == "cuda" else turns
+        memory = {name: peak_memory(turn, device) for name, turn in meters.items()}
         rows = [
             row(name, seconds, memory, counted)
             | {"compile": costs.get(name), "launches": launches(made[name], device, depth)}
             for name in METHODS
         ]
     return {"depth": depth, "rows": rows}
-
-
-def measure(
-    timed: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Return the seconds of every round and the peak memory of every method."""
-    current: list[Callable[[], Any]] = []
-
-    @contextlib.contextmanager
-    def turn(call: Callable[[], Any]) -> Iterator[None]:
-        current.append(call)
-        try:
-            yield
-        finally:
-            current.pop()
-
-    turns = {name: partial(turn, call) for name, call in timed.items()}
-
-    def run() -> None:
-        current[-1]()
-
-    seconds = take_turns(run, device, turns, rounds, warmup=1)
-    return seconds, {name: peak_memory(run, device, each) for name, each in turns.items()}
 
 
 def row(

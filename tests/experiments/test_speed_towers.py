@@ -166,7 +166,6 @@ def test_each_form_is_compiled_once_and_as_a_whole(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # torch's own call
 def test_compiled(tmp_path: Path) -> None:
     assert main(Options(towers=("tiny-text",), mode="compile", results=tmp_path, **SMALL)) == 1
     (file,) = tmp_path.rglob("*.json")
