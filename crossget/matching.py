@@ -224,7 +224,7 @@ class Square:
 
     def best_below(self, rank: Tensor) -> Tensor:
         """[B, T] the largest similarity of each token to one of a higher `rank` [B, T]; -inf where there is none."""
-        return torch.minimum(self.similarity, _bound(rank, rank)).amax(-1)
+        return torch.minimum(self.similarity, bound_of(rank, rank)).amax(-1)
 
     def nearest(self, source: Tensor, hidden: Tensor) -> Tensor:
         """[B, r] the most similar token of each source [B, r], `hidden` [B, T] added."""
@@ -255,7 +255,7 @@ class Tiles:
         """As `Square.best_below`."""
         best = torch.full_like(rank, -math.inf)
         for rows, columns, tile in self._upper():
-            bound = _bound(rank[:, rows], rank[:, columns])
+            bound = bound_of(rank[:, rows], rank[:, columns])
             best[:, rows] = torch.maximum(best[:, rows], torch.minimum(tile, bound).amax(2))
             best[:, columns] = torch.maximum(best[:, columns], torch.minimum(tile, bound.neg_()).amax(1))
         return best
@@ -288,7 +288,7 @@ class Tiles:
 Pairs = Square | Tiles
 
 
-def _bound(rank: Tensor, other: Tensor) -> Tensor:
+def bound_of(rank: Tensor, other: Tensor) -> Tensor:
     """[B, N, M] what the similarity of two tokens is cut to: infinity where `other` ranks higher, otherwise -inf."""
     return torch.sub(other[:, None, :], (rank + 0.5)[:, :, None]).mul_(math.inf)  # the half: zero would give no number
 

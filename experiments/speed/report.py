@@ -1,11 +1,11 @@
-"""Put the results of towers and costs into docs/speed.md, with a figure: `python -m experiments.speed.report`."""
+"""Put the results of towers, operators and costs into docs/speed.md, with a figure: `python -m experiments.speed.report`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import common
-from experiments.speed import costs, towers
+from experiments.speed import costs, operators, towers
 
 PAGE = common.ROOT / "docs" / "speed.md"
 FIGURE = common.ROOT / "docs" / "speed.png"
@@ -14,8 +14,14 @@ COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.IDEAL: "#b
 
 
 def fill(page: str, name: str, content: str) -> str:
-    """Return the page with the content between its two marks of that name."""
+    """Return the page with the content between its two marks of that name.
+
+    Raises:
+        ValueError: the page has lost them.
+    """
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if start not in page or end not in page:
+        raise ValueError(f"the page has no lines {start.strip()!r} and {end!r}: put them where the table belongs")
     before, _, rest = page.partition(start)
     return f"{before}{start}{content}\n{end}{rest.partition(end)[2]}"
 
@@ -23,6 +29,7 @@ def fill(page: str, name: str, content: str) -> str:
 def written(page: str) -> str:
     """Return the page with the tables of the committed results."""
     page = fill(page, "towers", towers.markdown(common.read_results(towers.RESULTS / "towers")))
+    page = fill(page, "operators", operators.markdown(common.read_results(operators.RESULTS / "operators")))
     return fill(page, "costs", costs.markdown(common.read_results(costs.RESULTS / "costs")))
 
 
@@ -52,7 +59,6 @@ def draw(contents: Sequence[common.Json], file: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="k", lw=0.8, ls=":")
     axes.set_xlabel("speed relative to dense (median, quartiles)")
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, dpi=110, metadata={"Software": None})
 

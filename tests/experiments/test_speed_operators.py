@@ -1,0 +1,34 @@
+"""The program that times operators, run whole on small ones: what it measures, not how fast it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments import common
+from experiments.speed.operators import Options, Run, main, markdown, pairs
+
+SMALL = Run(batch=2, tokens=40, width=96, dtype="float32", rounds=2)
+
+
+@pytest.mark.parametrize("choice", ["rank", "rows", "sizes: a mask instead of wider"])
+def test_both_sides_compute_the_same(choice: str) -> None:
+    (found,) = (pair for name, pair in pairs(SMALL).items() if name.startswith(choice))
+    one, other = (side() for side in found)
+    assert isinstance(one, Tensor)
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_every_choice_is_timed(tmp_path: Path) -> None:
+    options = Options(batch=2, tokens=40, width=96, rounds=2, results=tmp_path)
+    assert main(options) == 2
+    assert main(options) == 0
+    contents = common.read_results(tmp_path)
+    for content in contents:
+        assert [row["choice"] for row in content["result"]["rows"]] == list(pairs(SMALL))
+        assert content["result"]["operators"] > 50
+        assert "--tokens 40" in content["command"]
+    assert len(markdown(contents).splitlines()) == 2 + 2 * len(pairs(SMALL))
