@@ -1,4 +1,7 @@
-"""Put the results of towers, operators and costs into docs/speed.md, with a figure: `python -m experiments.speed.report`."""
+"""Put the results of towers, operators and costs into docs/speed.md, with a figure.
+
+To be run as `python -m experiments.speed.report`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
