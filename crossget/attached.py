@@ -197,12 +197,33 @@ class AttachedTower:
             tokens, state = self._start(tokens, {**dict(zip(names[1:], args)), **kwargs})  # noqa: B905
         else:
             tokens, state = self._continue(tokens, layer)
-            if self.reducer.cross_token:
-                tokens = self._renew_cross_token(tokens, state, layer)
-        count = int(tokens.shape[1])
-        state.record.tokens[layer] = count
+        state.record.tokens[layer] = int(tokens.shape[1])
+        renewed = layer > 0 and bool(self.reducer.cross_token)
         if self._is_read_by_nobody(state.reading, layer):
+            if renewed and torch.is_grad_enabled():
+                self._next_cross_token(tokens, state, layer)  # the alignment loss wants it
             return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer)
+        if not renewed:
+            return self._reduced(block, layer, forward, tokens, state, args, kwargs)
+        token = self._next_cross_token(tokens, state, layer)
+        if not _may_be_lent(tokens):
+            tokens = torch.cat([tokens[:, :-1], token[:, None]], 1)
+            return self._reduced(block, layer, forward, tokens, state, args, kwargs)
+        # Written over for the time of this block alone: the host may have kept what the block before returned.
+        before = tokens[:, -1].clone()
+        tokens[:, -1] = token
+        try:
+            return self._reduced(block, layer, forward, tokens, state, args, kwargs)
+        finally:
+            tokens[:, -1] = before
+
+    def _reduced(
+        self, block: nn.Module, layer: int, forward: Callable[..., Any], tokens: Tensor, state: TokenState, args: Any,
+        kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Run `forward` on these tokens, the cross token among them."""
+        names = self.inputs[base_of(block)]
+        count = int(tokens.shape[1])
         r = self.reducer.schedule.removed(layer, self.depth, count)
         watch = BlockWatch(
             tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
@@ -276,23 +297,10 @@ class AttachedTower:
             tokens = state.compact
         return tokens, state
 
-    def _renew_cross_token(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
+    def _next_cross_token(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
+        """[B, C] what takes the cross token's place in front of block `layer`."""
         origin = tokens[:, -1] if state.end is None else _at(tokens, state.end).squeeze(1)
-        token = self.cross_token(origin, state.record, layer)
-        if self._is_ours(tokens, state, layer):
-            tokens[:, -1] = token
-            return tokens
-        return torch.cat([tokens[:, :-1], token[:, None]], 1)
-
-    def _is_ours(self, tokens: Tensor, state: TokenState, layer: int) -> bool:
-        """Whether nobody else may hold the tokens in front of block `layer`, so that they need not be copied."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        reading: Reading | None = state.reading
-        if reading is not None and (reading.layers is None or layer - 1 in reading.layers) and state.compact is None:
-            return False  # the host keeps what it has read
-        hooks = self.tower.blocks[layer - 1]._forward_hooks or nn.modules.module._global_forward_hooks
-        return not hooks and tokens.is_inference() == torch.is_inference_mode_enabled()
+        return self.cross_token(origin, state.record, layer)
 
     def cross_token(self, origin: Tensor, record: Record, layer: int) -> Tensor:
         """[B, C] the cross token in front of block `layer`."""
@@ -428,6 +436,13 @@ def take_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any])
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
     return rest.pop(names[0]), (), rest
+
+
+def _may_be_lent(tokens: Tensor) -> bool:
+    """Whether a token may be written over for a while, instead of copying all of them: no gradient needs them."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens.requires_grad:
+        return False
+    return tokens.is_inference() == torch.is_inference_mode_enabled()
 
 
 def _at(tokens: Tensor, position: Tensor) -> Tensor:
