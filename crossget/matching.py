@@ -83,7 +83,7 @@ class Candidates:
         """Cosines between some tokens and others, nothing masked: S of the paper, section 3.2.
 
         The products are scaled, not the keys: there are fewer of them. Scaled by the product of both norms, S_ij and
-        S_ji stay equal to the last bit, which ranking depends on.
+        S_ji stay equal to the last bit where the processor's products are (not on all: see `ties`).
 
         Args:
             rows: which tokens, as a slice or as [B, N] positions.
@@ -173,7 +173,8 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
 
     Ties are the rule: two mutual nearest neighbours have the same largest similarity, and their order decides which
     of them may become the source. `ties="reference"` leaves it to the default, unstable `torch.argsort`, as the
-    reference does (what it gives on the CPU is part of the reference's results; another device may differ).
+    reference does (what it gives on the CPU is part of the reference's results; another device may differ, and another
+    processor, whose products S_ij and S_ji differ in the last bit).
     `ties="stable"` ranks the token that comes first in the sequence higher, on every device. So do the Triton kernels
     (`crossget.kernels`) that take over on a GPU.
 

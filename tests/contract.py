@@ -259,7 +259,8 @@ def checkpointing_changes_nothing(case: Case) -> None:
     (out, grads, tokens), (out_again, grads_again, tokens_again) = results
     assert tokens == tokens_again
     assert len(grads) == len(grads_again) > 0
-    torch.testing.assert_close(out_again, out, rtol=0, atol=0)
+    # Not to the last bit: BLIP's decoder does without its cache then, and adds up in another order, attached or not.
+    torch.testing.assert_close(out_again, out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grads_again, grads, rtol=1e-5, atol=1e-6)
 
 

@@ -224,6 +224,11 @@ def rotary_block(tables: Any, block: Any, x: Any, position: Tensor, bias: Tensor
     return x + block.layer_scale2(block.mlp(block.norm2(x)))
 
 
+# Two nearest neighbours tie: the default leaves which of them moves to the last bit, in which two ways to compute the
+# same differ on some processors.
+tied = partial(crossget.CrossGET, ties="stable")
+
+
 def seen(tower: crossget.Tower, real: Tensor) -> Tensor:
     """[B, T0 + 1, T0 + 1] which key a query sees, the cross token being the last of both."""
     batch, length = real.shape
@@ -304,7 +309,7 @@ def test_clip_equals_the_forward_written_out(attention: str, eos: int, padded: b
     end = torch.tensor([8, 11]) if eos == 40 else ids.argmax(1)
     assert eos != 40 or (ids.max(1).values > eos).all()
     inputs = (ids, pixels, mask if padded else None)
-    with trained(model, {"visual": crossget.CrossGET(r), "text": crossget.CrossGET(r)}) as attached, torch.no_grad():
+    with trained(model, {"visual": tied(r), "text": tied(r)}) as attached, torch.no_grad():
         out = model(*inputs)
         assert attached.tokens == {name: [n, n - r, n - 2 * r] for name, n in (("visual", 18), ("text", 13))}
     with torch.no_grad():
@@ -320,7 +325,7 @@ def test_clip_equals_the_forward_written_out(attention: str, eos: int, padded: b
 def test_siglip_equals_the_forward_written_out(case: Case, r: int) -> None:
     model, inputs = contract.build(case)
     ids, mask = inputs[0], inputs[-1]
-    with trained(model, {"visual": crossget.CrossGET(r), "text": crossget.CrossGET(r)}) as attached, torch.no_grad():
+    with trained(model, {"visual": tied(r), "text": tied(r)}) as attached, torch.no_grad():
         out = model(*inputs)
     with torch.no_grad():
         images = image_embeds(model, inputs, attached)
@@ -333,7 +338,7 @@ def test_siglip_equals_the_forward_written_out(case: Case, r: int) -> None:
 @pytest.mark.parametrize("case", chosen("DINOv3ViTModel-sdpa", "DINOv3ViTModel-eager"))
 def test_dinov3_equals_the_forward_written_out(case: Case, r: int) -> None:
     model, (pixels,) = contract.build(case)
-    with trained(model, crossget.CrossGET(r)) as attached, torch.no_grad():
+    with trained(model, tied(r)) as attached, torch.no_grad():
         out = model(pixels).last_hidden_state
     with torch.no_grad():
         block = partial(rotary_block, model.rope_embeddings(pixels))
