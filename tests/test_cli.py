@@ -194,6 +194,7 @@ class TestFlops:
         assert report["dense"]["total"] == expected.dense.total
         assert report["reduced"]["total"] == expected.total
 
+    @pytest.mark.slow
     def test_a_clip_with_both_towers(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("flops", "ViT-B-32", "--r", "2", "--text-r", "6", "--depth", "1") == 0
         printed = capsys.readouterr().out

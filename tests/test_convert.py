@@ -376,8 +376,8 @@ print(pages("VmHWM") - before)
     ("how", "layout"),
     [
         ("converted", {}),
-        ("converted", {"kind": "safetensors"}),
-        ("converted", {"old": True}),
+        pytest.param("converted", {"kind": "safetensors"}, marks=pytest.mark.slow),
+        pytest.param("converted", {"old": True}, marks=pytest.mark.slow),
         ("at once", {}),  # that the measurement can fail
     ],
     ids=["bin", "safetensors", "old pickles", "at once"],

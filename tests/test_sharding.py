@@ -138,10 +138,13 @@ KINDS = ["ddp", "fsdp2"] if hasattr(torch.distributed.fsdp, "fully_shard") else 
 CHECKPOINTING = [False, True] if "use_reentrant" in inspect.getsource(open_clip.transformer) else [False]
 
 
-CASES = [(Task, False), *[(Task, True)] * CHECKPOINTING[-1], (Answers, True)]
+# The one that has most in it first; all others are slow.
+CASES = [(Answers, True), (Task, False), *[(Task, True)] * CHECKPOINTING[-1]]
 
 
-@pytest.mark.parametrize(("host", "checkpointing"), CASES)
+@pytest.mark.parametrize(
+    ("host", "checkpointing"), [CASES[0], *[pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]]]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one(host: type[nn.Module], kind: str, checkpointing: bool, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train, (host, kind, checkpointing, tmp_path), nprocs=WORLD)

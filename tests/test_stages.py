@@ -80,8 +80,8 @@ def on(device: str, model: Any, r: int | None) -> tuple[Cost, Cost | None]:
 
 
 @pytest.mark.skipif(hf_models.VERSION < (5, 0), reason="transformers runs no language model on meta before 5.0")
-@pytest.mark.parametrize("r", [None, 2], ids=str)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("r", [pytest.param(None, marks=pytest.mark.slow), 2], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_the_meta_device_counts_the_same(r: Any, attention: str) -> None:
     real = on("cpu", hf_models.llava(attention), r)
     assert on("meta", hf_models.llava(attention), r) == real
@@ -170,7 +170,7 @@ def test_blip_by_formula(make: Callable[[], Any], images: int) -> None:
         assert dense.parts["language model"] - reduced.parts["language model"] == saved
 
 
-@pytest.mark.parametrize("make", [blip, blip2])
+@pytest.mark.parametrize("make", [pytest.param(blip, marks=pytest.mark.slow), blip2])
 def test_the_meta_device_counts_the_same_of_blip(make: Callable[[], Any]) -> None:
     if hf_models.VERSION < (5, 0):
         pytest.skip("transformers runs no language model on meta before 5.0")

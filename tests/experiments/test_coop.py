@@ -556,6 +556,7 @@ def test_the_settings_of_the_reference() -> None:
     assert (options.shots, options.context, options.class_specific) == (16, 16, False)
 
 
+@pytest.mark.slow
 def test_the_small_settings_strengths_are_what_they_are_called() -> None:
     clip = load_clip("small")
     clip.model.eval()

@@ -189,6 +189,7 @@ def launched(options: train.Options, processes: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_same_batch(
     home: Path, whole_run: train.InstructionTrainer, tmp_path: Path
 ) -> None:

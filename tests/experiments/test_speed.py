@@ -93,6 +93,7 @@ def test_the_published_sizes_are_the_default() -> None:
     assert len({run.slug for run in runs}) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(hf_models.VERSION < (5, 0), reason="transformers runs no language model on meta before 5.0")
 def test_published_sizes_are_predicted_without_weights() -> None:
     import crossget

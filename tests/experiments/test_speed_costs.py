@@ -42,6 +42,7 @@ def check_spread(found: Any, rounds: int) -> None:
     assert len(found["rounds"]) == rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", HERE)
 def test_every_cost_has_a_file(results: Path, cost: str) -> None:
     found = content(results, cost)
@@ -50,6 +51,7 @@ def test_every_cost_has_a_file(results: Path, cost: str) -> None:
     assert found["environment"]["device"]
 
 
+@pytest.mark.slow
 def test_attach(results: Path) -> None:
     rows = content(results, "attach")["result"]["rows"]
     assert [row["model"] for row in rows] == list(SMALL["models"])
@@ -58,6 +60,7 @@ def test_attach(results: Path) -> None:
         check_spread(row["detach"], 2)
 
 
+@pytest.mark.slow
 def test_import(results: Path) -> None:
     rows = content(results, "import")["result"]["rows"]
     assert [row["import"] for row in rows] == ["torch", "torch, crossget"]
@@ -67,6 +70,7 @@ def test_import(results: Path) -> None:
     assert rows[0]["ratio"]["median"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILES, reason="this torch cannot compile an attached model")
 def test_compile(results: Path) -> None:
     rows = content(results, "compile")["result"]["rows"]
@@ -84,6 +88,7 @@ def test_compile_with_inductor() -> None:
     assert 0 < dense["kernels"] < reduced["kernels"]
 
 
+@pytest.mark.slow
 def test_length(results: Path) -> None:
     rows = content(results, "length")["result"]["rows"]
     assert [(row["tokens"], row["r"], row["tiled"]) for row in rows] == [(16, 2, False), (64, 8, True)]
@@ -121,6 +126,7 @@ def test_pairs_are_counted_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None
     assert costs.length_cells(row)[-1] == "87.50 %"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_not_repeated(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {cost: content(results, cost) for cost in HERE}
     assert main(Options(**SMALL, cost=HERE, results=results)) == 0
@@ -129,6 +135,7 @@ def test_a_run_that_is_there_is_not_repeated(results: Path, capsys: pytest.Captu
     assert all(table(found) in printed for found in before.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", HERE)
 def test_the_command_repeats_the_run(results: Path, cost: str) -> None:
     words = shlex.split(content(results, cost)["command"])
@@ -137,6 +144,7 @@ def test_the_command_repeats_the_run(results: Path, cost: str) -> None:
     assert json.loads(json.dumps({"cost": run.cost, **run.settings})) == content(results, cost)["run"]
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_page(results: Path) -> None:
     text = markdown(common.read_results(results))
     starts = ["Attaching CrossGET with r = 4", "Importing", "First call of timm/test_vit", "Matching one sequence"]

@@ -137,6 +137,7 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "does not fit" in markdown([content])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILES, reason="this torch cannot compile an attached model")
 def test_each_form_is_compiled_once_and_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also transformers' models, which set something up in their first call that cannot be traced."""

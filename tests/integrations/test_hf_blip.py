@@ -176,7 +176,7 @@ CASES = [
     case("BlipTextModel", partial(blip, BlipTextModel), texts, shortens=False),
 ]
 CASES2 = [
-    *case2(Blip2ForConditionalGeneration, of_prompt, compiles=True),
+    *case2(Blip2ForConditionalGeneration, of_prompt),
     *case2(Blip2Model, of_prompt),
     *case2(Blip2ForImageTextRetrieval, partial(of_matching, True), "matching"),
     *case2(Blip2ForImageTextRetrieval, partial(of_matching, False), "contrast"),

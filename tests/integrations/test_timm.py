@@ -96,14 +96,14 @@ CASES = [
     case("relpos_eager", RELPOS, **SCALED, fused=False, wrap=eager),
     case("beit", "Beit", use_rel_pos_bias=True, use_abs_pos_emb=False, **SCALED),
     case("beit_shared", "Beit", use_shared_rel_pos_bias=True, fused=False),
-    case("cait", "Cait", **SCALED, fused=False, compiles=True),
+    case("cait", "Cait", **SCALED, fused=False),
     case("eva", "Eva", **SCALED),
     case("eva02", "Eva", **ROPE, swiglu_mlp=True, scale_mlp=True, **SCALED),
     case("eva02_eager", "Eva", **ROPE, swiglu_mlp=True, fused=False, wrap=eager),
     case("eva_post_norm", "Eva", use_post_norm=True),
     case("eva_registers", "Eva", use_rot_pos_emb=True, use_abs_pos_emb=False, num_reg_tokens=2, class_token=False),
     case("pe", "Eva", "attn_type", **ROPE, attn_type="rope", global_pool="map"),
-    case("dinov3", "Eva", "rope_type", **ROPE, **SCALED, rope_type="dinov3", num_reg_tokens=2, compiles=True),
+    case("dinov3", "Eva", "rope_type", **ROPE, **SCALED, rope_type="dinov3", num_reg_tokens=2),
     case("rope_mixed", "Eva", "rope_type", **MIXED, **SCALED),
     case(
         "mrope", "Eva", "rope_mrope_section", **ROPE, rope_type="mrope", rope_mrope_section=(2, 3, 3), attn_type="rope"
