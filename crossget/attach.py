@@ -8,7 +8,7 @@ under a `BlockWatch` (watch.py). Nothing is added to the module tree: state dict
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from crossget.decoder import AttachedDecoder, cached_tokens, first_token
 from crossget.prompts import around_generate, before_forward, image_tokens
 from crossget.reducers import Reducer
 from crossget.registry import Prompt, Tower, absent_towers, find_towers
+from crossget.schedule import Schedule
 from crossget.swap import argument_names, has_own_forward, is_intact, owner_of, swap_in, swap_out, unwrap, wrap
 
 _HOLDER = "crossget"
@@ -54,7 +55,10 @@ class Attachment:
 
     @property
     def tokens(self) -> dict[str, list[int]]:
-        """Per tower, how many tokens entered each block in the last forward (the cross token counts)."""
+        """Per tower, how many tokens entered each block in the last forward (the cross token counts).
+
+        Where images differ in strength, the average, rounded.
+        """
         return {name: [t.last.tokens[i] for i in sorted(t.last.tokens)] for name, t in self._towers.items()}
 
     @property
@@ -64,6 +68,11 @@ class Attachment:
         `crossget.unmerge` brings features of those tokens back to the input's grid with it.
         """
         return {name: t.last.source for name, t in self._towers.items() if t.last.source is not None}
+
+    @property
+    def strength(self) -> dict[str, Tensor]:
+        """Per tower whose images differ in strength [B]: what the schedule was multiplied with in the last forward."""
+        return {name: t.last.strength for name, t in self._towers.items() if t.last.strength is not None}
 
     def alignment_loss(self, divergence: Divergence = "reference", rows: Tensor | None = None) -> Tensor:
         """Alignment loss of the last forward's cross tokens, to be added to the task's loss in training.
@@ -126,6 +135,31 @@ class Attachment:
             _attached(towers[name], reducer)
         for name, reducer in chosen.items():
             self._towers[name].set_reducer(reducer)
+
+    @contextlib.contextmanager
+    def at(self, strength: int | Sequence[int] | Schedule | Reducer | Mapping[str, Reducer]) -> Iterator[Attachment]:
+        """Inside, the model is reduced at another strength, in every thread; afterwards as before.
+
+        A compiled model is compiled once for every strength, and not again for one that it has seen (torch keeps 8
+        variants of a function, `torch._dynamo.config.recompile_limit`, and refuses or gives up on the ninth).
+
+        Args:
+            strength: tokens to remove per block, as `r` of a reducer, in the tower that one reducer is for (the image
+                tower, if there is one); or what `reducer` may be set to.
+
+        Raises:
+            TypeError: it is none of these.
+            ValueError: the reducer cannot work on the tower, or a tower's name is unknown.
+        """
+        before = self.reducers
+        if not isinstance(strength, Reducer | Mapping):
+            main = main_tower(before)
+            strength = {main: replace(before[main], r=strength)}
+        self.reducer = strength
+        try:
+            yield self
+        finally:
+            self.reducer = before
 
     @property
     def cross_tokens(self) -> dict[str, nn.Parameter]:
@@ -310,6 +344,12 @@ def attachment(model: nn.Module) -> Attachment:
     return found
 
 
+def main_tower(names: Iterable[str]) -> str:
+    """Which tower one reducer, or one strength, is for."""
+    found = list(names)
+    return "visual" if "visual" in found else found[0]
+
+
 def _choose(
     towers: Mapping[str, Tower], reducer: Reducer | Mapping[str, Reducer], absent: Mapping[str, str] | None = None
 ) -> dict[str, Reducer]:
@@ -321,7 +361,7 @@ def _choose(
                 f"one reducer is for the tower 'visual', which cannot be reduced here: {absent['visual']}. Name the "
                 f"towers instead, of {sorted(towers)}, as in {{{next(iter(towers))!r}: {reducer}}}"
             )
-        main = "visual" if "visual" in towers else next(iter(towers))
+        main = main_tower(towers)
         others = [name for name in towers if name != main and reducer.resolved(towers[name].host).cross_token]
         return {main: reducer, **{name: replace(reducer, r=0) for name in others}}
     if not isinstance(reducer, Mapping):

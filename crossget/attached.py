@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from crossget.adaptive import Rung, deal, gathered, rows_of
 from crossget.reducers import Reducer
 from crossget.registry import Reader, Tower
 from crossget.schedule import planned_tokens
@@ -129,6 +131,11 @@ class AttachedTower:
     def set_reducer(self, reducer: Reducer) -> None:
         """Use another reducer from the next forward on; cross tokens that exist are kept."""
         resolved = reducer.resolved(self.tower.host)
+        if resolved.rungs is not None and not self.tower.restore:
+            raise ValueError(
+                f"tower {self.tower.name!r} hands on fewer tokens per image, and as many of each: images cannot differ "
+                "in strength; use threshold=None"
+            )
         for layer in range(self.depth):
             resolved.schedule.removed(layer, self.depth, 1)
         if resolved.cross_token and self.cross is None:
@@ -197,12 +204,49 @@ class AttachedTower:
             tokens, state = self._start(tokens, {**dict(zip(names[1:], args)), **kwargs})  # noqa: B905
         else:
             tokens, state = self._continue(tokens, layer)
+        if state.rungs is None:
+            out, state = self._run(block, layer, forward, tokens, state, args, kwargs)
+        else:
+            out, state = self._run_rungs(block, layer, forward, state, args, kwargs)
+        return self._leave(out, state, layer)
+
+    def _run_rungs(
+        self, block: nn.Module, layer: int, forward: Callable[..., Any], state: TokenState, args: Any, kwargs: Any
+    ) -> tuple[Any, TokenState]:
+        """Run `forward` for the images of each rung by themselves (adaptive.py); their tokens are in the state."""
+        batch = sum(int(rung.rows.shape[0]) for rung in state.rungs)
+        outs: list[Any] = []
+        rungs: list[Rung] = []
+        for rung in state.rungs:
+            pick = partial(rows_of, rows=rung.rows, batch=batch, tokens=state.length)
+            some, named = tuple(pick(value) for value in args), {name: pick(value) for name, value in kwargs.items()}
+            out, left = self._run(block, layer, forward, rung.tokens, rung.state, some, named)
+            outs.append(out)
+            rungs.append(Rung(rung.rows, out[0] if isinstance(out, tuple) else out, left))
+        record = state.record
+        entered = [int(rung.tokens.shape[1]) for rung in state.rungs]
+        total = sum(n * int(rung.rows.shape[0]) for n, rung in zip(entered, rungs, strict=True))
+        record.tokens[layer] = round(total / batch)
+        if layer in rungs[0].state.record.cross_tokens:
+            record.cross_tokens[layer] = gathered([rung.state.record.cross_tokens[layer] for rung in rungs], rungs)
+        if any(value is not None for out in outs if isinstance(out, tuple) for value in out[1:]):
+            raise RuntimeError(
+                f"block {layer} of tower {self.tower.name!r} returns more than its tokens, which images of different "
+                "lengths cannot share: do without it (attention weights, for instance), or use threshold=None"
+            )
+        return outs[0], state.on(rungs)
+
+    def _run(
+        self, block: nn.Module, layer: int, forward: Callable[..., Any], tokens: Tensor, state: TokenState, args: Any,
+        kwargs: Any,
+    ) -> tuple[Any, TokenState]:  # fmt: skip
+        """Run `forward` on tokens that all have this state; the cross token is renewed."""
         state.record.tokens[layer] = int(tokens.shape[1])
         renewed = layer > 0 and bool(self.reducer.cross_token)
         if self._is_read_by_nobody(state.reading, layer):
             if renewed and torch.is_grad_enabled():
                 self._next_cross_token(tokens, state, layer)  # the alignment loss wants it
-            return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer)
+            return tokens if self.outputs == 0 else (tokens,), state
         if not renewed:
             return self._reduced(block, layer, forward, tokens, state, args, kwargs)
         token = self._next_cross_token(tokens, state, layer)
@@ -220,14 +264,16 @@ class AttachedTower:
     def _reduced(
         self, block: nn.Module, layer: int, forward: Callable[..., Any], tokens: Tensor, state: TokenState, args: Any,
         kwargs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> tuple[Any, TokenState]:  # fmt: skip
         """Run `forward` on these tokens, the cross token among them."""
         names = self.inputs[base_of(block)]
         count = int(tokens.shape[1])
         r = self.reducer.schedule.removed(layer, self.depth, count)
+        if state.strength != 1:
+            r = round(state.strength * r)
         watch = BlockWatch(
             tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
-            find_padding=self.tower.padding,
+            find_padding=self.tower.padding, rank=layer == 0 and self.reducer.rungs is not None,
         )  # fmt: skip
         if not state.pristine:
             args = tuple(self._refit(block, name, value, watch) for name, value in zip(names[1:], args))  # noqa: B905
@@ -237,7 +283,11 @@ class AttachedTower:
         if not watch.done:
             raise RuntimeError(_not_seen(block, layer, self.tower, watch))
         self.outputs = len(out) if isinstance(out, tuple) else 0
-        return self._leave(out, watch.state, layer)
+        state = watch.state
+        if watch.redundancy is not None and layer < self.depth - 1:
+            first = out[0] if isinstance(out, tuple) else out
+            state = state.on(deal(first, state, watch.redundancy, self.reducer.rungs or ()))
+        return out, state
 
     def _refit(self, block: nn.Module, name: str, value: Any, watch: BlockWatch) -> Any:
         """An argument of the block for the tokens that are left."""
@@ -324,15 +374,26 @@ class AttachedTower:
     def _leave(self, out: Any, state: TokenState, layer: int) -> Any:
         tokens = out[0] if isinstance(out, tuple) else out
         last = layer == self.depth - 1
-        state.record.source = state.source[:, : state.length]
+        if state.rungs is not None:
+            shown = self._of_rungs(state)
+        else:
+            state.record.source = state.source[:, : state.length]
+            shown = self._shown(tokens, state, layer)
         if layer > 0 or last:  # the first block alone may be the recomputation of a checkpoint
             self.last = state.record
-        shown = self._shown(tokens, state, layer)
         if not last:
-            if shown is not tokens:
+            if shown is not tokens and state.rungs is None:
                 state.compact = tokens
             self.leave(shown, state)
         return (shown, *out[1:]) if isinstance(out, tuple) else shown
+
+    def _of_rungs(self, state: TokenState) -> Tensor:
+        """[B, T0, C] what the host sees where images differ in length: the full grid."""
+        rungs: list[Rung] = state.rungs
+        state.record.source = gathered([rung.state.source[:, : state.length] for rung in rungs], rungs)
+        factors = [torch.full_like(rung.rows, rung.state.strength, dtype=torch.float32) for rung in rungs]
+        state.record.strength = gathered(factors, rungs)
+        return gathered([rung.state.restored(rung.tokens) for rung in rungs], rungs)
 
     def _shown(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
         """What the host sees behind block `layer`."""

@@ -188,13 +188,12 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
 
     Source: CrossGET (arXiv 2305.17455), section 3.2 and algorithm 1.
     """
-    batch, tokens, _ = (int(n) for n in candidates.given.shape)
+    tokens = int(candidates.given.shape[1])
     # In float32 the kernels would do without tensor cores.
     if candidates.is_half and kernels.usable(candidates.given):
         return kernels.complete_graph(candidates.given, candidates.protected, candidates.valid, r, importance)
-    tiled = batch * tokens**2 > candidates.budget
     hidden = candidates.hidden()
-    pairs: Pairs = Tiles(candidates, hidden) if tiled else Square(candidates, hidden)
+    pairs = pairs_of(candidates, hidden)
     best = pairs.best() + hidden
     order = candidates.argsort(best, descending=True)
     place = torch.arange(tokens, device=order.device, dtype=best.dtype).expand_as(order)
@@ -287,6 +286,18 @@ class Tiles:
 
 
 Pairs = Square | Tiles
+
+
+def pairs_of(candidates: Candidates, hidden: Tensor) -> Pairs:
+    """The similarities of all pairs, at once or in tiles; `hidden` [B, T] is added, see `Candidates.hidden`."""
+    batch, tokens, _ = (int(n) for n in candidates.given.shape)
+    return Tiles(candidates, hidden) if batch * tokens**2 > candidates.budget else Square(candidates, hidden)
+
+
+def nearest_similarity(candidates: Candidates) -> Tensor:
+    """[B, T] how similar each token is to the one most like it; -inf for those that must not be matched."""
+    hidden = candidates.hidden()
+    return pairs_of(candidates, hidden).best() + hidden
 
 
 def bound_of(rank: Tensor, other: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crossget.ensemble import ENSEMBLES
 from crossget.importance import by_guide
-from crossget.matching import MATCHINGS, Candidates, Plan, Ties, take
+from crossget.matching import MATCHINGS, Candidates, Plan, Ties, nearest_similarity, take
 from crossget.schedule import Schedule, as_schedule
 
 MatchingName = Literal["complete_graph", "bipartite", "random"]
@@ -107,6 +107,15 @@ class Reducer:
         """Whether `reduce` reads `View.received`."""
         return False
 
+    @property
+    def rungs(self) -> tuple[float, ...] | None:
+        """What the schedule is multiplied with for the images on each rung of a ladder; None: all are treated alike."""
+        return None
+
+    def redundancy(self, view: View) -> Tensor:
+        """[B] what ranks the images of a batch for `rungs`: the higher, the more tokens an image loses."""
+        raise NotImplementedError(f"{type(self).__name__} has rungs and no redundancy() to deal images out on them")
+
     def resolved(self: Self, host: Host) -> Self:
         """This reducer with every None replaced by the reference's value for `host`.
 
@@ -120,7 +129,7 @@ class Reducer:
         if importance == "cross_token" and self.cross_token is False and not host.guides_itself:
             importance = "class_token" if host.has_class_token else "attention"
         filled = {"cross_token": True, "proportional_attention": True, "importance": importance, "keys": host.keys}
-        none: Any = {f.name: filled[f.name] for f in dataclasses.fields(self) if getattr(self, f.name) is None}
+        none: Any = {name: value for name, value in filled.items() if getattr(self, name, value) is None}
         full = dataclasses.replace(self, **none)
         full.check(host)
         return full
@@ -152,6 +161,9 @@ class Merging(Reducer):
         ensemble: how a source and its destination become one token.
         keys: what tokens are compared by: keys of all heads concatenated, or their mean over heads.
         ties: how equal similarities are ranked, see `crossget.matching.complete_graph`.
+        threshold: give every image a strength of its own: those in which more tokens have a neighbour that is more
+            similar than this (a cosine of keys in the first block) lose more; None: all lose the same.
+        ladder: what `r` is multiplied with on each rung, ascending, one on average; see `crossget.adaptive`.
         seed: what the random matching depends on.
     """
 
@@ -161,7 +173,27 @@ class Merging(Reducer):
     ensemble: EnsembleName = "size"
     keys: KeysName | None = None
     ties: Ties = "reference"
+    threshold: float | None = None
+    ladder: tuple[float, ...] = (0.5, 1.0, 1.5)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "ladder", tuple(float(factor) for factor in self.ladder))
+        _check_ladder(self)
+
+    @property
+    def rungs(self) -> tuple[float, ...] | None:
+        return None if self.threshold is None else self.ladder
+
+    @torch.no_grad()
+    def redundancy(self, view: View) -> Tensor:
+        """[B] how many tokens have a near copy: a neighbour more similar than `threshold`."""
+        if self.threshold is None:
+            raise ValueError(f"{type(self).__name__}(threshold=None) says of no two tokens that one is a copy")
+        candidates = Candidates(_flat(view.keys, self.keys), view.protected, view.n_protected, view.valid)
+        near = nearest_similarity(candidates) > self.threshold
+        return (near if view.valid is None else near & view.valid).sum(1)
 
     @property
     def _needs_importance(self) -> bool:
@@ -297,6 +329,18 @@ def _check_guide(reducer: Merging | TopK, host: Host) -> None:
         raise ValueError(
             f"importance='cross_token' needs cross_token=True on {host.name}: use importance='class_token' or "
             "'attention', or do without importance (guided_matching=False, ensemble='size')"
+        )
+
+
+def _check_ladder(reducer: Merging) -> None:
+    given = f"{type(reducer).__name__}(threshold={reducer.threshold}, ladder={reducer.ladder})"
+    if reducer.threshold is not None and not -1 <= reducer.threshold <= 1:
+        raise ValueError(f"{given}: the threshold is a cosine, between -1 and 1")
+    ladder = reducer.ladder
+    if not ladder or list(ladder) != sorted(ladder) or ladder[0] < 0 or abs(sum(ladder) / len(ladder) - 1) > 1e-6:
+        raise ValueError(
+            f"{given}: the ladder lists what r is multiplied with, ascending, none below 0, and 1 on average, such as "
+            "(0.5, 1.0, 1.5)"
         )
 
 

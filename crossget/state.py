@@ -21,15 +21,17 @@ class Record:
     """What one forward through one tower leaves behind for its user to look at.
 
     Attributes:
-        tokens: layer -> how many tokens entered the block.
+        tokens: layer -> how many tokens entered the block; where images differ, the average.
         cross_tokens: layer -> [B, C] the cross token as it entered the block, with its graph.
         source: [B, T0] output token of each input token.
+        strength: [B] what each image's schedule was multiplied with; None: nothing was.
     """
 
     def __init__(self) -> None:
         self.tokens: dict[int, int] = {}
         self.cross_tokens: dict[int, Tensor] = {}
         self.source: Tensor | None = None
+        self.strength: Tensor | None = None
 
 
 class TokenState:
@@ -50,6 +52,8 @@ class TokenState:
         changed: tokens were removed since the first block.
         reading: what the host reads of the tower's blocks in this forward; None: only the last one's output.
         compact: the reduced tokens, where the tensor that carries this state shows the full grid; else None.
+        rungs: the same where images differ in strength (adaptive.py): who has which tokens, with states of their own.
+        strength: what the schedule is multiplied with.
         record: what the user will see.
     """
 
@@ -66,6 +70,8 @@ class TokenState:
         self.changed = False
         self.reading: Any = None
         self.compact: Tensor | None = None
+        self.rungs: Any = None
+        self.strength = 1.0
 
     @classmethod
     def start(
@@ -118,7 +124,24 @@ class TokenState:
         new.valid = None if self.valid is None else self.valid.gather(1, plan.kept)
         new.end = None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1)
         new.changed = True
-        new.reading = self.reading
+        new.reading, new.strength = self.reading, self.strength
+        return new
+
+    def of_rows(self, rows: Tensor, strength: float) -> TokenState:
+        """The history of some images [N] alone, from here on at a strength and with a record of their own."""
+        new = TokenState(self.length, self.cross, self.prefix, Record())
+        new.positions, new.source = self.positions.index_select(0, rows), self.source.index_select(0, rows)
+        new.protected, new.n_protected = self.protected.index_select(0, rows), self.n_protected
+        new.sizes = None if self.sizes is None else self.sizes.index_select(0, rows)
+        new.valid = None if self.valid is None else self.valid.index_select(0, rows)
+        new.end = None if self.end is None else self.end.index_select(0, rows)
+        new.dropped, new.changed, new.reading, new.strength = self.dropped, self.changed, self.reading, strength
+        return new
+
+    def on(self, rungs: Any) -> TokenState:
+        """The history of a batch that is dealt out on rungs."""
+        new = TokenState(self.length, self.cross, self.prefix, self.record)
+        new.reading, new.rungs = self.reading, rungs
         return new
 
     def restored(self, tokens: Tensor) -> Tensor:

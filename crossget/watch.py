@@ -56,15 +56,18 @@ class BlockWatch(TorchFunctionMode):
         causal: the cross token at the end is hidden from the others.
         cross_like_first: the cross token is a copy of token 0 and takes over its row and column of a mask.
         find_padding: look for padding in the attention's mask.
+        rank: find out how much each image can spare.
     """
 
     def __init__(
         self, tokens: Tensor, state: TokenState, reducer: Reducer, r: int, *, causal: bool, cross_like_first: bool,
-        find_padding: bool,
+        find_padding: bool, rank: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.state, self.reducer, self.r = state, reducer, r
         self.causal, self.cross_like_first, self.find_padding = causal, cross_like_first, find_padding
+        self.rank = rank
+        self.redundancy: Tensor | None = None
         self.batch, self.tokens = int(tokens.shape[0]), int(tokens.shape[1])
         self.residuals = [tokens]
         self.queries: Tensor | None = None
@@ -323,7 +326,7 @@ class BlockWatch(TorchFunctionMode):
                 "the block's attention has no softmax over its scores that could be seen, so token sizes could not "
                 "take part; set proportional_attention=False, or use F.scaled_dot_product_attention in the block"
             )
-        if self.r <= 0:
+        if self.r <= 0 and not self.rank:
             return total
         reduced = self._reduced(total)
         if reduced is None:
@@ -342,9 +345,14 @@ class BlockWatch(TorchFunctionMode):
         )  # fmt: skip
         device = total.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
-            return self.reducer.reduce(view, self.r)
+            return self._asked(view)
         with torch.autocast(device, enabled=False):  # the choice of tokens is made in full precision
-            return self.reducer.reduce(view, self.r)
+            return self._asked(view)
+
+    def _asked(self, view: View) -> tuple[Tensor, Tensor | None, Plan] | None:
+        if self.rank:
+            self.redundancy = self.reducer.redundancy(view)
+        return self.reducer.reduce(view, self.r) if self.r > 0 else None
 
     def _guide(self) -> Tensor | int | None:
         if self.state.end is not None:

@@ -46,6 +46,7 @@ class Case:
     reentrant: bool = False  # the host's checkpointing is re-entrant: it makes new tensors, which must be an error
     shortens: bool = False  # what comes out is shorter, as the tower's tokens stay reduced
     skipped: int = 0  # blocks that are not run, as nobody reads them
+    biased: bool = False  # blocks hand on a bias beside their tokens
     pickles: bool = True  # the host can be pickled itself after it has run
 
 
@@ -384,6 +385,37 @@ def fused_attention_stays(case: Case) -> None:
     assert counts[1:] == [counts[0] - case.skipped] * 2
 
 
+def images_may_differ_in_strength(case: Case) -> None:
+    """Each row of a batch is what it would be in a batch that has its strength altogether."""
+    model, inputs = build(case)
+    reducer = crossget.CrossGET(r=case.r, threshold=0.5, ladder=(0.5, 1.5), ties="stable")
+    for tower in crossget.find_towers(model):
+        if not tower.reducible:
+            continue
+        if not tower.restore:
+            with pytest.raises(ValueError, match="images cannot differ in strength"):
+                crossget.attach(model, {tower.name: reducer})
+            continue
+        left: list[Tensor] = []
+        hook = tower.blocks[-1].register_forward_hook(lambda block, args, out, to=left: to.append(leaves(out)[0]))
+        with without_fast_path(), crossget.attach(model, {tower.name: reducer}) as attached:
+            if case.biased and tower.text is not None:
+                with pytest.raises(RuntimeError, match="returns more than its tokens"):
+                    run(model, inputs)
+                hook.remove()
+                continue
+            run(model, inputs)
+            strength, depth = attached.strength[tower.name], len(tower.blocks)
+            assert set(strength.tolist()) == ({0.5, 1.5} if len(strength) > 1 else {1.5})
+            for factor in strength.unique().tolist():
+                r = (case.r, *[round(factor * case.r)] * (depth - 1))
+                with attached.at({tower.name: dataclasses.replace(reducer, r=r, threshold=None)}):
+                    run(model, inputs)
+                rows = strength == factor
+                torch.testing.assert_close(left[0][rows], left[-1][rows], rtol=1e-4, atol=1e-5)
+        hook.remove()
+
+
 PROBES = [
     zero_is_identity,
     reaches_planned_tokens,
@@ -398,4 +430,5 @@ PROBES = [
     compiles_to_one_graph,
     autocast_works,
     fused_attention_stays,
+    images_may_differ_in_strength,
 ]

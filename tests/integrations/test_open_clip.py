@@ -140,10 +140,13 @@ def both(size: int = IMAGE) -> tuple[Tensor, ...]:
 
 
 def case(
-    name: str, make: Callable[[], nn.Module], size: int = IMAGE, compiles: bool = False, fused: bool = True
-) -> contract.Case:
+    name: str, make: Callable[[], nn.Module], size: int = IMAGE, compiles: bool = False, fused: bool = True,
+    biased: bool = False,
+) -> contract.Case:  # fmt: skip
     """Compiling takes long: it is slow for all but one."""
-    return contract.Case(name, make, partial(both, size), compiles=compiles, fused=fused, reentrant=REENTRANT)
+    return contract.Case(
+        name, make, partial(both, size), compiles=compiles, fused=fused, biased=biased, reentrant=REENTRANT
+    )
 
 
 AVERAGE = {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True, "ls_init_value": 0.1}
@@ -163,7 +166,7 @@ CASES = [
     case("xlm_roberta_eager", partial(hugging_face, "xlm-roberta", "mean_pooler", attention="eager"), fused=False),
     case("roberta_first", partial(hugging_face, "roberta", "cls_last_hidden_state_pooler", "linear")),
     case("bert_pooler", partial(hugging_face, "bert", "cls_pooler")),
-    case("mt5", partial(hugging_face, "mt5", "mean_pooler"), fused=False),
+    case("mt5", partial(hugging_face, "mt5", "mean_pooler"), fused=False, biased=True),
     case("nllb", partial(hugging_face, "m2m_100", "cls_pooler", "linear")),
 ]
 if "eos_id" in FIELDS:
