@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crossget.reducers import Reducer
 from crossget.registry import Reader, Tower
@@ -77,6 +78,8 @@ class AttachedTower:
         reducer: with every field resolved for this tower.
         holder: the module whose parameter the cross tokens are, by the tower's name; None: nobody's.
         last: record of the last forward.
+        recording: forwards that begin now are recorded, see `Attachment.recording`.
+        target: [B or 1, E] what the user looks for, of unit length; None: nothing.
         rows: [N] the prompt that each image of the last forward belongs to; None if each has one of its own.
     """
 
@@ -84,6 +87,8 @@ class AttachedTower:
         self.tower = tower
         self.inputs = {type(block): argument_names(base_of(block).forward) for block in tower.blocks}
         self.last = Record()
+        self.recording = False
+        self.target: Tensor | None = None
         self.rows: Tensor | None = None
         self.holder: nn.Module | None = None
         self._own_cross: nn.Parameter | None = None
@@ -202,7 +207,7 @@ class AttachedTower:
         count = int(tokens.shape[1])
         state.record.tokens[layer] = count
         if self._is_read_by_nobody(state.reading, layer):
-            return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer)
+            return self._leave(tokens if self.outputs == 0 else (tokens,), state, layer, None)
         r = self.reducer.schedule.removed(layer, self.depth, count)
         watch = BlockWatch(
             tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
@@ -216,7 +221,7 @@ class AttachedTower:
         if not watch.done:
             raise RuntimeError(_not_seen(block, layer, self.tower, watch))
         self.outputs = len(out) if isinstance(out, tuple) else 0
-        return self._leave(out, watch.state, layer)
+        return self._leave(out, watch.state, layer, watch.score)
 
     def _refit(self, block: nn.Module, name: str, value: Any, watch: BlockWatch) -> Any:
         """An argument of the block for the tokens that are left."""
@@ -241,10 +246,27 @@ class AttachedTower:
             batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
         )
         state.reading = _left_on(self.bearers(tokens), _READING, self.reading.get())
+        if self.recording and not torch.compiler.is_compiling():
+            state.record.steps = {}
+        if self.target is not None:
+            state.relevance = self._relevance(self.target, batch)
         if cross:
             origin = self._origin(tokens, valid) if end is None else _at(tokens, end)
             tokens = torch.cat([tokens, self.cross_token(origin.squeeze(1), state.record, 0)[:, None]], 1)
         return tokens, state
+
+    def _relevance(self, target: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
+        embed = self.tower.embed
+        if embed is None or int(target.shape[0]) not in (1, batch):
+            raise RuntimeError(
+                f"tower {self.tower.name!r} got {batch} images and looks for {int(target.shape[0])} texts: give "
+                "Attachment.look_for one for all of them, or one each"
+            )
+
+        def relevance(tokens: Tensor) -> Tensor:
+            return (F.normalize(embed(tokens).float(), dim=-1) * target[:, None].to(tokens.device)).sum(-1)
+
+        return relevance
 
     def _origin(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         """What the cross token of a tower without ends of text starts as: [B, 1, C]."""
@@ -313,8 +335,9 @@ class AttachedTower:
             return False
         return layer == self.depth - 1 or not (self.reducer.cross_token and torch.is_grad_enabled())
 
-    def _leave(self, out: Any, state: TokenState, layer: int) -> Any:
+    def _leave(self, out: Any, state: TokenState, layer: int, score: Tensor | None) -> Any:
         tokens = out[0] if isinstance(out, tuple) else out
+        state.note_step(layer, tokens, score)
         last = layer == self.depth - 1
         state.record.source = state.source[:, : state.length]
         if layer > 0 or last:  # the first block alone may be the recomputation of a checkpoint

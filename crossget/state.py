@@ -6,6 +6,8 @@ gradient checkpointing, threads, copies and interrupted forwards need no care an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,26 @@ from crossget.matching import Plan
 _ATTRIBUTE = "_crossget_state"
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one block did to the tokens, for one forward that was recorded. Nothing in it has a gradient.
+
+    T tokens entered the block and T' left it; T0 is the host's own number of tokens, without cross token.
+
+    Attributes:
+        source: [B, T0] the token behind the block that each input token is in; -1 if it was dropped.
+        sizes: [B, T'] float32 how many input tokens each token behind the block stands for.
+        score: [B, T] the importance of the tokens that entered, as the reducer saw it; None where it asked for none, or
+            removed nothing.
+        features: [B, T', C] the tokens behind the block, the cross token last if there is one.
+    """
+
+    source: Tensor
+    sizes: Tensor
+    score: Tensor | None
+    features: Tensor
+
+
 class Record:
     """What one forward through one tower leaves behind for its user to look at.
 
@@ -24,9 +46,11 @@ class Record:
         tokens: layer -> how many tokens entered the block.
         cross_tokens: layer -> [B, C] the cross token as it entered the block, with its graph.
         source: [B, T0] output token of each input token.
+        steps: layer -> what its block did; None in a forward that is not recorded.
     """
 
     def __init__(self) -> None:
+        self.steps: dict[int, Step] | None = None
         self.tokens: dict[int, int] = {}
         self.cross_tokens: dict[int, Tensor] = {}
         self.source: Tensor | None = None
@@ -49,6 +73,7 @@ class TokenState:
         dropped: some token may have been dropped.
         changed: tokens were removed since the first block.
         reading: what the host reads of the tower's blocks in this forward; None: only the last one's output.
+        relevance: [B, T, C] tokens -> [B, T] cosines with what the user looks for; None: with nothing.
         compact: the reduced tokens, where the tensor that carries this state shows the full grid; else None.
         record: what the user will see.
     """
@@ -65,6 +90,7 @@ class TokenState:
         self.dropped = False
         self.changed = False
         self.reading: Any = None
+        self.relevance: Callable[[Tensor], Tensor] | None = None
         self.compact: Tensor | None = None
 
     @classmethod
@@ -119,7 +145,22 @@ class TokenState:
         new.end = None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1)
         new.changed = True
         new.reading = self.reading
+        new.relevance = self.relevance
         return new
+
+    def note_step(self, layer: int, tokens: Tensor, score: Tensor | None) -> None:
+        """Put into the record what block `layer` did, if the forward is recorded.
+
+        Args:
+            layer: of the block, which this is the state behind.
+            tokens: [B, T', C] that leave it.
+            score: [B, T] see `Step`.
+        """
+        if self.record.steps is None:
+            return
+        sizes = torch.ones_like(self.positions, dtype=torch.float32) if self.sizes is None else self.sizes
+        # A copy of the tokens: the cross token among them may be renewed in place.
+        self.record.steps[layer] = Step(self.source[:, : self.length], sizes, score, tokens.detach().clone())
 
     def restored(self, tokens: Tensor) -> Tensor:
         """Reduced tokens [B, T, C] on the host's grid [B, T0, C], without the cross token."""

@@ -75,6 +75,7 @@ class BlockWatch(TorchFunctionMode):
         self.weighed = False
         self.done = False
         self.fits = False  # the masks among the block's arguments were made for the tokens that are left
+        self.score: Tensor | None = None  # what the reducer scored the tokens with
         self.outdated: Tensor | None = None  # what an in-place addition would have changed
 
     def __torch_function__(
@@ -338,13 +339,16 @@ class BlockWatch(TorchFunctionMode):
         received = torch.stack(self.received).mean(0) if self.received else None
         view = View(
             total, queries, keys, received, state.sizes, state.protected, state.n_protected, state.valid,
-            self._guide(),
+            self._guide(), state.relevance,
         )  # fmt: skip
         device = total.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
-            return self.reducer.reduce(view, self.r)
-        with torch.autocast(device, enabled=False):  # the choice of tokens is made in full precision
-            return self.reducer.reduce(view, self.r)
+            reduced = self.reducer.reduce(view, self.r)
+        else:
+            with torch.autocast(device, enabled=False):  # the choice of tokens is made in full precision
+                reduced = self.reducer.reduce(view, self.r)
+        self.score = view.score
+        return reduced
 
     def _guide(self) -> Tensor | int | None:
         if self.state.end is not None:
