@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crossget.alignment import Divergence, alignment_loss
 from crossget.attached import AttachedTower, generating, note, read_between
@@ -24,6 +25,7 @@ from crossget.prompts import around_generate, before_forward, image_tokens
 from crossget.reducers import Reducer
 from crossget.registry import Prompt, Tower, absent_towers, find_towers
 from crossget.schedule import Schedule
+from crossget.state import Step
 from crossget.swap import argument_names, has_own_forward, is_intact, owner_of, swap_in, swap_out, unwrap, wrap
 
 _HOLDER = "crossget"
@@ -73,6 +75,35 @@ class Attachment:
     def strength(self) -> dict[str, Tensor]:
         """Per tower whose images differ in strength [B]: what the schedule was multiplied with in the last forward."""
         return {name: t.last.strength for name, t in self._towers.items() if t.last.strength is not None}
+
+    @property
+    def history(self) -> dict[str, list[Step]]:
+        """Per tower, what each of its blocks did in the last forward: where tokens went, their sizes and scores.
+
+        Raises:
+            RuntimeError: no tower's last forward was recorded.
+        """
+        steps = {name: t.last.steps for name, t in self._towers.items() if t.last.steps is not None}
+        if not steps:
+            raise RuntimeError(
+                "the last forward was not recorded: run it inside `with attached.recording():`, and not compiled"
+            )
+        return {name: [found[layer] for layer in sorted(found)] for name, found in steps.items()}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, forwards leave a `history`, which keeps every block's tokens in memory until the next forward.
+
+        Compiled forwards leave none, nor do language models that generate, whose tokens are not reduced.
+        """
+        before = {name: attached.recording for name, attached in self._towers.items()}
+        for attached in self._towers.values():
+            attached.recording = True
+        try:
+            yield
+        finally:
+            for name, attached in self._towers.items():
+                attached.recording = before[name]
 
     def alignment_loss(self, divergence: Divergence = "reference", rows: Tensor | None = None) -> Tensor:
         """Alignment loss of the last forward's cross tokens, to be added to the task's loss in training.
@@ -227,6 +258,35 @@ class Attachment:
         if attached.tower.text is None:
             raise ValueError(f"tower {tower!r} reads no text")
         note(attached, (int(ids.shape[0]), *attached.tower.text.read(ids)))
+
+    def look_for(self, features: Tensor | None, tower: str = "visual") -> None:
+        """Say what `importance="text"` compares the tokens of images with, from the next forward on.
+
+        Args:
+            features: [E] for all images, or [B, E] one for each, as the model's `encode_text` gives them; None forgets.
+            tower: whose tokens are compared.
+
+        Raises:
+            ValueError: there is no such tower, its tokens cannot be compared with texts, or `features` are not in
+                their space.
+        """
+        if tower not in self._towers:
+            raise ValueError(f"look_for({tower=}): attached are the towers {sorted(self._towers)}")
+        attached = self._towers[tower]
+        if features is None:
+            attached.target = None
+            return
+        if attached.tower.embed is None:
+            raise ValueError(
+                f"tower {tower!r} has no known way of single tokens to the space of texts: the image towers of "
+                "open_clip have one, unless they end in an attention pool"
+            )
+        like = next(p for p in attached.tower.blocks[0].parameters() if p.is_floating_point())
+        with torch.no_grad():
+            width = int(attached.tower.embed(like.new_zeros(1, attached.tower.width)).shape[-1])
+        if features.dim() not in (1, 2) or int(features.shape[-1]) != width:
+            raise ValueError(f"features of shape {list(features.shape)}: expected [{width}] or [images, {width}]")
+        attached.target = F.normalize(features.detach().float(), dim=-1).reshape(-1, width)
 
     def save(self, folder: str | Path) -> None:
         """Write the cross tokens and the reducers to `folder`, see `crossget.load`."""

@@ -19,7 +19,7 @@ from crossget.adaptive import Rung, deal, gathered, rows_of
 from crossget.reducers import Reducer
 from crossget.registry import Reader, Tower
 from crossget.schedule import planned_tokens
-from crossget.state import Record, TokenState, carried, carry
+from crossget.state import Record, Relevance, TokenState, carried, carry
 from crossget.swap import argument_names, base_of
 from crossget.watch import BlockWatch, visible
 
@@ -79,6 +79,8 @@ class AttachedTower:
         reducer: with every field resolved for this tower.
         holder: the module whose parameter the cross tokens are, by the tower's name; None: nobody's.
         last: record of the last forward.
+        recording: forwards that begin now are recorded, see `Attachment.recording`.
+        target: [B or 1, E] what the user looks for, of unit length; None: nothing.
         rows: [N] the prompt that each image of the last forward belongs to; None if each has one of its own.
     """
 
@@ -86,6 +88,8 @@ class AttachedTower:
         self.tower = tower
         self.inputs = {type(block): argument_names(base_of(block).forward) for block in tower.blocks}
         self.last = Record()
+        self.recording = False
+        self.target: Tensor | None = None
         self.rows: Tensor | None = None
         self.holder: nn.Module | None = None
         self._own_cross: nn.Parameter | None = None
@@ -246,6 +250,7 @@ class AttachedTower:
         if self._is_read_by_nobody(state.reading, layer):
             if renewed and torch.is_grad_enabled():
                 self._next_cross_token(tokens, state, layer)  # the alignment loss wants it
+            state.note_step(layer, tokens, None)
             return tokens if self.outputs == 0 else (tokens,), state
         if not renewed:
             return self._reduced(block, layer, forward, tokens, state, args, kwargs)
@@ -283,9 +288,14 @@ class AttachedTower:
         if not watch.done:
             raise RuntimeError(_not_seen(block, layer, self.tower, watch))
         self.outputs = len(out) if isinstance(out, tuple) else 0
-        state = watch.state
+        state, first = watch.state, out[0] if isinstance(out, tuple) else out
+        state.note_step(layer, first, watch.score)
         if watch.redundancy is not None and layer < self.depth - 1:
-            first = out[0] if isinstance(out, tuple) else out
+            if state.record.steps is not None:
+                raise RuntimeError(
+                    f"tower {self.tower.name!r}: images that differ in strength have no history in common; record with "
+                    "threshold=None"
+                )
             state = state.on(deal(first, state, watch.redundancy, self.reducer.rungs or ()))
         return out, state
 
@@ -312,10 +322,23 @@ class AttachedTower:
             batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
         )
         state.reading = _left_on(self.bearers(tokens), _READING, self.reading.get())
+        if self.recording and not torch.compiler.is_compiling():
+            state.record.steps = {}
+        if self.target is not None:
+            state.relevance = self._relevance(self.target, batch)
         if cross:
             origin = self._origin(tokens, valid) if end is None else _at(tokens, end)
             tokens = torch.cat([tokens, self.cross_token(origin.squeeze(1), state.record, 0)[:, None]], 1)
         return tokens, state
+
+    def _relevance(self, target: Tensor, batch: int) -> Relevance:
+        embed = self.tower.embed
+        if embed is None or int(target.shape[0]) not in (1, batch):
+            raise RuntimeError(
+                f"tower {self.tower.name!r} got {batch} images and looks for {int(target.shape[0])} texts: give "
+                "Attachment.look_for one for all of them, or one each"
+            )
+        return Relevance(embed, target)
 
     def _origin(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         """What the cross token of a tower without ends of text starts as: [B, 1, C]."""

@@ -1,4 +1,4 @@
-"""How tokens are scored: by a guide's query (cross token, class token) or by the attention they receive.
+"""How tokens are scored: by a guide's query (cross token, class token), the attention they receive, or a text.
 
 A high score keeps a token from becoming a source, and gives it more weight when two tokens join.
 Shapes: B batch, T tokens, C channels, H heads, D channels of a head. Scores are float32 or wider, without gradient.
@@ -72,6 +72,25 @@ def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale
         heard = [_heard(queries[part], keys[part], _part(bias, *part), scale) for part in parts]
         received.append(functools.reduce(torch.add, heard) / heads)
     return received[0] if len(received) == 1 else torch.cat(received)
+
+
+def by_text(cosines: Tensor, free: Tensor) -> Tensor:
+    """How near each token is to a text, among the tokens of its row.
+
+    A CLIP's cosines of tokens with a text lie close together, far from those of tokens with each other that a matching
+    weighs them against. So they are stretched: the farthest free token of a row gets 0, the nearest one 1.
+
+    Args:
+        cosines: [B, T] of tokens in the space of texts, with the text.
+        free: [B, T] false for protected tokens and padding, which do not count here.
+
+    Returns:
+        [B, T] in [0, 1] for free tokens; 0 for all others, and where all free ones are equally near.
+    """
+    low = cosines.masked_fill(~free, torch.inf).amin(1, keepdim=True)
+    high = cosines.masked_fill(~free, -torch.inf).amax(1, keepdim=True)
+    span = high - low
+    return torch.where(free & (span > 0), (cosines - low) / span, torch.zeros_like(cosines))
 
 
 _CACHED, _BOUND = 1 << 20, 1 << 27  # scores at a time

@@ -10,7 +10,7 @@ To add a method, subclass `Reducer` (or `Merging`, to change a part of it) as a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from crossget.ensemble import ENSEMBLES
-from crossget.importance import by_guide
+from crossget.importance import by_guide, by_text
 from crossget.matching import MATCHINGS, Candidates, Plan, Ties, nearest_similarity, take
 from crossget.schedule import Schedule, as_schedule
 
 MatchingName = Literal["complete_graph", "bipartite", "random"]
-ImportanceName = Literal["cross_token", "attention", "class_token"]
+ImportanceName = Literal["cross_token", "attention", "class_token", "text"]
 EnsembleName = Literal["guided", "size", "normalized"]
 KeysName = Literal["all_heads", "mean_heads"]
 Self = TypeVar("Self", bound="Reducer")
@@ -44,6 +44,8 @@ class View:
         valid: [B, T] false for padding; None when there is none.
         guide: position of the token that guides: that of the cross token, or [B] those of the ends of text; None when
             the tower has none.
+        relevance: [B, T, C] tokens -> [B, T] their cosines with what `Attachment.look_for` was given; None if nothing.
+        score: [B, T] left here by `reduce` for whoever records the forward: what it scored the tokens with.
     """
 
     tokens: Tensor
@@ -55,6 +57,8 @@ class View:
     n_protected: int
     valid: Tensor | None = None
     guide: Tensor | int | None = None
+    relevance: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
+    score: Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Host:
         has_class_token: token 0 is a class token.
         guides_itself: a token of the host guides (the end of text), so that no cross token is needed for guidance.
         importance, keys: what the reference uses on such a backbone.
+        embeds: single tokens can be compared with a text, see `Tower.embed`.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Host:
     guides_itself: bool = False
     importance: ImportanceName = "cross_token"
     keys: KeysName = "all_heads"
+    embeds: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +163,8 @@ class Merging(Reducer):
     Args:
         matching: who may join whom, and which pairs do.
         guided_matching: importance takes part in choosing the sources.
-        importance: what scores a token, where the matching or the ensemble asks.
+        importance: what scores a token, where the matching or the ensemble asks. "text": how near it is to the text
+            that `Attachment.look_for` was given, see `crossget.importance.by_text`.
         ensemble: how a source and its destination become one token.
         keys: what tokens are compared by: keys of all heads concatenated, or their mean over heads.
         ties: how equal similarities are ranked, see `crossget.matching.complete_graph`.
@@ -214,7 +221,7 @@ class Merging(Reducer):
             r = candidates.limit(r)
             if r == 0:
                 return None
-            score = _score(self, view, candidates) if self._needs_importance else None
+            score = view.score = _score(self, view, candidates) if self._needs_importance else None
             guide = score if self.guided_matching else None
             plan = Plan(*MATCHINGS[self.matching](candidates, r, guide), int(view.tokens.shape[1]))
         sizes = _ones(view) if view.sizes is None else view.sizes
@@ -286,7 +293,8 @@ class TopK(Reducer):
             r = candidates.limit(r)
             if r == 0:
                 return None
-            score = _score(self, view, candidates).masked_fill(view.protected, torch.inf)
+            view.score = _score(self, view, candidates)
+            score = view.score.masked_fill(view.protected, torch.inf)
             if view.valid is not None:
                 score = score.masked_fill(~view.valid & ~view.protected, -torch.inf)
             plan = Plan(score.argsort(1)[:, :r], None, int(view.tokens.shape[1]))
@@ -299,6 +307,11 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
         if view.received is None:
             raise RuntimeError("importance='attention' got no attention probabilities from the block")
         return view.received
+    if reducer.importance == "text":
+        if view.relevance is None:
+            raise RuntimeError("importance='text' has no text: call Attachment.look_for(text features) first")
+        free = ~view.protected if view.valid is None else ~view.protected & view.valid
+        return by_text(view.relevance(view.tokens), free)
     guide = 0 if reducer.importance == "class_token" else view.guide
     if guide is None:
         raise RuntimeError("importance='cross_token' found no guide among the tokens")
@@ -324,6 +337,11 @@ def _check_guide(reducer: Merging | TopK, host: Host) -> None:
         raise ValueError(
             f"importance='class_token' needs a class token, and {host.name} has none: use importance='attention'"
             " or, with a cross token, importance='cross_token'"
+        )
+    if reducer.importance == "text" and not host.embeds:
+        raise ValueError(
+            f"importance='text' needs a way of single tokens to the space of texts, and none is known for {host.name}: "
+            "the image towers of open_clip have one, unless they end in an attention pool"
         )
     if reducer.importance == "cross_token" and not (reducer.cross_token or host.guides_itself):
         raise ValueError(

@@ -164,6 +164,8 @@ class Tower:
         importance, keys: what the reference uses on such a backbone.
         project: [N, C] cross tokens -> the space that towers share, for the alignment loss; its parameters are not
             to be trained by that loss.
+        embed: [.., C] tokens behind the last block -> [.., E] the space of images and texts, as the host takes there
+            the token that it pools; None where a single token has no such way.
         readers: host methods that look at the tokens between the blocks.
         refit: (block, argument name, value, state) -> value, for arguments of a block with one row per token, such
             as rotary tables. Called when the tokens are no longer the host's.
@@ -188,6 +190,7 @@ class Tower:
     importance: ImportanceName = "cross_token"
     keys: KeysName = "all_heads"
     project: Callable[[Tensor], Tensor] | None = None
+    embed: Callable[[Tensor], Tensor] | None = None
     readers: Sequence[Reader] = ()
     refit: Callable[[nn.Module, str, Any, TokenState], Any] | None = None
     masks: Sequence[str] = ()
@@ -199,7 +202,8 @@ class Tower:
     @property
     def host(self) -> Host:
         """What a reducer needs to know of this tower."""
-        return Host(f"tower {self.name!r}", self.class_token, self.has_end, self.importance, self.keys)
+        name = f"tower {self.name!r}"
+        return Host(name, self.class_token, self.has_end, self.importance, self.keys, self.embed is not None)
 
     @property
     def reducible(self) -> bool:

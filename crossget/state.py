@@ -6,15 +6,59 @@ gradient checkpointing, threads, copies and interrupted forwards need no care an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from crossget.ensemble import unmerge
 from crossget.matching import Plan
 
 _ATTRIBUTE = "_crossget_state"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one block did to the tokens, for one forward that was recorded. Nothing in it has a gradient.
+
+    T tokens entered the block and T' left it; T0 is the host's own number of tokens, without cross token.
+
+    Attributes:
+        source: [B, T0] the token behind the block that each input token is in; -1 if it was dropped.
+        sizes: [B, T'] float32 how many input tokens each token behind the block stands for.
+        score: [B, T] the importance of the tokens that entered, as the reducer saw it; None where it asked for none, or
+            removed nothing.
+        features: [B, T', C] the tokens behind the block, the cross token last if there is one.
+    """
+
+    source: Tensor
+    sizes: Tensor
+    score: Tensor | None
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """How near tokens are to what the user looks for.
+
+    Attributes:
+        embed: tokens [B, T, C] in the space of texts: [B, T, E].
+        target: [B or 1, E] of unit length.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    target: Tensor
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[B, T] cosines of tokens [B, T, C] with the target."""
+        return (F.normalize(self.embed(tokens).float(), dim=-1) * self.target[:, None].to(tokens.device)).sum(-1)
+
+    def of_rows(self, rows: Tensor) -> Relevance:
+        """The same for some images [N]."""
+        return self if int(self.target.shape[0]) == 1 else Relevance(self.embed, self.target.index_select(0, rows))
 
 
 class Record:
@@ -25,9 +69,11 @@ class Record:
         cross_tokens: layer -> [B, C] the cross token as it entered the block, with its graph.
         source: [B, T0] output token of each input token.
         strength: [B] what each image's schedule was multiplied with; None: nothing was.
+        steps: layer -> what its block did; None in a forward that is not recorded.
     """
 
     def __init__(self) -> None:
+        self.steps: dict[int, Step] | None = None
         self.tokens: dict[int, int] = {}
         self.cross_tokens: dict[int, Tensor] = {}
         self.source: Tensor | None = None
@@ -51,6 +97,7 @@ class TokenState:
         dropped: some token may have been dropped.
         changed: tokens were removed since the first block.
         reading: what the host reads of the tower's blocks in this forward; None: only the last one's output.
+        relevance: [B, T, C] tokens -> [B, T] cosines with what the user looks for; None: with nothing.
         compact: the reduced tokens, where the tensor that carries this state shows the full grid; else None.
         rungs: the same where images differ in strength (adaptive.py): who has which tokens, with states of their own.
         strength: what the schedule is multiplied with.
@@ -69,6 +116,7 @@ class TokenState:
         self.dropped = False
         self.changed = False
         self.reading: Any = None
+        self.relevance: Relevance | None = None
         self.compact: Tensor | None = None
         self.rungs: Any = None
         self.strength = 1.0
@@ -124,7 +172,7 @@ class TokenState:
         new.valid = None if self.valid is None else self.valid.gather(1, plan.kept)
         new.end = None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1)
         new.changed = True
-        new.reading, new.strength = self.reading, self.strength
+        new.reading, new.strength, new.relevance = self.reading, self.strength, self.relevance
         return new
 
     def of_rows(self, rows: Tensor, strength: float) -> TokenState:
@@ -136,6 +184,7 @@ class TokenState:
         new.valid = None if self.valid is None else self.valid.index_select(0, rows)
         new.end = None if self.end is None else self.end.index_select(0, rows)
         new.dropped, new.changed, new.reading, new.strength = self.dropped, self.changed, self.reading, strength
+        new.relevance = None if self.relevance is None else self.relevance.of_rows(rows)
         return new
 
     def on(self, rungs: Any) -> TokenState:
@@ -143,6 +192,20 @@ class TokenState:
         new = TokenState(self.length, self.cross, self.prefix, self.record)
         new.reading, new.rungs = self.reading, rungs
         return new
+
+    def note_step(self, layer: int, tokens: Tensor, score: Tensor | None) -> None:
+        """Put into the record what block `layer` did, if the forward is recorded.
+
+        Args:
+            layer: of the block, which this is the state behind.
+            tokens: [B, T', C] that leave it.
+            score: [B, T] see `Step`.
+        """
+        if self.record.steps is None:
+            return
+        sizes = torch.ones_like(self.positions, dtype=torch.float32) if self.sizes is None else self.sizes
+        # A copy of the tokens: the next block writes another cross token among them while it runs.
+        self.record.steps[layer] = Step(self.source[:, : self.length], sizes, score, tokens.detach().clone())
 
     def restored(self, tokens: Tensor) -> Tensor:
         """Reduced tokens [B, T, C] on the host's grid [B, T0, C], without the cross token."""

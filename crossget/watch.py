@@ -78,6 +78,7 @@ class BlockWatch(TorchFunctionMode):
         self.weighed = False
         self.done = False
         self.fits = False  # the masks among the block's arguments were made for the tokens that are left
+        self.score: Tensor | None = None  # what the reducer scored the tokens with
         self.outdated: Tensor | None = None  # what an in-place addition would have changed
 
     def __torch_function__(
@@ -341,7 +342,7 @@ class BlockWatch(TorchFunctionMode):
         received = torch.stack(self.received).mean(0) if self.received else None
         view = View(
             total, queries, keys, received, state.sizes, state.protected, state.n_protected, state.valid,
-            self._guide(),
+            self._guide(), relevance=state.relevance,
         )  # fmt: skip
         device = total.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
@@ -352,7 +353,9 @@ class BlockWatch(TorchFunctionMode):
     def _asked(self, view: View) -> tuple[Tensor, Tensor | None, Plan] | None:
         if self.rank:
             self.redundancy = self.reducer.redundancy(view)
-        return self.reducer.reduce(view, self.r) if self.r > 0 else None
+        reduced = self.reducer.reduce(view, self.r) if self.r > 0 else None
+        self.score = view.score
+        return reduced
 
     def _guide(self) -> Tensor | int | None:
         if self.state.end is not None:

@@ -85,6 +85,7 @@ def _visual(visual: Any) -> Any:
         prefix=1,
         class_token=True,
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
+        embed=None if pools else partial(_embed, [visual.ln_post], visual, "proj"),
         readers=_readers(visual.transformer),
     )
 
@@ -94,7 +95,7 @@ def _trunk(visual: Any) -> Any:
         (tower,) = find_towers(visual.trunk)
     except TypeError:
         return f"timm's {type(visual.trunk).__name__}: {timm_towers.explain(visual.trunk)}"
-    return dataclasses.replace(tower, project=_trunk_projection(visual))
+    return dataclasses.replace(tower, project=_trunk_projection(visual), embed=_trunk_embedding(visual))
 
 
 def _trunk_projection(visual: Any) -> Any:
@@ -106,6 +107,25 @@ def _trunk_projection(visual: Any) -> Any:
     if not pools and isinstance(getattr(visual.trunk, "head", None), nn.Linear):
         return partial(project, norm, visual.trunk, "head")
     return None
+
+
+def _trunk_embedding(visual: Any) -> Any:
+    """What `TimmModel` does with the token that its trunk pools; None behind an attention pool."""
+    trunk = visual.trunk
+    if getattr(trunk, "attn_pool", None) is not None or hasattr(visual.head, "pool"):
+        return None
+    norms = [part for name in ("norm", "fc_norm", "head") if (part := getattr(trunk, name, None)) is not None]
+    return partial(_embed, norms, visual, "head")
+
+
+def _embed(norms: list[nn.Module], owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
+    """Tokens [.., C] behind the last block -> [.., E], through norms and the projection at `owner.name`."""
+    for norm in norms:
+        tokens = norm(tokens)
+    projection = getattr(owner, name)
+    if isinstance(projection, nn.Module):
+        return torch.as_tensor(projection(tokens))
+    return tokens if projection is None else tokens @ projection
 
 
 # Texts --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,303 @@
+"""What a recorded forward leaves, block by block, and tokens kept for a text: against loops over lists."""
+
+import copy
+import pickle
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import crossget
+from contract import COMPILES
+from crossget.importance import by_text
+from crossget.matching import Plan
+from crossget.state import Step
+
+VISION = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8}
+TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 3}
+METHODS = [crossget.CrossGET(3), crossget.ToMe(3), crossget.Random(3), crossget.TopK(3)]
+
+
+@pytest.fixture(scope="module")
+def vit() -> nn.Module:
+    model: nn.Module = timm.create_model("test_vit", img_size=64).eval()  # 16 patches
+    return model
+
+
+@pytest.fixture
+def clip() -> Any:
+    return open_clip.CLIP(24, VISION, TEXT).eval()  # 16 patches
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """What was decided, block by block."""
+    made: list[Plan] = []
+
+    def make(*arguments: Any) -> Plan:
+        made.append(Plan(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("crossget.reducers.Plan", make)
+    return made
+
+
+def record(model: nn.Module, attached: crossget.Attachment, *inputs: Tensor) -> dict[str, list[Step]]:
+    with torch.no_grad(), attached.recording():
+        model(*inputs)
+    return attached.history
+
+
+def followed(plans: list[Plan], image: int, tokens: int) -> list[list[int]]:
+    """Where each input token is behind each block: one token and one block at a time."""
+    behind = []
+    places = list(range(tokens))
+    for plan in plans:
+        sources, kept = plan.source[image].tolist(), plan.kept[image].tolist()
+        destinations = [-1] * len(sources) if plan.destination is None else plan.destination[image].tolist()
+        moved = [destinations[sources.index(at)] if at in sources else at for at in places]
+        places = [kept.index(at) if at >= 0 else -1 for at in moved]
+        behind.append(places)
+    return behind
+
+
+class TestHistory:
+    @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+    def test_is_what_the_plans_say_one_after_the_other(
+        self, method: crossget.Reducer, vit: nn.Module, plans: list[Plan]
+    ) -> None:
+        with crossget.attach(vit, method) as attached:
+            steps = record(vit, attached, torch.rand(2, 3, 64, 64))["visual"]
+        assert len(steps) == len(plans) == 6
+        for image in range(2):
+            for step, places in zip(steps, followed(plans, image, 17), strict=True):
+                assert step.source[image].tolist() == places
+                counts = [places.count(token) for token in range(step.features.shape[1])]
+                if method.resolved(attached.towers["visual"].host).cross_token:
+                    counts[-1] = 1  # it is no token of the host's
+                assert step.sizes[image].tolist() == counts
+        assert torch.equal(steps[-1].source, attached.source["visual"])
+
+    def test_has_the_tokens_of_every_block(self, vit: Any) -> None:
+        seen: list[Tensor] = []
+        with crossget.attach(vit, crossget.CrossGET(2)) as attached:
+            hooks = [b.register_forward_hook(lambda _, __, out: seen.append(out.clone())) for b in vit.blocks]
+            steps = record(vit, attached, torch.rand(1, 3, 64, 64))["visual"]
+            for hook in hooks:
+                hook.remove()
+            entering = attached.tokens["visual"]
+        # Behind the last block the host sees its full grid again.
+        assert [s.features.shape[1] for s in steps] == [*entering[1:], entering[-1] - 2]
+        for step, out in zip(steps[:-1], seen[:-1], strict=True):
+            assert torch.equal(step.features, out)
+        restored = crossget.unmerge(steps[-1].features, steps[-1].source)
+        assert torch.equal(restored, seen[-1])
+
+    def test_has_the_scores_that_chose(self, vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        scores: list[Tensor] = []
+
+        original = crossget.reducers._score
+
+        def score(*arguments: Any) -> Tensor:
+            scores.append(original(*arguments))
+            return scores[-1]
+
+        monkeypatch.setattr("crossget.reducers._score", score)
+        with crossget.attach(vit, crossget.CrossGET((2, 0, 2, 0, 0, 1))) as attached:
+            steps = record(vit, attached, torch.rand(1, 3, 64, 64))["visual"]
+            entering = attached.tokens["visual"]
+        assert [s.score is not None for s in steps] == [True, False, True, False, False, True]
+        found = [s.score for s in steps if s.score is not None]
+        assert all(torch.equal(a, b) for a, b in zip(found, scores, strict=True))
+        assert [s.score.shape[1] for s in steps if s.score is not None] == [entering[i] for i in (0, 2, 5)]
+
+    def test_a_method_that_asks_for_no_score_has_none(self, vit: nn.Module) -> None:
+        with crossget.attach(vit, crossget.ToMe(3)) as attached:
+            steps = record(vit, attached, torch.rand(1, 3, 64, 64))["visual"]
+        assert all(s.score is None for s in steps)
+
+    def test_both_towers(self, clip: Any) -> None:
+        ids = torch.tensor([[1, 5, 6, 7, 49, 0, 0, 0]])
+        with crossget.attach(clip, {"visual": crossget.CrossGET(2), "text": crossget.CrossGET(1)}) as attached:
+            history = record(clip, attached, torch.rand(1, 3, 32, 32), ids)
+        assert {name: len(steps) for name, steps in history.items()} == {"visual": 3, "text": 3}
+        assert [int(s.source.max()) for s in history["text"]] == [6, 5, 4]
+
+    def test_costs_nothing_and_says_so_where_nobody_asked(self, vit: nn.Module) -> None:
+        with crossget.attach(vit, crossget.CrossGET(2)) as attached:
+            with torch.no_grad():
+                plain = vit(image := torch.rand(1, 3, 64, 64))
+            with pytest.raises(RuntimeError, match=r"not recorded: run it inside `with attached.recording\(\):`"):
+                _ = attached.history
+            with torch.no_grad(), attached.recording():
+                recorded = vit(image)
+            assert len(attached.history["visual"]) == 6
+            assert torch.equal(plain, recorded)
+            with torch.no_grad():
+                vit(image)
+            with pytest.raises(RuntimeError, match="not recorded"):  # an older forward's is not passed off
+                _ = attached.history
+
+    def test_ends_with_its_block_also_after_an_error(self, vit: nn.Module) -> None:
+        with crossget.attach(vit, crossget.CrossGET(2)) as attached:
+            with pytest.raises(KeyError), attached.recording():
+                raise KeyError
+            assert not attached._towers["visual"].recording
+
+    def test_gradient_checkpointing_leaves_the_same(self) -> None:
+        model: Any = timm.create_model("test_vit", img_size=64)
+        image = torch.rand(1, 3, 64, 64)
+        with crossget.attach(model, crossget.CrossGET(2)) as attached:
+            before = record(model, attached, image)["visual"]
+            model.set_grad_checkpointing()
+            with attached.recording():
+                model(image).sum().backward()
+            for a, b in zip(before, attached.history["visual"], strict=True):
+                assert torch.equal(a.source, b.source)
+                torch.testing.assert_close(a.features, b.features)
+                assert not b.features.requires_grad
+
+
+class TestLookFor:
+    def test_the_score_is_the_stretched_cosine_of_every_patch(self, clip: Any) -> None:
+        """One token after the other through CLIP's own last steps."""
+        image, text = torch.rand(2, 3, 32, 32), torch.randn(24)
+        with crossget.attach(clip, {"visual": crossget.CrossGET((2, 0, 0), importance="text")}) as attached:
+            attached.look_for(text)
+            watched: list[Tensor] = []
+            block = clip.visual.transformer.resblocks[0]
+            hook = block.ln_2.register_forward_pre_hook(lambda _, args: watched.append(args[0]))
+            score = record(clip.visual, attached, image)["visual"][0].score
+            hook.remove()
+        dense: list[Tensor] = []
+        with crossget.attach(clip, {"visual": crossget.CrossGET(0)}), torch.no_grad():
+            hook = block.ln_2.register_forward_pre_hook(lambda _, args: dense.append(args[0]))
+            clip.encode_image(image)
+            hook.remove()
+        assert score is not None
+        assert score.shape == (2, 18)
+        for row in range(2):
+            cosines = []
+            for patch in range(1, 17):
+                feature = clip.visual.ln_post(dense[0][row, patch]) @ clip.visual.proj
+                cosines.append(F.cosine_similarity(feature, text, dim=0).item())
+            low, high = min(cosines), max(cosines)
+            expected = torch.tensor([0.0, *[(c - low) / (high - low) for c in cosines], 0.0])
+            torch.testing.assert_close(score[row], expected, atol=1e-5, rtol=0)
+        assert watched[0].shape[1] == 16  # two of 18 have left in front of the MLP
+
+    def test_the_class_token_behind_the_last_block_becomes_the_models_own_feature(self, clip: Any) -> None:
+        for model in (clip, timm_clip()):
+            with crossget.attach(model, {"visual": crossget.ToMe(0)}) as attached, torch.no_grad():
+                image = torch.rand(2, 3, 32, 32)
+                expected = model.encode_image(image)
+                step = record(model.visual, attached, image)["visual"][-1]
+                embed = attached.towers["visual"].embed
+                assert embed is not None
+                torch.testing.assert_close(embed(step.features)[:, 0], expected)
+
+    def test_another_text_keeps_other_patches(self, clip: Any) -> None:
+        image, texts = torch.rand(1, 3, 32, 32), torch.randn(2, 24)
+        with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached:
+            maps = []
+            for text in texts:
+                attached.look_for(text)
+                maps.append(record(clip, attached, image)["visual"][-1].source)
+            assert not torch.equal(*maps)
+            attached.look_for(texts)  # one for each image
+            both = record(clip, attached, image.expand(2, -1, -1, -1))["visual"][-1].source
+        assert torch.equal(both, torch.cat(maps))
+
+    def test_the_most_relevant_patch_never_leaves(self, clip: Any) -> None:
+        """With TopK the tokens are dropped in the order of their relevance."""
+        image, text = torch.rand(4, 3, 32, 32), torch.randn(24)
+        with crossget.attach(clip, {"visual": crossget.TopK((5, 0, 0), importance="text")}) as attached:
+            attached.look_for(text)
+            step = record(clip, attached, image)["visual"][0]
+        assert step.score is not None
+        for score, source in zip(step.score, step.source, strict=True):
+            dropped = [i for i in range(1, 17) if source[i] < 0]
+            assert dropped == sorted(sorted(range(1, 17), key=lambda i: float(score[i]))[:5])
+
+    def test_none_forgets_and_then_the_method_has_no_text(self, clip: Any) -> None:
+        with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached:
+            with pytest.raises(RuntimeError, match=r"importance='text' has no text: call Attachment.look_for"):
+                clip.encode_image(torch.rand(1, 3, 32, 32))
+            attached.look_for(torch.randn(24))
+            clip.encode_image(torch.rand(1, 3, 32, 32))
+            attached.look_for(None)
+            with pytest.raises(RuntimeError, match="has no text"):
+                clip.encode_image(torch.rand(1, 3, 32, 32))
+
+    def test_other_methods_do_not_look_at_it(self, clip: Any) -> None:
+        image = torch.rand(1, 3, 32, 32)
+        with crossget.attach(clip, {"visual": crossget.CrossGET(3)}) as attached, torch.no_grad():
+            before = clip.encode_image(image)
+            attached.look_for(torch.randn(24))
+            assert torch.equal(clip.encode_image(image), before)
+
+    def test_copies_and_pickles_look_for_the_same(self, clip: Any) -> None:
+        image = torch.rand(1, 3, 32, 32)
+        with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached, torch.no_grad():
+            attached.look_for(torch.randn(24))
+            expected = clip.encode_image(image)
+            assert torch.equal(copy.deepcopy(clip).encode_image(image), expected)
+            assert torch.equal(pickle.loads(pickle.dumps(clip)).encode_image(image), expected)
+
+    @pytest.mark.skipif(not COMPILES, reason="this torch cannot trace any attached model")
+    def test_compiles_to_one_graph_and_leaves_no_history(self) -> None:
+        torch._dynamo.reset()
+        model = open_clip.CLIP(24, {**VISION, "layers": 2}, TEXT).eval().visual
+        image = torch.rand(1, 3, 32, 32)
+        with crossget.attach(model, crossget.CrossGET(3, importance="text")) as attached, torch.no_grad():
+            attached.look_for(torch.randn(24))
+            with attached.recording():
+                compiled = torch.compile(model, backend="eager", fullgraph=True)(image)
+            with pytest.raises(RuntimeError, match="not recorded: run it inside .*, and not compiled"):
+                _ = attached.history
+            torch.testing.assert_close(compiled, model(image))
+
+    @pytest.mark.parametrize(
+        ("features", "tower", "message"),
+        [
+            (torch.ones(23), "visual", r"features of shape \[23\]: expected \[24\] or \[images, 24\]"),
+            (torch.ones(1, 1, 24), "visual", r"features of shape \[1, 1, 24\]: expected"),
+            (torch.ones(24), "vision", r"look_for\(tower='vision'\): attached are the towers \['text', 'visual'\]"),
+            (torch.ones(24), "text", "tower 'text' has no known way of single tokens to the space of texts"),
+        ],
+        ids=["width", "axes", "name", "tower"],
+    )
+    def test_refusals(self, clip: Any, features: Tensor, tower: str, message: str) -> None:
+        with (
+            crossget.attach(clip, {"visual": crossget.CrossGET(1), "text": crossget.CrossGET(0)}) as attached,
+            pytest.raises(ValueError, match=message),
+        ):
+            attached.look_for(features, tower)
+
+    def test_another_number_of_texts_than_images(self, clip: Any) -> None:
+        with crossget.attach(clip, {"visual": crossget.CrossGET(1, importance="text")}) as attached:
+            attached.look_for(torch.randn(3, 24))
+            with pytest.raises(RuntimeError, match="got 2 images and looks for 3 texts"):
+                clip.encode_image(torch.rand(2, 3, 32, 32))
+
+    def test_a_tower_without_a_way_to_texts_is_refused_when_attached(self, vit: nn.Module) -> None:
+        for model in (vit, open_clip.CLIP(24, {**VISION, "attentional_pool": True}, TEXT)):
+            with pytest.raises(ValueError, match="importance='text' needs a way of single tokens to the space of"):
+                crossget.attach(model, {"visual": crossget.CrossGET(1, importance="text")})
+
+
+def timm_clip() -> Any:
+    """An image tower of timm's, behind open_clip's projection."""
+    vision = {"timm_model_name": "test_vit", "image_size": 32, "timm_pool": "", "timm_proj": "linear"}
+    return open_clip.CustomTextCLIP(24, {**vision, "timm_pool": "token"}, TEXT).eval()
+
+
+def test_by_text_stretches_the_free_tokens() -> None:
+    cosines = torch.tensor([[0.9, 0.2, 0.25, 0.3, -1.0], [0.1, 0.1, 0.1, 0.1, 0.1]])
+    free = torch.tensor([[False, True, True, True, False]] * 2)
+    expected = torch.tensor([[0.0, 0.0, 0.5, 1.0, 0.0], [0.0] * 5])
+    torch.testing.assert_close(by_text(cosines, free), expected)
