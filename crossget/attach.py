@@ -67,7 +67,8 @@ class Attachment:
     def source(self) -> dict[str, Tensor]:
         """Per tower [B, T0]: the token behind the last block that each input token went into; -1 if it was dropped.
 
-        `crossget.unmerge` brings features of those tokens back to the input's grid with it.
+        `crossget.unmerge` brings features of those tokens back to the input's grid with it. How much of each input
+        token is in that token, and the same behind every block, is in the `history` of a forward that is recorded.
         """
         return {name: t.last.source for name, t in self._towers.items() if t.last.source is not None}
 

@@ -324,6 +324,7 @@ class AttachedTower:
         state.reading = _left_on(self.bearers(tokens), _READING, self.reading.get())
         if self.recording and not torch.compiler.is_compiling():
             state.record.steps = {}
+            state.weights = torch.ones_like(state.source, dtype=torch.float32)
         if self.target is not None:
             state.relevance = self._relevance(self.target, batch)
         if cross:

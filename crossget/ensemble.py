@@ -109,6 +109,7 @@ def _pull(tokens: Tensor, plan: Plan, taken: Tensor, given: Tensor) -> Tensor:
     Returns:
         [B, T - r, C].
     """
+    plan.taken, plan.given = taken, given
     if kernels.usable(tokens):
         arguments = (plan.kept, plan.source, _destinations(plan), plan.arrived)
         return kernels.pull(tokens, *arguments, taken, given)

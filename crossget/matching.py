@@ -132,7 +132,12 @@ class Plan:
         arrived: [B, r] the new position of that destination; -1 when sources are dropped.
         kept: [B, T - r] tokens that stay, ascending.
         index: [B, T] the new position of each token's content (-1: dropped).
+        taken, given: [B, r] float32, how much of each source its destination took in, and how much of itself the
+            destination gave up for it; None until an ensemble of crossget has joined them.
     """
+
+    taken: Tensor | None = None
+    given: Tensor | None = None
 
     def __init__(self, source: Tensor, destination: Tensor | None, tokens: int) -> None:
         batch, left = int(source.shape[0]), tokens - int(source.shape[1])
@@ -147,6 +152,16 @@ class Plan:
         self.destination = destination
         self.arrived = torch.full_like(source, -1) if destination is None else new.gather(1, destination)
         self.index = new.scatter(1, source, self.arrived)
+
+
+def shares(plan: Plan) -> Tensor | None:
+    """[B, T] how much of each token is in the token it went into; 0 if it was dropped, None if that is not known."""
+    kept = torch.ones_like(plan.index, dtype=torch.float32)
+    if plan.destination is None:
+        return kept.scatter(1, plan.source, 0.0)
+    if plan.taken is None or plan.given is None:
+        return None
+    return kept.scatter(1, plan.source, plan.taken).scatter_add(1, plan.destination, -plan.given)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossget.ensemble import unmerge
-from crossget.matching import Plan
+from crossget.matching import Plan, shares
 
 _ATTRIBUTE = "_crossget_state"
 
@@ -29,6 +29,9 @@ class Step:
     Attributes:
         source: [B, T0] the token behind the block that each input token is in; -1 if it was dropped.
         sizes: [B, T'] float32 how many input tokens each token behind the block stands for.
+        weights: [B, T0] float32 how much of each input token is in the token it is in, as the blocks so far have joined
+            them; 0 for one that was dropped. With "size" and "normalized" those of a group add up to one. None where an
+            ensemble does not tell.
         score: [B, T] the importance of the tokens that entered, as the reducer saw it; None where it asked for none, or
             removed nothing.
         features: [B, T', C] the tokens behind the block, the cross token last if there is one.
@@ -36,6 +39,7 @@ class Step:
 
     source: Tensor
     sizes: Tensor
+    weights: Tensor | None
     score: Tensor | None
     features: Tensor
 
@@ -94,6 +98,7 @@ class TokenState:
         n_protected: protected tokens in a row, at most.
         valid: [B, T] false for padding, or None.
         end: [B] current position of the end of text, or None.
+        weights: [B, T0 + cross] see `Step`; None unless the forward is recorded.
         dropped: some token may have been dropped.
         changed: tokens were removed since the first block.
         reading: what the host reads of the tower's blocks in this forward; None: only the last one's output.
@@ -113,6 +118,7 @@ class TokenState:
         self.n_protected = 0
         self.valid: Tensor | None = None
         self.end: Tensor | None = None
+        self.weights: Tensor | None = None
         self.dropped = False
         self.changed = False
         self.reading: Any = None
@@ -167,6 +173,9 @@ class TokenState:
         new.dropped = self.dropped or plan.destination is None
         if self.dropped:
             new.source = torch.where(self.source < 0, self.source, new.source)
+        if self.weights is not None:
+            share = shares(plan)
+            new.weights = None if share is None else self.weights * share.gather(1, self.source.clamp(min=0))
         new.protected = self.protected.gather(1, plan.kept)
         new.n_protected = self.n_protected
         new.valid = None if self.valid is None else self.valid.gather(1, plan.kept)
@@ -205,7 +214,9 @@ class TokenState:
             return
         sizes = torch.ones_like(self.positions, dtype=torch.float32) if self.sizes is None else self.sizes
         # A copy of the tokens: the next block writes another cross token among them while it runs.
-        self.record.steps[layer] = Step(self.source[:, : self.length], sizes, score, tokens.detach().clone())
+        weights = None if self.weights is None else self.weights[:, : self.length]
+        step = Step(self.source[:, : self.length], sizes, weights, score, tokens.detach().clone())
+        self.record.steps[layer] = step
 
     def restored(self, tokens: Tensor) -> Tensor:
         """Reduced tokens [B, T, C] on the host's grid [B, T0, C], without the cross token."""

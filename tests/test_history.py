@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import open_clip
@@ -96,6 +97,48 @@ class TestHistory:
             assert torch.equal(step.features, out)
         restored = crossget.unmerge(steps[-1].features, steps[-1].source)
         assert torch.equal(restored, seen[-1])
+
+    @pytest.mark.parametrize("ensemble", ["guided", "size", "normalized"])
+    @pytest.mark.parametrize("method", [*METHODS, crossget.ToMe((2, 0, 4, 1, 0, 3))], ids=str)
+    def test_weights_say_what_is_in_a_token(self, method: crossget.Reducer, ensemble: Any, vit: Any) -> None:
+        """Of a model whose blocks add nothing, all that happens to tokens is that they are joined."""
+        model = copy.deepcopy(vit)
+        for block in model.blocks:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        given: list[Tensor] = []
+        model.blocks[0].register_forward_pre_hook(lambda block, args: given.append(args[0].clone()))
+        if isinstance(method, crossget.Merging):
+            method = replace(method, ensemble=ensemble)
+        with crossget.attach(model, method) as attached:
+            steps = record(model, attached, torch.rand(2, 3, 64, 64))["visual"]
+        for step in steps:
+            assert step.weights is not None
+            count = step.features.shape[1] - int(bool(attached.reducers["visual"].cross_token))
+            for image in range(2):
+                sums = torch.zeros(count, given[0].shape[2])
+                total = torch.zeros(count)
+                for token, group in enumerate(step.source[image].tolist()):
+                    assert group >= 0 or step.weights[image, token] == 0
+                    if group >= 0:
+                        sums[group] += step.weights[image, token] * given[0][image, token]
+                        total[group] += step.weights[image, token]
+                torch.testing.assert_close(sums, step.features[image, :count], rtol=1e-4, atol=1e-5)
+                if ensemble != "guided" or not isinstance(method, crossget.Merging):
+                    torch.testing.assert_close(total, torch.ones(count))
+
+    def test_an_ensemble_that_does_not_tell_leaves_no_weights(
+        self, vit: nn.Module, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def first(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+            return tokens.gather(1, plan.kept[:, :, None].expand(-1, -1, tokens.shape[2])), sizes.gather(1, plan.kept)
+
+        monkeypatch.setitem(crossget.ensemble.ENSEMBLES, "size", first)
+        with crossget.attach(vit, crossget.ToMe((0, 2, 0, 2, 0, 0))) as attached:
+            steps = record(vit, attached, torch.rand(1, 3, 64, 64))["visual"]
+        assert torch.equal(steps[0].weights, torch.ones(1, 17))
+        assert all(step.weights is None for step in steps[1:])
 
     def test_has_the_scores_that_chose(self, vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         scores: list[Tensor] = []
