@@ -84,6 +84,9 @@ FROM_COMPLETE_GRAPH: dict[str, Preset] = {
     "complete_graph_plain_attention": part(
         "proportional attention: off", UNTRAINED, ensemble="size", proportional_attention=False
     ),
+    "complete_graph_adaptive": part(
+        "strength by image (threshold 0.9, ladder 0.5, 1, 1.5)", UNTRAINED, ensemble="size", threshold=0.9
+    ),
 }
 
 PRESETS: dict[str, Preset] = {**METHODS, **FROM_FULL, **FROM_UNTRAINED, **FROM_COMPLETE_GRAPH}

@@ -1,0 +1,1 @@
+"""Features of every patch from reduced tokens: how near they are to the dense model's."""
