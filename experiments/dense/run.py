@@ -1,7 +1,7 @@
 """Patch features brought back to the full grid, against the dense model's: `python -m experiments.dense.run --help`.
 
-Segmentation, detection and dense matching read a feature at every patch. A reduced tower gives each patch the feature of
-the token that it went into; this measures what is left of the dense model's, patch by patch.
+Segmentation, detection and dense matching read a feature at every patch. A reduced tower gives each patch the feature
+of the token that it went into; this measures what is left of the dense model's, patch by patch.
 """
 
 import shlex
@@ -157,12 +157,13 @@ def report(contents: Sequence[common.Json]) -> str:
                     cells.append("" if one is None else _cell(one, base if method != BASE else None, key))
                 rows.append([PRESETS[method].label, *cells])
             parts.append(tables.markdown(rows, [unit, *[f"r = {r}" for r in strengths]]) + "\n")
-        share = [[
-            PRESETS[method].label,
-            *["" if (f := found.get((method, r))) is None else f"{100 * f['gflops']['reduced'] / f['gflops']['dense']:.0f}" for r in strengths],
-        ] for method in methods]  # fmt: skip
+        share = [[PRESETS[method].label, *[_share(found.get((method, r))) for r in strengths]] for method in methods]
         parts.append(tables.markdown(share, ["FLOPs, % of dense", *[f"r = {r}" for r in strengths]]) + "\n")
     return "\n".join(parts)
+
+
+def _share(one: common.Json | None) -> str:
+    return "" if one is None else f"{100 * one['gflops']['reduced'] / one['gflops']['dense']:.0f}"
 
 
 def _cell(one: common.Json, base: common.Json | None, key: str) -> str:
