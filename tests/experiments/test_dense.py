@@ -21,7 +21,7 @@ def test_agreement_is_what_loops_say() -> None:
     for image in range(3):
         cosines = [[float(F.cosine_similarity(a, b, 0)) for b in dense[image]] for a in features[image]]
         own = [row[i] for i, row in enumerate(cosines)]
-        assert common.unpack(found["cosines"])[image] == pytest.approx(sum(own) / 5, rel=1e-4)
+        assert common.unpack(found["cosines"])[image] == pytest.approx(sum(own) / 5, rel=1e-3)
         nearest = [row.index(max(row)) == i for i, row in enumerate(cosines)]
         assert common.unpack(found["withins"])[image] == pytest.approx(sum(nearest) / 5, rel=1e-3)
     assert run.agreement(dense, dense)["within"] == 100
