@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from crossget.ensemble import ENSEMBLES
-from crossget.importance import by_guide
+from crossget.importance import by_guide, by_reading
 from crossget.matching import MATCHINGS, Candidates, Plan, Ties, take
 from crossget.schedule import Schedule, as_schedule
 
-MatchingName = Literal["complete_graph", "bipartite", "random"]
-ImportanceName = Literal["cross_token", "attention", "class_token"]
+MatchingName = Literal["complete_graph", "bipartite", "ward", "random"]
+ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention"]
 EnsembleName = Literal["guided", "size", "normalized"]
-KeysName = Literal["all_heads", "mean_heads"]
+KeysName = Literal["all_heads", "mean_heads", "tokens"]
 Self = TypeVar("Self", bound="Reducer")
 
 
@@ -36,8 +36,8 @@ class View:
     Attributes:
         tokens: [B, T, C] after the attention's residual.
         queries, keys: [B, H, T, D] as the attention compared them.
-        received: [B, T] attention received, see `crossget.importance.by_attention`, averaged over heads; None unless
-            the reducer asks (`needs_attention`).
+        received: [B, T] attention received, see `crossget.importance.by_attention`, averaged over heads; of the class
+            token alone if the reducer wants that (`reads_class_token`); None unless it asks (`needs_attention`).
         sizes: [B, T] float32 input tokens per token; None while all are one.
         protected: [B, T] true for tokens that must stay as they are.
         n_protected: an upper bound of the protected tokens in a row.
@@ -107,6 +107,11 @@ class Reducer:
         """Whether `reduce` reads `View.received`."""
         return False
 
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the attention in `View.received` is to be that of token 0 alone."""
+        return getattr(self, "importance", None) == "class_attention"
+
     def resolved(self: Self, host: Host) -> Self:
         """This reducer with every None replaced by the reference's value for `host`.
 
@@ -150,7 +155,8 @@ class Merging(Reducer):
         guided_matching: importance takes part in choosing the sources.
         importance: what scores a token, where the matching or the ensemble asks.
         ensemble: how a source and its destination become one token.
-        keys: what tokens are compared by: keys of all heads concatenated, or their mean over heads.
+        keys: what tokens are compared by: keys of all heads concatenated, their mean over heads, or the tokens
+            themselves behind the attention's residual.
         ties: how equal similarities are ranked, see `crossget.matching.complete_graph`.
         seed: what the random matching depends on.
     """
@@ -169,7 +175,7 @@ class Merging(Reducer):
 
     @property
     def needs_attention(self) -> bool:
-        return self._needs_importance and self.importance == "attention"
+        return self._needs_importance and self.importance in ("attention", "class_attention")
 
     def check(self, host: Host) -> None:
         if self._needs_importance:
@@ -177,8 +183,10 @@ class Merging(Reducer):
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
         with torch.no_grad():
-            keys = _flat(view.keys, self.keys)
-            candidates = Candidates(keys, view.protected, view.n_protected, view.valid, self.ties, self.seed)
+            keys = _compared(view, self.keys)
+            candidates = Candidates(
+                keys, view.protected, view.n_protected, view.valid, self.ties, self.seed, sizes=view.sizes
+            )
             r = candidates.limit(r)
             if r == 0:
                 return None
@@ -220,6 +228,34 @@ class ToMe(Merging):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ward(Merging):
+    """Merging by Ward's criterion, for models that are not trained on: those tokens join whose joining changes least.
+
+    What changes is the tokens themselves, each weighed by its mass: its share of the image and of the class token's
+    attention (`crossget.importance.by_reading`). Matching and ensemble share that mass. There is no cross token.
+
+    Without a class token (and no other importance given) the mass is the size alone: nothing is scored, and the
+    ensemble is the size-weighted mean. `crossget.Rising` spares the first blocks, see docs/training_free.md.
+
+    Args: as `Merging` and `Reducer`.
+    """
+
+    matching: MatchingName = "ward"
+    guided_matching: bool = True
+    ensemble: EnsembleName = "normalized"
+    keys: KeysName | None = "tokens"
+    ties: Ties = "stable"
+
+    def resolved(self: Self, host: Host) -> Self:
+        if self.importance is not None:
+            return super().resolved(host)
+        if host.has_class_token:
+            return dataclasses.replace(self, importance="class_attention").resolved(host)
+        sizes: dict[str, Any] = {"guided_matching": False, "ensemble": "size", "importance": "attention"}
+        return dataclasses.replace(self, **sizes).resolved(host)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Random(Merging):
     """Random sources join random destinations: the baseline that every matching has to beat."""
 
@@ -243,14 +279,14 @@ class TopK(Reducer):
 
     @property
     def needs_attention(self) -> bool:
-        return self.importance == "attention"
+        return self.importance in ("attention", "class_attention")
 
     def check(self, host: Host) -> None:
         _check_guide(self, host)
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
         with torch.no_grad():
-            candidates = Candidates(_flat(view.keys, self.keys), view.protected, view.n_protected, view.valid)
+            candidates = Candidates(_compared(view, self.keys), view.protected, view.n_protected, view.valid)
             r = candidates.limit(r)
             if r == 0:
                 return None
@@ -263,10 +299,12 @@ class TopK(Reducer):
 
 
 def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tensor:
-    if reducer.importance == "attention":
+    if reducer.importance in ("attention", "class_attention"):
         if view.received is None:
-            raise RuntimeError("importance='attention' got no attention probabilities from the block")
-        return view.received
+            raise RuntimeError(f"importance={reducer.importance!r} got no attention probabilities from the block")
+        if reducer.importance == "attention":
+            return view.received
+        return by_reading(view.received, _ones(view) if view.sizes is None else view.sizes)
     guide = 0 if reducer.importance == "class_token" else view.guide
     if guide is None:
         raise RuntimeError("importance='cross_token' found no guide among the tokens")
@@ -275,7 +313,14 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
     else:
         _, heads, _, width = view.queries.shape
         query = view.queries.gather(2, guide[:, None, None, None].expand(-1, heads, 1, width))
+    if reducer.keys == "tokens":  # which a query does not ask for
+        candidates = Candidates(_flat(view.keys, None), view.protected, view.n_protected)
     return by_guide(candidates.keys, candidates.inverse_norms, _flat(query, reducer.keys))
+
+
+def _compared(view: View, keys: KeysName | None) -> Tensor:
+    """[B, T, C] what tokens are compared by."""
+    return view.tokens if keys == "tokens" else _flat(view.keys, keys)
 
 
 def _flat(heads: Tensor, keys: KeysName | None) -> Tensor:
@@ -288,10 +333,10 @@ def _ones(view: View) -> Tensor:
 
 
 def _check_guide(reducer: Merging | TopK, host: Host) -> None:
-    if reducer.importance == "class_token" and not host.has_class_token:
+    if reducer.importance in ("class_token", "class_attention") and not host.has_class_token:
         raise ValueError(
-            f"importance='class_token' needs a class token, and {host.name} has none: use importance='attention'"
-            " or, with a cross token, importance='cross_token'"
+            f"importance={reducer.importance!r} needs a class token, and {host.name} has none: use "
+            "importance='attention' or, with a cross token, importance='cross_token'"
         )
     if reducer.importance == "cross_token" and not (reducer.cross_token or host.guides_itself):
         raise ValueError(
