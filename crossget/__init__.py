@@ -9,10 +9,10 @@ from crossget.checkpoint import load
 from crossget.doctor import doctor
 from crossget.ensemble import unmerge
 from crossget.flops import count_flops
-from crossget.reducers import CrossGET, Merging, Random, Reducer, ToMe, TopK
+from crossget.reducers import CrossGET, Merging, Random, Reducer, ToMe, TopK, Ward
 from crossget.reference import load_reference
 from crossget.registry import Features, Prompt, Reader, TextInput, Tower, find_towers, register, unregister
-from crossget.schedule import Constant, Linear, PerLayer, Ratio, Schedule
+from crossget.schedule import Constant, Linear, PerLayer, Ratio, Rising, Schedule
 from crossget.training import parameter_groups
 
 __version__ = "0.1.0"
@@ -30,11 +30,13 @@ __all__ = [
     "Ratio",
     "Reader",
     "Reducer",
+    "Rising",
     "Schedule",
     "TextInput",
     "ToMe",
     "TopK",
     "Tower",
+    "Ward",
     "attach",
     "attachment",
     "benchmark",

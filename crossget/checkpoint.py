@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from crossget.attach import Attachment, attach
 from crossget.reducers import Reducer
-from crossget.schedule import Constant, Linear, PerLayer, Ratio, Schedule
+from crossget.schedule import Constant, Linear, PerLayer, Ratio, Rising, Schedule
 
 CONFIG_FILE, WEIGHTS_FILE, _VERSION = "crossget_config.json", "crossget.safetensors", 1
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-_SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, PerLayer, Ratio)}
+_SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, PerLayer, Ratio, Rising)}
 
 
 def save(attachment: Attachment, folder: str | Path) -> None:

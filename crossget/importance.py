@@ -48,6 +48,24 @@ def by_attention(weights: Tensor) -> Tensor:
     return weights[..., :-1, :].mean(-2) + weights[..., -1, :]
 
 
+def by_reading(attention: Tensor, sizes: Tensor) -> Tensor:
+    """How much more of each token is read than its size says: log(1 + (the class token's attention / share of size)).
+
+    Two read a token: the class token, as much as it attends to it, and all the others, of which is known only that they
+    count it by its size. With both in equal parts, size * exp(score) is proportional to their sum: the mass that
+    `matching.ward` and `ensemble.normalized` weigh a token by. Attention that is spread evenly changes nothing, and the
+    mass of a token that the class token overlooks is that of its size.
+
+    Args:
+        attention: [B, T] of the class token, sizes included.
+        sizes: [B, T] input tokens per token.
+
+    Returns:
+        [B, T], at least 0.
+    """
+    return (attention * (sizes.sum(1, keepdim=True) / sizes)).log1p()
+
+
 def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """`by_attention`, averaged over heads, beside a fused attention that does not show its probabilities.
 
@@ -55,7 +73,7 @@ def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale
     at a time: on a CPU as many as stay in its cache, elsewhere as many as bound the memory.
 
     Args:
-        queries: [B, H, T, D].
+        queries: [B, H, T, D], or [B, H, 1, D] for the attention of one token.
         keys: [B, H, T, D].
         bias: [B or 1, H or 1, T or 1, T] added to the scores: mask and sizes.
         scale: of the scores.
@@ -63,7 +81,7 @@ def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale
     Returns:
         [B, T] in float32 or wider.
     """
-    batch, heads, tokens, _ = queries.shape
+    batch, heads, tokens, _ = keys.shape
     at_once = max(1, (_CACHED if queries.device.type == "cpu" else _BOUND) // int(tokens) ** 2)
     rows, heads_at_once = max(1, at_once // int(heads)), min(int(heads), at_once)
     received = []

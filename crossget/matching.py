@@ -1,4 +1,4 @@
-"""Which token goes where: complete-graph, bipartite and random matching as pure tensor functions.
+"""Which token goes where: complete-graph, bipartite, Ward's and random matching as pure tensor functions.
 
 Every matching picks `r` *sources* (tokens that leave) and, for each, a *destination* (a token that stays and takes
 the source in). `Candidates` holds what they choose from; `Plan` holds what was chosen and where every token ends up.
@@ -33,6 +33,7 @@ class Candidates:
         ties: how equal similarities are ranked, see `complete_graph`.
         seed: what a random matching depends on.
         budget: similarities to hold at a time.
+        sizes: [B, T] input tokens per token; None while all are one.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Candidates:
         ties: Ties = "reference",
         seed: int = 0,
         budget: int = BUDGET,
+        sizes: Tensor | None = None,
     ) -> None:
         self.given = given
+        self.sizes = sizes
         self.is_half = given.dtype in (torch.float16, torch.bfloat16)
         self.protected = protected
         self.n_free = int(given.shape[1]) - n_protected
@@ -335,14 +338,7 @@ def bipartite(candidates: Candidates, r: int, importance: Tensor | None = None) 
 
     Source: ToMe (arXiv 2210.09461), section 3.
     """
-    free = ~candidates.protected
-    turn = free.long().cumsum(1)
-    # Sorted by set: sources' set, destinations' set, others. As many are dealt in every row, so that sizes are static.
-    group = torch.where(free & (turn <= candidates.n_free), turn % 2, 2)
-    tokens = int(group.shape[1])
-    order = (group * tokens + torch.arange(tokens, device=group.device)).argsort(1)
-    n_sources = candidates.n_free // 2
-    a, b = order[:, :n_sources], order[:, n_sources : candidates.n_free]
+    a, b = _dealt(candidates)
     similarity = candidates.cosines(a, b)
     if candidates.valid is not None:
         similarity.masked_fill_(_mixed(candidates.valid.gather(1, a), candidates.valid.gather(1, b)), -math.inf)
@@ -350,6 +346,41 @@ def bipartite(candidates: Candidates, r: int, importance: Tensor | None = None) 
     guide = None if importance is None else importance.gather(1, a)
     best = candidates.argsort(_priority(nearest.values, guide))[:, :r]
     return a.gather(1, best), b.gather(1, nearest.indices.gather(1, best))
+
+
+def ward(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Bipartite matching by Ward's criterion: the `r` pairs are joined whose joining changes the least.
+
+    Tokens are dealt as in `bipartite`. Joining a and b into their weighted mean moves them by, in sum,
+    m_a m_b / (m_a + m_b) |x_a - x_b|^2, where a token's mass m is its size times exp(importance). So tokens join that
+    are near to each other, and of those the light ones first: what many input tokens, or important ones, have gone into
+    stays as it is. Distances instead of cosines: an offset that all tokens share has no part in them.
+
+    Args:
+        candidates: what may be matched; sizes are looked at.
+        r: how many sources, at most `candidates.limit`.
+        importance: [B, T] logarithm of what a token weighs beside its size; None: the size alone.
+
+    Returns:
+        sources [B, r], cheapest first, and destinations [B, r].
+
+    Source: J. H. Ward, Hierarchical grouping to optimize an objective function, JASA 58 (1963), for pairs of two sets.
+    """
+    a, b = _dealt(candidates)
+    # Around their mean, so that little is lost when large squares are subtracted from each other.
+    points = candidates.keys - candidates.keys.mean(1, keepdim=True)
+    x, y = take(points, a), take(points, b)
+    squares = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :]
+    distance = torch.baddbmm(squares, x, y.transpose(1, 2), alpha=-2).clamp_min_(0)
+    mass = torch.ones_like(points[:, :, 0]) if candidates.sizes is None else candidates.sizes.to(points.dtype)
+    mass = mass if importance is None else mass * importance.exp()
+    inverse = mass.reciprocal()  # m_a m_b / (m_a + m_b) is 1 / (1 / m_a + 1 / m_b)
+    cost = distance.div_(inverse.gather(1, a)[:, :, None] + inverse.gather(1, b)[:, None, :])
+    if candidates.valid is not None:
+        cost.masked_fill_(_mixed(candidates.valid.gather(1, a), candidates.valid.gather(1, b)), math.inf)
+    nearest = cost.min(-1)
+    cheapest = candidates.argsort(nearest.values)[:, :r]
+    return a.gather(1, cheapest), b.gather(1, nearest.indices.gather(1, cheapest))
 
 
 def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -372,7 +403,21 @@ def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> 
 
 
 Matching = Callable[[Candidates, int, "Tensor | None"], "tuple[Tensor, Tensor]"]
-MATCHINGS: dict[str, Matching] = {"complete_graph": complete_graph, "bipartite": bipartite, "random": random}
+MATCHINGS: dict[str, Matching] = {
+    "complete_graph": complete_graph, "bipartite": bipartite, "ward": ward, "random": random,
+}  # fmt: skip
+
+
+def _dealt(candidates: Candidates) -> tuple[Tensor, Tensor]:
+    """The touchable tokens in two sets, alternately: sources may come from the first, the others are destinations."""
+    free = ~candidates.protected
+    turn = free.long().cumsum(1)
+    # Sorted by set: sources' set, destinations' set, others. As many are dealt in every row, so that sizes are static.
+    group = torch.where(free & (turn <= candidates.n_free), turn % 2, 2)
+    tokens = int(group.shape[1])
+    order = (group * tokens + torch.arange(tokens, device=group.device)).argsort(1)
+    n_sources = candidates.n_free // 2
+    return order[:, :n_sources], order[:, n_sources : candidates.n_free]
 
 
 def _priority(similarity: Tensor, importance: Tensor | None) -> Tensor:

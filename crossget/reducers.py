@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from crossget.ensemble import ENSEMBLES
-from crossget.importance import by_guide, by_text
+from crossget.importance import by_guide, by_reading, by_text
 from crossget.matching import MATCHINGS, Candidates, Plan, Ties, nearest_similarity, take
 from crossget.schedule import Schedule, as_schedule
 
-MatchingName = Literal["complete_graph", "bipartite", "random"]
-ImportanceName = Literal["cross_token", "attention", "class_token", "text"]
+MatchingName = Literal["complete_graph", "bipartite", "ward", "random"]
+ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention", "text"]
 EnsembleName = Literal["guided", "size", "normalized"]
-KeysName = Literal["all_heads", "mean_heads"]
+KeysName = Literal["all_heads", "mean_heads", "tokens"]
 Self = TypeVar("Self", bound="Reducer")
+M = TypeVar("M", bound="Merging")
 
 
 @dataclass
@@ -36,8 +37,8 @@ class View:
     Attributes:
         tokens: [B, T, C] after the attention's residual.
         queries, keys: [B, H, T, D] as the attention compared them.
-        received: [B, T] attention received, see `crossget.importance.by_attention`, averaged over heads; None unless
-            the reducer asks (`needs_attention`).
+        received: [B, T] attention received, see `crossget.importance.by_attention`, averaged over heads; of the class
+            token alone if the reducer wants that (`reads_class_token`); None unless it asks (`needs_attention`).
         sizes: [B, T] float32 input tokens per token; None while all are one.
         protected: [B, T] true for tokens that must stay as they are.
         n_protected: an upper bound of the protected tokens in a row.
@@ -122,6 +123,11 @@ class Reducer:
         """[B] what ranks the images of a batch for `rungs`: the higher, the more tokens an image loses."""
         raise NotImplementedError(f"{type(self).__name__} has rungs and no redundancy() to deal images out on them")
 
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the attention in `View.received` is to be that of token 0 alone."""
+        return getattr(self, "importance", None) == "class_attention"
+
     def resolved(self: Self, host: Host) -> Self:
         """This reducer with every None replaced by the reference's value for `host`.
 
@@ -166,7 +172,8 @@ class Merging(Reducer):
         importance: what scores a token, where the matching or the ensemble asks. "text": how near it is to the text
             that `Attachment.look_for` was given, see `crossget.importance.by_text`.
         ensemble: how a source and its destination become one token.
-        keys: what tokens are compared by: keys of all heads concatenated, or their mean over heads.
+        keys: what tokens are compared by: keys of all heads concatenated, their mean over heads, or the tokens
+            themselves behind the attention's residual.
         ties: how equal similarities are ranked, see `crossget.matching.complete_graph`.
         threshold: give every image a strength of its own: those in which more tokens have a neighbour that is more
             similar than this (a cosine of keys in the first block) lose more; None: all lose the same.
@@ -198,7 +205,7 @@ class Merging(Reducer):
         """[B] how many tokens have a near copy: a neighbour more similar than `threshold`."""
         if self.threshold is None:
             raise ValueError(f"{type(self).__name__}(threshold=None) says of no two tokens that one is a copy")
-        candidates = Candidates(_flat(view.keys, self.keys), view.protected, view.n_protected, view.valid)
+        candidates = Candidates(_compared(view, self.keys), view.protected, view.n_protected, view.valid)
         near = nearest_similarity(candidates) > self.threshold
         return (near if view.valid is None else near & view.valid).sum(1)
 
@@ -208,7 +215,7 @@ class Merging(Reducer):
 
     @property
     def needs_attention(self) -> bool:
-        return self._needs_importance and self.importance == "attention"
+        return self._needs_importance and self.importance in ("attention", "class_attention")
 
     def check(self, host: Host) -> None:
         if self._needs_importance:
@@ -216,8 +223,10 @@ class Merging(Reducer):
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
         with torch.no_grad():
-            keys = _flat(view.keys, self.keys)
-            candidates = Candidates(keys, view.protected, view.n_protected, view.valid, self.ties, self.seed)
+            keys = _compared(view, self.keys)
+            candidates = Candidates(
+                keys, view.protected, view.n_protected, view.valid, self.ties, self.seed, sizes=view.sizes
+            )
             r = candidates.limit(r)
             if r == 0:
                 return None
@@ -259,6 +268,34 @@ class ToMe(Merging):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ward(Merging):
+    """Merging by Ward's criterion, for models that are not trained on: those tokens join whose joining changes least.
+
+    What changes is the tokens themselves, each weighed by its mass: its share of the image and of the class token's
+    attention (`crossget.importance.by_reading`). Matching and ensemble share that mass. There is no cross token.
+
+    Without a class token (and no other importance given) the mass is the size alone: nothing is scored, and the
+    ensemble is the size-weighted mean. `crossget.Rising` spares the first blocks, see docs/training_free.md.
+
+    Args: as `Merging` and `Reducer`.
+    """
+
+    matching: MatchingName = "ward"
+    guided_matching: bool = True
+    ensemble: EnsembleName = "normalized"
+    keys: KeysName | None = "tokens"
+    ties: Ties = "stable"
+
+    def resolved(self: M, host: Host) -> M:
+        if self.importance is not None:
+            return super().resolved(host)
+        if host.has_class_token:
+            return dataclasses.replace(self, importance="class_attention").resolved(host)
+        sizes: dict[str, Any] = {"guided_matching": False, "ensemble": "size", "importance": "attention"}
+        return dataclasses.replace(self, **sizes).resolved(host)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Random(Merging):
     """Random sources join random destinations: the baseline that every matching has to beat."""
 
@@ -282,14 +319,14 @@ class TopK(Reducer):
 
     @property
     def needs_attention(self) -> bool:
-        return self.importance == "attention"
+        return self.importance in ("attention", "class_attention")
 
     def check(self, host: Host) -> None:
         _check_guide(self, host)
 
     def reduce(self, view: View, r: int) -> tuple[Tensor, Tensor | None, Plan] | None:
         with torch.no_grad():
-            candidates = Candidates(_flat(view.keys, self.keys), view.protected, view.n_protected, view.valid)
+            candidates = Candidates(_compared(view, self.keys), view.protected, view.n_protected, view.valid)
             r = candidates.limit(r)
             if r == 0:
                 return None
@@ -303,10 +340,12 @@ class TopK(Reducer):
 
 
 def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tensor:
-    if reducer.importance == "attention":
+    if reducer.importance in ("attention", "class_attention"):
         if view.received is None:
-            raise RuntimeError("importance='attention' got no attention probabilities from the block")
-        return view.received
+            raise RuntimeError(f"importance={reducer.importance!r} got no attention probabilities from the block")
+        if reducer.importance == "attention":
+            return view.received
+        return by_reading(view.received, _ones(view) if view.sizes is None else view.sizes)
     if reducer.importance == "text":
         if view.relevance is None:
             raise RuntimeError("importance='text' has no text: call Attachment.look_for(text features) first")
@@ -320,7 +359,14 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
     else:
         _, heads, _, width = view.queries.shape
         query = view.queries.gather(2, guide[:, None, None, None].expand(-1, heads, 1, width))
+    if reducer.keys == "tokens":  # which a query does not ask for
+        candidates = Candidates(_flat(view.keys, None), view.protected, view.n_protected)
     return by_guide(candidates.keys, candidates.inverse_norms, _flat(query, reducer.keys))
+
+
+def _compared(view: View, keys: KeysName | None) -> Tensor:
+    """[B, T, C] what tokens are compared by."""
+    return view.tokens if keys == "tokens" else _flat(view.keys, keys)
 
 
 def _flat(heads: Tensor, keys: KeysName | None) -> Tensor:
@@ -333,10 +379,10 @@ def _ones(view: View) -> Tensor:
 
 
 def _check_guide(reducer: Merging | TopK, host: Host) -> None:
-    if reducer.importance == "class_token" and not host.has_class_token:
+    if reducer.importance in ("class_token", "class_attention") and not host.has_class_token:
         raise ValueError(
-            f"importance='class_token' needs a class token, and {host.name} has none: use importance='attention'"
-            " or, with a cross token, importance='cross_token'"
+            f"importance={reducer.importance!r} needs a class token, and {host.name} has none: use "
+            "importance='attention' or, with a cross token, importance='cross_token'"
         )
     if reducer.importance == "text" and not host.embeds:
         raise ValueError(

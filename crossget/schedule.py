@@ -1,4 +1,4 @@
-"""How many tokens each block gives up: constant, per layer, linear, by ratio.
+"""How many tokens each block gives up: constant, per layer, linear, by ratio, rising.
 
 A schedule answers one question, in plain integers: of the `tokens` that enter block `layer` of `depth`, how many
 should leave? The answer is a wish: the matching never removes more than half of what may be touched.
@@ -92,6 +92,26 @@ class Ratio:
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         return int(self.share * tokens)
+
+
+@dataclass(frozen=True)
+class Rising:
+    """A share of the tokens that enter each block, rounded down, which rises over the first third of the blocks.
+
+    `Rising(0.1)` removes a tenth in every block behind the first third, and in block l of those, counted from 0, a
+    tenth times (l + 1/2) / (third of the depth). What is merged early is read by all blocks that follow, and what
+    tokens look like there says little yet of what they will mean. Above 0.5 the later blocks remove all they can, half
+    of their tokens, and the first ones still rise.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"share is {self.share}: the share of tokens to remove is between 0 and 1")
+
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
+        return int(min(0.5, self.share * min(1.0, 3 * (layer + 0.5) / depth)) * tokens)
 
 
 def as_schedule(r: int | Sequence[int] | Schedule) -> Schedule:

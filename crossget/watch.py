@@ -186,7 +186,7 @@ class BlockWatch(TorchFunctionMode):
         weights = func(logits, *args, **kwargs)
         if self.keys is not None and self._wants_attention():
             heads = weights.detach().reshape(self.batch, -1, self.tokens, self.tokens)
-            self.received.append(by_attention(heads.float()).mean(1))
+            self.received.append(by_attention(self._heard(heads).float()).mean(1))
         return weights
 
     def _note(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> None:
@@ -203,7 +203,8 @@ class BlockWatch(TorchFunctionMode):
                     bias = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, -math.inf)[None, None]
                 if bias is not None and bias.dim() < 4:
                     bias = bias[(None,) * (4 - bias.dim())]
-                self.received.append(attention_received(query, key, bias, scale))
+                bias = bias if bias is None or bias.shape[2] == 1 else self._heard(bias)
+                self.received.append(attention_received(self._heard(query), key, bias, scale))
 
     def _note_heads(self, queries: Tensor, keys: Tensor) -> None:
         """Several attentions in front of one residual (parallel, differential) count as one with all their heads."""
@@ -213,6 +214,10 @@ class BlockWatch(TorchFunctionMode):
 
     def _wants_attention(self) -> bool:
         return self.reducer.needs_attention and self.r > 0
+
+    def _heard(self, rows: Tensor) -> Tensor:
+        """Of [B, H, T, ..] queries, or what belongs to them, those whose attention the reducer reads."""
+        return rows[:, :, :1] if self.reducer.reads_class_token else rows
 
     def _is_ours(self, query: Tensor, key: Tensor) -> bool:
         return query.dim() == 4 and query.shape[-2] == self.tokens and key.shape[-2] == self.tokens

@@ -309,7 +309,7 @@ def test_the_default_is_the_reference() -> None:
         (lambda: crossget.CrossGET([1, -2]), r"r\[1\] is -2"),
         (
             lambda: crossget.CrossGET(1, matching="complet"),
-            "matching='complet'.*'complete_graph', 'bipartite', 'random'",
+            "matching='complet'.*'complete_graph', 'bipartite', 'ward', 'random'",
         ),
         (lambda: crossget.CrossGET(1, importance="cls"), "importance='cls'.*'cross_token', 'attention', 'class_token'"),
         (lambda: crossget.CrossGET(1, ties=None), "ties=None.*'reference', 'stable'"),
