@@ -563,7 +563,11 @@ class _Search:
         The inputs say which, and whether that is clearly better than evenly: by more than the standard error of the
         difference.
         """
-        found = [list(tokens) for tokens in dict.fromkeys(tuple(tokens) for tokens in best if tokens) if list(tokens) != constant]
+        found = [
+            list(tokens)
+            for tokens in dict.fromkeys(tuple(tokens) for tokens in best if tokens)
+            if list(tokens) != constant
+        ]
         if not found:
             return constant or [], "constant", {}
         lost = [self.lost(removed(tokens)) for tokens in found]

@@ -96,7 +96,18 @@ def block_terms(tokens: int | Tensor, left: int | Tensor) -> list[Any]:
     """What a block's cost is a sum of, each times a coefficient; of numbers, or of tensors of them."""
     r = tokens - left
     m: Any = (r > 0) * 1
-    return [1 + 0 * r, tokens, tokens * tokens, r, m, m * tokens, m * tokens * tokens, m * (tokens % 2), r * tokens, r * r]
+    return [
+        1 + 0 * r,
+        tokens,
+        tokens * tokens,
+        r,
+        m,
+        m * tokens,
+        m * tokens * tokens,
+        m * (tokens % 2),
+        r * tokens,
+        r * r,
+    ]
 
 
 def rest_terms(left: int | Tensor) -> list[Any]:
@@ -180,7 +191,10 @@ def no_polynomial(trial: Trial) -> RuntimeError:
 
 def alike(blocks: Sequence[nn.Module], marks: Sequence[int]) -> list[list[int]]:
     """The blocks in groups of one class, with parameters of the same shapes and the same mark."""
-    keys = [(type(block), tuple(p.shape for p in block.parameters()), mark) for block, mark in zip(blocks, marks, strict=True)]
+    keys = [
+        (type(block), tuple(p.shape for p in block.parameters()), mark)
+        for block, mark in zip(blocks, marks, strict=True)
+    ]
     return [[i for i, key in enumerate(keys) if key == kind] for kind in dict.fromkeys(keys)]
 
 

@@ -108,7 +108,10 @@ CASES = [
             (Host("text", clip, lambda: {"text": torch.randint(1, 60, (3, 12))}, "text"), CROSS),
             (Host("transformers' ViT", hf_vit, lambda: hf_models.images(1)), BY_ATTENTION),
             (Host("transformers' CLIP", hf_clip, lambda: {"pixel_values": hf_models.images(2)}), CROSS),
-            (Host("BLIP", blip, lambda: {**prompts(1), "input_ids": torch.full((1, 5), 9), "attention_mask": None}), TOME),
+            (
+                Host("BLIP", blip, lambda: {**prompts(1), "input_ids": torch.full((1, 5), 9), "attention_mask": None}),
+                TOME,
+            ),
             (Host("two LLaVA prompts", hf_models.llava, lambda: prompts(2)), CROSS),
             (Host("ViT-Tiny", lambda: vit(depth=12, img_size=56), lambda: images(1, 56)), CROSS),
         ]

@@ -54,7 +54,7 @@ class Options:
     """Budgets of multiply-adds, as shares of the dense model's."""
     latencies: tuple[float, ...] = (0.8, 0.6)
     """Budgets of time."""
-    memories: tuple[float, ...] = (0.8,)
+    memories: tuple[float, ...] = (0.9,)
     """Budgets of peak memory."""
     fitted_on: int = 32
     """Images to fit on, spread evenly over the list; they are not measured on."""
@@ -97,8 +97,8 @@ def split(images: Images, fitted_on: int) -> tuple[Tensor, Images]:
 
 def described(fitted: crossget.Fit, seconds: float) -> common.Json:
     """Return a fit for a result file."""
-    entries = {**asdict(fitted), "reducer": None, "schedule": list(fitted.schedule.r), "seconds": round(seconds, 2)}
-    return {name: value for name, value in entries.items() if name != "reducer"}
+    entries = {**asdict(replace(fitted, reducer=crossget.ToMe(r=0))), "schedule": list(fitted.schedule.r)}
+    return {**{name: value for name, value in entries.items() if name != "reducer"}, "seconds": round(seconds, 2)}
 
 
 def main(options: Options) -> int:
@@ -122,9 +122,13 @@ def main(options: Options) -> int:
         for distribution in ("measured", "constant"):
             start = time.perf_counter()
             budget: dict[str, Any] = {run.budget: run.share}
-            fitted = crossget.fit(
-                model, seen, reducer=METHODS[run.method], distribution=cast(Distribution, distribution), **budget
-            )
+            try:
+                fitted = crossget.fit(
+                    model, seen, reducer=METHODS[run.method], distribution=cast(Distribution, distribution), **budget
+                )
+            except ValueError as refusal:  # what cannot be kept is a result, too
+                made[distribution] = {"refused": str(refusal)}
+                continue
             made[distribution] = {"fit": described(fitted, time.perf_counter() - start)}
             if run.budget == "flops":
                 with crossget.attach(model, fitted.reducer):
