@@ -205,6 +205,7 @@ class Family:
     """
 
     def __init__(self, frame: Frame, weights: Sequence[float]) -> None:
+        self.frame = frame
         share = torch.tensor(weights, dtype=torch.float64).cumsum(0)
         share = share / share[-1]
         strongest = frame.depth * frame.start
@@ -233,6 +234,11 @@ def even(frame: Frame) -> list[float]:
     return [1.0 if layer <= frame.read else 0.0 for layer in range(frame.depth)]
 
 
+def removed(tokens: Tokens) -> list[int]:
+    """Tokens that each block removes."""
+    return [a - b for a, b in pairwise(tokens)]
+
+
 class Price(Protocol):
     """What schedules cost, as a sum over the blocks."""
 
@@ -248,11 +254,21 @@ def prices(price: Price, tokens: Tensor) -> Tensor:
 
 
 def nearest(price: Price, family: Family, most: float) -> list[int] | None:
-    """The member that costs as much as possible, but at most `most`; None if there is none."""
+    """The schedule of a family that costs as much as possible, but at most `most`; None if there is none.
+
+    Between two members stand those whose last blocks alone have the weaker one's tokens.
+    """
     cost = prices(price, family.tokens)
     cost = torch.where(cost <= most, cost, -math.inf)
     best = int(cost.argmax())
-    return family[best] if math.isfinite(float(cost[best])) else None
+    if not math.isfinite(float(cost[best])):
+        return None
+    strong, weak = family[best], family[max(0, best - 1)]
+    between = [strong[:k] + weak[k:] for k in range(1, len(strong))]
+    frame = family.frame
+    found = torch.tensor([strong, *(tokens for tokens in between if tokens == frame.plan(removed(tokens)))])
+    cost = prices(price, found)
+    return [int(count) for count in found[int(torch.where(cost <= most, cost, -math.inf).argmax())]]
 
 
 # Sharing out by what it costs the output ------------------------------------------------------------------------------
@@ -605,11 +621,6 @@ class _Search:
         """Call the model with its inputs."""
         given = as_call(self.trial.inputs)
         return self.trial.model(*given.args, **given.kwargs)
-
-
-def removed(tokens: Tokens) -> list[int]:
-    """Tokens that each block removes."""
-    return [a - b for a, b in pairwise(tokens)]
 
 
 def _impossible(what: Budget, asked: float, possible: float) -> ValueError:

@@ -46,8 +46,8 @@ class Frame:
     read: int
 
     def plan(self, r: Sequence[int]) -> list[int]:
-        """Tokens entering each block, and those behind the last one."""
-        return planned_tokens(PerLayer(tuple(r)), self.depth, self.start, self.reserved)
+        """Tokens entering each block, and those behind the last one; a negative number of tokens counts as none."""
+        return planned_tokens(PerLayer(tuple(max(0, count) for count in r)), self.depth, self.start, self.reserved)
 
     def strongest(self) -> list[int]:
         """As many as possible, in every block."""
