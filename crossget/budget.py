@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from crossget.attach import attach, find_attachment
 from crossget.benchmark import calling, in_eval_mode, peak_memory, quartiles, take_turns
-from crossget.costs import Costs, Frame, Tokens, Trial, alike, derive, no_polynomial
+from crossget.costs import Frame, Tokens, Trial, alike, derive, no_polynomial
 from crossget.flops import Inputs, as_call, count_once, tensors_in
 from crossget.reducers import CrossGET, Reducer
 from crossget.schedule import PerLayer, planned_tokens
@@ -254,21 +254,28 @@ def prices(price: Price, tokens: Tensor) -> Tensor:
 
 
 def nearest(price: Price, family: Family, most: float) -> list[int] | None:
-    """The schedule of a family that costs as much as possible, but at most `most`; None if there is none.
+    """The schedule that costs as much as possible, but at most `most`; None if there is none.
 
-    Between two members stand those whose last blocks alone have the weaker one's tokens.
+    It is the member of the family that is nearest, and then blocks get single tokens back as long as that is within the
+    price: in the end there is no block that could keep one more.
     """
     cost = prices(price, family.tokens)
     cost = torch.where(cost <= most, cost, -math.inf)
     best = int(cost.argmax())
     if not math.isfinite(float(cost[best])):
         return None
-    strong, weak = family[best], family[max(0, best - 1)]
-    between = [strong[:k] + weak[k:] for k in range(1, len(strong))]
-    frame = family.frame
-    found = torch.tensor([strong, *(tokens for tokens in between if tokens == frame.plan(removed(tokens)))])
-    cost = prices(price, found)
-    return [int(count) for count in found[int(torch.where(cost <= most, cost, -math.inf).argmax())]]
+    tokens, frame = family[best], family.frame
+    while True:
+        r = removed(tokens)
+        more = [frame.plan([*r[:i], r[i] - 1, *r[i + 1 :]]) for i in range(frame.depth) if r[i]]
+        if not more:
+            return tokens
+        cost = prices(price, torch.tensor(more))
+        cost = torch.where(cost <= most, cost, -math.inf)
+        best = int(cost.argmax())
+        if not math.isfinite(float(cost[best])):
+            return tokens
+        tokens = more[best]
 
 
 # Sharing out by what it costs the output ------------------------------------------------------------------------------
@@ -283,8 +290,8 @@ class Loss:
     Args:
         frame: the tower's schedules.
         points: of each block, (tokens left, what the output lost), from many tokens to few.
-        least: the smallest b. What was measured says little about fewer tokens than half, and a larger b expects more of
-            a loss there.
+        least: the smallest b. What was measured says little about fewer tokens than half, and a larger b expects more
+            of a loss there.
     """
 
     def __init__(self, frame: Frame, points: Sequence[Sequence[tuple[int, float]]], least: float = 1.0) -> None:
@@ -292,8 +299,8 @@ class Loss:
         self.laws = [self._law(of_block) for of_block in points]
 
     def _law(self, points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-        (few, most), (u1, u2) = points[-1], (float(self._u(torch.tensor(left))) for left, _ in (points[0], points[-1]))
-        little = points[0][1]
+        (left, little), (fewer, most) = points[0], points[-1]
+        u1, u2 = (float(self._u(torch.tensor(count))) for count in (left, fewer))
         if most <= 0 or u2 <= 0:
             return 0.0, self.least
         steep = math.log(most / little) / math.log(u2 / u1) if little > 0 and u2 > u1 else self.least
@@ -480,8 +487,8 @@ class _Search:
             choice = self.choose(constant, found)
         self.output(removed(choice[0]))
         source = self.trial.attachment.source[self.trial.name][0, self.trial.tower.prefix :]
-        found = float(len(set(source[source >= 0].tolist())) + self.more)
-        return _Found(choice[0], asked, found, (found, found)), choice
+        out = float(len(set(source[source >= 0].tolist())) + self.more)
+        return _Found(choice[0], asked, out, (out, out)), choice
 
     # By time
 
@@ -501,7 +508,7 @@ class _Search:
         weights = removed(choice[0])
         found = self.timed(times, choice[0])
         low, high = found.spread
-        if not low <= asked <= high and sum(weights):  # the prediction is off: aim as much to the other side
+        if not low <= asked <= high and any(weights):  # the prediction is off: aim as much to the other side
             aim = nearest(times, Family(self.frame, weights), asked * times.dense * found.predicted / found.measured)
             again = None if aim is None else self.timed(times, aim)
             if again is not None and abs(again.measured - asked) < abs(found.measured - asked):
@@ -657,14 +664,14 @@ def distance(output: Any, dense: Any) -> Tensor:
         if a.dim() == b.dim() > 2 and a.shape[2:] == b.shape[2:] and a.shape[1] != b.shape[1]:
             a, b = a[:, -1], b[:, -1]
         if a.shape == b.shape:
-            a, b = a.double().flatten(1), b.double().flatten(1)
+            a, b = a.cpu().double().flatten(1), b.cpu().double().flatten(1)
             found.append((a - b).square().sum(1) / b.square().sum(1).clamp_min(1e-30))
     if not found:
         raise ValueError(
             "what the model returns cannot be compared with the dense model's: expected a tensor of floating point "
             "[B, ...] among it. Give read=, a function that takes one out of it, or distribution='constant'"
         )
-    return torch.stack(found).mean(0).cpu()
+    return torch.stack(found).mean(0)
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -719,16 +726,16 @@ def time_blocks(trial: Trial, frame: Frame, rounds: int) -> Times:
     dense = []
     for _ in range(max(3, rounds // 2)):
         with trial.attachment.paused():
-            dense.append(sum(_stamped(trial)))
-        for r, seconds in spent.items():
+            dense.append(math.fsum(_stamped(trial)))
+        for r in plans:
             trial.use(r)
-            seconds.append(_stamped(trial))
-    medians = {r: [statistics.median(part) for part in zip(*seconds, strict=True)] for r, seconds in spent.items()}
+            spent[r].append(_stamped(trial))
+    medians = {r: [statistics.median(part) for part in zip(*spent[r], strict=True)] for r in plans}
     laws: list[Tensor] = [torch.zeros(7, dtype=torch.float64)] * frame.depth
     for group in alike(trial.tower.blocks, [i > frame.read for i in range(frame.depth)]):
         pairs = [(plans[r][i], plans[r][i + 1], medians[r][i]) for r in plans for i in group]
-        into, left, seconds = (torch.tensor(column) for column in zip(*pairs, strict=True))
-        law = _least_squares(_time_terms(frame, into, left), seconds)
+        entered, behind, took = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        law = _least_squares(_time_terms(frame, entered, behind), took)
         for i in group:
             laws[i] = law
     handed = torch.tensor([plan[frame.read + 1] for plan in plans.values()])
@@ -736,12 +743,13 @@ def time_blocks(trial: Trial, frame: Frame, rounds: int) -> Times:
     if trial.tower.restore:
         terms = terms * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     rest = _least_squares(terms, torch.tensor([medians[r][-1] for r in plans]))
-    totals = {r: statistics.median(sum(seconds) for seconds in spent[r]) for r in plans}
+    totals = {r: statistics.median(math.fsum(seconds) for seconds in spent[r]) for r in plans}
     return Times(frame, laws, rest, statistics.median(dense), totals)
 
 
 def _least_squares(terms: Tensor, seconds: Tensor) -> Tensor:
-    return torch.linalg.lstsq(terms, seconds.double()[:, None], rcond=1e-9, driver="gelsd").solution[:, 0]
+    found: Tensor = torch.linalg.lstsq(terms, seconds.double()[:, None], rcond=1e-9, driver="gelsd").solution
+    return found[:, 0]
 
 
 def _stamped(trial: Trial) -> list[float]:

@@ -46,8 +46,8 @@ class Frame:
     read: int
 
     def plan(self, r: Sequence[int]) -> list[int]:
-        """Tokens entering each block, and those behind the last one; a negative number of tokens counts as none."""
-        return planned_tokens(PerLayer(tuple(max(0, count) for count in r)), self.depth, self.start, self.reserved)
+        """Tokens entering each block, and those behind the last one."""
+        return planned_tokens(PerLayer(tuple(r)), self.depth, self.start, self.reserved)
 
     def strongest(self) -> list[int]:
         """As many as possible, in every block."""
@@ -189,7 +189,7 @@ def no_polynomial(trial: Trial) -> RuntimeError:
     )
 
 
-def alike(blocks: Sequence[nn.Module], marks: Sequence[int]) -> list[list[int]]:
+def alike(blocks: Sequence[nn.Module], marks: Sequence[int | bool]) -> list[list[int]]:
     """The blocks in groups of one class, with parameters of the same shapes and the same mark."""
     keys = [
         (type(block), tuple(p.shape for p in block.parameters()), mark)
@@ -305,11 +305,11 @@ class Span:
         for place, known in self.rows.items():
             if factor := rest[place] % self.PRIME:
                 rest = [(a - factor * b) % self.PRIME for a, b in zip(rest, known, strict=True)]
-        place = next((i for i, value in enumerate(rest) if value % self.PRIME), None)
-        if place is None:
+        first = next((i for i, value in enumerate(rest) if value % self.PRIME), None)
+        if first is None:
             return False
-        inverse = pow(rest[place], -1, self.PRIME)
-        self.rows[place] = [value * inverse % self.PRIME for value in rest]
+        inverse = pow(rest[first], -1, self.PRIME)
+        self.rows[first] = [value * inverse % self.PRIME for value in rest]
         return True
 
 

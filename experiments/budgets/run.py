@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 METHODS: dict[str, Reducer] = {"crossget": crossget.CrossGET(r=0), "tome": crossget.ToMe(r=0)}
 SHARES = (0.8, 0.69, 0.58, 0.5)
-Distribution = Literal["constant", "measured"]
+DISTRIBUTIONS: tuple[Literal["measured", "constant"], ...] = ("measured", "constant")
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,11 @@ def main(options: Options) -> int:
             "measured_on": len(images.labels), "batch": options.batch,
         }  # fmt: skip
         made: dict[str, common.Json] = {}
-        for distribution in ("measured", "constant"):
+        for distribution in DISTRIBUTIONS:
             start = time.perf_counter()
             budget: dict[str, Any] = {run.budget: run.share}
             try:
-                fitted = crossget.fit(
-                    model, seen, reducer=METHODS[run.method], distribution=cast(Distribution, distribution), **budget
-                )
+                fitted = crossget.fit(model, seen, reducer=METHODS[run.method], distribution=distribution, **budget)
             except ValueError as refusal:  # what cannot be kept is a result, too
                 made[distribution] = {"refused": str(refusal)}
                 continue
