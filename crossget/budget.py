@@ -48,7 +48,8 @@ class Fit:
         tokens: entering each block, and behind the last one; the cross token counts.
         budget: which one was given.
         asked: its value: a share of the dense model's, or a number of tokens.
-        predicted: what the found schedule should take, in the same unit.
+        predicted: what the found schedule should take, in the same unit: for multiply-adds by the closed form, for a
+            latency by the times of the blocks, for memory by the search, which measures.
         measured: what it does take, counted or measured in the end.
         spread: first and third quartile of what was measured; both equal `measured` where it does not vary.
         distribution: how the tokens are shared out among the blocks in what was found.
@@ -70,7 +71,7 @@ class Fit:
 
     @property
     def met(self) -> bool:
-        """Whether the budget is kept, by more than the spread of what was measured: its first quartile is not above."""
+        """Whether the budget is kept, as far as the measurement can tell: its first quartile is not above."""
         return self.spread[0] <= self.asked
 
     def __str__(self) -> str:
@@ -116,7 +117,7 @@ def fit(
         inputs: what to call it with: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. For
             the distribution, 16 to 32 examples of what the model will see, without labels.
         flops: share of the multiply-adds that `crossget.count_flops` counts, in (0, 1]. The schedule found takes at
-            most that, and no other of its family comes nearer.
+            most that, and no block could keep one more token within it.
         tokens_out: patch tokens of an image that are left behind the last block, without class token, registers and
             cross token. Where images go into prompts, behind the block that is read: the image tokens that the
             language model gets, as `Attachment.image_tokens` counts them.
@@ -778,6 +779,10 @@ def _stamped(trial: Trial) -> list[float]:
             hook.remove()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if len(stamps) != len(trial.tower.blocks) + 3:
+        raise RuntimeError(
+            f"the blocks of tower {trial.name!r} did not run once each in a forward, so they cannot be timed one by one"
+        )
     seconds = [_between(a, b) for a, b in pairwise(stamps)]
     return [*seconds[1:-1], seconds[0] + seconds[-1]]
 
