@@ -127,8 +127,8 @@ def fit(
         tower: whose schedule to find; None: the one that `attach` reduces when it gets one reducer.
         distribution: "constant" shares the tokens out evenly among the blocks; "measured" as it costs the output
             least on the inputs, unless that is not clearly better than evenly.
-        read: from what the model returns to what counts of it for "measured", a tensor [B, ...]; None: all that it
-            returns.
+        read: from what the model returns to what counts of it for "measured", a tensor [B, ...]; None: its `logits`, or
+            else all that it returns.
         rounds: timed turns of dense and reduced, for a latency.
 
     Raises:
@@ -623,7 +623,11 @@ class _Search:
     def run(self) -> Any:
         """What counts of what the model returns as it is."""
         out = self.call()
-        return out if self.read is None else self.read(out)
+        if self.read is not None:
+            return self.read(out)
+        # Beside its logits, a model of transformers returns features and caches, which nobody decides by.
+        logits = getattr(out, "logits", None)
+        return logits if isinstance(logits, Tensor) else out
 
     def call(self) -> Any:
         """Call the model with its inputs."""

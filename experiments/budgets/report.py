@@ -63,7 +63,7 @@ def costs(results: list[common.Json], setting: str) -> str:
     for method, label in METHODS.items():
         for budget in ("latency", "memory"):
             for result in chosen(results, setting, method, budget):
-                asked = f"{label}, {budget} {100 * result['run']['share']:.0f} %"
+                asked = f"{label}, {budget} {100 * result['run']['share']:.0f} %, batch {result['run']['fitted_on']}"
                 for name, title in (("constant", "evenly"), ("measured", "fitted")):
                     entry = result["result"][name]
                     if "refused" in entry:
@@ -87,7 +87,7 @@ def costs(results: list[common.Json], setting: str) -> str:
 def chapter(results: list[common.Json], setting: str) -> Iterator[str]:
     """Yield the paragraphs about one setting."""
     mine = [result for result in results if result["run"]["setting"] == setting]
-    run = mine[0]["run"]
+    run = next(result["run"] for result in mine if result["run"]["budget"] == "flops")
     seconds = [result["result"][name]["fit"]["seconds"] for result in mine for name in ("measured", "constant")
                if "fit" in result["result"][name] and result["run"]["budget"] == "flops"]  # fmt: skip
     dense = next(r["result"]["dense"]["accuracy"]["top1"] for r in mine if "dense" in r["result"])
