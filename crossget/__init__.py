@@ -5,6 +5,7 @@
 
 from crossget.attach import Attachment, attach, attachment
 from crossget.benchmark import benchmark
+from crossget.budget import Fit, fit
 from crossget.checkpoint import load
 from crossget.doctor import doctor
 from crossget.ensemble import unmerge
@@ -22,6 +23,7 @@ __all__ = [
     "Constant",
     "CrossGET",
     "Features",
+    "Fit",
     "Linear",
     "Merging",
     "PerLayer",
@@ -43,6 +45,7 @@ __all__ = [
     "count_flops",
     "doctor",
     "find_towers",
+    "fit",
     "load",
     "load_reference",
     "parameter_groups",

@@ -185,7 +185,7 @@ def benchmark(
 
     turns: dict[str, Turn] = {name: partial(calling, run, mode) for name, mode in modes.items()}
     # Not inference_mode: what a host caches in its first forward must still serve in training.
-    with _in_eval_mode(model), torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         seconds = take_turns(turns, device, rounds, warmup)
         memory = {name: peak_memory(turn, device) for name, turn in turns.items()}
     batch = int(given.tensors[0].shape[0]) if given.tensors[0].dim() else 1
@@ -293,7 +293,8 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards every module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -255,23 +255,23 @@ def as_call(inputs: Inputs) -> Call:
             " keyword arguments; wrap a single argument of another type as (argument,)"
         )
     # A tensor given twice (query, key and value, say) must stay one object: hosts ask `query is key`.
-    distinct = {id(tensor): tensor for tensor in _tensors((args, kwargs))}
+    distinct = {id(tensor): tensor for tensor in tensors_in((args, kwargs))}
     return Call(args, kwargs, tuple(distinct.values()))
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(tree, tuple | list):
         for value in tree:
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for entry in dataclasses.fields(tree):
-            yield from _tensors(getattr(tree, entry.name))
+            yield from tensors_in(getattr(tree, entry.name))
 
 
 def _substitute(tree: Any, swap: Mapping[int, Tensor]) -> Any:
@@ -304,12 +304,12 @@ class _Traceable(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self.call.replaced(tensors)
-        return [*_tensors(self.model(*args, **kwargs)), *self.witnesses]
+        return [*tensors_in(self.model(*args, **kwargs)), *self.witnesses]
 
     def observe(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module."""
         self.called.add(module)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.layout is torch.strided and not tensor.is_nested and tensor.numel():
                 # stack copies the element, so that the tensor itself can be freed; it counts 0
                 self.witnesses.append(torch.stack([tensor[(0,) * tensor.dim()]]))

@@ -1,0 +1,795 @@
+"""Budgets: which schedule makes a model cost what it may cost.
+
+`fit(model, inputs, flops=0.58)` finds how many tokens each block has to give up so that a forward costs 58 % of the
+dense model's multiply-adds; the other budgets are tokens handed on, time and memory. What a schedule costs is known
+before it is tried: multiply-adds exactly (costs.py), time from a few timed blocks. How the tokens are shared out among
+the blocks is decided by what the model's output loses on the inputs given. docs/budgets.md tells it all.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from crossget.attach import attach, find_attachment
+from crossget.benchmark import calling, in_eval_mode, peak_memory, quartiles, take_turns
+from crossget.costs import Frame, Tokens, Trial, alike, derive, no_polynomial
+from crossget.flops import Inputs, as_call, count_once, tensors_in
+from crossget.reducers import CrossGET, Reducer
+from crossget.schedule import PerLayer, planned_tokens
+from crossget.state import Record
+
+__all__ = ["Fit", "fit"]
+
+Distribution = Literal["measured", "constant"]
+Budget = Literal["flops", "tokens_out", "latency", "memory"]
+Read = Callable[[Any], Tensor]
+"""From what the model returns to what counts of it, one row per input: [B, ...]."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A reducer that meets a budget: `crossget.attach(model, fitted.reducer)`.
+
+    Attributes:
+        reducer: ready to attach; a dict by tower name if a tower was named.
+        tower: whose schedule was fitted.
+        schedule: tokens that each block removes.
+        tokens: entering each block, and behind the last one; the cross token counts.
+        budget: which one was given.
+        asked: its value: a share of the dense model's, or a number of tokens.
+        predicted: what the found schedule should take, in the same unit: for multiply-adds by the closed form, for a
+            latency by the times of the blocks, for memory by the search, which measures.
+        measured: what it does take, counted or measured in the end.
+        spread: first and third quartile of what was measured; both equal `measured` where it does not vary.
+        distribution: how the tokens are shared out among the blocks in what was found.
+        losses: what the output loses on the inputs, by distribution: squared distance to the dense model's output over
+            its squared norm, on the inputs that the shares were not chosen by. Empty if nothing was compared.
+    """
+
+    reducer: Reducer | Mapping[str, Reducer]
+    tower: str
+    schedule: PerLayer
+    tokens: tuple[int, ...]
+    budget: Budget
+    asked: float
+    predicted: float
+    measured: float
+    spread: tuple[float, float]
+    distribution: Distribution
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        """Whether the budget is kept, as far as the measurement can tell: its first quartile is not above."""
+        return self.spread[0] <= self.asked
+
+    def __str__(self) -> str:
+        show = partial(_show, self.budget)
+        spread = "" if self.spread[0] == self.spread[1] else f" [{show(self.spread[0])}, {show(self.spread[1])}]"
+        missed = "" if self.met else ": MISSED, by more than the spread of the measurement"
+        lines = [
+            f"{self.budget}: asked {show(self.asked)}, predicted {show(self.predicted)}, "
+            f"measured {show(self.measured)}{spread}{missed}",
+            f"tower {self.tower!r}, {self.distribution} distribution: r = {list(self.schedule.r)}",
+            f"tokens: {' '.join(map(str, self.tokens))}",
+        ]
+        if self.losses:
+            lines.append("loss on the inputs: " + ", ".join(f"{name} {loss:.3g}" for name, loss in self.losses.items()))
+        return "\n".join(lines)
+
+
+def _show(budget: Budget, value: float) -> str:
+    return f"{value:g}" if budget == "tokens_out" else f"{value:.2%}"
+
+
+def fit(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    flops: float | None = None,
+    tokens_out: int | None = None,
+    latency: float | None = None,
+    memory: float | None = None,
+    reducer: Reducer | None = None,
+    tower: str | None = None,
+    distribution: Distribution = "measured",
+    read: Read | None = None,
+    rounds: int = 10,
+) -> Fit:
+    """Find the schedule with which a model keeps a budget. The model itself is left as it was.
+
+    Exactly one budget is given. Shares are of the dense model's whole forward, `model(*inputs)`, in eval mode, on the
+    device that model and inputs are on and with the batch that the inputs are.
+
+    Args:
+        model: not attached.
+        inputs: what to call it with: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. For
+            the distribution, 16 to 32 examples of what the model will see, without labels.
+        flops: share of the multiply-adds that `crossget.count_flops` counts, in (0, 1]. The schedule found takes at
+            most that, and no block could keep one more token within it.
+        tokens_out: patch tokens of an image that are left behind the last block, without class token, registers and
+            cross token. Where images go into prompts, behind the block that is read: the image tokens that the
+            language model gets, as `Attachment.image_tokens` counts them.
+        latency: share of the time, in (0, 1].
+        memory: share of the peak memory of a forward, beside what is allocated before it, in (0, 1].
+        reducer: the method; its `r` is put in place. `CrossGET(r=0)` if None.
+        tower: whose schedule to find; None: the one that `attach` reduces when it gets one reducer.
+        distribution: "constant" shares the tokens out evenly among the blocks; "measured" as it costs the output
+            least on the inputs, unless that is not clearly better than evenly.
+        read: from what the model returns to what counts of it for "measured", a tensor [B, ...]; None: its `logits`, or
+            else all that it returns.
+        rounds: timed turns of dense and reduced, for a latency.
+
+    Raises:
+        TypeError: the model is not supported, or an argument is of a wrong type.
+        ValueError: not exactly one budget, or one that is out of range or cannot be kept (the message names the
+            nearest that can); a model that is attached; inputs on the meta device where something is to be measured.
+        RuntimeError: the model's multiply-adds are no polynomial in its tokens, see `crossget.costs.derive`.
+    """
+    kind, asked = _asked({"flops": flops, "tokens_out": tokens_out, "latency": latency, "memory": memory})
+    if distribution not in get_args(Distribution):
+        raise ValueError(f"distribution is {distribution!r}: choose 'measured' or 'constant'")
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: expected at least 1 round")
+    method = CrossGET(r=0) if reducer is None else reducer
+    if not isinstance(method, Reducer):
+        raise TypeError(f"reducer is {reducer!r}: give one reducer such as crossget.ToMe(r=0), whose r will be found")
+    previous = find_attachment(model)
+    if previous is not None:
+        raise ValueError(f"already attached: {previous}. Detach it first: a budget is a share of the dense model")
+    call = as_call(inputs)
+    if any(tensor.is_meta for tensor in (*call.tensors, *model.parameters())):
+        if kind in ("latency", "memory"):
+            raise ValueError(f"{kind} cannot be measured on the meta device: give flops or tokens_out there")
+        if distribution == "measured":
+            raise ValueError("on the meta device nothing can be measured: set distribution='constant'")
+    if kind in ("latency", "memory") and not call.tensors:
+        raise ValueError("inputs hold no tensor: the device is read from the first one")
+    method = replace(method, r=0)
+    with in_eval_mode(model), torch.no_grad():
+        with attach(model, method if tower is None else {tower: method}) as attachment:
+            name = next(iter(attachment.towers)) if tower is None else tower
+            search = _Search(Trial(model, inputs, attachment, name), read, distribution, rounds)
+            found, (_, chosen, losses) = getattr(search, kind)(asked)
+        schedule = PerLayer(tuple(removed(found.tokens)))
+    fitted = replace(method, r=schedule)
+    whole = fitted if tower is None else {tower: fitted}
+    result = Fit(
+        whole, name, schedule, tuple(found.tokens), kind, asked, found.predicted, found.measured, found.spread, chosen,
+        losses,
+    )  # fmt: skip
+    if not result.met:
+        warnings.warn(f"the budget was missed. {result}", stacklevel=2)
+    return result
+
+
+def _asked(budgets: Mapping[Budget, float | None]) -> tuple[Budget, float]:
+    """The one budget that is given."""
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"give exactly one budget of {', '.join(budgets)}; got {given or 'none'}")
+    ((kind, value),) = given.items()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{kind} is {value!r}: expected a number")
+    if kind == "tokens_out":
+        if not isinstance(value, int):
+            raise TypeError(f"tokens_out is {value!r}: the number of tokens is an int")
+        if value < 1:
+            raise ValueError(f"tokens_out is {value}: expected at least 1")
+    elif not 0 < value <= 1:
+        raise ValueError(f"{kind} is {value}: expected a share of the dense model's, in (0, 1]")
+    return kind, value
+
+
+# Families of schedules ------------------------------------------------------------------------------------------------
+
+
+class Family:
+    """Schedules that differ in strength only: number n removes n tokens, shared out among the blocks by weights.
+
+    Never is more removed than half of what a block may touch. A stronger schedule leaves no block with more tokens.
+
+    Args:
+        frame: the tower's schedules.
+        weights: one per block, not negative.
+    """
+
+    def __init__(self, frame: Frame, weights: Sequence[float]) -> None:
+        self.frame = frame
+        share = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+        share = share / share[-1]
+        strongest = frame.depth * frame.start
+        n = torch.arange(strongest + 1, dtype=torch.float64)
+        until = (n[:, None] * share + 1e-6).floor().long()  # [N, L] tokens that the blocks up to each should remove
+        tokens = [torch.full_like(until[:, 0], frame.start)]
+        for layer in range(frame.depth):
+            most = ((tokens[-1] - frame.reserved) // 2).clamp(min=0) * (weights[layer] > 0)
+            # What was too much for a block is left to those behind it.
+            wish = torch.minimum(frame.start - until[:, layer], tokens[-1])
+            tokens.append(torch.maximum(wish, tokens[-1] - most))
+        every = torch.stack(tokens, 1)
+        self.tokens = torch.unique_consecutive(every, dim=0)
+        """[N, L + 1] tokens entering each block and behind the last one, the weakest first."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, n: int) -> list[int]:
+        """Number n."""
+        return [int(count) for count in self.tokens[n]]
+
+
+def even(frame: Frame) -> list[float]:
+    """The same weight for every block up to the one that is read."""
+    return [1.0 if layer <= frame.read else 0.0 for layer in range(frame.depth)]
+
+
+def removed(tokens: Tokens) -> list[int]:
+    """Tokens that each block removes."""
+    return [a - b for a, b in pairwise(tokens)]
+
+
+class Price(Protocol):
+    """What schedules cost, as a sum over the blocks."""
+
+    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
+        """What block `layer` costs for each of many pairs, as float64."""
+        ...
+
+
+def prices(price: Price, tokens: Tensor) -> Tensor:
+    """[N] of schedules [N, L + 1]."""
+    depth = tokens.shape[1] - 1
+    return torch.stack([price.block(i, tokens[:, i], tokens[:, i + 1]) for i in range(depth)]).sum(0)
+
+
+def nearest(price: Price, family: Family, most: float) -> list[int] | None:
+    """The schedule that costs as much as possible, but at most `most`; None if there is none.
+
+    It is the member of the family that is nearest, and then blocks get single tokens back as long as that is within the
+    price: in the end there is no block that could keep one more.
+    """
+    cost = prices(price, family.tokens)
+    cost = torch.where(cost <= most, cost, -math.inf)
+    best = int(cost.argmax())
+    if not math.isfinite(float(cost[best])):
+        return None
+    tokens, frame = family[best], family.frame
+    while True:
+        r = removed(tokens)
+        more = [frame.plan([*r[:i], r[i] - 1, *r[i + 1 :]]) for i in range(frame.depth) if r[i]]
+        if not more:
+            return tokens
+        cost = prices(price, torch.tensor(more))
+        cost = torch.where(cost <= most, cost, -math.inf)
+        best = int(cost.argmax())
+        if not math.isfinite(float(cost[best])):
+            return tokens
+        tokens = more[best]
+
+
+# Sharing out by what it costs the output ------------------------------------------------------------------------------
+
+
+class Loss:
+    """What the output loses when one block alone leaves fewer tokens, as a function of how few: a u^b.
+
+    u is the logarithm of the factor by which the tokens that may be merged have become fewer. If tokens were lost in
+    earlier blocks already, what block l adds is the difference: the redundancy that they used is gone.
+
+    Args:
+        frame: the tower's schedules.
+        points: of each block, (tokens left, what the output lost), from many tokens to few.
+        least: the smallest b. What was measured says little about fewer tokens than half, and a larger b expects more
+            of a loss there.
+    """
+
+    def __init__(self, frame: Frame, points: Sequence[Sequence[tuple[int, float]]], least: float = 1.0) -> None:
+        self.frame, self.least = frame, least
+        self.laws = [self._law(of_block) for of_block in points]
+
+    def _law(self, points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+        (left, little), (fewer, most) = points[0], points[-1]
+        u1, u2 = (float(self._u(torch.tensor(count))) for count in (left, fewer))
+        if most <= 0 or u2 <= 0:
+            return 0.0, self.least
+        steep = math.log(most / little) / math.log(u2 / u1) if little > 0 and u2 > u1 else self.least
+        steep = min(4.0, max(self.least, steep))
+        return most / u2**steep, steep
+
+    def _u(self, left: Tensor) -> Tensor:
+        free = self.frame.start - self.frame.reserved
+        return (math.log(free) - torch.log((left - self.frame.reserved).double())).clamp_min(0)
+
+    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
+        """What block `layer` adds, for each of many pairs."""
+        if layer >= len(self.laws):
+            return torch.zeros(torch.broadcast_shapes(tokens.shape, left.shape), dtype=torch.float64)
+        factor, power = self.laws[layer]
+        return factor * (self._u(left) ** power - self._u(tokens) ** power)
+
+
+def allocate(frame: Frame, loss: Price, price: Price, most: float, out: int | None = None) -> list[int] | None:
+    """The schedule that loses least among those that cost at most `most`; None: there is none.
+
+    Of all schedules on a grid of token numbers the least sum of loss + c * cost, by dynamic programming from the last
+    block to the first; c is the smallest with which the cost is low enough.
+
+    Args:
+        frame: the tower's schedules.
+        loss: what a schedule loses.
+        price: what it costs.
+        most: see above.
+        out: tokens that the block that is read has to leave; None: any number.
+    """
+    step = max(1, (frame.start - frame.reserved) // 200)
+    counts = {*range(frame.start, frame.reserved, -step), *([] if out is None else [out])}
+    grid = torch.tensor(sorted(counts, reverse=True))
+    into, left = grid[:, None], grid[None, :]
+    removed = into - left
+    allowed = (removed >= 0) & (2 * removed <= into - frame.reserved)
+    losses, costs = [], []
+    for layer in range(frame.depth):
+        ok = allowed if layer <= frame.read else removed == 0
+        if layer == frame.read and out is not None:
+            ok = ok & (left == out)
+        hidden = torch.zeros(ok.shape, dtype=torch.float64).masked_fill(~ok, math.inf)
+        losses.append(loss.block(layer, into, left) + hidden)
+        costs.append(price.block(layer, into, left))
+    scale = float(losses[0][losses[0].isfinite()].abs().max()) + 1e-30
+
+    def path(weight: float) -> tuple[list[int], float] | None:
+        value, steps = torch.zeros(len(grid), dtype=torch.float64), []
+        for one, cost in zip(reversed(losses), reversed(costs), strict=True):
+            value, choice = (one + weight * cost + value).min(1)
+            steps.append(choice)
+        if not math.isfinite(float(value[0])):
+            return None
+        at, tokens, total = 0, [frame.start], 0.0
+        for choice, cost in zip(reversed(steps), costs, strict=True):
+            total += float(cost[at, choice[at]])
+            at = int(choice[at])
+            tokens.append(int(grid[at]))
+        return tokens, total
+
+    unit = scale / (float(costs[0][0, 0]) + 1e-30) if out is None else 0.0
+    low, high = -20.0, 20.0  # of the weight, as a power of ten
+    best = path(unit * 10**high)
+    if best is None or best[1] > most:
+        return None
+    for _ in range(50):
+        middle = (low + high) / 2
+        found = path(unit * 10**middle)
+        if found is not None and found[1] <= most:
+            high, best = middle, found
+        else:
+            low = middle
+    return best[0]
+
+
+# Searching ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A schedule, with what it should cost and what it does cost."""
+
+    tokens: Tokens
+    predicted: float
+    measured: float
+    spread: tuple[float, float]
+
+
+_Choice = tuple[list[int], Distribution, Mapping[str, float]]
+"""Tokens, how they are shared out, and what the output lost by distribution."""
+
+
+class _Search:
+    """What all budgets look for a schedule with.
+
+    Args:
+        trial: the attached model.
+        read: see `fit`.
+        distribution: see `fit`.
+        rounds: see `fit`.
+    """
+
+    def __init__(self, trial: Trial, read: Read | None, distribution: Distribution, rounds: int) -> None:
+        self.trial, self.read, self.distribution, self.rounds = trial, read, distribution, rounds
+        tower = trial.tower
+        if not tower.reducible:
+            raise ValueError(f"tower {trial.name!r} is a language model that generates: its tokens are not merged")
+        depth = len(tower.blocks)
+        trial.use([0] * depth)
+        self.whole = self.run()
+        if len(trial.entered) != depth:
+            raise ValueError(f"tower {trial.name!r} did not run on these inputs: give some that reach it")
+        attached = trial.attachment._towers[trial.name]
+        cross = int(bool(attached.reducer.cross_token))
+        reserved = self.reserved(tower.n_reserved(bool(cross)), trial.entered[0])
+        layer, self.others = depth - 1, tower.prefix + cross
+        if tower.prompt is not None:
+            features = tower.prompt.features(as_call(trial.inputs).kwargs)
+            layer, self.others = features.layer, features.dropped + cross - int(attached.keeps_cross_token)
+        self.more = tower.prefix + cross - self.others  # tokens that are handed on besides patches
+        self.frame = Frame(depth, trial.entered[0], reserved, layer)
+        if self.frame.start - reserved < 2:
+            raise ValueError(
+                f"tower {trial.name!r} has {self.frame.start} tokens, of which {reserved} always stay: nothing can be "
+                "merged, so no budget can be kept"
+            )
+        self.family = Family(self.frame, even(self.frame))
+
+    def reserved(self, least: int, start: int) -> int:
+        """How many tokens always stay. Among padded images, as among padded texts, one more of either kind."""
+        depth = len(self.trial.tower.blocks)
+        self.output([start] * depth)
+        for reserved in (least, least + 2):
+            if planned_tokens(PerLayer((start,) * depth), depth, start, reserved)[:-1] == self.trial.entered:
+                return reserved
+        raise RuntimeError(f"tower {self.trial.name!r} ran its blocks on {self.trial.entered} tokens, unlike planned")
+
+    # By multiply-adds
+
+    def flops(self, asked: float) -> tuple[_Found, _Choice]:
+        """At most a share of the dense model's multiply-adds."""
+        with self.trial.attachment.paused():
+            dense = count_once(self.trial.model, self.trial.inputs).total
+        costs = derive(self.trial, self.frame)
+        choice = self.within(costs, asked, dense, "flops")
+        blocks, rest = self.trial.count(removed(choice[0]))
+        counted = sum(blocks) + rest
+        if counted != costs.total(choice[0]):
+            raise no_polynomial(self.trial)
+        share = counted / dense
+        return _Found(choice[0], share, share, (share, share)), choice
+
+    def within(self, price: Price, asked: float, dense: float, what: Budget) -> _Choice:
+        """The schedule that costs at most the share `asked` of `dense`, and is nearest to it."""
+        most = asked * dense
+        constant = nearest(price, self.family, most)
+        if self.distribution == "constant":
+            if constant is None:
+                raise _impossible(what, asked, float(prices(price, self.family.tokens).min()) / dense)
+            return constant, "constant", {}
+        if constant is None and allocate(self.frame, _Free(), price, most) is None:
+            strongest = allocate(self.frame, price, price, math.inf) or self.frame.strongest()
+            least = min(prices(price, torch.tensor([strongest])).min(), prices(price, self.family.tokens).min())
+            raise _impossible(what, asked, float(least) / dense)
+        found = [allocate(self.frame, loss, price, most) for loss in self.losses()]
+        best = [nearest(price, Family(self.frame, removed(tokens)), most) for tokens in found if tokens]
+        return self.choose(constant, best)
+
+    # By tokens
+
+    def tokens_out(self, asked: float) -> tuple[_Found, _Choice]:
+        """So many patch tokens behind the block that is read."""
+        place, goal = self.frame.read + 1, int(asked) + self.others
+        left = self.family.tokens[:, place]
+        if not left.min() <= goal <= left.max():
+            possible = left.min() if goal < left.min() else left.max()
+            raise _impossible("tokens_out", asked, int(possible) - self.others)
+
+        constant = self.family[int((left == goal).nonzero()[0])]
+        choice: _Choice = (constant, "constant", {})
+        if self.distribution == "measured":
+            found = [allocate(self.frame, loss, _Free(), math.inf, goal) for loss in self.losses()]
+            choice = self.choose(constant, found)
+        self.output(removed(choice[0]))
+        source = self.trial.attachment.source[self.trial.name][0, self.trial.tower.prefix :]
+        out = float(len(set(source[source >= 0].tolist())) + self.more)
+        return _Found(choice[0], asked, out, (out, out)), choice
+
+    # By time
+
+    def latency(self, asked: float) -> tuple[_Found, _Choice]:
+        """At most a share of the dense model's time."""
+        times = time_blocks(self.trial, self.frame, self.rounds)
+        least = min(times.totals.values()) / times.dense
+        if least >= 1:
+            raise ValueError(
+                f"latency={asked:g} cannot be kept: no schedule is faster than the dense model here, the best takes "
+                f"{least:.2f} of its time. The time does not fall with the tokens (few tokens, a small batch, a device "
+                "that waits for its launches): give a larger batch, or budget flops"
+            )
+        if asked < least:
+            raise _impossible("latency", asked, least)
+        choice = self.within(times, asked, times.dense, "latency")
+        weights = removed(choice[0])
+        found = self.timed(times, choice[0])
+        low, high = found.spread
+        if not low <= asked <= high and any(weights):  # the prediction is off: aim as much to the other side
+            aim = nearest(times, Family(self.frame, weights), asked * times.dense * found.predicted / found.measured)
+            again = None if aim is None else self.timed(times, aim)
+            if again is not None and abs(again.measured - asked) < abs(found.measured - asked):
+                found = again
+        return found, choice
+
+    def timed(self, times: Times, tokens: list[int]) -> _Found:
+        """Measure a schedule against the dense model, in turns."""
+        self.trial.use(removed(tokens))
+        turns = {"dense": partial(calling, self.call, self.trial.attachment.paused), "fit": partial(calling, self.call)}
+        seconds = take_turns(turns, self.trial.device, self.rounds, warmup=1)
+        shares = tuple(fit / dense for fit, dense in zip(seconds["fit"], seconds["dense"], strict=True))
+        predicted = float(prices(times, torch.tensor([tokens]))) / times.dense
+        return _Found(tokens, predicted, statistics.median(shares), quartiles(shares))
+
+    # By memory
+
+    def memory(self, asked: float) -> tuple[_Found, _Choice]:
+        """At most a share of the dense model's peak."""
+        with self.trial.attachment.paused():
+            dense = self.peak()
+        seen = [self.peak(self.family[0])]
+
+        def member(weights: Sequence[float]) -> list[int] | None:
+            """The weakest of a family that is within the budget, by bisection."""
+            family = Family(self.frame, weights)
+            low, high = -1, len(family) - 1
+            seen.append(self.peak(family[high]))
+            if seen[-1] > asked * dense:
+                return None
+            while high - low > 1:
+                middle = (low + high) // 2
+                seen.append(self.peak(family[middle]))
+                low, high = (low, middle) if seen[-1] <= asked * dense else (middle, high)
+            return family[high]
+
+        constant = member(even(self.frame))
+        choice: _Choice = (constant or [], "constant", {})
+        if self.distribution == "measured":
+            # The peak is the largest of many moments, and the first block is the one that has all tokens.
+            choice = self.choose(constant, [member([1.0] + [0.0] * (self.frame.depth - 1))])
+        if not choice[0]:
+            raise _impossible("memory", asked, min(seen) / dense)
+        share = self.peak(choice[0]) / dense
+        return _Found(choice[0], share, share, (share, share)), choice
+
+    def peak(self, tokens: Tokens | None = None) -> int:
+        """Bytes of a forward with a schedule; of the model as it is if None."""
+        if tokens is not None:
+            self.trial.use(removed(tokens))
+        for attached in self.trial.attachment._towers.values():
+            attached.last = Record()  # to be freed now, not in what is measured
+        return peak_memory(partial(calling, self.call), self.trial.device)
+
+    # Sharing out
+
+    def losses(self) -> list[Loss]:
+        """What each block alone costs the output, beside what a cross token costs that removes nothing.
+
+        It is measured where half of the tokens and where a quarter of them leave, and continued in some ways.
+        """
+        free = self.frame.start - self.frame.reserved
+        points = []
+        for layer in range(self.frame.read + 1):
+            of_block = []
+            for r in sorted({max(1, free // 4), free // 2}):
+                lost = distance(self.output([r if i == layer else 0 for i in range(self.frame.depth)]), self.whole)
+                of_block.append((self.frame.start - r, float(lost.mean())))
+            points.append(of_block)
+        return [Loss(self.frame, points, least) for least in (1.0, 2.0, 3.0)]
+
+    def choose(self, constant: list[int] | None, best: Sequence[list[int] | None]) -> _Choice:
+        """The best of what was allocated, or evenly.
+
+        The inputs say which, and whether that is clearly better than evenly: by more than the standard error of the
+        difference.
+        """
+        found = [
+            list(tokens)
+            for tokens in dict.fromkeys(tuple(tokens) for tokens in best if tokens)
+            if list(tokens) != constant
+        ]
+        if not found:
+            return constant or [], "constant", {}
+        lost = [self.lost(removed(tokens)) for tokens in found]
+        chosen = min(range(len(found)), key=lambda i: float(lost[i].mean()))
+        losses = {"measured": float(lost[chosen].mean())}
+        if constant is None:
+            return found[chosen], "measured", losses
+        other = self.lost(removed(constant))
+        losses["constant"] = float(other.mean())
+        difference = lost[chosen] - other
+        noise = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        better = float(difference.mean()) < -noise
+        return (found[chosen], "measured", losses) if better else (constant, "constant", losses)
+
+    def lost(self, r: Sequence[int]) -> Tensor:
+        """[B] what a schedule costs the output, input by input."""
+        if self.untouched is None:
+            with self.trial.attachment.paused():
+                self.untouched = self.run()
+        return distance(self.output(r), self.untouched)
+
+    untouched: Any = None
+
+    def output(self, r: Sequence[int]) -> Any:
+        """What counts of what the model returns with a schedule."""
+        self.trial.use(r)
+        return self.run()
+
+    def run(self) -> Any:
+        """What counts of what the model returns as it is."""
+        out = self.call()
+        if self.read is not None:
+            return self.read(out)
+        # Beside its logits, a model of transformers returns features and caches, which nobody decides by.
+        logits = getattr(out, "logits", None)
+        return logits if isinstance(logits, Tensor) else out
+
+    def call(self) -> Any:
+        """Call the model with its inputs."""
+        given = as_call(self.trial.inputs)
+        return self.trial.model(*given.args, **given.kwargs)
+
+
+def _impossible(what: Budget, asked: float, possible: float) -> ValueError:
+    if what == "tokens_out":
+        return ValueError(f"tokens_out={asked:g} cannot be kept: the nearest possible is {possible:g}")
+    shown = math.ceil(possible * 1e4) / 1e4
+    return ValueError(
+        f"{what}={asked:g} cannot be kept: the nearest possible is {shown:g}. A block gives up half of its tokens at "
+        "most, and what is not in the blocks stays"
+    )
+
+
+class _Free:
+    """Costs nothing to speak of: the fewer tokens, the less, so that equals are told apart."""
+
+    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
+        return (0 * tokens + left).double() * 1e-12
+
+
+def distance(output: Any, dense: Any) -> Tensor:
+    """[B] squared distance of two outputs over the squared norm of the second, row by row, averaged over their tensors.
+
+    Of tensors with fewer tokens than the dense model's [B, T, ...] the last ones are compared.
+
+    Raises:
+        ValueError: nothing in them can be compared.
+    """
+    found = []
+    pairs = list(zip(tensors_in(output), tensors_in(dense), strict=False))
+    rows = next((int(b.shape[0]) for _, b in pairs if b.is_floating_point() and b.dim() > 1), 0)
+    for a, b in pairs:
+        if not b.is_floating_point() or b.dim() < 2 or a.shape[0] != rows or b.shape[0] != rows:
+            continue
+        if a.dim() == b.dim() > 2 and a.shape[2:] == b.shape[2:] and a.shape[1] != b.shape[1]:
+            a, b = a[:, -1], b[:, -1]
+        if a.shape == b.shape:
+            a, b = a.cpu().double().flatten(1), b.cpu().double().flatten(1)
+            found.append((a - b).square().sum(1) / b.square().sum(1).clamp_min(1e-30))
+    if not found:
+        raise ValueError(
+            "what the model returns cannot be compared with the dense model's: expected a tensor of floating point "
+            "[B, ...] among it. Give read=, a function that takes one out of it, or distribution='constant'"
+        )
+    return torch.stack(found).mean(0)
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each block, fitted to measured ones.
+
+    Attributes:
+        frame: the tower's schedules.
+        laws: of each block, [7] one factor for each of `_time_terms`.
+        rest: [3] the same for what is outside the blocks.
+        dense: seconds of the dense model's forward.
+        totals: schedule -> seconds of the whole forward, as measured.
+    """
+
+    frame: Frame
+    laws: Sequence[Tensor]
+    rest: Tensor
+    dense: float
+    totals: Mapping[tuple[int, ...], float]
+
+    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
+        cost = (_time_terms(self.frame, tokens, left) @ self.laws[layer]).clamp_min(0)
+        if layer == self.frame.read:
+            cost = cost + (_rest_terms(self.frame, left) @ self.rest).clamp_min(0)
+        return cost
+
+
+def _time_terms(frame: Frame, tokens: Tensor, left: Tensor) -> Tensor:
+    """[.., 7] what a block's time is a sum of."""
+    t, r = torch.broadcast_tensors(tokens.double() / frame.start, (tokens - left).double() / frame.start)
+    m = (r > 0).double()
+    return torch.stack([torch.ones_like(t), t, t * t, r, m, m * t, m * t * t], -1)
+
+
+def _rest_terms(frame: Frame, left: Tensor) -> Tensor:
+    t = left.double() / frame.start
+    return torch.stack([torch.ones_like(t), t, t * t], -1)
+
+
+def time_blocks(trial: Trial, frame: Frame, rounds: int) -> Times:
+    """Time the blocks at some token counts, in turns with the dense model, and fit their times by least squares."""
+    family, front = Family(frame, even(frame)), Family(frame, [1.0] + [0.0] * (frame.depth - 1))
+    wanted = [front[len(front) // 2], front[len(front) - 1], frame.plan([0] * frame.depth)]
+    for share in (0.8, 0.6, 0.4, 0.2, 0.0):
+        left = frame.reserved + share * (frame.start - frame.reserved)
+        wanted.append(family[int((family.tokens[:, -1] - left).abs().argmin())])
+    plans = {tuple(removed(plan)): plan for plan in wanted}
+    spent: dict[tuple[int, ...], list[list[float]]] = {r: [] for r in plans}
+    dense = []
+    for _ in range(max(3, rounds // 2)):
+        with trial.attachment.paused():
+            dense.append(math.fsum(_stamped(trial)))
+        for r in plans:
+            trial.use(r)
+            spent[r].append(_stamped(trial))
+    medians = {r: [statistics.median(part) for part in zip(*spent[r], strict=True)] for r in plans}
+    laws: list[Tensor] = [torch.zeros(7, dtype=torch.float64)] * frame.depth
+    for group in alike(trial.tower.blocks, [i > frame.read for i in range(frame.depth)]):
+        pairs = [(plans[r][i], plans[r][i + 1], medians[r][i]) for r in plans for i in group]
+        entered, behind, took = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        law = _least_squares(_time_terms(frame, entered, behind), took)
+        for i in group:
+            laws[i] = law
+    handed = torch.tensor([plan[frame.read + 1] for plan in plans.values()])
+    terms = _rest_terms(frame, handed)
+    if trial.tower.restore:
+        terms = terms * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    rest = _least_squares(terms, torch.tensor([medians[r][-1] for r in plans]))
+    totals = {r: statistics.median(math.fsum(seconds) for seconds in spent[r]) for r in plans}
+    return Times(frame, laws, rest, statistics.median(dense), totals)
+
+
+def _least_squares(terms: Tensor, seconds: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.lstsq(terms, seconds.double()[:, None], rcond=1e-9, driver="gelsd").solution
+    return found[:, 0]
+
+
+def _stamped(trial: Trial) -> list[float]:
+    """Seconds of each block in one forward, and of the rest; the second of two, as in `crossget.benchmark`."""
+    given, device = as_call(trial.inputs), trial.device
+    stamps: list[Any] = []
+
+    def stamp(*_: Any) -> None:
+        if device.type == "cuda":  # on the device's own clock: waiting for it would change what is measured
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            stamps.append(event)
+        else:
+            stamps.append(time.perf_counter())
+
+    trial.model(*given.args, **given.kwargs)
+    # Hooks behind blocks would make the reducer more careful than it is without: all but the last stand in front.
+    hooks = [block.register_forward_pre_hook(stamp) for block in trial.tower.blocks]
+    hooks.append(trial.tower.blocks[-1].register_forward_hook(stamp))
+    try:
+        stamp()
+        trial.model(*given.args, **given.kwargs)
+        stamp()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if len(stamps) != len(trial.tower.blocks) + 3:
+        raise RuntimeError(
+            f"the blocks of tower {trial.name!r} did not run once each in a forward, so they cannot be timed one by one"
+        )
+    seconds = [_between(a, b) for a, b in pairwise(stamps)]
+    return [*seconds[1:-1], seconds[0] + seconds[-1]]
+
+
+def _between(a: Any, b: Any) -> float:
+    return float(b - a) if isinstance(a, float) else float(a.elapsed_time(b)) / 1e3

@@ -1,0 +1,169 @@
+"""Fit a model to budgets on a few images, and measure on others: `python -m experiments.budgets.run --help`."""
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import crossget
+from crossget.reducers import Reducer
+from experiments import common
+from experiments.ablation.run import measure, predict
+from experiments.ablation.settings import SETTINGS, Images, load_images, load_model
+
+RESULTS = Path(__file__).parent / "results"
+
+METHODS: dict[str, Reducer] = {"crossget": crossget.CrossGET(r=0), "tome": crossget.ToMe(r=0)}
+SHARES = (0.8, 0.69, 0.58, 0.5)
+DISTRIBUTIONS: tuple[Literal["measured", "constant"], ...] = ("measured", "constant")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method at a budget of multiply-adds, or of time or memory, which have no accuracy measured."""
+
+    setting: str
+    method: str
+    budget: str
+    share: float
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        return f"{self.setting}/{self.method}_{self.budget}_{100 * self.share:.0f}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and on which images."""
+
+    setting: Literal["imagenet", "cifar10"]
+    """Model and preprocessing."""
+    data: Path
+    """Folder with labels.csv (file,label), or with one folder of images per class."""
+    weights: Path | None = None
+    """Safetensors file with the model's parameters; without it timm's are downloaded."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Which reducers."""
+    shares: tuple[float, ...] = SHARES
+    """Budgets of multiply-adds, as shares of the dense model's."""
+    latencies: tuple[float, ...] = (0.8, 0.6)
+    """Budgets of time."""
+    memories: tuple[float, ...] = (0.9,)
+    """Budgets of peak memory."""
+    fitted_on: int = 32
+    """Images to fit on, spread evenly over the list; they are not measured on."""
+    batch: int = 50
+    """Images per forward when measuring."""
+    limit: int | None = None
+    """Take this many images only."""
+    device: str = "cpu"
+    """Where the model runs."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+    overwrite: bool = False
+    """Run again what has a result file."""
+
+
+def queue(options: Options) -> list[Run]:
+    """Return all runs that the options ask for.
+
+    Raises:
+        ValueError: a method does not exist.
+    """
+    common.check_names("methods", options.methods, METHODS)
+    budgets = {"flops": options.shares, "latency": options.latencies, "memory": options.memories}
+    return [
+        Run(options.setting, method, budget, share)
+        for budget, shares in budgets.items()
+        for method in options.methods
+        for share in shares
+        if budget == "flops" or method == options.methods[0]
+    ]
+
+
+def split(images: Images, fitted_on: int) -> tuple[Tensor, Images]:
+    """Return the images to fit on, and the others."""
+    n = len(images.labels)
+    chosen = torch.tensor([i * n // fitted_on for i in range(fitted_on)])
+    others = torch.ones(n, dtype=torch.bool).index_fill(0, chosen, False)
+    return images.pixels[chosen], Images(images.pixels[others], images.labels[others], images.source)
+
+
+def described(fitted: crossget.Fit, seconds: float) -> common.Json:
+    """Return a fit for a result file."""
+    entries = {**asdict(replace(fitted, reducer=crossget.ToMe(r=0))), "schedule": list(fitted.schedule.r)}
+    return {**{name: value for name, value in entries.items() if name != "reducer"}, "seconds": round(seconds, 2)}
+
+
+def main(options: Options) -> int:
+    """Work off the queue and return the number of runs executed."""
+    runs = queue(options)
+    if not common.pending(runs, options.results, options.overwrite):
+        return 0
+    setting = SETTINGS[options.setting]
+    model = load_model(setting, options.weights).to(options.device)
+    seen, images = split(load_images(setting, options.data, options.limit), options.fitted_on)
+    seen = seen.to(options.device)
+    dense = predict(model, images.pixels, options.batch, options.device)
+    weights = {"file": options.weights.name, "sha256": common.file_digest(options.weights)} if options.weights else None
+
+    def execute(run: Run) -> common.Json:
+        config = {
+            **asdict(run), "weights": weights, "data": images.source, "fitted_on": options.fitted_on,
+            "measured_on": len(images.labels), "batch": options.batch,
+        }  # fmt: skip
+        made: dict[str, common.Json] = {}
+        for distribution in DISTRIBUTIONS:
+            start = time.perf_counter()
+            budget: dict[str, Any] = {run.budget: run.share}
+            try:
+                fitted = crossget.fit(model, seen, reducer=METHODS[run.method], distribution=distribution, **budget)
+            except ValueError as refusal:  # what cannot be kept is a result, too
+                made[distribution] = {"refused": str(refusal)}
+                continue
+            made[distribution] = {"fit": described(fitted, time.perf_counter() - start)}
+            if run.budget == "flops":
+                with crossget.attach(model, fitted.reducer):
+                    logits = predict(model, images.pixels, options.batch, options.device)
+                made[distribution]["accuracy"] = measure(logits, images.labels, dense)
+        if run.budget == "flops":
+            made["dense"] = {"accuracy": measure(dense, images.labels, dense)}
+        return {"run": config, "result": made}
+
+    return common.work_off(
+        runs,
+        options.results,
+        execute,
+        command=command_of(options),
+        environment=common.environment(options.device),
+        overwrite=options.overwrite,
+    )
+
+
+def command_of(options: Options) -> Callable[[Run], str]:
+    """Return the function that writes the command which repeats one run; of paths it keeps the name only."""
+
+    def command(run: Run) -> str:
+        words = ["python", "-m", "experiments.budgets.run", "--setting", run.setting, "--data", options.data.name]
+        words += ["--weights", options.weights.name] if options.weights else []
+        words += ["--limit", str(options.limit)] if options.limit else []
+        words += ["--methods", run.method, "--fitted-on", str(options.fitted_on), "--batch", str(options.batch)]
+        given = {"flops": "--shares", "latency": "--latencies", "memory": "--memories"}
+        for budget, option in given.items():
+            words += [option, *([str(run.share)] if budget == run.budget else [])]
+        return shlex.join(words)
+
+    return command
+
+
+if __name__ == "__main__":
+    import tyro
+
+    done = main(tyro.cli(Options, description=__doc__))
+    print(f"{done} runs executed")

@@ -1,0 +1,534 @@
+"""Budgets: the closed form is the meter to the last multiply-add, and what is found keeps the budget."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import hf_models
+import open_clip
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import crossget
+from crossget.attach import find_attachment
+from crossget.budget import Family, Loss, _Search, allocate, distance, even, prices, removed
+from crossget.costs import Costs, Frame, Span, Trial, derive, solve
+from crossget.flops import count_once
+from crossget.schedule import PerLayer, planned_tokens
+
+WIDTH, DEPTH, PATCHES = 24, 3, 64
+TRACES_LLAVA = not (4, 53) <= hf_models.VERSION < (5, 0)  # these make masks by vmap, which jit cannot trace
+
+
+def vit(**settings: Any) -> Any:
+    """A timm ViT of 64 patches and a class token."""
+    torch.manual_seed(0)
+    chosen = {"depth": DEPTH, "num_heads": 2, "embed_dim": WIDTH, "img_size": 32, "patch_size": 4, "num_classes": 10}
+    return VisionTransformer(**{**chosen, **settings}).eval()
+
+
+def images(count: int, size: int = 32) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def clip(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    vision = {"layers": 3, "width": WIDTH, "head_width": 12, "patch_size": 8, "image_size": 40, **settings}
+    text = {"context_length": 12, "vocab_size": 60, "layers": 3, "width": WIDTH, "heads": 2}
+    return open_clip.CLIP(16, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)).eval()
+
+
+def hf_vit() -> Any:
+    return hf_models.built(transformers.ViTModel, transformers.ViTConfig(**hf_models.VISION))
+
+
+def hf_clip() -> Any:
+    config = transformers.CLIPVisionConfig(**hf_models.VISION)
+    return hf_models.built(transformers.CLIPVisionModel, config, "eager")
+
+
+def blip() -> Any:
+    text = {**hf_models.TEXT, "encoder_hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    config = transformers.BlipConfig(text_config=text, vision_config=hf_models.VISION, projection_dim=16)
+    return transformers.BlipForConditionalGeneration(config).eval()
+
+
+def prompts(count: int) -> dict[str, Tensor]:
+    ids, mask = hf_models.prompts(*["^#abcd"] * count)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": hf_models.images(count)}
+
+
+# The closed form ------------------------------------------------------------------------------------------------------
+
+
+def costs_of(model: nn.Module, inputs: Any, reducer: Any, tower: str | None) -> tuple[Costs, crossget.Attachment, str]:
+    attachment = crossget.attach(model, reducer if tower is None else {tower: reducer})
+    name = tower or next(iter(attachment.towers))
+    search = _Search(Trial(model, inputs, attachment, name), None, "constant", 1)
+    return derive(search.trial, search.frame), attachment, name
+
+
+@dataclass(frozen=True)
+class Host:
+    id: str
+    make: Callable[[], Any]
+    inputs: Callable[[], Any]
+    tower: str | None = None
+
+
+CROSS, TOME = crossget.CrossGET(r=0), crossget.ToMe(r=0)
+BY_ATTENTION = crossget.CrossGET(r=0, cross_token=False, importance="attention")
+GRAPH = crossget.CrossGET(r=0, cross_token=False, guided_matching=False, ensemble="size")
+VIT = Host("timm", vit, lambda: images(2))
+TEXTS = Host("text", clip, lambda: {"text": torch.randint(1, 60, (3, 12))}, "text")
+SLOW = pytest.mark.slow
+CASES = [
+    (VIT, TOME),
+    *[
+        pytest.param(VIT, reducer, marks=SLOW)
+        for reducer in (CROSS, BY_ATTENTION, GRAPH, crossget.Random(r=0), crossget.TopK(r=0))
+    ],
+    *[
+        pytest.param(host, reducer, marks=SLOW)
+        for host, reducer in [
+            (Host("open_clip", clip, lambda: (images(1, 40), torch.randint(1, 60, (1, 12)))), CROSS),
+            (Host("registers", lambda: vit(reg_tokens=3), lambda: images(1)), TOME),
+            (Host("no class token", lambda: vit(class_token=False, global_pool="avg"), lambda: images(1)), CROSS),
+            (Host("open_clip's tower", lambda: clip().visual, lambda: images(1, 40)), CROSS),
+            (Host("text", clip, lambda: {"text": torch.randint(1, 60, (3, 12))}, "text"), CROSS),
+            (Host("transformers' ViT", hf_vit, lambda: hf_models.images(1)), BY_ATTENTION),
+            (Host("transformers' CLIP", hf_clip, lambda: {"pixel_values": hf_models.images(2)}), CROSS),
+            (
+                Host("BLIP", blip, lambda: {**prompts(1), "input_ids": torch.full((1, 5), 9), "attention_mask": None}),
+                TOME,
+            ),
+            (Host("LLaVA", hf_models.llava, lambda: prompts(1)), CROSS),
+            (Host("two LLaVA prompts", hf_models.llava, lambda: prompts(2)), CROSS),
+            (Host("ViT-Tiny", lambda: vit(depth=12, img_size=56), lambda: images(1, 56)), CROSS),
+        ]
+    ],
+]
+
+
+@pytest.mark.parametrize(("host", "reducer"), CASES, ids=lambda value: getattr(value, "id", type(value).__name__))
+def test_the_closed_form_is_what_the_meter_counts(host: Host, reducer: Any) -> None:
+    if "LLaVA" in host.id and not TRACES_LLAVA:
+        pytest.skip("these versions of transformers cannot be traced")
+    model, inputs = host.make(), host.inputs()
+    costs, attachment, tower = costs_of(model, inputs, reducer, host.tower)
+    frame = costs.frame
+    assert costs.counted <= 8
+    free = frame.start - frame.reserved
+    for wish in ([5] * frame.depth, [free // 3, *range(1, frame.depth)], [0] * (frame.depth - 1) + [free // 2]):
+        attachment.reducer = {**attachment.reducers, tower: replace(attachment.reducers[tower], r=tuple(wish))}
+        plan = planned_tokens(PerLayer(tuple(wish)), frame.depth, frame.start, frame.reserved)
+        assert count_once(model, inputs, attachment.parameters()).total == costs.total(plan)
+        assert float(prices(costs, torch.tensor([plan]))) == costs.total(plan)
+    attachment.detach()
+
+
+@pytest.fixture(scope="module")
+def vit_costs() -> Costs:
+    costs, attachment, _ = costs_of(vit(), images(2), CROSS, None)
+    attachment.detach()
+    return costs
+
+
+@given(st.lists(st.integers(0, 40), min_size=DEPTH, max_size=DEPTH))
+def test_the_closed_form_is_the_formula(vit_costs: Costs, r: list[int]) -> None:
+    """All schedules, not the few that can be counted: what docs/flops.md says of every part."""
+    plan = vit_costs.frame.plan(r)
+    total = PATCHES * 3 * 4 * 4 * WIDTH + 5 * (PATCHES + 1) * WIDTH + WIDTH * 10  # patches, last norm, head
+    for tokens, left in pairwise(plan):
+        total += 5 * tokens * WIDTH + 4 * tokens * WIDTH**2 + 2 * tokens**2 * WIDTH
+        total += 5 * left * WIDTH + 2 * left * WIDTH * 4 * WIDTH
+        total += (tokens**2 + tokens) * WIDTH if left < tokens else 0  # similarities, and those with the guide
+    assert vit_costs.total(plan) == 2 * total
+
+
+class Odd(crossget.ToMe):
+    """Costs what no polynomial costs: a product of as many rows as the tokens' number has digits in base two."""
+
+    def reduce(self, view: Any, r: int) -> Any:
+        rows = int(view.tokens.shape[1]).bit_count()
+        view.tokens = view.tokens + (view.tokens[:, :rows] @ view.tokens.transpose(1, 2)).sum() * 0
+        return super().reduce(view, r)
+
+
+def test_costs_of_another_form_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"are no polynomial in the tokens of the blocks of tower 'visual'.*tiles"):
+        crossget.fit(vit(depth=2), images(1), flops=0.7, reducer=Odd(r=0), distribution="constant")
+
+
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min_size=1, max_size=6), st.data())
+def test_equations(rows: list[list[int]], data: Any) -> None:
+    known = data.draw(st.lists(st.integers(-5, 5), min_size=3, max_size=3))
+    equations = [(row, sum(a * b for a, b in zip(row, known, strict=True))) for row in rows]
+    found = solve(equations)
+    assert found is not None
+    assert all(sum(a * b for a, b in zip(row, found, strict=True)) == value for row, value in equations)
+    assert solve([*equations, (rows[0], equations[0][1] + 1)]) is None
+    span = Span()
+    for row in rows:
+        span.add(row)
+    assert span.rank == torch.linalg.matrix_rank(torch.tensor(rows).double())
+
+
+# Families and allocation ----------------------------------------------------------------------------------------------
+
+weights = st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.5, 7.0]), min_size=3, max_size=3).filter(any)
+
+
+@given(weights, st.integers(2, 30), st.integers(0, 3))
+def test_a_family_grows_stronger_token_by_token(weights: list[float], free: int, reserved: int) -> None:
+    frame = Frame(3, free + reserved, reserved, 2)
+    family = Family(frame, weights)
+    assert family[0] == [frame.start] * 4
+    for n in range(len(family)):
+        plan = family[n]
+        assert plan == frame.plan(removed(plan))  # nobody is asked for more than half
+        assert all(r == 0 for r, weight in zip(removed(plan), weights, strict=True) if not weight)
+    for weak, strong in pairwise(family[n] for n in range(len(family))):
+        assert all(0 <= a - b <= 1 for a, b in zip(weak, strong, strict=True))
+        assert weak != strong
+    if len(set(weights)) == 1:
+        assert family[len(family) - 1] == frame.strongest()
+
+
+def test_evenly_is_what_constant_r_is() -> None:
+    frame = Frame(12, 198, 2, 11)
+    family = Family(frame, even(frame))
+    schedules = [removed(family[n]) for n in range(len(family))]
+    assert all([r] * 12 in schedules for r in range(15))
+    assert [16] * 11 + [10] in schedules  # of the reference, whose last block can give up 10 only
+
+
+class Table:
+    """What a block costs, by table: [layer, tokens, left]."""
+
+    def __init__(self, seed: int, frame: Frame) -> None:
+        chance = torch.Generator().manual_seed(seed)
+        self.table = torch.rand(frame.depth, frame.start + 1, frame.start + 1, generator=chance, dtype=torch.float64)
+
+    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
+        return self.table[layer][tokens, left]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("out", [None, 4])
+def test_an_allocation_loses_least_of_all_that_cost_no_more(seed: int, out: int | None) -> None:
+    frame = Frame(3, 9, 2, 1 if seed == 4 else 2)
+    loss, price = Table(seed, frame), Table(seed + 100, frame)
+    last = range(1) if frame.read == 1 else range(9)
+    every = {tuple(frame.plan(r)) for r in itertools.product(range(9), range(9), last)}
+    plans = [plan for plan in every if out is None or plan[frame.read + 1] == out]
+    tensor = torch.tensor(plans)
+    losses, costs = prices(loss, tensor), prices(price, tensor)
+    most = float(costs.quantile(0.3)) if out is None else float("inf")
+    found = allocate(frame, loss, price, most, out)
+    assert found is not None
+    at = plans.index(tuple(found))
+    assert costs[at] <= most
+    assert losses[at] == losses[costs <= costs[at]].min()
+    assert allocate(frame, loss, price, float(costs.min()) - 1e-9, out) is None
+
+
+@given(st.floats(0.001, 1), st.floats(1, 4))
+def test_a_loss_goes_through_what_was_measured(little: float, factor: float) -> None:
+    frame = Frame(2, 41, 1, 1)
+    loss = Loss(frame, [[(31, little), (21, little * factor * 3)], [(31, 0.0), (21, 0.0)]])
+    at = torch.tensor([41, 31, 21, 11])
+    values = loss.block(0, torch.full_like(at, 41), at)
+    assert values[0] == 0
+    assert values[2] == pytest.approx(little * factor * 3)
+    assert (values.diff() > 0).all()
+    assert float(values[3]) == pytest.approx(float(values[2] + loss.block(0, at[2], at[3])))  # in two steps, as in one
+    assert not loss.block(1, torch.full_like(at, 41), at).any()
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "reducer", "distribution"),
+    [(0.58, CROSS, "constant"), (0.7, TOME, "measured"), pytest.param(0.8, CROSS, "measured", marks=SLOW)],
+    ids=["constant", "measured", "with a cross token"],
+)
+def test_flops(vit_costs: Costs, asked: float, reducer: Any, distribution: Any) -> None:
+    model, inputs = vit(), images(8)
+    fitted = crossget.fit(model, inputs, flops=asked, reducer=reducer, distribution=distribution)
+    with crossget.attach(model, fitted.reducer) as attached:
+        report = crossget.count_flops(model, inputs)
+        assert attached.tokens["visual"] == list(fitted.tokens[:-1])
+    assert report.ratio == fitted.measured == fitted.predicted <= asked
+    assert fitted.met
+    assert "MISSED" not in str(fitted)
+    assert fitted.schedule.r == tuple(removed(fitted.tokens)) == fitted.reducer.schedule.r  # type: ignore[union-attr]
+    if distribution == "constant":
+        family = Family(vit_costs.frame, even(vit_costs.frame))
+        totals = [vit_costs.total(family[n]) * 4 for n in range(len(family))]  # for 8 images, not 2
+        most = asked * report.dense.total
+        assert max(total for total in totals if total <= most) <= report.total <= most
+        r = fitted.schedule.r
+        for i in (i for i in range(DEPTH) if r[i]):  # one token more is too much
+            assert 4 * vit_costs.total(vit_costs.frame.plan([*r[:i], r[i] - 1, *r[i + 1 :]])) > most
+        assert not fitted.losses
+    elif reducer is TOME:
+        # Behind the last block only the class token is read: what is merged there is free, and in the first it is not.
+        assert fitted.distribution == "measured"
+        assert fitted.losses["measured"] < fitted.losses["constant"]
+        assert fitted.schedule.r[-1] >= (fitted.tokens[-2] - 1) // 2 - 4
+
+
+@pytest.mark.slow
+def test_a_dictionary_of_towers_and_a_model_of_two() -> None:
+    model, ids = clip(), torch.randint(1, 60, (2, 12))
+    inputs = (images(2, 40), ids)
+    whole = crossget.fit(model, inputs, flops=0.8, distribution="constant")
+    text = crossget.fit(model, inputs, flops=0.95, distribution="constant", tower="text", reducer=TOME)
+    assert (whole.tower, text.tower, list(text.reducer)) == ("visual", "text", ["text"])  # type: ignore[arg-type]
+    for fitted in (whole, text):
+        with crossget.attach(model, fitted.reducer):
+            assert crossget.count_flops(model, inputs).ratio == fitted.measured <= fitted.asked
+
+
+@pytest.mark.parametrize("distribution", ["constant", "measured"])
+@pytest.mark.parametrize("settings", [{}, {"reg_tokens": 3}, {"class_token": False, "global_pool": "avg"}], ids=str)
+def test_tokens_out(settings: dict[str, Any], distribution: Any) -> None:
+    model = vit(**settings)
+    for asked in (64, 17):
+        fitted = crossget.fit(model, images(4), tokens_out=asked, distribution=distribution)
+        assert fitted.measured == fitted.predicted == asked
+        kept = fitted.tokens[-1] - 1 - settings.get("reg_tokens", 0) - settings.get("class_token", True)
+        assert kept == asked
+        with crossget.attach(model, fitted.reducer) as attached:
+            model(images(1))
+            assert len(attached.source["visual"][0].unique()) == fitted.tokens[-1] - 1
+
+
+@pytest.mark.parametrize("distribution", ["constant", "measured"])
+def test_image_tokens_of_llava(distribution: Any) -> None:
+    """As many as the prompt makes room for: the cross token that LLaVA keeps among its features is one of them."""
+    model, inputs = hf_models.llava(), prompts(4)
+    fitted = crossget.fit(model, inputs, tokens_out=7, distribution=distribution)
+    assert fitted.measured == 7
+    assert fitted.schedule.r[-1] == 0  # nobody reads the last block
+    if distribution == "measured":  # of the last token's logits, as nothing else can be compared
+        by_hand = crossget.fit(model, inputs, tokens_out=7, read=lambda out: out.logits[:, -1])
+        assert (by_hand.losses, by_hand.schedule) == (fitted.losses, fitted.schedule)
+    with crossget.attach(model, fitted.reducer) as attached:
+        assert attached.image_tokens == (16, 7)
+        assert model(**inputs).logits.shape[1] == 5 + 7
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRACES_LLAVA, reason="these versions of transformers cannot be traced")
+def test_flops_of_llava() -> None:
+    """The language model's are among them, and become fewer with the image tokens."""
+    model, inputs = hf_models.llava(), prompts(4)
+    fitted = crossget.fit(model, inputs, flops=0.7)
+    with crossget.attach(model, fitted.reducer):
+        assert crossget.count_flops(model, inputs).ratio == fitted.measured <= 0.7
+
+
+def test_evenly_stays_where_nothing_is_better() -> None:
+    constant = crossget.fit(vit(), images(4), tokens_out=20, distribution="constant")
+    fitted = crossget.fit(vit(), images(4), tokens_out=20, read=lambda logits: torch.ones_like(logits))
+    assert fitted.distribution == "constant"
+    assert fitted.losses == {"measured": 0.0, "constant": 0.0}
+    assert fitted.schedule == constant.schedule
+
+
+def test_what_cannot_be_done_on_the_meta_device() -> None:
+    model, inputs = vit().to("meta"), images(2).to("meta")
+    with pytest.raises(ValueError, match="nothing can be measured: set distribution='constant'"):
+        crossget.fit(model, inputs, flops=0.7)
+    with pytest.raises(ValueError, match="latency cannot be measured on the meta device"):
+        crossget.fit(model, inputs, latency=0.7)
+
+
+@pytest.mark.slow
+def test_the_meta_device_gives_the_same() -> None:
+    model, inputs = vit().to("meta"), images(2).to("meta")
+    fitted = crossget.fit(model, inputs, flops=0.7, distribution="constant")
+    real = vit()
+    with crossget.attach(real, fitted.reducer):
+        assert crossget.count_flops(real, images(2)).ratio == fitted.measured
+
+
+# Time, on a clock that the model's own modules turn -------------------------------------------------------------------
+
+
+@contextmanager
+def clock(model: Any, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> Iterator[None]:
+    """Inside, time passes in attention and MLP only, by the number of tokens that they get."""
+    now = 0.0
+
+    def turn(module: nn.Module, args: Any) -> None:
+        nonlocal now
+        now += seconds(int(args[0].shape[1]))
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    hooks = [part.register_forward_pre_hook(turn) for block in model.blocks for part in (block.attn, block.mlp)]
+    yield
+    monkeypatch.undo()
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("distribution", ["constant", "measured"])
+def test_latency(monkeypatch: pytest.MonkeyPatch, distribution: Any) -> None:
+    model, inputs = vit(), images(4)
+    with clock(model, monkeypatch, lambda tokens: 1e-3 + 1e-4 * tokens + 1e-6 * tokens**2):
+        fitted = crossget.fit(model, inputs, latency=0.7, distribution=distribution, rounds=2)
+        assert fitted.met
+        assert fitted.predicted == pytest.approx(fitted.measured, abs=1e-2)
+        assert 0.68 < fitted.measured <= 0.7 + 1e-3
+        assert fitted.spread == pytest.approx((fitted.measured, fitted.measured))
+        with pytest.raises(ValueError, match=r"latency=0.2 cannot be kept: the nearest possible is 0.\d+"):
+            crossget.fit(model, inputs, latency=0.2, rounds=2)
+
+
+def test_time_that_does_not_fall_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        clock(model := vit(), monkeypatch, lambda tokens: 1.0),
+        pytest.raises(ValueError, match=r"no schedule is faster .* the best takes 1.00 .*give a larger batch"),
+    ):
+        crossget.fit(model, images(2), latency=0.9, rounds=1)
+
+
+def test_a_missed_latency_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes slower behind the timing of the blocks: what was predicted does not hold."""
+    model, slow = vit(), 0.0
+    original = crossget.budget.time_blocks  # type: ignore[attr-defined]
+
+    def then_slower(*args: Any) -> Any:
+        nonlocal slow
+        found, slow = original(*args), 0.02
+        return found
+
+    monkeypatch.setattr("crossget.budget.time_blocks", then_slower)
+    with (
+        clock(model, monkeypatch, lambda tokens: 1e-3 * tokens + (slow if tokens < 60 else 0.0)),
+        pytest.warns(UserWarning, match=r"the budget was missed.*MISSED, by more than the spread"),
+    ):
+        fitted = crossget.fit(model, images(2), latency=0.5, distribution="constant", rounds=2)
+    assert not fitted.met
+    assert fitted.measured > 0.5
+
+
+@pytest.mark.slow
+def test_a_real_latency() -> None:
+    model = vit(depth=6, embed_dim=192, num_heads=3, img_size=64)
+    fitted = crossget.fit(model, images(8, 64), latency=0.75, distribution="constant")
+    assert 0.6 < fitted.measured < 0.85
+    assert abs(fitted.predicted - fitted.measured) < 0.15
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_memory() -> None:
+    model, inputs = vit(depth=2, mlp_ratio=16), images(4)
+    constant = crossget.fit(model, inputs, memory=0.8, distribution="constant")
+    fitted = crossget.fit(model, inputs, memory=0.8, read=lambda logits: logits * 0 + 1)
+    with pytest.raises(ValueError, match=r"memory=0.05 cannot be kept: the nearest possible is 0.\d+"):
+        crossget.fit(model, inputs, memory=0.05)
+    assert fitted.schedule == constant.schedule
+    assert 0.7 < constant.measured <= 0.8
+    assert constant.measured == constant.predicted
+    report = crossget.benchmark(model, inputs, rounds=1, warmup=0, methods={"fit": constant.reducer})
+    share = report["fit"].peak_memory / report["dense"].peak_memory
+    assert share == pytest.approx(constant.measured, abs=0.02)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "give exactly one budget of flops, tokens_out, latency, memory; got none"),
+        ({"flops": 0.5, "memory": 0.5}, ValueError, "exactly one budget .*'flops': 0.5, 'memory': 0.5"),
+        ({"flops": 1.2}, ValueError, r"flops is 1.2: expected a share of the dense model's, in \(0, 1\]"),
+        ({"latency": 0}, ValueError, "latency is 0: expected a share"),
+        ({"flops": "half"}, TypeError, "flops is 'half': expected a number"),
+        ({"tokens_out": 12.0}, TypeError, "tokens_out is 12.0: the number of tokens is an int"),
+        ({"tokens_out": 0}, ValueError, "tokens_out is 0: expected at least 1"),
+        ({"tokens_out": 65}, ValueError, "tokens_out=65 cannot be kept: the nearest possible is 64"),
+        ({"tokens_out": 7}, ValueError, "tokens_out=7 cannot be kept: the nearest possible is 8"),
+        ({"flops": 0.5, "distribution": "linear"}, ValueError, "distribution is 'linear': choose 'measured' or"),
+        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give one reducer such as crossget.ToMe"),
+        ({"flops": 0.5, "rounds": 0}, ValueError, "rounds=0: expected at least 1"),
+        ({"flops": 0.5, "tower": "text"}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
+        ({"tokens_out": 30, "read": lambda out: [1]}, ValueError, "cannot be compared with the dense model's"),
+    ],
+    ids=str,
+)
+def test_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    model.norm.eval()
+    with pytest.raises(error, match=message):
+        crossget.fit(model, images(2), **arguments)
+    assert find_attachment(model) is None
+    assert model.training
+    assert not model.norm.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_the_nearest_possible_is_possible(vit_costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No schedule at all costs less, and what is named is found."""
+    monkeypatch.setattr("crossget.budget.derive", lambda trial, frame: vit_costs)
+    with pytest.raises(ValueError, match="nearest possible") as caught:
+        crossget.fit(vit(), images(2), flops=0.05)
+    share = float(str(caught.value).split("possible is ")[1].split(". ")[0])
+    dense = crossget.count_flops(vit(), images(2)).total
+    frame, counts = vit_costs.frame, torch.arange(1, vit_costs.frame.start + 1)
+    every = torch.cartesian_prod(torch.tensor([frame.start]), counts, counts, counts)
+    gone = every[:, :-1] - every[:, 1:]
+    possible = ((gone >= 0) & (2 * gone <= every[:, :-1] - frame.reserved)).all(1)
+    least = float(prices(vit_costs, every[possible]).min())
+    assert share - 1e-4 < least / dense <= share
+
+
+def test_an_attached_model_is_refused() -> None:
+    model = vit()
+    with crossget.attach(model, TOME) as attached:
+        with pytest.raises(ValueError, match="already attached.*Detach it first"):
+            crossget.fit(model, images(1), flops=0.5)
+        assert attached.is_attached
+
+
+def test_too_few_tokens_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has 3 tokens, of which 2 always stay: nothing can be merged"):
+        crossget.fit(vit(img_size=4), images(1, 4), flops=0.5)
+
+
+def test_a_tower_that_does_not_run_is_an_error() -> None:
+    with pytest.raises(ValueError, match="tower 'visual' did not run on these inputs"):
+        crossget.fit(clip(), {"text": torch.randint(1, 60, (2, 12))}, flops=0.5)
+
+
+def test_distance() -> None:
+    a, b = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]])
+    assert distance(a, b).tolist() == [pytest.approx(16 / 9), 0.0]
+    # Longer ones are compared at their end, integers and single numbers not at all.
+    long = torch.zeros(2, 5, 2)
+    long[:, -1] = b
+    out = {"logits": a[:, None], "ids": torch.ones(2, 3), "scale": torch.tensor(2.0)}
+    dense = {"logits": long, "ids": torch.ones(2, 3, dtype=torch.long), "scale": torch.tensor(3.0)}
+    assert distance(out, dense).tolist() == [pytest.approx(16 / 9), 0.0]
