@@ -57,8 +57,8 @@ class View:
     n_protected: int
     valid: Tensor | None = None
     guide: Tensor | int | None = None
-    relevance: Callable[[Tensor], Tensor] | None = None
-    score: Tensor | None = None
+    relevance: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
+    score: Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

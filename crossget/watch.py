@@ -339,7 +339,7 @@ class BlockWatch(TorchFunctionMode):
         received = torch.stack(self.received).mean(0) if self.received else None
         view = View(
             total, queries, keys, received, state.sizes, state.protected, state.n_protected, state.valid,
-            self._guide(), state.relevance,
+            self._guide(), relevance=state.relevance,
         )  # fmt: skip
         device = total.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):

@@ -8,11 +8,11 @@ import open_clip
 import pytest
 import timm
 import torch
-from contract import COMPILES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
+from contract import COMPILES
 from crossget.importance import by_text
 from crossget.matching import Plan
 from crossget.state import Step
