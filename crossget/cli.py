@@ -19,6 +19,7 @@ TOUR = """\
 CrossGET and ToMe-style token reduction for backbones of timm, open_clip and transformers, by name. A tour:
 
   crossget demo                            dense, ToMe-style and CrossGET side by side, and a picture of what was merged
+  crossget show photo.jpg                  a web page: which patches become one token, block by block
   crossget models --filter '*dino*'        which backbones can be reduced, and why the others cannot
   crossget flops ViT-B-16 --r 16           multiply-adds by module, dense and reduced; no memory, no weights
   crossget flops llava-1.5-7b --r 13       the same for generating: image tower, prefill, decoding step, cache
@@ -73,6 +74,22 @@ def demo(options: argparse.Namespace) -> int:
     found = run(Options(**{name: getattr(options, name) for name in names}), say=_say)
     print(found.table())
     for path in (options.out, options.json):
+        if path is not None:
+            _say(f"wrote {path}")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """One photograph, block by block, as a web page in one file: which patches become one token, and what it costs."""
+    from crossget.show import Options, run
+
+    names = [f.name for f in dataclasses.fields(Options)]
+    story = run(Options(**{name: getattr(options, name) for name in names}), say=_say)
+    for name, runs in story.runs.items():
+        tokens, gflops = runs[0].tokens, runs[0].count.total / 1e9
+        dense = story.dense.count.total / 1e9
+        print(f"{name}: {tokens[0]} to {tokens[-1]} tokens, {gflops:.3g} of {dense:.3g} GFLOPs")
+    for path in (options.out, options.png):
         if path is not None:
             _say(f"wrote {path}")
     return 0
@@ -221,9 +238,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"crossget {crossget.__version__}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(
-        metavar="COMMAND", help="demo, models, flops, bench, doctor or convert; each has a --help"
+        metavar="COMMAND", help="demo, show, models, flops, bench, doctor or convert; each has a --help"
     )
     _add_demo(commands)
+    _add_show(commands)
     _add_models(commands)
     _add_flops(commands)
     _add_bench(commands)
@@ -257,14 +275,39 @@ def _add_demo(commands: Any) -> None:
     one = _add(commands, demo, f"Without --images, the photographs are those in scikit-image's package:\n{credits}")
     one.add_argument("model", nargs="?", default=Options.model, help=MODEL_HELP)
     _add_r(one)
-    one.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of your own: a safetensors or torch file")
-    help_text = "weights of the host; 'default' tries the host's preferred ones, 'none' is random"
-    one.add_argument("--pretrained", default=Options.pretrained, metavar="TAG", help=help_text)
+    _add_weights(one)
     one.add_argument("--images", type=Path, metavar="FOLDER", help="photographs of your own")
     _add_speed(one)
     one.add_argument("--out", type=Path, default=Options.out, metavar="FILE", help="where the picture goes")
     one.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")
-    one.add_argument("--seed", type=int, default=Options.seed, help="of random weights")
+
+
+SHOW_EPILOG = """\
+The page needs nothing but a browser: no network, no other file. With a CLIP of open_clip, --text shows how near each
+token is to each text, and lets a text guide crossget and topk, which then keep the tokens near to it.
+
+  crossget show cat.jpg --model ViT-B-16 --r 12 --text "a cat" "a cup" --out cat.html
+"""
+
+
+def _add_show(commands: Any) -> None:
+    from crossget.demo import SHIPPED
+    from crossget.show import METHODS, Options
+
+    one = _add(commands, show, SHOW_EPILOG)
+    shipped = ", ".join(Path(name).stem for name, _, _ in SHIPPED)
+    help_text = f"a file, or one of scikit-image's photographs: {shipped}; if not given, the first of these"
+    one.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help=help_text)
+    one.add_argument("--model", default=Options.model, help=MODEL_HELP)
+    one.add_argument("--r", type=_reduction, default="16", help=R_HELP)
+    one.add_argument(
+        "--methods", nargs="+", default=Options.methods, choices=METHODS, help="to stand side by side", metavar="METHOD"
+    )
+    one.add_argument("--text", nargs="+", default=(), metavar="TEXT", help="what to look for in the photograph")
+    _add_weights(one)
+    one.add_argument("--device", type=_device, default="cpu", help="where the model runs")
+    one.add_argument("--out", type=Path, default=Options.out, metavar="FILE", help="where the page goes")
+    one.add_argument("--png", type=Path, metavar="FILE", help="the same as a picture for papers")
 
 
 def _add_models(commands: Any) -> None:
@@ -337,6 +380,15 @@ def _add_convert(commands: Any) -> None:
 
 def _add_model(one: argparse.ArgumentParser) -> None:
     one.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def _add_weights(one: argparse.ArgumentParser) -> None:
+    from crossget.demo import Options
+
+    one.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of your own: a safetensors or torch file")
+    help_text = "weights of the host; 'default' tries the host's preferred ones, 'none' is random"
+    one.add_argument("--pretrained", default=Options.pretrained, metavar="TAG", help=help_text)
+    one.add_argument("--seed", type=int, default=Options.seed, help="of random weights")
 
 
 def _add_r(one: argparse.ArgumentParser) -> None:

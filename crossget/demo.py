@@ -31,7 +31,7 @@ from crossget.flops import count_flops
 from crossget.hosts import DEFAULT, Backbone, make
 from crossget.reducers import CrossGET, Reducer, ToMe
 from crossget.registry import find_towers
-from crossget.schedule import Schedule, as_schedule
+from crossget.schedule import Ratio, Schedule, as_schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -201,7 +201,7 @@ class Demo:
             figures.Curve(row.name, row.tokens[VISUAL], row.gflops, row.cosine["image"], row.speed) for row in self.rows
         ]
         name = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
-        title = f"crossget demo: {name}, {_r_text(self.options.r)} tokens removed per block"
+        title = f"crossget demo: {name}, {r_text(self.options.r)} tokens removed per block"
         rows = self._panels()
         shown = self.photographs[: len(rows)]
         credits = "; ".join(f"{p.name}: {p.credit}" for p in shown if p.credit)
@@ -223,9 +223,9 @@ class Demo:
 
     def _heading(self) -> str:
         backbone, options = self.backbone, self.options
-        text = f", {_r_text(options.text_r)} per text block" if self.pairs else ""
+        text = f", {r_text(options.text_r)} per text block" if self.pairs else ""
         return (
-            f"{backbone.title}, {_r_text(options.r)} tokens removed per block{text}; "
+            f"{backbone.title}, {r_text(options.r)} tokens removed per block{text}; "
             f"{len(self.photographs)} photographs, {options.device}, batch {options.batch}"
         )
 
@@ -344,6 +344,23 @@ def load_photographs(folder: Path | None) -> list[Photograph]:
     return [_read(path, f"a photo of {_words(path.stem)}", "") for path in paths[:MOST_IMAGES]]
 
 
+def load_photograph(name: Path | None) -> Photograph:
+    """One photograph: a file, or one of scikit-image's by its name; the first of these if None.
+
+    Raises:
+        ValueError: there is no such file or name, or Pillow cannot read it.
+        RuntimeError: scikit-image is not installed, or ships them no more.
+    """
+    if name is not None and name.is_file():
+        return _read(name, f"a photo of {_words(name.stem)}", "")
+    shipped = {Path(file).stem: (file, caption, credit) for file, caption, credit in SHIPPED}
+    chosen = next(iter(shipped)) if name is None else str(name)
+    if chosen not in shipped:
+        raise ValueError(f"no image {chosen}: expected a file, or one of {', '.join(shipped)} (from scikit-image)")
+    file, caption, credit = shipped[chosen]
+    return _read(_shipped_folder() / file, caption, credit)
+
+
 def _words(stem: str) -> str:
     return stem.replace("_", " ").replace("-", " ")
 
@@ -399,7 +416,7 @@ class _Looks:
             self._measure(rows)
         if self.backbone.random:
             self.notes.append("random weights: the costs are real; the cosines say nothing of a trained model")
-        pixels, prefix, grid = _pixels(self.images, self.backbone.preprocess), self.tower.prefix, self._grid(rows[1])
+        pixels, prefix, grid = as_seen(self.images, self.backbone.preprocess), self.tower.prefix, self._grid(rows[1])
         return Demo(self.options, self.backbone, self.photographs, rows, self.notes, pixels, prefix, grid)
 
     def _grid(self, row: Row) -> tuple[int, int] | None:
@@ -571,7 +588,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.float(), b.float()).mean())
 
 
-def _pixels(images: Tensor, preprocess: Any) -> Tensor:
+def as_seen(images: Tensor, preprocess: Any) -> Tensor:
     """[B, H, W, 3] in 0 to 1: what the model saw, without the normalisation."""
     for transform in getattr(preprocess, "transforms", ()):
         if hasattr(transform, "mean") and hasattr(transform, "std"):
@@ -601,7 +618,10 @@ def _speed(row: Row) -> str:
     return f"{row.speed:.2f}x" + (f" [{low:.2f}, {high:.2f}]" if row.name != DENSE else "")
 
 
-def _r_text(r: object) -> str:
+def r_text(r: object) -> str:
+    """How `r` is written on the command line."""
+    if isinstance(r, Ratio):
+        return f"{100 * r.share:g}%"
     return ",".join(map(str, r)) if isinstance(r, tuple | list) else str(r)
 
 

@@ -5,7 +5,7 @@ Shape letters: H, W pixels; h, w patches; T0 tokens before any reduction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with every common colour vision deficiency, and in grey.
 COLOURS = {"dense": "#5f5f5f", "ToMe-style": "#e69f00", "CrossGET": "#0072b2"}
 FALLBACK_COLOURS = ("#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+
+# Of groups of patches, from one block to the next: the same palette, without what stands for dense models.
+GROUP_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+TINT = 0.45  # how much of a group's colour lies on its patches
 
 PRUNED = -1  # in a source map: the token was dropped, not merged
 PRUNED_BRIGHTNESS = 0.15
@@ -108,6 +112,88 @@ def merge_map(
         return canvas
     borders = _borders(groups, merged, cell, line)
     return torch.where(borders[:, :, None], _rgb(outline), canvas)
+
+
+def follow_groups(sources: Sequence[Tensor]) -> Tensor:
+    """Which group each patch is in behind each block, under a name that a group keeps from block to block.
+
+    A name is the number of a patch. Groups that join go on under the name of the one with the most patches; of equally
+    large ones, under the lowest.
+
+    Args:
+        sources: [P] for each block, the token behind it that each patch is in; -1 for a dropped one.
+
+    Returns:
+        [blocks + 1, P]: first every patch is a group of its own; -1 for a dropped one.
+    """
+    names = torch.arange(len(sources[0]) if sources else 0)
+    rows = [names]
+    for source in sources:
+        new = torch.full_like(names, PRUNED)
+        for token in source[source >= 0].unique():
+            members = source == token
+            old, counts = names[members].unique(return_counts=True)  # ascending, and argmax takes the first
+            new[members] = old[counts.argmax()]
+        names = new
+        rows.append(names)
+    return torch.stack(rows)
+
+
+def colour_groups(names: Tensor, grid: tuple[int, int]) -> dict[int, int]:
+    """A colour for every group that ever has several patches, such that neighbours differ if it can be helped.
+
+    Args:
+        names: [rows, P] from `follow_groups`, of one or several forwards over the same patches.
+        grid: rows and columns of patches.
+
+    Returns:
+        Name of a group -> index into `GROUP_COLOURS`, the largest groups first.
+    """
+    largest: dict[int, int] = {}
+    beside: dict[int, set[int]] = {}
+    for row in names:
+        found, counts = row.unique(return_counts=True)
+        sizes = {int(g): int(n) for g, n in zip(found, counts, strict=True) if n > 1 and g != PRUNED}
+        for group, n in sizes.items():
+            largest[group] = max(n, largest.get(group, 0))
+        cells = row.reshape(grid)
+        pairs = [(cells[:, :-1], cells[:, 1:]), (cells[:-1], cells[1:])]
+        touching = {pair for a, b in pairs for pair in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)}
+        for a, b in touching:
+            if a != b and a in sizes and b in sizes:
+                beside.setdefault(a, set()).add(b)
+                beside.setdefault(b, set()).add(a)
+    colours: dict[int, int] = {}
+    for group in sorted(largest, key=lambda g: (-largest[g], g)):
+        near = [colours[other] for other in beside.get(group, ()) if other in colours]
+        used = list(colours.values())
+        colours[group] = min(range(len(GROUP_COLOURS)), key=lambda c: (near.count(c), used.count(c), c))
+    return colours
+
+
+def group_map(image: Tensor, names: Tensor, colours: Mapping[int, int], grid: tuple[int, int]) -> Tensor:
+    """The image with every group of several patches tinted and outlined in its colour, dropped patches darkened.
+
+    Args:
+        image: [H, W, 3] in 0 to 1.
+        names: [P] one row of `follow_groups`.
+        colours: from `colour_groups`.
+        grid: rows and columns of patches.
+
+    Returns:
+        As `merge_map`.
+    """
+    groups = _groups(names, grid, 0)
+    canvas, cell = _canvas(image, grid)
+    merged = _is_merged(groups)
+    paint = torch.stack([_rgb(GROUP_COLOURS[colours.get(int(g), 0)]) for g in groups.flatten()])
+    paint = paint.reshape(*groups.shape, 3).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    inside = _enlarge(merged, cell)[:, :, None]
+    canvas = torch.where(inside, (1 - TINT) * canvas + TINT * paint, canvas)
+    canvas = torch.where(_enlarge(groups == PRUNED, cell)[:, :, None], canvas * PRUNED_BRIGHTNESS, canvas)
+    # Each side of a border has the colour of its own group, so that neighbours show where they end.
+    borders = _borders(groups, merged, cell, 4)[:, :, None] & inside
+    return torch.where(borders, paint, canvas)
 
 
 def _groups(source: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
@@ -225,10 +311,7 @@ def draw_summary(summary: Summary) -> Figure:
             x = _COLUMN + 0.25 + j * (_PANEL + 0.06)
             y = height - _HEAD - i * (_PANEL + 0.26) - _PANEL
             draw_panel(figure.add_axes((x / width, y / height, _PANEL / width, _PANEL / height)), panel)
-    figure.text(0.2 / width, 1 - 0.18 / height, summary.title, va="top", fontsize=14, fontweight="bold")
-    figure.text(0.2 / width, 1 - 0.5 / height, summary.subtitle, va="top", fontsize=10, color="#333333")
-    for i, line in enumerate(reversed(summary.footer)):
-        figure.text(0.2 / width, (0.1 + _FOOT_LINE * i) / height, line, fontsize=8, color="#333333")
+    _frame(figure, summary.title, summary.subtitle, summary.footer)
     return figure
 
 
@@ -255,6 +338,67 @@ def _left_boxes(width: float, height: float, foot: float) -> list[tuple[float, f
     bottom = boxes[0][0] + bars + title + block_numbers
     boxes.insert(0, (bottom, height - _HEAD - bottom))
     return [(_LEFT / width, y / height, (_COLUMN - _LEFT) / width, high / height) for y, high in boxes]
+
+
+@dataclass(frozen=True)
+class Story:
+    """What `draw_story` puts on one sheet.
+
+    Attributes:
+        title: one line over everything.
+        subtitle: a smaller one below it.
+        photograph: [H, W, 3] in 0 to 1.
+        curves: tokens of the dense model and of every method.
+        rows: a line of text and the panels of the blocks, for each method.
+        footer: small lines at the bottom.
+    """
+
+    title: str
+    subtitle: str
+    photograph: Tensor
+    curves: Sequence[Curve]
+    rows: Sequence[tuple[str, Sequence[Panel]]]
+    footer: Sequence[str] = ()
+
+
+def draw_story(story: Story) -> Figure:
+    """One picture: what each method makes of one photograph, block by block.
+
+    Returns:
+        A figure that belongs to no window; `figure.savefig(path)` writes it.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    side, caption, gap, head = 2.6, 0.6, 0.08, 0.85
+    rows, columns, left = max(2, len(story.rows)), len(story.rows[0][1]), side + 0.9
+    foot = 0.25 + _FOOT_LINE * len(story.footer)
+    width, height = left + columns * (side + gap) + 0.15, head + rows * (side + caption) + foot
+
+    def box(x: float, row: int, high: float = side) -> tuple[float, float, float, float]:
+        """A picture's place: from the left, and from the top in rows."""
+        top = height - head - row * (side + caption) - caption
+        return x / width, (top - high) / height, side / width, high / height
+
+    figure = require_matplotlib()(figsize=(width, height), dpi=150)
+    draw_panel(figure.add_axes(box(0.45, 0)), Panel(story.photograph, "as the model sees it"))
+    draw_tokens(figure.add_axes(box(0.45, 1, side - 0.45)), story.curves)  # below it stand the blocks' numbers
+    for i, (title, panels) in enumerate(story.rows):
+        x, y = left / width, (height - head - i * (side + caption) - 0.12) / height
+        figure.text(x, y, title, va="top", fontsize=10.5, fontweight="bold", color="#222222")
+        for j, panel in enumerate(panels):
+            draw_panel(figure.add_axes(box(left + j * (side + gap), i)), panel)
+    _frame(figure, story.title, story.subtitle, story.footer)
+    return figure
+
+
+def _frame(figure: Figure, title: str, subtitle: str, footer: Sequence[str]) -> None:
+    """Title, subtitle and small lines at the bottom."""
+    width, height = figure.get_figwidth(), figure.get_figheight()
+    figure.text(0.2 / width, 1 - 0.18 / height, title, va="top", fontsize=14, fontweight="bold")
+    figure.text(0.2 / width, 1 - 0.5 / height, subtitle, va="top", fontsize=10, color="#333333")
+    for i, line in enumerate(reversed(footer)):
+        figure.text(0.2 / width, (0.1 + _FOOT_LINE * i) / height, line, fontsize=8, color="#333333")
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:

@@ -18,6 +18,7 @@ HOSTS = [
     *("matplotlib", "skimage", "tyro", "lmms_eval"),
 ]
 CORE = sorted(path.stem for path in (ROOT / "crossget").glob("*.py"))
+DATA = ("crossget/py.typed", "crossget/show.html")
 ADAPTERS = sorted(path.name for path in (ROOT / "integrations").glob("*.py"))
 
 IMPORT_CORE = "import crossget, importlib\n" + "\n".join(
@@ -86,7 +87,7 @@ def build_tree(folder: Path, links: bool) -> Path:
     """A copy, so that setuptools leaves nothing in the checkout; git lays `links=False` where it cannot link."""
     (folder / "crossget").mkdir(parents=True)
     (folder / "integrations").mkdir()
-    papers = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "crossget/py.typed")]
+    papers = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", *DATA)]
     for source in [*papers, *(ROOT / "crossget").glob("*.py"), *(ROOT / "integrations").glob("*.py")]:
         (folder / source.relative_to(ROOT)).write_bytes(source.read_bytes())
     link = folder / "crossget" / "integrations"
@@ -119,7 +120,7 @@ def test_wheel_has_one_name_and_all_adapters(wheel: Path) -> None:
     files = {name for name in files_in(wheel) if ".dist-info/" not in name}
     assert {PurePosixPath(name).parts[0] for name in files} == {"crossget"}
     expected = {f"crossget/{name}.py" for name in CORE} | {f"crossget/integrations/{name}" for name in ADAPTERS}
-    assert files == expected | {"crossget/py.typed"}
+    assert files == expected | set(DATA)
 
 
 @pytest.mark.slow
