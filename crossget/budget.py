@@ -145,6 +145,11 @@ def fit(
     method = CrossGET(r=0) if reducer is None else reducer
     if not isinstance(method, Reducer):
         raise TypeError(f"reducer is {reducer!r}: give one reducer such as crossget.ToMe(r=0), whose r will be found")
+    if method.rungs is not None:
+        raise ValueError(
+            f"{method} removes more from some images than from others, and r is found for all alike: fit it with "
+            "threshold=None, and set the threshold on what comes back (dataclasses.replace)"
+        )
     previous = find_attachment(model)
     if previous is not None:
         raise ValueError(f"already attached: {previous}. Detach it first: a budget is a share of the dense model")

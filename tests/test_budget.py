@@ -97,7 +97,7 @@ CASES = [
     (VIT, TOME),
     *[
         pytest.param(VIT, reducer, marks=SLOW)
-        for reducer in (CROSS, BY_ATTENTION, GRAPH, crossget.Random(r=0), crossget.TopK(r=0))
+        for reducer in (CROSS, BY_ATTENTION, GRAPH, crossget.Ward(r=0), crossget.Random(r=0), crossget.TopK(r=0))
     ],
     *[
         pytest.param(host, reducer, marks=SLOW)
@@ -470,6 +470,7 @@ def test_memory() -> None:
         ({"tokens_out": 7}, ValueError, "tokens_out=7 cannot be kept: the nearest possible is 8"),
         ({"flops": 0.5, "distribution": "linear"}, ValueError, "distribution is 'linear': choose 'measured' or"),
         ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give one reducer such as crossget.ToMe"),
+        ({"flops": 0.5, "reducer": crossget.ToMe(0, threshold=0.9)}, ValueError, "fit it with threshold=None"),
         ({"flops": 0.5, "rounds": 0}, ValueError, "rounds=0: expected at least 1"),
         ({"flops": 0.5, "tower": "text"}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
         ({"tokens_out": 30, "read": lambda out: [1]}, ValueError, "cannot be compared with the dense model's"),
