@@ -284,7 +284,7 @@ class Story:
         who = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
         footer = [
             "Patches of one colour and outline have become one token; a group keeps its colour from block to block.",
-            "Groups that are apart may share one of seven colours. Plain patches are alone; dark ones were dropped.",
+            "Groups that are apart may share one of the seven colours. Plain patches are alone, dark ones dropped.",
         ]
         if self.photograph.credit:
             footer.append(f"Photograph: {self.photograph.name}, {self.photograph.credit}")

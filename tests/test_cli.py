@@ -15,7 +15,7 @@ from crossget.doctor import Check, Diagnosis
 from crossget.schedule import Ratio
 
 TINY = "test_vit"
-COMMANDS = ("demo", "models", "flops", "bench", "doctor", "convert")
+COMMANDS = ("demo", "show", "models", "flops", "bench", "doctor", "convert")
 
 
 def call(*arguments: str) -> int:
@@ -100,6 +100,7 @@ class TestErrors:
             (("bench", TINY, "--batch", "0"), "'0': expected a number from 1 up"),
             (("bench", TINY, "--device", "tape"), "'tape' is no device of torch: expected cpu, cuda"),
             (("paint",), "invalid choice: 'paint'"),
+            (("show", "--methods", "pitome"), "invalid choice: 'pitome'"),
             (("flops",), "required: MODEL"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -147,6 +148,17 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told[1:] == [f"crossget: wrote {out}", f"crossget: wrote {numbers}"]
     assert out.stat().st_size > 10_000
     assert json.loads(numbers.read_text())["options"]["r"] == 4
+
+
+def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, picture = tmp_path / "p.html", tmp_path / "p.png"
+    wanted = ("--model", TINY, "--r", "4", "--methods", "tome", "--pretrained", "none")
+    assert call("show", "coffee", *wanted, "--out", str(page), "--png", str(picture)) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("tome: 101 to 77 tokens, 0.0")
+    assert captured.err.splitlines() == [f"crossget: wrote {page}", f"crossget: wrote {picture}"]
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 class TestModels:
