@@ -644,6 +644,11 @@ def _impossible(what: Budget, asked: float, possible: float) -> ValueError:
     if what == "tokens_out":
         return ValueError(f"tokens_out={asked:g} cannot be kept: the nearest possible is {possible:g}")
     shown = math.ceil(possible * 1e4) / 1e4
+    if shown >= 1:
+        return ValueError(
+            f"{what}={asked:g} cannot be kept: even the cheapest schedule takes {shown:g} of what dense takes. "
+            "Here the matching costs more than fewer tokens save"
+        )
     return ValueError(
         f"{what}={asked:g} cannot be kept: the nearest possible is {shown:g}. A block gives up half of its tokens at "
         "most, and what is not in the blocks stays"

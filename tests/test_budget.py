@@ -445,6 +445,8 @@ def test_memory() -> None:
     fitted = crossget.fit(model, inputs, memory=0.8, read=lambda logits: logits * 0 + 1)
     with pytest.raises(ValueError, match=r"memory=0.05 cannot be kept: the nearest possible is 0.\d+"):
         crossget.fit(model, inputs, memory=0.05)
+    with pytest.raises(ValueError, match=r"memory=0.9 cannot be kept: even the cheapest schedule takes 1\.\d+ of what"):
+        crossget.fit(vit(mlp_ratio=1), inputs, memory=0.9)
     assert fitted.schedule == constant.schedule
     assert 0.7 < constant.measured <= 0.8
     assert constant.measured == constant.predicted

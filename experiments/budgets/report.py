@@ -67,9 +67,7 @@ def costs(results: list[common.Json], setting: str) -> str:
                 for name, title in (("constant", "evenly"), ("measured", "fitted")):
                     entry = result["result"][name]
                     if "refused" in entry:
-                        rows.append(
-                            [asked, title, "refused", entry["refused"].split(":")[1].split(". ")[0].strip(), ""]
-                        )
+                        rows.append([asked, title, "refused", entry["refused"].split(": ")[1].split(". ")[0], ""])
                         continue
                     fit = entry["fit"]
                     low, high = (100 * value for value in fit["spread"])
