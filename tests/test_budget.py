@@ -477,7 +477,6 @@ def test_memory() -> None:
         ({"flops": 0.5, "tower": "text"}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
         ({"tokens_out": 30, "read": lambda out: [1]}, ValueError, "cannot be compared with the dense model's"),
     ],
-    ids=str,
 )
 def test_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     model = vit()
