@@ -16,7 +16,6 @@ import io
 import json
 import re
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +159,7 @@ class Story:
         options, backbone = self.options, self.backbone
         return {
             "version": __version__,
-            "command": shlex.join(["crossget", *sys.argv[1:]]),
+            "command": self._command(),
             "model": {
                 "name": backbone.name, "host": backbone.host, "weights": self._weights(), "random": backbone.random,
                 "why_random": backbone.why_random,
@@ -184,6 +183,16 @@ class Story:
             },
             "methods": [self._method(name, runs) for name, runs in self.runs.items()],
         }  # fmt: skip
+
+    def _command(self) -> str:
+        """What to type for the same page."""
+        options = self.options
+        words = ["crossget", "show", self.photograph.name if options.image is None else str(options.image)]
+        words += ["--model", options.model, "--r", r_text(options.r), "--methods", *options.methods]
+        words += ["--text", *options.text] if options.text else []
+        words += ["--pretrained", options.pretrained] if options.checkpoint is None else []
+        words += [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
+        return shlex.join([*words, "--seed", str(options.seed)])
 
     def _weights(self) -> str:
         if self.options.checkpoint is not None and not self.backbone.random:

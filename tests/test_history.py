@@ -291,6 +291,7 @@ class TestLookFor:
             assert torch.equal(copy.deepcopy(clip).encode_image(image), expected)
             assert torch.equal(pickle.loads(pickle.dumps(clip)).encode_image(image), expected)
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not COMPILES, reason="this torch cannot trace any attached model")
     def test_compiles_to_one_graph_and_leaves_no_history(self) -> None:
         torch._dynamo.reset()

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import statistics
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 import crossget
 from crossget import figures, show
+from crossget.cli import _parser
 from crossget.figures import GROUP_COLOURS, colour_groups, follow_groups, group_map
 from crossget.show import Options, Story, correlation, others_beside, run, to_script
 
@@ -358,6 +360,14 @@ class TestPage:
         first = vit.pixels[:16, :16].mean((0, 1))
         colour = [int(shown["patches"][0][i : i + 2], 16) / 255 for i in (1, 3, 5)]
         torch.testing.assert_close(torch.tensor(colour), first, atol=0.003, rtol=0)
+
+    def test_says_how_to_make_it(self, clip: Story) -> None:
+        words = shlex.split(clip.data()["command"])
+        options = _parser().parse_args(words[1:])
+        assert words[0] == "crossget"
+        for name in ("image", "model", "r", "text", "pretrained", "seed"):
+            assert getattr(options, name) == (list(TEXTS) if name == "text" else getattr(clip.options, name))
+        assert tuple(options.methods) == clip.options.methods
 
     def test_the_template_has_no_leftovers(self, vit: Story) -> None:
         page = vit.options.out.read_text(encoding="utf-8")
