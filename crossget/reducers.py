@@ -27,7 +27,7 @@ ImportanceName = Literal["cross_token", "attention", "class_token", "class_atten
 EnsembleName = Literal["guided", "size", "normalized"]
 KeysName = Literal["all_heads", "mean_heads", "tokens"]
 Self = TypeVar("Self", bound="Reducer")
-M = TypeVar("M", bound="Merging")
+WardT = TypeVar("WardT", bound="Ward")
 
 
 @dataclass
@@ -286,7 +286,7 @@ class Ward(Merging):
     keys: KeysName | None = "tokens"
     ties: Ties = "stable"
 
-    def resolved(self: M, host: Host) -> M:
+    def resolved(self: WardT, host: Host) -> WardT:
         if self.importance is not None:
             return super().resolved(host)
         if host.has_class_token:

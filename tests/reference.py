@@ -76,6 +76,22 @@ def bipartite(image: Image, r: int, guided: bool, ties: str, n_protected: int) -
     return [(givers[k], nearest[k]) for k in order]
 
 
+def ward(image: Image, points: Tensor, masses: list[float], r: int, n_protected: int) -> list[tuple[int, int]]:
+    """[T, C] points: the r cheapest proposals of the sources' set, by m_a m_b / (m_a + m_b) |x_a - x_b|^2."""
+    free = [i for i, p in enumerate(image.protected) if not p][: len(image.protected) - n_protected]
+    givers, takers = free[1::2], free[0::2]
+    proposals = []
+    for i in givers:
+        best, where = math.inf, takers[0]
+        for j in takers:
+            if image.valid[i] == image.valid[j]:
+                cost = masses[i] * masses[j] / (masses[i] + masses[j]) * float((points[i] - points[j]).square().sum())
+                if cost < best:
+                    best, where = cost, j
+        proposals.append((best, i, where))
+    return [(i, j) for _, i, j in sorted(proposals)[:r]]
+
+
 def ensemble(image: Image, pairs: list[tuple[int, int]], kind: str) -> tuple[Tensor, list[float]]:
     tokens = image.tokens.double()
     leaves = {i for i, _ in pairs}

@@ -18,6 +18,8 @@ from crossget import importance
 from crossget.importance import by_attention
 from crossget.matching import BUDGET, Candidates, complete_graph
 from crossget.reducers import Host, Merging, View
+from crossget.state import TokenState
+from crossget.watch import BlockWatch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HOST = Host("tower 'visual'")
@@ -166,7 +168,7 @@ def test_fast_equals_loops_with_ties(case: tuple[View, int], reducer: Merging, t
     check_against_loops(view, r, reducer, same_pairs=True)
 
 
-@given(views(), st.sampled_from([crossget.CrossGET, crossget.ToMe, crossget.Random]), st.booleans())
+@given(views(), st.sampled_from([crossget.CrossGET, crossget.ToMe, crossget.Random, crossget.Ward]), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_invariants(case: tuple[View, int], method: type[Merging], tied: bool) -> None:
     view, r = case
@@ -274,10 +276,135 @@ def test_random_matching_repeats_itself_and_listens_to_its_seed() -> None:
     assert len({tuple(row.tolist()) for row in pairs[0][0]}) == 4  # rows differ
 
 
+# Ward -----------------------------------------------------------------------------------------------------------------
+
+
+@given(views(), st.booleans(), st.sampled_from(["tokens", "all_heads", "mean_heads"]))
+@settings(max_examples=40, deadline=None)
+def test_ward_equals_loops(case: tuple[Seen, int], has_class_token: bool, keys: Any) -> None:
+    view, r = case
+    assert view.attention is not None
+    view.received = view.attention[:, 0].double()  # of the class token, in float64: costs are not to come close
+    view.tokens, view.keys = view.tokens.double(), view.keys.double()
+    reducer = crossget.Ward(1, keys=keys).resolved(Host("tower", has_class_token))
+    out = reducer.reduce(view, r)
+    count = limit(view, r)
+    if out is None:
+        assert count == 0
+        return
+    tokens, sizes, plan = out
+    for row in range(len(tokens)):
+        mine = [1.0] * view.tokens.shape[1] if view.sizes is None else view.sizes[row].tolist()
+        attention = [sum(mine) * float(a) for a in view.received[row]]
+        masses = [s + a if has_class_token else s for s, a in zip(mine, attention, strict=True)]
+        image = reference.Image(
+            view.tokens[row], mine, view.protected[row].tolist(),
+            [True] * len(mine) if view.valid is None else view.valid[row].tolist(), torch.empty(0), [],
+        )  # fmt: skip
+        heads = view.keys[row]
+        points = {
+            "tokens": view.tokens[row],
+            "all_heads": heads.transpose(0, 1).flatten(1),
+            "mean_heads": heads.mean(0),
+        }
+        pairs = reference.ward(image, points[keys], masses, count, view.n_protected)
+        assert list(zip(plan.source[row].tolist(), plan.destination[row].tolist(), strict=True)) == pairs  # type: ignore[union-attr]
+        for new, old in enumerate(plan.kept[row].tolist()):
+            group = [old, *(a for a, b in pairs if b == old)]
+            mean = sum(masses[i] * view.tokens[row, i] for i in group) / sum(masses[i] for i in group)
+            torch.testing.assert_close(tokens[row, new], mean)
+            assert sizes is not None
+            assert float(sizes[row, new]) == sum(mine[i] for i in group)
+
+
+@given(views(), st.floats(-50, 50))
+@settings(max_examples=30, deadline=None)
+def test_ward_does_not_see_an_offset(case: tuple[Seen, int], offset: float) -> None:
+    view, r = case
+    reducer = crossget.Ward(1).resolved(Host("tower", has_class_token=False))
+    moved = dataclasses.replace(view, tokens=view.tokens.double() + offset)
+    plans = [reducer.reduce(one, r) for one in (dataclasses.replace(view, tokens=view.tokens.double()), moved)]
+    assert (plans[0] is None) == (plans[1] is None)
+    for plan, other in [plans]:
+        if plan is not None and other is not None:
+            assert torch.equal(plan[2].source, other[2].source)
+            assert torch.equal(plan[2].index, other[2].index)
+
+
+def test_ward_joins_the_light_before_the_heavy() -> None:
+    """Four tokens at equal distances: the pair whose masses are smaller joins, also where their cosine is no larger."""
+    tokens = torch.tensor([[[0.0, 1.0], [0.0, 2.0], [10.0, 1.0], [10.0, 2.0]]])
+    protected = torch.zeros(1, 4, dtype=torch.bool)
+    for sizes, joined in (
+        ([5.0, 5.0, 1.0, 1.0], (3, 2)),
+        ([1.0, 1.0, 5.0, 5.0], (1, 0)),
+        ([9.0, 1.0, 2.0, 2.0], (1, 0)),
+    ):
+        view = View(tokens, tokens[None], tokens[None], None, torch.tensor([sizes]), protected, 0)
+        out = crossget.Ward(1).resolved(Host("tower", has_class_token=False)).reduce(view, 1)
+        assert out is not None
+        assert (out[2].source.item(), out[2].destination.item()) == joined  # type: ignore[union-attr]
+
+
+def test_even_attention_weighs_as_size_does() -> None:
+    sizes = torch.tensor([[1.0, 3.0, 2.0]])
+    score = importance.by_reading(sizes / sizes.sum(), sizes)
+    torch.testing.assert_close(score, torch.full((1, 3), 2.0).log())
+    assert importance.by_reading(torch.zeros(1, 3), sizes).abs().max() == 0
+
+
+def test_ward_without_class_token_weighs_by_size() -> None:
+    resolved = crossget.Ward(1).resolved(Host("t", has_class_token=False))
+    assert (resolved.guided_matching, resolved.ensemble, resolved.needs_attention) == (False, "size", False)
+    with pytest.raises(ValueError, match="importance='class_attention' needs a class token, and t has none"):
+        crossget.Ward(1, importance="class_attention").resolved(Host("t", has_class_token=False))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bias", [None, "row", "square"])
+def test_the_class_token_s_attention_is_what_the_block_computes(fused: bool, bias: str | None) -> None:
+    """Seen through a model: fused and eager attention, with sizes and a mask of the host's in them."""
+    seen: list[Tensor | None] = []
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.view(2, 6, 2, 4).transpose(1, 2)
+            mask = {
+                None: None,
+                "row": torch.arange(6.0).view(1, 1, 1, 6),
+                "square": torch.arange(36.0).view(1, 1, 6, 6),
+            }
+            if fused:
+                out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask[bias])
+            else:
+                scores = heads @ heads.transpose(-1, -2) * 0.5
+                scores = scores if mask[bias] is None else scores + mask[bias]
+                out = scores.softmax(-1) @ heads
+            return x + out.transpose(1, 2).reshape(x.shape)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Noting(crossget.Ward):
+        def reduce(self, view: View, r: int) -> Any:
+            seen.append(view.received)
+            return super().reduce(view, r)
+
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    state = TokenState.start(2, 6, x.device, cross=False, prefix=1, end=None, valid=None)
+    state.sizes = torch.tensor([[1.0, 2, 1, 3, 1, 1], [1, 1, 1, 1, 2, 5]])
+    reducer = Noting(2).resolved(HOST)
+    with BlockWatch(x, state, reducer, 2, causal=False, cross_like_first=True, find_padding=False):
+        assert Block()(x).shape == (2, 4, 8)
+    heads = x.view(2, 6, 2, 4).transpose(1, 2)
+    scores = heads @ heads.transpose(-1, -2) * 0.5 + state.sizes.log()[:, None, None]
+    scores = scores + {None: 0, "row": torch.arange(6.0), "square": torch.arange(36.0).view(6, 6)}[bias]
+    assert seen[0] is not None
+    torch.testing.assert_close(seen[0], scores.softmax(-1)[:, :, 0].mean(1))
+
+
 # Fields ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random, crossget.TopK])
+@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random, crossget.TopK, crossget.Ward])
 def test_a_reducer_is_its_configuration(method: type[crossget.Reducer]) -> None:
     reducer = method([3, 2, 1])
     assert reducer == method((3, 2, 1))

@@ -1,10 +1,10 @@
 """Measure every row at every budget: `python -m experiments.training_free.run --help`.
 
 ToMe removes the whole number of tokens per block that brings it nearest to a budget; every other row is fitted to
-ToMe's multiply-adds from below, as far as its tokens allow. All images are measured; which half chooses and which
-confirms is the report's business.
+ToMe's multiply-adds from below, as far as its tokens allow.
 """
 
+import itertools
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -18,13 +18,15 @@ import crossget
 from crossget.reducers import Reducer
 from crossget.schedule import planned_tokens
 from experiments import common
-from experiments.ablation.run import evaluate, predict
-from experiments.ablation.settings import SETTINGS, load_images, load_model
+from experiments.ablation.run import measure, predict
+from experiments.ablation.settings import SETTINGS, Images, load_images, load_model
 from experiments.training_free.presets import BUDGETS, PRESETS
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, NEAR = 5, 0.003
-"""How often a schedule is counted while it is fitted, at most, and the share below the goal that is near enough."""
+TRIES, NEAR = 4, 0.003
+"""How often a fitted schedule is counted, at most, and the share below the goal that is near enough."""
+HALVES = {"choose": 0, "confirm": 1}
+"""Which images: every second one of the sorted list, from here on. The parts were chosen with the even ones alone."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ class Run:
     setting: str
     preset: str
     budget: int
+    half: str
 
     @property
     def slug(self) -> str:
         """The result file's name."""
-        return f"{self.setting}/{self.preset}" + ("" if self.preset == "dense" else f"_{self.budget}")
+        return f"{self.setting}/{self.half}/{self.preset}" + ("" if self.preset == "dense" else f"_{self.budget}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Options:
     """Rows to run."""
     budgets: tuple[int, ...] = BUDGETS
     """Multiply-adds, in % of the dense model's."""
+    half: Literal["choose", "confirm"] = "confirm"
+    """Every second image: the even ones were chosen with, the odd ones confirm."""
     batch: int = 50
     """Images per forward."""
     limit: int | None = None
@@ -75,14 +80,14 @@ def queue(options: Options) -> list[Run]:
     """
     common.check_names("presets", options.presets, PRESETS)
     return [
-        Run(options.setting, name, budget)
+        Run(options.setting, name, budget, options.half)
         for name in options.presets
         for budget in (options.budgets if name != "dense" else (100,))
     ]
 
 
 class Meter:
-    """Multiply-adds of a model, as a share of the dense model's.
+    """Multiply-adds of a model.
 
     Args:
         model: untouched.
@@ -91,34 +96,46 @@ class Meter:
 
     def __init__(self, model: nn.Module, image: torch.Tensor) -> None:
         self.model, self.image = model, image
-        (tower,) = crossget.find_towers(self.model)
-        self.depth = len(tower.blocks)
-        with crossget.attach(self.model, crossget.ToMe(0)) as attached, torch.no_grad():
-            self.model(self.image)
-            self.tokens = attached.tokens[tower.name][0]
-        self.known: dict[Reducer, float] = {}
+        (self.tower,) = crossget.find_towers(model)
+        self.depth = len(self.tower.blocks)
+        with crossget.attach(model, crossget.ToMe(0)) as attached, torch.no_grad():
+            model(image)
+            self.tokens = attached.tokens[self.tower.name][0]
+        self.known: dict[Reducer, common.Json] = {}
 
-    def share(self, reducer: Reducer) -> float:
-        """Return what is left of the multiply-adds."""
+    def gflops(self, reducer: Reducer) -> common.Json:
+        """Return multiply-adds of one image / 10^9, `dense` and `reduced`."""
         if reducer not in self.known:
             with crossget.attach(self.model, reducer):
                 flops = crossget.count_flops(self.model, self.image)
-            self.known[reducer] = flops.total / flops.dense.total
+            self.known[reducer] = {"dense": flops.dense.total / 1e9, "reduced": flops.total / 1e9}
         return self.known[reducer]
+
+    def share(self, reducer: Reducer) -> float:
+        """Return what is left of the multiply-adds."""
+        gflops = self.gflops(reducer)
+        return float(gflops["reduced"] / gflops["dense"])
+
+    def estimate(self, reducer: Reducer) -> float:
+        """Return about what is left, from the numbers of tokens alone: many are tried before one is counted."""
+        cross, width = int(reducer.resolved(self.tower.host).cross_token or 0), self.tower.width
+        weights = sum(p.numel() for p in self.tower.blocks[0].parameters())
+        attention = 4 * width**2
+        plan = planned_tokens(reducer.schedule, self.depth, self.tokens + cross, 1 + cross)
+        costs = [
+            attention * n + 2 * width * n**2 + (weights - attention) * left + (n > left) * width * n**2 / 4
+            for n, left in itertools.pairwise(plan)
+        ]
+        return sum(costs) / (self.depth * (weights * self.tokens + 2 * width * self.tokens**2))
 
     def nearest(self, budget: float) -> crossget.ToMe:
         """Return ToMe with the r whose share is nearest to `budget`."""
-        low, high = 0, self.tokens // 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.share(crossget.ToMe(middle)) > budget else (low, middle)
-        return min(crossget.ToMe(low), crossget.ToMe(high), key=lambda reducer: abs(self.share(reducer) - budget))
+        guess = min(range(self.tokens // 2), key=lambda r: abs(self.estimate(crossget.ToMe(r)) - budget))
+        near = [crossget.ToMe(r) for r in range(max(0, guess - 1), guess + 2)]
+        return min(near, key=lambda reducer: abs(self.share(reducer) - budget))
 
     def fit(self, make: Callable[[float], Reducer], strongest: float, most: float) -> Reducer:
-        """Return the weakest reducer whose share is not above `most`.
-
-        The share nearly grows with the sum of tokens over blocks, which costs nothing to know: so it is counted only
-        where the straight line between two that were counted leads.
+        """Return about the weakest reducer whose share, counted, is not above `most`.
 
         Args:
             make: strength -> reducer; the stronger, the fewer multiply-adds.
@@ -128,27 +145,21 @@ class Meter:
         Raises:
             ValueError: the strongest one is above it.
         """
-        weak, strong = 0.0, strongest
-        if self.share(make(strong)) > most:
-            raise ValueError(f"{make(strong)} leaves more than {100 * most:.1f} % of the multiply-adds")
-        for _ in range(STEPS):
-            if self.share(make(strong)) > most - NEAR:
-                break
-            above, below = self.share(make(weak)), self.share(make(strong))
-            part = (above - most) / (above - below)
-            sums = self.sum_of(make(weak)), self.sum_of(make(strong))
-            wish, low, high = round(sums[0] + part * (sums[1] - sums[0])), weak, strong
+        goal, best = most, None
+        for _ in range(TRIES):
+            weak, strong = 0.0, strongest
             for _ in range(30):
-                middle = (low + high) / 2
-                low, high = (middle, high) if self.sum_of(make(middle)) > wish else (low, middle)
-            if self.sum_of(make(high)) in sums:  # nothing is left between the two
-                high = (weak + strong) / 2
-            weak, strong = (high, strong) if self.share(make(high)) > most else (weak, high)
-        return make(strong)
-
-    def sum_of(self, reducer: Reducer) -> int:
-        """Return the tokens that enter blocks, added up over the blocks."""
-        return sum(planned_tokens(reducer.schedule, self.depth, self.tokens, 1))
+                middle = (weak + strong) / 2
+                weak, strong = (middle, strong) if self.estimate(make(middle)) > goal else (weak, middle)
+            found = make(strong)
+            if self.share(found) <= most and (best is None or self.share(found) > self.share(best)):
+                best = found
+            if best is not None and self.share(best) > most - NEAR:
+                break
+            goal += most - self.share(found) - NEAR / 3
+        if best is None:
+            raise ValueError(f"{make(strongest)} leaves more than {100 * most:.1f} % of the multiply-adds")
+        return best
 
 
 def reducer_of(run: Run, meter: Meter, fitted: dict[tuple[str, int], Reducer]) -> Reducer | None:
@@ -177,7 +188,7 @@ def command_of(options: Options) -> Callable[[Run], str]:
         words += ["--data", options.data.name]
         words += ["--weights", options.weights.name] if options.weights else []
         words += ["--limit", str(options.limit)] if options.limit else []
-        words += ["--presets", run.preset, "--batch", str(options.batch)]
+        words += ["--half", run.half, "--presets", run.preset, "--batch", str(options.batch)]
         words += [] if run.preset == "dense" else ["--budgets", str(run.budget)]
         return shlex.join(words)
 
@@ -192,6 +203,8 @@ def main(options: Options) -> int:
     setting = SETTINGS[options.setting]
     model = load_model(setting, options.weights).to(options.device)
     images = load_images(setting, options.data, options.limit)
+    half = slice(HALVES[options.half], None, 2)
+    images = Images(images.pixels[half], images.labels[half], {**images.source, "half": options.half})
     dense = predict(model, images.pixels, options.batch, options.device)
     weights = {"file": options.weights.name, "sha256": common.file_digest(options.weights)} if options.weights else None
     meter, fitted = Meter(model, images.pixels[:1].to(options.device)), dict[tuple[str, int], Reducer]()
@@ -200,7 +213,17 @@ def main(options: Options) -> int:
         reducer = reducer_of(run, meter, fitted)
         method = None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
         config = {**asdict(run), "reducer": method, "weights": weights, "data": images.source, "batch": options.batch}
-        return {"run": config, "result": evaluate(model, images, reducer, dense, options.batch, options.device)}
+        # The tokens of a model without a reducer are those of a reducer that removes none.
+        attached = reducer or crossget.ToMe(0)
+        with crossget.attach(model, attached) as attachment:
+            logits = predict(model, images.pixels, options.batch, options.device)
+            ((tower, tokens),) = attachment.tokens.items()
+            resolved = asdict(attachment.reducers[tower])
+        found = measure(logits if reducer else dense, images.labels, dense)
+        return {
+            "run": config,
+            "result": {**found, "resolved": resolved, "tokens": tokens, "gflops": meter.gflops(attached)},
+        }
 
     return common.work_off(
         runs,

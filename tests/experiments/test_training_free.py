@@ -1,0 +1,98 @@
+"""The training-free comparison, end to end on random weights, and the page that shows its results."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("timm")
+pytest.importorskip("matplotlib")
+
+import crossget
+from experiments import common
+from experiments.ablation import settings
+from experiments.training_free import presets, report, run
+
+
+def test_the_page_shows_what_the_results_say() -> None:
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.generated(common.read_results(report.HERE / "results")) in page
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Result files of three rows on ten generated images."""
+    from safetensors.torch import save_file
+
+    tmp_path = tmp_path_factory.mktemp("training_free")
+    for i in range(20):
+        file = tmp_path / "images" / f"class{i % 10}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+    torch.manual_seed(0)
+    save_file(settings.vit_cifar().state_dict(), tmp_path / "vit.safetensors")
+    options = run.Options(
+        "cifar10", tmp_path / "images", tmp_path / "vit.safetensors", ("dense", "tome", "ward"), (58,),
+        results=tmp_path / "results",
+    )  # fmt: skip
+    assert run.main(options) == 3
+    assert run.main(options) == 0  # everything has its file
+    return tmp_path
+
+
+def test_every_row_is_fitted_from_below_and_reported(measured: Path) -> None:
+    results = {r["run"]["preset"]: r for r in common.read_results(measured / "results")}
+    assert results["dense"]["result"]["divergence"] == 0
+    assert results["dense"]["run"]["data"]["half"] == "confirm"
+    assert results["dense"]["result"]["n"] == 10
+    share = {name: r["result"]["gflops"]["reduced"] for name, r in results.items()}
+    assert abs(share["tome"] / share["dense"] - 0.58) < 0.02  # one r more or less changes 0.03
+    assert share["tome"] - 0.03 < share["ward"] <= share["tome"]
+    assert results["ward"]["result"]["resolved"]["importance"] == "class_attention"
+    assert str(measured) not in json.dumps(results)
+    page = measured / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nformer numbers\n{report.END}\nafter\n")
+    report.main(report.Options(measured / "results", page))
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "former numbers" not in text
+    assert "Ward, Rising" in text
+    assert page.with_suffix(".png").stat().st_size > 0
+    report.main(report.Options(measured / "results", page))
+    assert page.read_text() == text
+
+
+def test_a_budget_out_of_reach_is_named() -> None:
+    meter = run.Meter(settings.vit_cifar().eval(), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"Ratio\(share=0.1\).* leaves more than 30.0 %"):
+        meter.fit(lambda share: crossget.Ward(crossget.Ratio(share)), 0.1, 0.3)
+
+
+def test_parts_are_exchanged_on_the_same_tokens() -> None:
+    """A row that takes another's schedule costs no more than that one: same tokens, and no dearer a matching."""
+    fitted: dict[tuple[str, int], crossget.Reducer] = {("tome", 58): crossget.ToMe(14), ("ward", 58): crossget.Ward(3)}
+    meter = run.Meter(settings.vit_cifar().eval(), torch.zeros(1, 3, 32, 32))
+    for name in ("ward_size", "ward_cosine"):
+        reducer = run.reducer_of(run.Run("cifar10", name, 58, "choose"), meter, fitted)
+        assert reducer is not None
+        assert reducer.r == 3
+    assert not meter.known
+
+
+def test_a_constant_may_be_no_whole_number() -> None:
+    schedule = presets.constant(2.5, 4)
+    assert sum(schedule.removed(layer, 4, 99) for layer in range(4)) == 10
+    assert {schedule.removed(layer, 4, 99) for layer in range(4)} == {2, 3}
+
+
+def test_a_page_without_marks_is_refused(measured: Path) -> None:
+    (measured / "blank.md").write_text("no marks\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        report.main(report.Options(measured / "results", measured / "blank.md"))
+    with pytest.raises(ValueError, match="no result file"):
+        report.main(report.Options(measured / "nothing", measured / "blank.md"))
