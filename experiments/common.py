@@ -205,6 +205,21 @@ def paired_bootstrap(values: Values, reference: Values, resamples: int = 10_000,
     return Interval(float(difference.mean()), float(low), float(high))
 
 
+def paired_ratio(values: Values, reference: Values, resamples: int = 10_000, level: float = 0.95) -> Interval:
+    """Return the ratio of two means over the same items, as `paired_bootstrap` does their difference.
+
+    Raises:
+        ValueError: the two do not have the same items.
+    """
+    if values.shape != reference.shape:
+        raise ValueError(f"paired values need the same items, got {values.shape} and {reference.shape}")
+    pieces = np.array_split(_resampled(len(values), resamples), max(1, resamples // 100))
+    both = np.stack([values, reference], 1)
+    sums = np.concatenate([piece @ both for piece in pieces])
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean() / reference.mean()), float(low), float(high))
+
+
 Seeds = Mapping[int | None, Values]
 """Values per item, by the seed that gave them; None: no seed took part, so that they stand beside any."""
 

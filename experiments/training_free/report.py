@@ -79,10 +79,8 @@ def budgets_of(rows: Rows) -> list[int]:
 
 
 def ratio_of(row: Row, base: Row) -> common.Interval:
-    """Return the mean divergence of a row in % of another's mean, the interval that of their paired difference."""
-    difference = common.paired_bootstrap(row.divergence, base.divergence)
-    mean = float(base.divergence.mean())
-    return common.Interval(*(100 * (1 + value / mean) for value in difference))
+    """Return the mean divergence of a row in % of another's, with its paired bootstrap interval."""
+    return common.paired_ratio(row.divergence, base.divergence).times(100)
 
 
 def percent(interval: common.Interval) -> str:

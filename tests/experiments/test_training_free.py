@@ -84,6 +84,16 @@ def test_parts_are_exchanged_on_the_same_tokens() -> None:
     assert not meter.known
 
 
+def test_the_ratio_of_two_means() -> None:
+    values = np.random.default_rng(0).random(50) + 1
+    assert common.paired_ratio(2 * values, values) == pytest.approx((2, 2, 2))
+    found = common.paired_ratio(values, values[::-1].copy())
+    assert found.mean == pytest.approx(1)
+    assert found.low < 1 < found.high
+    with pytest.raises(ValueError, match="same items"):
+        common.paired_ratio(values, values[1:])
+
+
 def test_a_constant_may_be_no_whole_number() -> None:
     schedule = presets.constant(2.5, 4)
     assert sum(schedule.removed(layer, 4, 99) for layer in range(4)) == 10
