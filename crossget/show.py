@@ -18,6 +18,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ from crossget.reducers import CrossGET, Random, Reducer, ToMe, TopK
 from crossget.registry import Tower, find_towers
 from crossget.state import Step
 
-METHODS: Mapping[str, type[CrossGET] | type[ToMe] | type[Random] | type[TopK]] = {
-    "crossget": CrossGET, "tome": ToMe, "random": Random, "topk": TopK,
-}  # fmt: skip
+METHODS: Mapping[str, Callable[[Reduction], Reducer]] = {
+    "crossget": CrossGET,
+    "tome": ToMe,
+    "random": Random,
+    "topk": partial(TopK, importance=None),  # by the class token, or by attention in towers that have none
+}
 NAMES = {"crossget": "CrossGET", "tome": "ToMe-style", "random": "Random", "topk": "TopK"}
 ABOUT = {
     "crossget": "merges, guided by a cross token",
