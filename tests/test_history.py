@@ -97,6 +97,16 @@ class TestHistory:
         restored = crossget.unmerge(steps[-1].features, steps[-1].source)
         assert torch.equal(restored, seen[-1])
 
+    def test_keeps_the_cross_token_though_it_is_renewed_in_place(self, vit: nn.Module) -> None:
+        image = torch.rand(1, 3, 64, 64)
+        with crossget.attach(vit, crossget.CrossGET(2)) as attached:
+            nn.init.normal_(attached.cross_tokens["visual"])
+            in_place = record(vit, attached, image)["visual"]
+            with attached.recording():  # with gradients nothing is written in place
+                vit(image)
+            for a, b in zip(in_place, attached.history["visual"], strict=True):
+                assert torch.equal(a.features, b.features)
+
     def test_has_the_scores_that_chose(self, vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         scores: list[Tensor] = []
 
