@@ -3,8 +3,9 @@
 Images differ in how many tokens they can spare, but a tensor has one length. So behind the first block the images of
 a batch are ranked by how many of their tokens have a near copy, and dealt out evenly: the first rung of the ladder
 removes `ladder[0]` times as many tokens per block as the schedule says, the next `ladder[1]` times as many, and so on.
-Their mean is one, so the batch as a whole removes what the schedule says. How many images a rung gets depends on the
-size of the batch alone: shapes are static, nothing waits for the device, and compiled graphs are reused.
+Their mean is one, so the batch as a whole removes what the schedule says, as long as no rung asks a block for more than
+half of its tokens. How many images a rung gets depends on the size of the batch alone: shapes are static, nothing waits
+for the device, and compiled graphs are reused.
 
 From the second block on, the block's own `forward` runs once for each rung. What the host sees between the blocks and
 behind them is the full grid, in the batch's order.

@@ -126,7 +126,7 @@ class Reducer:
     @property
     def reads_class_token(self) -> bool:
         """Whether the attention in `View.received` is to be that of token 0 alone."""
-        return getattr(self, "importance", None) == "class_attention"
+        return False
 
     def resolved(self: Self, host: Host) -> Self:
         """This reducer with every None replaced by the reference's value for `host`.
@@ -216,6 +216,10 @@ class Merging(Reducer):
     @property
     def needs_attention(self) -> bool:
         return self._needs_importance and self.importance in ("attention", "class_attention")
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.importance == "class_attention"
 
     def check(self, host: Host) -> None:
         if self._needs_importance:
@@ -320,6 +324,10 @@ class TopK(Reducer):
     @property
     def needs_attention(self) -> bool:
         return self.importance in ("attention", "class_attention")
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.importance == "class_attention"
 
     def check(self, host: Host) -> None:
         _check_guide(self, host)

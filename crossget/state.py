@@ -213,8 +213,8 @@ class TokenState:
         if self.record.steps is None:
             return
         sizes = torch.ones_like(self.positions, dtype=torch.float32) if self.sizes is None else self.sizes
-        # A copy of the tokens: the next block writes another cross token among them while it runs.
         weights = None if self.weights is None else self.weights[:, : self.length]
+        # A copy of the tokens: the next block writes another cross token among them while it runs.
         step = Step(self.source[:, : self.length], sizes, weights, score, tokens.detach().clone())
         self.record.steps[layer] = step
 

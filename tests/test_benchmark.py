@@ -139,11 +139,11 @@ def test_dense_is_measured_against_itself() -> None:
 def test_a_model_that_waits_longer_when_dense_is_seen_to() -> None:
     class Sleeper(Toy):
         def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
-            time.sleep(0.2 if type(self.blocks[0]) is Block else 0.04)  # long, for a busy machine
+            time.sleep(0.2 if type(self.blocks[0]) is Block else 0.05)  # long, for a busy machine
             return super().forward(x, scale)
 
     report = benchmark(Sleeper(), X, rounds=3, warmup=1, methods={"m": crossget.CrossGET(2)})
-    assert 1.5 < report["m"].median_speed < 5.5
+    assert 1.5 < report["m"].median_speed < 4.5
     assert report["dense"].median_seconds > 0.2
 
 
