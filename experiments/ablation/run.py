@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ import crossget
 from crossget.reducers import Reducer
 from experiments import common
 from experiments.ablation.presets import PRESETS, REDUCTIONS
-from experiments.ablation.settings import SETTINGS, Images, load_images, load_model
+from experiments.ablation.settings import Images, Measuring
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,31 +36,17 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Measuring):
     """What to measure, and on which images."""
 
-    setting: Literal["imagenet", "cifar10"]
-    """Model and preprocessing."""
-    data: Path
-    """Folder with labels.csv (file,label), or with one folder of images per class."""
-    weights: Path | None = None
-    """Safetensors file with the model's parameters; without it timm's are downloaded."""
     presets: tuple[str, ...] = tuple(PRESETS)
     """Rows to run."""
     r: tuple[int, ...] = REDUCTIONS
     """Tokens removed per block."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the rows in which chance takes part; the others use the first."""
-    batch: int = 50
-    """Images per forward."""
-    limit: int | None = None
-    """Take this many images only."""
-    device: str = "cpu"
-    """Where the model runs."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
-    overwrite: bool = False
-    """Run again what has a result file."""
 
 
 def queue(options: Options) -> list[Run]:
@@ -170,10 +155,8 @@ def command_of(options: Options) -> Callable[[Run], str]:
     """Return the function that writes the command which repeats one run; of paths it keeps the name only."""
 
     def command(run: Run) -> str:
-        words = ["python", "-m", "experiments.ablation.run", "--setting", run.setting, "--data", options.data.name]
-        words += ["--weights", options.weights.name] if options.weights else []
-        words += ["--limit", str(options.limit)] if options.limit else []
-        words += ["--presets", run.preset, "--r", str(run.r), "--seeds", str(run.seed), "--batch", str(options.batch)]
+        words = options.words("experiments.ablation.run")
+        words += ["--presets", run.preset, "--r", str(run.r), "--seeds", str(run.seed)]
         return shlex.join(words)
 
     return command
@@ -184,16 +167,14 @@ def main(options: Options) -> int:
     runs = queue(options)
     if not common.pending(runs, options.results, options.overwrite):
         return 0
-    setting = SETTINGS[options.setting]
-    model = load_model(setting, options.weights).to(options.device)
-    images = load_images(setting, options.data, options.limit)
+    model, images = options.load()
     dense = predict(model, images.pixels, options.batch, options.device)
-    weights = {"file": options.weights.name, "sha256": common.file_digest(options.weights)} if options.weights else None
+    given = options.given(images)
 
     def execute(run: Run) -> common.Json:
         reducer = PRESETS[run.preset].make(run.r, run.seed)
         method = None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
-        config = {**asdict(run), "reducer": method, "weights": weights, "data": images.source, "batch": options.batch}
+        config = {**asdict(run), "reducer": method, **given}
         return {"run": config, "result": evaluate(model, images, reducer, dense, options.batch, options.device)}
 
     return common.work_off(

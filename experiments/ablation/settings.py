@@ -5,11 +5,13 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from experiments import common
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,44 @@ def load_model(setting: Setting, weights: Path | None) -> nn.Module:
             "(experiments/README.md has the recipe)"
         )
     return setting.pretrained().eval()
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What every program takes that measures one of the two models on a folder of images."""
+
+    setting: Literal["imagenet", "cifar10"]
+    """Model and preprocessing."""
+    data: Path
+    """Folder with labels.csv (file,label), or with one folder of images per class."""
+    weights: Path | None = None
+    """Safetensors file with the model's parameters; without it timm's are downloaded."""
+    batch: int = 50
+    """Images per forward."""
+    limit: int | None = None
+    """Take this many images only."""
+    device: str = "cpu"
+    """Where the model runs."""
+    overwrite: bool = False
+    """Run again what has a result file."""
+
+    def words(self, program: str) -> list[str]:
+        """Return the beginning of a command that measures the same; of paths it keeps the name only."""
+        words = ["python", "-m", program, "--setting", self.setting, "--data", self.data.name]
+        words += ["--weights", self.weights.name] if self.weights else []
+        words += ["--limit", str(self.limit)] if self.limit else []
+        return [*words, "--batch", str(self.batch)]
+
+    def load(self) -> tuple[nn.Module, "Images"]:
+        """Return the model, on its device, and the images; see `load_model` and `load_images`."""
+        setting = SETTINGS[self.setting]
+        return load_model(setting, self.weights).to(self.device), load_images(setting, self.data, self.limit)
+
+    def given(self, images: "Images") -> dict[str, Any]:
+        """Return what a result file says of the weights, the images and the batch."""
+        weights = self.weights
+        digest = {"file": weights.name, "sha256": common.file_digest(weights)} if weights else None
+        return {"weights": digest, "data": images.source, "batch": self.batch}
 
 
 def list_samples(folder: Path) -> list[tuple[str, int]]:

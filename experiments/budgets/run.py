@@ -14,7 +14,7 @@ import crossget
 from crossget.reducers import Reducer
 from experiments import common
 from experiments.ablation.run import measure, predict
-from experiments.ablation.settings import SETTINGS, Images, load_images, load_model
+from experiments.ablation.settings import Images, Measuring
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,15 +39,9 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Measuring):
     """What to measure, and on which images."""
 
-    setting: Literal["imagenet", "cifar10"]
-    """Model and preprocessing."""
-    data: Path
-    """Folder with labels.csv (file,label), or with one folder of images per class."""
-    weights: Path | None = None
-    """Safetensors file with the model's parameters; without it timm's are downloaded."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Which reducers."""
     shares: tuple[float, ...] = SHARES
@@ -58,16 +52,8 @@ class Options:
     """Budgets of peak memory."""
     fitted_on: int = 32
     """Images to fit on, spread evenly over the list; they are not measured on."""
-    batch: int = 50
-    """Images per forward when measuring."""
-    limit: int | None = None
-    """Take this many images only."""
-    device: str = "cpu"
-    """Where the model runs."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
-    overwrite: bool = False
-    """Run again what has a result file."""
 
 
 def queue(options: Options) -> list[Run]:
@@ -106,17 +92,15 @@ def main(options: Options) -> int:
     runs = queue(options)
     if not common.pending(runs, options.results, options.overwrite):
         return 0
-    setting = SETTINGS[options.setting]
-    model = load_model(setting, options.weights).to(options.device)
-    seen, images = split(load_images(setting, options.data, options.limit), options.fitted_on)
+    model, images = options.load()
+    seen, images = split(images, options.fitted_on)
     seen = seen.to(options.device)
     dense = predict(model, images.pixels, options.batch, options.device)
-    weights = {"file": options.weights.name, "sha256": common.file_digest(options.weights)} if options.weights else None
+    given = options.given(images)
 
     def execute(run: Run) -> common.Json:
         config = {
-            **asdict(run), "weights": weights, "data": images.source, "fitted_on": options.fitted_on,
-            "measured_on": len(images.labels), "batch": options.batch,
+            **asdict(run), **given, "fitted_on": options.fitted_on, "measured_on": len(images.labels),
         }  # fmt: skip
         made: dict[str, common.Json] = {}
         for distribution in DISTRIBUTIONS:
@@ -150,10 +134,8 @@ def command_of(options: Options) -> Callable[[Run], str]:
     """Return the function that writes the command which repeats one run; of paths it keeps the name only."""
 
     def command(run: Run) -> str:
-        words = ["python", "-m", "experiments.budgets.run", "--setting", run.setting, "--data", options.data.name]
-        words += ["--weights", options.weights.name] if options.weights else []
-        words += ["--limit", str(options.limit)] if options.limit else []
-        words += ["--methods", run.method, "--fitted-on", str(options.fitted_on), "--batch", str(options.batch)]
+        words = options.words("experiments.budgets.run")
+        words += ["--methods", run.method, "--fitted-on", str(options.fitted_on)]
         given = {"flops": "--shares", "latency": "--latencies", "memory": "--memories"}
         for budget, option in given.items():
             words += [option, *([str(run.share)] if budget == run.budget else [])]

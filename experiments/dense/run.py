@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import crossget
 from experiments import common, tables
 from experiments.ablation.presets import PRESETS, Preset
 from experiments.ablation.run import cost
-from experiments.ablation.settings import SETTINGS, load_images, load_model
+from experiments.ablation.settings import SETTINGS, Measuring
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "README.md"
@@ -45,29 +45,15 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Measuring):
     """What to measure, and on which images."""
 
-    setting: Literal["imagenet", "cifar10"]
-    """Model and preprocessing, see experiments/ablation."""
-    data: Path
-    """Folder with labels.csv (file,label), or with one folder of images per class."""
-    weights: Path | None = None
-    """Safetensors file with the model's parameters; without it timm's are downloaded."""
     methods: tuple[str, ...] = METHODS
     """Rows, by their names in experiments/ablation/presets.py."""
     r: tuple[int, ...] = (0, 4, 8, 12, 16)
     """Tokens removed per block."""
-    batch: int = 25
-    """Images per forward."""
-    limit: int | None = None
-    """Take this many images only."""
-    device: str = "cpu"
-    """Where the model runs."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
-    overwrite: bool = False
-    """Run again what has a result file."""
 
 
 @torch.no_grad()
@@ -107,11 +93,9 @@ def main(options: Options) -> int:
     runs = [Run(options.setting, method, r) for method in options.methods for r in options.r]
     if not common.pending(runs, options.results, options.overwrite):
         return 0
-    setting = SETTINGS[options.setting]
-    model = load_model(setting, options.weights).to(options.device)
-    images = load_images(setting, options.data, options.limit)
+    model, images = options.load()
     dense = patch_features(model, images.pixels, options.batch, options.device)
-    weights = {"file": options.weights.name, "sha256": common.file_digest(options.weights)} if options.weights else None
+    given = options.given(images)
 
     def execute(run: Run) -> common.Json:
         reducer = ROWS[run.method].make(run.r, 0)
@@ -120,14 +104,12 @@ def main(options: Options) -> int:
             features = patch_features(model, images.pixels, options.batch, options.device)
             spent = cost(model, attached, images.pixels[:1].to(options.device))
         method = {"name": type(reducer).__name__, **asdict(reducer)}
-        config = {**asdict(run), "reducer": method, "weights": weights, "data": images.source, "batch": options.batch}
+        config = {**asdict(run), "reducer": method, **given}
         return {"run": config, "result": {**agreement(features, dense), **spent}}
 
     def command(run: Run) -> str:
-        words = ["python", "-m", "experiments.dense.run", "--setting", run.setting, "--data", options.data.name]
-        words += ["--weights", options.weights.name] if options.weights else []
-        words += ["--limit", str(options.limit)] if options.limit else []
-        words += ["--methods", run.method, "--r", str(run.r), "--batch", str(options.batch)]
+        words = options.words("experiments.dense.run")
+        words += ["--methods", run.method, "--r", str(run.r)]
         return shlex.join(words)
 
     return common.work_off(

@@ -19,7 +19,7 @@ from crossget.reducers import Reducer
 from crossget.schedule import planned_tokens
 from experiments import common
 from experiments.ablation.run import measure, predict
-from experiments.ablation.settings import SETTINGS, Images, load_images, load_model
+from experiments.ablation.settings import Images, Measuring
 from experiments.training_free.presets import BUDGETS, PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,31 +45,17 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Measuring):
     """What to measure, and on which images."""
 
-    setting: Literal["imagenet", "cifar10"]
-    """Model and preprocessing."""
-    data: Path
-    """Folder with labels.csv (file,label), or with one folder of images per class."""
-    weights: Path | None = None
-    """Safetensors file with the model's parameters; without it timm's are downloaded."""
     presets: tuple[str, ...] = tuple(PRESETS)
     """Rows to run."""
     budgets: tuple[int, ...] = BUDGETS
     """Multiply-adds, in % of the dense model's."""
     half: Literal["choose", "confirm"] = "confirm"
     """Every second image: the even ones were chosen with, the odd ones confirm."""
-    batch: int = 50
-    """Images per forward."""
-    limit: int | None = None
-    """Take this many images only."""
-    device: str = "cpu"
-    """Where the model runs."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
-    overwrite: bool = False
-    """Run again what has a result file."""
 
 
 def queue(options: Options) -> list[Run]:
@@ -184,11 +170,8 @@ def command_of(options: Options) -> Callable[[Run], str]:
     """Return the function that writes the command which repeats one run; of paths it keeps the name only."""
 
     def command(run: Run) -> str:
-        words = ["python", "-m", "experiments.training_free.run", "--setting", run.setting]
-        words += ["--data", options.data.name]
-        words += ["--weights", options.weights.name] if options.weights else []
-        words += ["--limit", str(options.limit)] if options.limit else []
-        words += ["--half", run.half, "--presets", run.preset, "--batch", str(options.batch)]
+        words = options.words("experiments.training_free.run")
+        words += ["--half", run.half, "--presets", run.preset]
         words += [] if run.preset == "dense" else ["--budgets", str(run.budget)]
         return shlex.join(words)
 
@@ -200,19 +183,17 @@ def main(options: Options) -> int:
     runs = queue(options)
     if not common.pending(runs, options.results, options.overwrite):
         return 0
-    setting = SETTINGS[options.setting]
-    model = load_model(setting, options.weights).to(options.device)
-    images = load_images(setting, options.data, options.limit)
+    model, images = options.load()
     half = slice(HALVES[options.half], None, 2)
     images = Images(images.pixels[half], images.labels[half], {**images.source, "half": options.half})
     dense = predict(model, images.pixels, options.batch, options.device)
-    weights = {"file": options.weights.name, "sha256": common.file_digest(options.weights)} if options.weights else None
+    given = options.given(images)
     meter, fitted = Meter(model, images.pixels[:1].to(options.device)), dict[tuple[str, int], Reducer]()
 
     def execute(run: Run) -> common.Json:
         reducer = reducer_of(run, meter, fitted)
         method = None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
-        config = {**asdict(run), "reducer": method, "weights": weights, "data": images.source, "batch": options.batch}
+        config = {**asdict(run), "reducer": method, **given}
         # The tokens of a model without a reducer are those of a reducer that removes none.
         attached = reducer or crossget.ToMe(0)
         with crossget.attach(model, attached) as attachment:

@@ -28,8 +28,8 @@ def test_the_queue_and_its_commands() -> None:
         "imagenet/crossget_latency_60",
     ]  # fmt: skip
     assert command_of(options)(runs[1]) == (
-        "python -m experiments.budgets.run --setting imagenet --data photos --weights w.safetensors --methods tome "
-        "--fitted-on 32 --batch 50 --shares 0.5 --latencies --memories"
+        "python -m experiments.budgets.run --setting imagenet --data photos --weights w.safetensors --batch 50 "
+        "--methods tome --fitted-on 32 --shares 0.5 --latencies --memories"
     )
     with pytest.raises(ValueError, match="unknown methods"):
         queue(Options("imagenet", Path("a"), methods=("pitome",)))

@@ -36,7 +36,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_file(settings.vit_cifar().state_dict(), tmp_path / "vit.safetensors")
     options = run.Options(
-        "cifar10", tmp_path / "images", tmp_path / "vit.safetensors", ("dense", "tome", "ward"), (58,),
+        "cifar10", tmp_path / "images", tmp_path / "vit.safetensors", presets=("dense", "tome", "ward"), budgets=(58,),
         results=tmp_path / "results",
     )  # fmt: skip
     assert run.main(options) == 3
