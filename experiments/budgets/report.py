@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from experiments import common
-from experiments.ablation.report import BEGIN, END, style
+from experiments.ablation.report import style
 from experiments.ablation.settings import SETTINGS
-from experiments.tables import all_of, markdown, show
+from experiments.tables import all_of, markdown, show, update
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
@@ -168,10 +168,7 @@ def main(options: Options) -> None:
         raise ValueError(f"no result file in {options.results}: run `python -m experiments.budgets.run` first")
     settings = [name for name in SETTINGS if any(result["run"]["setting"] == name for result in results)]
     draw(results, settings, options.output / "figures" / "divergence.png")
-    page = options.output / "README.md"
-    head, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    page.write_text(f"{head}{BEGIN}\n\n{generated(results)}\n\n{END}{tail}", encoding="utf-8")
+    update(options.output / "README.md", generated(results))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import common
-from experiments.ablation.report import BEGIN, END
+from experiments import common, tables
 from experiments.ablation.settings import Images
 from experiments.budgets import report
 from experiments.budgets.run import Options, command_of, queue, split
@@ -38,7 +37,7 @@ def test_the_queue_and_its_commands() -> None:
 def test_the_page_is_what_the_results_make_and_fitted_is_no_worse() -> None:
     results = common.read_results(report.HERE / "results")
     page = report.PAGE.read_text(encoding="utf-8")
-    assert page.split(BEGIN)[1].split(END)[0].strip() == report.generated(results)
+    assert page.split(tables.BEGIN)[1].split(tables.END)[0].strip() == report.generated(results)
     for result in results:
         if result["run"]["budget"] == "flops":
             fitted, even = (result["result"][name] for name in ("measured", "constant"))

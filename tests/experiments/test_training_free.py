@@ -12,7 +12,7 @@ pytest.importorskip("timm")
 pytest.importorskip("matplotlib")
 
 import crossget
-from experiments import common
+from experiments import common, tables
 from experiments.ablation import settings
 from experiments.training_free import presets, report, run
 
@@ -55,7 +55,7 @@ def test_every_row_is_fitted_from_below_and_reported(measured: Path) -> None:
     assert results["ward"]["result"]["resolved"]["importance"] == "class_attention"
     assert str(measured) not in json.dumps(results)
     page = measured / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nformer numbers\n{report.END}\nafter\n")
+    page.write_text(f"before\n{tables.BEGIN}\nformer numbers\n{tables.END}\nafter\n")
     report.main(report.Options(measured / "results", page))
     text = page.read_text()
     assert text.startswith("before\n")
