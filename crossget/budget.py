@@ -2,32 +2,33 @@
 
 `fit(model, inputs, flops=0.58)` finds how many tokens each block has to give up so that a forward costs 58 % of the
 dense model's multiply-adds; the other budgets are tokens handed on, time and memory. What a schedule costs is known
-before it is tried: multiply-adds exactly (costs.py), time from a few timed blocks. How the tokens are shared out among
-the blocks is decided by what the model's output loses on the inputs given. docs/budgets.md tells it all.
+before it is tried: multiply-adds exactly (costs.py), time from a few timed blocks (timing.py). How the tokens are
+shared out among the blocks (allocation.py) is decided by what the model's output loses on the inputs given.
+docs/budgets.md tells it all.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from crossget.allocation import Family, Free, Loss, Price, allocate, even, nearest, prices, removed
 from crossget.attach import attach, find_attachment
 from crossget.benchmark import calling, in_eval_mode, peak_memory, quartiles, take_turns
-from crossget.costs import Frame, Tokens, Trial, alike, derive, no_polynomial
+from crossget.costs import Frame, Tokens, Trial, derive, no_polynomial
 from crossget.flops import Inputs, as_call, count_once, tensors_in
 from crossget.reducers import CrossGET, Reducer
 from crossget.schedule import PerLayer, planned_tokens
 from crossget.state import Record
+from crossget.timing import Times, time_blocks
 
 __all__ = ["Fit", "fit"]
 
@@ -197,192 +198,6 @@ def _asked(budgets: Mapping[Budget, float | None]) -> tuple[Budget, float]:
     return kind, value
 
 
-# Families of schedules ------------------------------------------------------------------------------------------------
-
-
-class Family:
-    """Schedules that differ in strength only: number n removes n tokens, shared out among the blocks by weights.
-
-    Never is more removed than half of what a block may touch. A stronger schedule leaves no block with more tokens.
-
-    Args:
-        frame: the tower's schedules.
-        weights: one per block, not negative.
-    """
-
-    def __init__(self, frame: Frame, weights: Sequence[float]) -> None:
-        self.frame = frame
-        share = torch.tensor(weights, dtype=torch.float64).cumsum(0)
-        share = share / share[-1]
-        strongest = frame.depth * frame.start
-        n = torch.arange(strongest + 1, dtype=torch.float64)
-        until = (n[:, None] * share + 1e-6).floor().long()  # [N, L] tokens that the blocks up to each should remove
-        tokens = [torch.full_like(until[:, 0], frame.start)]
-        for layer in range(frame.depth):
-            most = ((tokens[-1] - frame.reserved) // 2).clamp(min=0) * (weights[layer] > 0)
-            # What was too much for a block is left to those behind it.
-            wish = torch.minimum(frame.start - until[:, layer], tokens[-1])
-            tokens.append(torch.maximum(wish, tokens[-1] - most))
-        every = torch.stack(tokens, 1)
-        self.tokens = torch.unique_consecutive(every, dim=0)
-        """[N, L + 1] tokens entering each block and behind the last one, the weakest first."""
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, n: int) -> list[int]:
-        """Number n."""
-        return [int(count) for count in self.tokens[n]]
-
-
-def even(frame: Frame) -> list[float]:
-    """The same weight for every block up to the one that is read."""
-    return [1.0 if layer <= frame.read else 0.0 for layer in range(frame.depth)]
-
-
-def removed(tokens: Tokens) -> list[int]:
-    """Tokens that each block removes."""
-    return [a - b for a, b in pairwise(tokens)]
-
-
-class Price(Protocol):
-    """What schedules cost, as a sum over the blocks."""
-
-    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
-        """What block `layer` costs for each of many pairs, as float64."""
-        ...
-
-
-def prices(price: Price, tokens: Tensor) -> Tensor:
-    """[N] of schedules [N, L + 1]."""
-    depth = tokens.shape[1] - 1
-    return torch.stack([price.block(i, tokens[:, i], tokens[:, i + 1]) for i in range(depth)]).sum(0)
-
-
-def nearest(price: Price, family: Family, most: float) -> list[int] | None:
-    """The schedule that costs as much as possible, but at most `most`; None if there is none.
-
-    It is the member of the family that is nearest, and then blocks get single tokens back as long as that is within the
-    price: in the end there is no block that could keep one more.
-    """
-    cost = prices(price, family.tokens)
-    cost = torch.where(cost <= most, cost, -math.inf)
-    best = int(cost.argmax())
-    if not math.isfinite(float(cost[best])):
-        return None
-    tokens, frame = family[best], family.frame
-    while True:
-        r = removed(tokens)
-        more = [frame.plan([*r[:i], r[i] - 1, *r[i + 1 :]]) for i in range(frame.depth) if r[i]]
-        if not more:
-            return tokens
-        cost = prices(price, torch.tensor(more))
-        cost = torch.where(cost <= most, cost, -math.inf)
-        best = int(cost.argmax())
-        if not math.isfinite(float(cost[best])):
-            return tokens
-        tokens = more[best]
-
-
-# Sharing out by what it costs the output ------------------------------------------------------------------------------
-
-
-class Loss:
-    """What the output loses when one block alone leaves fewer tokens, as a function of how few: a u^b.
-
-    u is the logarithm of the factor by which the tokens that may be merged have become fewer. If tokens were lost in
-    earlier blocks already, what block l adds is the difference: the redundancy that they used is gone.
-
-    Args:
-        frame: the tower's schedules.
-        points: of each block, (tokens left, what the output lost), from many tokens to few.
-        least: the smallest b. What was measured says little about fewer tokens than half, and a larger b expects more
-            of a loss there.
-    """
-
-    def __init__(self, frame: Frame, points: Sequence[Sequence[tuple[int, float]]], least: float = 1.0) -> None:
-        self.frame, self.least = frame, least
-        self.laws = [self._law(of_block) for of_block in points]
-
-    def _law(self, points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-        (left, little), (fewer, most) = points[0], points[-1]
-        u1, u2 = (float(self._u(torch.tensor(count))) for count in (left, fewer))
-        if most <= 0 or u2 <= 0:
-            return 0.0, self.least
-        steep = math.log(most / little) / math.log(u2 / u1) if little > 0 and u2 > u1 else self.least
-        steep = min(4.0, max(self.least, steep))
-        return most / u2**steep, steep
-
-    def _u(self, left: Tensor) -> Tensor:
-        free = self.frame.start - self.frame.reserved
-        return (math.log(free) - torch.log((left - self.frame.reserved).double())).clamp_min(0)
-
-    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
-        """What block `layer` adds, for each of many pairs."""
-        if layer >= len(self.laws):
-            return torch.zeros(torch.broadcast_shapes(tokens.shape, left.shape), dtype=torch.float64)
-        factor, power = self.laws[layer]
-        return factor * (self._u(left) ** power - self._u(tokens) ** power)
-
-
-def allocate(frame: Frame, loss: Price, price: Price, most: float, out: int | None = None) -> list[int] | None:
-    """The schedule that loses least among those that cost at most `most`; None: there is none.
-
-    Of all schedules on a grid of token numbers the least sum of loss + c * cost, by dynamic programming from the last
-    block to the first; c is the smallest with which the cost is low enough.
-
-    Args:
-        frame: the tower's schedules.
-        loss: what a schedule loses.
-        price: what it costs.
-        most: see above.
-        out: tokens that the block that is read has to leave; None: any number.
-    """
-    step = max(1, (frame.start - frame.reserved) // 200)
-    counts = {*range(frame.start, frame.reserved, -step), *([] if out is None else [out])}
-    grid = torch.tensor(sorted(counts, reverse=True))
-    into, left = grid[:, None], grid[None, :]
-    removed = into - left
-    allowed = (removed >= 0) & (2 * removed <= into - frame.reserved)
-    losses, costs = [], []
-    for layer in range(frame.depth):
-        ok = allowed if layer <= frame.read else removed == 0
-        if layer == frame.read and out is not None:
-            ok = ok & (left == out)
-        hidden = torch.zeros(ok.shape, dtype=torch.float64).masked_fill(~ok, math.inf)
-        losses.append(loss.block(layer, into, left) + hidden)
-        costs.append(price.block(layer, into, left))
-    scale = float(losses[0][losses[0].isfinite()].abs().max()) + 1e-30
-
-    def path(weight: float) -> tuple[list[int], float] | None:
-        value, steps = torch.zeros(len(grid), dtype=torch.float64), []
-        for one, cost in zip(reversed(losses), reversed(costs), strict=True):
-            value, choice = (one + weight * cost + value).min(1)
-            steps.append(choice)
-        if not math.isfinite(float(value[0])):
-            return None
-        at, tokens, total = 0, [frame.start], 0.0
-        for choice, cost in zip(reversed(steps), costs, strict=True):
-            total += float(cost[at, choice[at]])
-            at = int(choice[at])
-            tokens.append(int(grid[at]))
-        return tokens, total
-
-    unit = scale / (float(costs[0][0, 0]) + 1e-30) if out is None else 0.0
-    low, high = -20.0, 20.0  # of the weight, as a power of ten
-    best = path(unit * 10**high)
-    if best is None or best[1] > most:
-        return None
-    for _ in range(50):
-        middle = (low + high) / 2
-        found = path(unit * 10**middle)
-        if found is not None and found[1] <= most:
-            high, best = middle, found
-        else:
-            low = middle
-    return best[0]
-
-
 # Searching ------------------------------------------------------------------------------------------------------------
 
 
@@ -468,7 +283,7 @@ class _Search:
             if constant is None:
                 raise _impossible(what, asked, float(prices(price, self.family.tokens).min()) / dense)
             return constant, "constant", {}
-        if constant is None and allocate(self.frame, _Free(), price, most) is None:
+        if constant is None and allocate(self.frame, Free(), price, most) is None:
             strongest = allocate(self.frame, price, price, math.inf) or self.frame.strongest()
             least = min(prices(price, torch.tensor([strongest])).min(), prices(price, self.family.tokens).min())
             raise _impossible(what, asked, float(least) / dense)
@@ -489,7 +304,7 @@ class _Search:
         constant = self.family[int((left == goal).nonzero()[0])]
         choice: _Choice = (constant, "constant", {})
         if self.distribution == "measured":
-            found = [allocate(self.frame, loss, _Free(), math.inf, goal) for loss in self.losses()]
+            found = [allocate(self.frame, loss, Free(), math.inf, goal) for loss in self.losses()]
             choice = self.choose(constant, found)
         self.output(removed(choice[0]))
         source = self.trial.attachment.source[self.trial.name][0, self.trial.tower.prefix :]
@@ -655,13 +470,6 @@ def _impossible(what: Budget, asked: float, possible: float) -> ValueError:
     )
 
 
-class _Free:
-    """Costs nothing to speak of: the fewer tokens, the less, so that equals are told apart."""
-
-    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
-        return (0 * tokens + left).double() * 1e-12
-
-
 def distance(output: Any, dense: Any) -> Tensor:
     """[B] squared distance of two outputs over the squared norm of the second, row by row, averaged over their tensors.
 
@@ -687,119 +495,3 @@ def distance(output: Any, dense: Any) -> Tensor:
             "[B, ...] among it. Give read=, a function that takes one out of it, or distribution='constant'"
         )
     return torch.stack(found).mean(0)
-
-
-# Time -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of each block, fitted to measured ones.
-
-    Attributes:
-        frame: the tower's schedules.
-        laws: of each block, [7] one factor for each of `_time_terms`.
-        rest: [3] the same for what is outside the blocks.
-        dense: seconds of the dense model's forward.
-        totals: schedule -> seconds of the whole forward, as measured.
-    """
-
-    frame: Frame
-    laws: Sequence[Tensor]
-    rest: Tensor
-    dense: float
-    totals: Mapping[tuple[int, ...], float]
-
-    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
-        cost = (_time_terms(self.frame, tokens, left) @ self.laws[layer]).clamp_min(0)
-        if layer == self.frame.read:
-            cost = cost + (_rest_terms(self.frame, left) @ self.rest).clamp_min(0)
-        return cost
-
-
-def _time_terms(frame: Frame, tokens: Tensor, left: Tensor) -> Tensor:
-    """[.., 7] what a block's time is a sum of."""
-    t, r = torch.broadcast_tensors(tokens.double() / frame.start, (tokens - left).double() / frame.start)
-    m = (r > 0).double()
-    return torch.stack([torch.ones_like(t), t, t * t, r, m, m * t, m * t * t], -1)
-
-
-def _rest_terms(frame: Frame, left: Tensor) -> Tensor:
-    t = left.double() / frame.start
-    return torch.stack([torch.ones_like(t), t, t * t], -1)
-
-
-def time_blocks(trial: Trial, frame: Frame, rounds: int) -> Times:
-    """Time the blocks at some token counts, in turns with the dense model, and fit their times by least squares."""
-    family, front = Family(frame, even(frame)), Family(frame, [1.0] + [0.0] * (frame.depth - 1))
-    wanted = [front[len(front) // 2], front[len(front) - 1], frame.plan([0] * frame.depth)]
-    for share in (0.8, 0.6, 0.4, 0.2, 0.0):
-        left = frame.reserved + share * (frame.start - frame.reserved)
-        wanted.append(family[int((family.tokens[:, -1] - left).abs().argmin())])
-    plans = {tuple(removed(plan)): plan for plan in wanted}
-    spent: dict[tuple[int, ...], list[list[float]]] = {r: [] for r in plans}
-    dense = []
-    for _ in range(max(3, rounds // 2)):
-        with trial.attachment.paused():
-            dense.append(math.fsum(_stamped(trial)))
-        for r in plans:
-            trial.use(r)
-            spent[r].append(_stamped(trial))
-    medians = {r: [statistics.median(part) for part in zip(*spent[r], strict=True)] for r in plans}
-    laws: list[Tensor] = [torch.zeros(7, dtype=torch.float64)] * frame.depth
-    for group in alike(trial.tower.blocks, [i > frame.read for i in range(frame.depth)]):
-        pairs = [(plans[r][i], plans[r][i + 1], medians[r][i]) for r in plans for i in group]
-        entered, behind, took = (torch.tensor(column) for column in zip(*pairs, strict=True))
-        law = _least_squares(_time_terms(frame, entered, behind), took)
-        for i in group:
-            laws[i] = law
-    handed = torch.tensor([plan[frame.read + 1] for plan in plans.values()])
-    terms = _rest_terms(frame, handed)
-    if trial.tower.restore:
-        terms = terms * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    rest = _least_squares(terms, torch.tensor([medians[r][-1] for r in plans]))
-    totals = {r: statistics.median(math.fsum(seconds) for seconds in spent[r]) for r in plans}
-    return Times(frame, laws, rest, statistics.median(dense), totals)
-
-
-def _least_squares(terms: Tensor, seconds: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.lstsq(terms, seconds.double()[:, None], rcond=1e-9, driver="gelsd").solution
-    return found[:, 0]
-
-
-def _stamped(trial: Trial) -> list[float]:
-    """Seconds of each block in one forward, and of the rest; the second of two, as in `crossget.benchmark`."""
-    given, device = as_call(trial.inputs), trial.device
-    stamps: list[Any] = []
-
-    def stamp(*_: Any) -> None:
-        if device.type == "cuda":  # on the device's own clock: waiting for it would change what is measured
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            stamps.append(event)
-        else:
-            stamps.append(time.perf_counter())
-
-    trial.model(*given.args, **given.kwargs)
-    # Hooks behind blocks would make the reducer more careful than it is without: all but the last stand in front.
-    hooks = [block.register_forward_pre_hook(stamp) for block in trial.tower.blocks]
-    hooks.append(trial.tower.blocks[-1].register_forward_hook(stamp))
-    try:
-        stamp()
-        trial.model(*given.args, **given.kwargs)
-        stamp()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if len(stamps) != len(trial.tower.blocks) + 3:
-        raise RuntimeError(
-            f"the blocks of tower {trial.name!r} did not run once each in a forward, so they cannot be timed one by one"
-        )
-    seconds = [_between(a, b) for a, b in pairwise(stamps)]
-    return [*seconds[1:-1], seconds[0] + seconds[-1]]
-
-
-def _between(a: Any, b: Any) -> float:
-    return float(b - a) if isinstance(a, float) else float(a.elapsed_time(b)) / 1e3

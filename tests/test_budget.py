@@ -21,8 +21,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import crossget
+from crossget.allocation import Family, Loss, allocate, even, prices, removed
 from crossget.attach import find_attachment
-from crossget.budget import Family, Loss, _Search, allocate, distance, even, prices, removed
+from crossget.budget import _Search, distance
 from crossget.costs import Costs, Frame, Span, Trial, derive, solve
 from crossget.flops import count_once
 from crossget.schedule import PerLayer, planned_tokens

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from small_clip import registered
 
 import crossget
 from crossget import demo
@@ -29,12 +30,8 @@ CONFIG = {
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    path = tmp_path_factory.mktemp("configs") / f"{TINY_CLIP}.json"
-    path.write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(path)
-    yield
-    open_clip.factory._MODEL_CONFIG_PATHS.remove(path)
-    del open_clip.factory._MODEL_CONFIGS[TINY_CLIP]
+    with registered(TINY_CLIP, CONFIG, tmp_path_factory.mktemp("configs")):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
-import open_clip
 import pytest
 import torch
 from PIL import Image
+from small_clip import registered
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,12 +40,8 @@ TEXTS = ("a cat", "</script><script>alert('a cup')</script> & {{DATA}}")
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    path = tmp_path_factory.mktemp("configs") / f"{TINY_CLIP}.json"
-    path.write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(path)
-    yield
-    open_clip.factory._MODEL_CONFIG_PATHS.remove(path)
-    del open_clip.factory._MODEL_CONFIGS[TINY_CLIP]
+    with registered(TINY_CLIP, CONFIG, tmp_path_factory.mktemp("configs")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -444,15 +440,11 @@ def test_refusals(options: dict[str, Any], error: type[Exception], message: str,
 
 def test_a_clip_that_pools_by_attention_cannot_be_asked_for_a_text(tmp_path: Path) -> None:
     config = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "attentional_pool": True}}  # type: ignore[dict-item]
-    path = tmp_path / "pools.json"
-    path.write_text(json.dumps(config))
-    open_clip.add_model_config(path)
-    try:
-        with pytest.raises(ValueError, match="--text: open_clip pools ends in an attention pool, so single patches"):
-            run(Options(model="pools", pretrained="none", text=("a cat",), out=tmp_path / "p.html"), pytest.fail)
-    finally:
-        open_clip.factory._MODEL_CONFIG_PATHS.remove(path)
-        del open_clip.factory._MODEL_CONFIGS["pools"]
+    with (
+        registered("pools", config, tmp_path),
+        pytest.raises(ValueError, match="--text: open_clip pools ends in an attention pool, so single patches"),
+    ):
+        run(Options(model="pools", pretrained="none", text=("a cat",), out=tmp_path / "p.html"), pytest.fail)
 
 
 def test_without_matplotlib_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-import open_clip
 import pytest
 from PIL import Image
+from small_clip import registered
 
 from crossget.show import Options, Story, run
 
@@ -40,20 +40,14 @@ MINUS = "\u2212"
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """Two methods that merge and one that drops, and two texts, one of them nasty."""
     folder = tmp_path_factory.mktemp("show")
-    path = folder / f"{TINY_CLIP}.json"
-    path.write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(path)
     image = folder / "<i>photo.png"
     Image.effect_noise((80, 70), 90).convert("RGB").save(image)
     methods = ("crossget", "tome", "topk")
-    try:
+    with registered(TINY_CLIP, CONFIG, folder):
         yield run(
             Options(image, TINY_CLIP, 9, methods, ("a cat", NASTY), pretrained="none", out=folder / "page.html"),
             pytest.fail,
         )
-    finally:
-        open_clip.factory._MODEL_CONFIG_PATHS.remove(path)
-        del open_clip.factory._MODEL_CONFIGS[TINY_CLIP]
 
 
 @pytest.fixture(scope="module")
