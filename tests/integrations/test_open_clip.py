@@ -21,9 +21,9 @@ from open_clip.transformer import TextTransformer, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import contract
 import crossget
 from crossget.registry import Tower
-from tests import contract
 
 # What the installed open_clip has, of 2.26 to 3.3.
 FIELDS = CLIPTextCfg.__dataclass_fields__

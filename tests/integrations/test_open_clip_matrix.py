@@ -11,11 +11,11 @@ import torch
 from open_clip import hf_model
 from torch import nn
 
+import contract
 import crossget
 from crossget.integrations import open_clip as adapter
 from crossget.integrations._support import describe, markdown
 from crossget.schedule import planned_tokens
-from tests import contract
 
 pytestmark = pytest.mark.slow
 
