@@ -408,6 +408,23 @@ def test_the_reducer_can_be_exchanged_in_place(pair: Pair) -> None:
         assert attached.reducers == before
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mistaken(crossget.Reducer):
+    """A user's method with a mistake in it."""
+
+    def reduce(self, view: Any, r: int) -> Any:
+        return len(r)  # type: ignore[arg-type]
+
+
+def test_a_mistake_in_a_method_is_told_as_it_is(pair: Pair) -> None:
+    # It runs below the block's `x + attention`, of which torch would say that tensors cannot be added.
+    with (
+        crossget.attach(pair, Mistaken(1)),
+        pytest.raises(RuntimeError, match=r"Mistaken.reduce\(\) failed: object of type 'int' has no len"),
+    ):
+        pair(TOKENS)
+
+
 def test_paused_is_the_dense_model(pair: Pair) -> None:
     with torch.no_grad():
         dense = pair(TOKENS)
