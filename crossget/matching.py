@@ -20,6 +20,10 @@ from crossget import kernels
 Ties = Literal["reference", "stable"]
 BUDGET = 1 << 26
 """Similarities that a matching holds at a time, over the whole batch: above, they are made in tiles, and twice."""
+_ALL = slice(None)
+
+Similarity = Callable[["Tensor | slice", "Tensor | slice"], Tensor]
+"""(rows, columns) -> [B, rows, columns] how well tokens go together; see `Candidates.cosines`."""
 
 
 class Candidates:
@@ -206,12 +210,19 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
 
     Source: CrossGET (arXiv 2305.17455), section 3.2 and algorithm 1.
     """
-    tokens = int(candidates.given.shape[1])
     # In float32 the kernels would do without tensor cores.
     if candidates.is_half and kernels.usable(candidates.given):
         return kernels.complete_graph(candidates.given, candidates.protected, candidates.valid, r, importance)
+    return _in_a_graph(candidates, candidates.cosines, r, importance)
+
+
+def _in_a_graph(
+    candidates: Candidates, similar: Similarity, r: int, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`complete_graph` by any measure of similarity."""
+    tokens = int(candidates.given.shape[1])
     hidden = candidates.hidden()
-    pairs = pairs_of(candidates, hidden)
+    pairs = pairs_of(candidates, hidden, similar)
     best = pairs.best() + hidden
     order = candidates.argsort(best, descending=True)
     place = torch.arange(tokens, device=order.device, dtype=best.dtype).expand_as(order)
@@ -224,8 +235,8 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
 class Square:
     """The similarities of all tokens with all others, as one tensor [B, T, T]."""
 
-    def __init__(self, candidates: Candidates, hidden: Tensor) -> None:
-        self.similarity = candidates.cosines()
+    def __init__(self, candidates: Candidates, hidden: Tensor, similar: Similarity) -> None:
+        self.similarity = similar(_ALL, _ALL)
         if candidates.ties == "stable":
             # Kernels may round S_ij and S_ji differently, which would break the tie of two nearest neighbours.
             self.similarity = torch.maximum(self.similarity, self.similarity.transpose(1, 2))
@@ -255,8 +266,8 @@ class Tiles:
     Each pair of tokens is computed once and looked at from both sides: half the work, and a tie is a tie.
     """
 
-    def __init__(self, candidates: Candidates, hidden: Tensor) -> None:
-        self.candidates, self.hidden = candidates, hidden
+    def __init__(self, candidates: Candidates, hidden: Tensor, similar: Similarity) -> None:
+        self.candidates, self.hidden, self.similar = candidates, hidden, similar
         self.batch, self.tokens, _ = (int(n) for n in candidates.keys.shape)
         # Beside a tile, others of its size are needed to scale and to compare it.
         self.rows = max(1, candidates.budget // (4 * self.batch * self.tokens))
@@ -282,7 +293,7 @@ class Tiles:
         """As `Square.nearest`."""
         found = []
         for some in source.split(self.rows, 1):
-            stripe = self.candidates.cosines(some).add_(hidden[:, None, :])
+            stripe = self.similar(some, _ALL).add_(hidden[:, None, :])
             if self.candidates.valid is not None:
                 stripe.masked_fill_(_mixed(self.candidates.valid.gather(1, some), self.candidates.valid), -math.inf)
             found.append(stripe.argmax(-1))
@@ -293,7 +304,7 @@ class Tiles:
         hidden, valid = self.hidden, self.candidates.valid
         for first in range(0, self.tokens, self.rows):
             rows, columns = slice(first, first + self.rows), slice(first, None)
-            tile = self.candidates.cosines(rows, columns)
+            tile = self.similar(rows, columns)
             corner = tile[:, :, : self.rows]
             corner.copy_(torch.maximum(corner, corner.transpose(1, 2)))
             corner.diagonal(dim1=1, dim2=2).fill_(-math.inf)
@@ -306,16 +317,17 @@ class Tiles:
 Pairs = Square | Tiles
 
 
-def pairs_of(candidates: Candidates, hidden: Tensor) -> Pairs:
+def pairs_of(candidates: Candidates, hidden: Tensor, similar: Similarity) -> Pairs:
     """The similarities of all pairs, at once or in tiles; `hidden` [B, T] is added, see `Candidates.hidden`."""
     batch, tokens, _ = (int(n) for n in candidates.given.shape)
-    return Tiles(candidates, hidden) if batch * tokens**2 > candidates.budget else Square(candidates, hidden)
+    form = Tiles if batch * tokens**2 > candidates.budget else Square
+    return form(candidates, hidden, similar)
 
 
 def nearest_similarity(candidates: Candidates) -> Tensor:
     """[B, T] how similar each token is to the one most like it; -inf for those that must not be matched."""
     hidden = candidates.hidden()
-    return pairs_of(candidates, hidden).best() + hidden
+    return pairs_of(candidates, hidden, candidates.cosines).best() + hidden
 
 
 def bound_of(rank: Tensor, other: Tensor) -> Tensor:
@@ -338,8 +350,15 @@ def bipartite(candidates: Candidates, r: int, importance: Tensor | None = None) 
 
     Source: ToMe (arXiv 2210.09461), section 3.
     """
+    return _of_two_sets(candidates, candidates.cosines, r, importance)
+
+
+def _of_two_sets(
+    candidates: Candidates, similar: Similarity, r: int, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`bipartite` by any measure of similarity."""
     a, b = _dealt(candidates)
-    similarity = candidates.cosines(a, b)
+    similarity = similar(a, b)
     if candidates.valid is not None:
         similarity.masked_fill_(_mixed(candidates.valid.gather(1, a), candidates.valid.gather(1, b)), -math.inf)
     nearest = similarity.max(-1)
@@ -366,21 +385,56 @@ def ward(candidates: Candidates, r: int, importance: Tensor | None = None) -> tu
 
     Source: J. H. Ward, Hierarchical grouping to optimize an objective function, JASA 58 (1963), for pairs of two sets.
     """
-    a, b = _dealt(candidates)
-    # Around their mean, so that little is lost when large squares are subtracted from each other.
-    points = candidates.keys - candidates.keys.mean(1, keepdim=True)
-    x, y = take(points, a), take(points, b)
-    squares = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :]
-    distance = torch.baddbmm(squares, x, y.transpose(1, 2), alpha=-2).clamp_min_(0)
-    mass = torch.ones_like(points[:, :, 0]) if candidates.sizes is None else candidates.sizes.to(points.dtype)
-    mass = mass if importance is None else mass * importance.exp()
-    inverse = mass.reciprocal()  # m_a m_b / (m_a + m_b) is 1 / (1 / m_a + 1 / m_b)
-    cost = distance.div_(inverse.gather(1, a)[:, :, None] + inverse.gather(1, b)[:, None, :])
-    if candidates.valid is not None:
-        cost.masked_fill_(_mixed(candidates.valid.gather(1, a), candidates.valid.gather(1, b)), math.inf)
-    nearest = cost.min(-1)
-    cheapest = candidates.argsort(nearest.values)[:, :r]
-    return a.gather(1, cheapest), b.gather(1, nearest.indices.gather(1, cheapest))
+    return _of_two_sets(candidates, Closeness(candidates, importance), r)
+
+
+def ward_graph(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ward's criterion in a complete graph: every token may join every other, as in `complete_graph`.
+
+    Better than `ward` at equal numbers of tokens, and three times as many products: 3/4 of T^2 instead of 1/4.
+
+    Args, returns: as `ward`.
+    """
+    return _in_a_graph(candidates, Closeness(candidates, importance), r)
+
+
+class Closeness:
+    """How little it costs to join two tokens, by Ward's criterion: a similarity, minus the cost.
+
+    Args: as `ward`.
+    """
+
+    def __init__(self, candidates: Candidates, importance: Tensor | None) -> None:
+        # Around their mean, so that little is lost when large squares are subtracted from each other.
+        self.points = candidates.keys - candidates.keys.mean(1, keepdim=True)
+        self.squares = self.points.square().sum(-1)
+        mass = torch.ones_like(self.squares) if candidates.sizes is None else candidates.sizes.to(self.squares.dtype)
+        mass = mass if importance is None else mass * importance.exp()
+        self.inverse = mass.reciprocal()  # m_a m_b / (m_a + m_b) is 1 / (1 / m_a + 1 / m_b)
+
+    def __call__(self, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
+        """As `Candidates.cosines`."""
+        (a, a_squares, a_inverse), (b, b_squares, b_inverse) = self._some(rows), self._some(columns)
+        squares = a_squares[:, :, None] + b_squares[:, None, :]
+        if rows is columns:
+            distance = squares.sub_(_symmetric(a), alpha=2)
+        else:
+            distance = torch.baddbmm(squares, a, b.transpose(1, 2), alpha=-2)
+        return distance.clamp_min_(0).div_(a_inverse[:, :, None] + b_inverse[:, None, :]).neg_()
+
+    def _some(self, which: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(which, slice):
+            return self.points[:, which], self.squares[:, which], self.inverse[:, which]
+        return take(self.points, which), self.squares.gather(1, which), self.inverse.gather(1, which)
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    """[B, T, T] products of all rows of `x` [B, T, C] with each other; those of its two halves are computed once."""
+    half = int(x.shape[1]) // 2
+    a, b = x[:, :half], x[:, half:]
+    across = torch.bmm(a, b.transpose(1, 2))
+    first = torch.cat([torch.bmm(a, a.transpose(1, 2)), across], 2)
+    return torch.cat([first, torch.cat([across.transpose(1, 2), torch.bmm(b, b.transpose(1, 2))], 2)], 1)
 
 
 def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -404,7 +458,7 @@ def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> 
 
 Matching = Callable[[Candidates, int, "Tensor | None"], "tuple[Tensor, Tensor]"]
 MATCHINGS: dict[str, Matching] = {
-    "complete_graph": complete_graph, "bipartite": bipartite, "ward": ward, "random": random,
+    "complete_graph": complete_graph, "bipartite": bipartite, "ward": ward, "ward_graph": ward_graph, "random": random,
 }  # fmt: skip
 
 

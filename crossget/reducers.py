@@ -22,10 +22,10 @@ from crossget.importance import by_guide, by_reading, by_text
 from crossget.matching import MATCHINGS, Candidates, Plan, Ties, nearest_similarity, take
 from crossget.schedule import Schedule, as_schedule
 
-MatchingName = Literal["complete_graph", "bipartite", "ward", "random"]
+MatchingName = Literal["complete_graph", "bipartite", "ward", "ward_graph", "random"]
 ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention", "text"]
 EnsembleName = Literal["guided", "size", "normalized"]
-KeysName = Literal["all_heads", "mean_heads", "tokens"]
+KeysName = Literal["all_heads", "mean_heads", "tokens", "half_tokens"]
 Self = TypeVar("Self", bound="Reducer")
 WardT = TypeVar("WardT", bound="Ward")
 
@@ -172,8 +172,8 @@ class Merging(Reducer):
         importance: what scores a token, where the matching or the ensemble asks. "text": how near it is to the text
             that `Attachment.look_for` was given, see `crossget.importance.by_text`.
         ensemble: how a source and its destination become one token.
-        keys: what tokens are compared by: keys of all heads concatenated, their mean over heads, or the tokens
-            themselves behind the attention's residual.
+        keys: what tokens are compared by: keys of all heads concatenated, their mean over heads, the tokens themselves
+            behind the attention's residual, or every second channel of the tokens.
         ties: how equal similarities are ranked, see `crossget.matching.complete_graph`.
         threshold: give every image a strength of its own: those in which more tokens have a neighbour that is more
             similar than this (a cosine of keys in the first block) lose more; None: all lose the same.
@@ -277,6 +277,8 @@ class Ward(Merging):
 
     What changes is the tokens themselves, each weighed by its mass: its share of the image and of the class token's
     attention (`crossget.importance.by_reading`). Matching and ensemble share that mass. There is no cross token.
+    Every token may join every other; their distances are estimated from every second channel, so that this costs little
+    more than two sets on all channels would (`matching="ward", keys="tokens"`), and finds better pairs.
 
     Without a class token (and no other importance given) the mass is the size alone: nothing is scored, and the
     ensemble is the size-weighted mean. `crossget.Rising` spares the first blocks, see docs/training_free.md.
@@ -284,10 +286,10 @@ class Ward(Merging):
     Args: as `Merging` and `Reducer`.
     """
 
-    matching: MatchingName = "ward"
+    matching: MatchingName = "ward_graph"
     guided_matching: bool = True
     ensemble: EnsembleName = "normalized"
-    keys: KeysName | None = "tokens"
+    keys: KeysName | None = "half_tokens"
     ties: Ties = "stable"
 
     def resolved(self: WardT, host: Host) -> WardT:
@@ -367,13 +369,15 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
     else:
         _, heads, _, width = view.queries.shape
         query = view.queries.gather(2, guide[:, None, None, None].expand(-1, heads, 1, width))
-    if reducer.keys == "tokens":  # which a query does not ask for
+    if reducer.keys in ("tokens", "half_tokens"):  # which a query does not ask for
         candidates = Candidates(_flat(view.keys, None), view.protected, view.n_protected)
     return by_guide(candidates.keys, candidates.inverse_norms, _flat(query, reducer.keys))
 
 
 def _compared(view: View, keys: KeysName | None) -> Tensor:
     """[B, T, C] what tokens are compared by."""
+    if keys == "half_tokens":
+        return view.tokens[:, :, ::2]
     return view.tokens if keys == "tokens" else _flat(view.keys, keys)
 
 

@@ -76,20 +76,39 @@ def bipartite(image: Image, r: int, guided: bool, ties: str, n_protected: int) -
     return [(givers[k], nearest[k]) for k in order]
 
 
+def ward_costs(image: Image, points: Tensor, masses: list[float]) -> list[list[float]]:
+    """[T, C] points -> m_a m_b / (m_a + m_b) |x_a - x_b|^2, infinite for a pair that must not join."""
+    count = len(masses)
+    costs = [[math.inf] * count for _ in range(count)]
+    for i in range(count):
+        for j in range(count):
+            free = not image.protected[i] and not image.protected[j]
+            if i != j and free and image.valid[i] == image.valid[j]:
+                mass = masses[i] * masses[j] / (masses[i] + masses[j])
+                costs[i][j] = mass * float((points[i] - points[j]).square().sum())
+    return costs
+
+
 def ward(image: Image, points: Tensor, masses: list[float], r: int, n_protected: int) -> list[tuple[int, int]]:
-    """[T, C] points: the r cheapest proposals of the sources' set, by m_a m_b / (m_a + m_b) |x_a - x_b|^2."""
+    """The r cheapest proposals of the sources' set."""
     free = [i for i, p in enumerate(image.protected) if not p][: len(image.protected) - n_protected]
     givers, takers = free[1::2], free[0::2]
+    costs = ward_costs(image, points, masses)
     proposals = []
     for i in givers:
-        best, where = math.inf, takers[0]
-        for j in takers:
-            if image.valid[i] == image.valid[j]:
-                cost = masses[i] * masses[j] / (masses[i] + masses[j]) * float((points[i] - points[j]).square().sum())
-                if cost < best:
-                    best, where = cost, j
-        proposals.append((best, i, where))
+        where = min(takers, key=lambda j: (costs[i][j], takers.index(j)))
+        proposals.append((costs[i][where], i, where))
     return [(i, j) for _, i, j in sorted(proposals)[:r]]
+
+
+def ward_graph(image: Image, points: Tensor, masses: list[float], r: int) -> list[tuple[int, int]]:
+    """The r tokens that join one of a worse rank most cheaply, each with the cheapest of those that stay."""
+    costs = ward_costs(image, points, masses)
+    ranked = sorted(range(len(masses)), key=lambda i: (min(costs[i]), i))
+    behind = {i: min((costs[i][j] for j in ranked[place + 1 :]), default=math.inf) for place, i in enumerate(ranked)}
+    sources = sorted(behind, key=lambda i: (behind[i], i))[:r]
+    stay = [j for j in range(len(masses)) if j not in sources]
+    return [(i, min(stay, key=lambda j: (costs[i][j], j))) for i in sources]
 
 
 def ensemble(image: Image, pairs: list[tuple[int, int]], kind: str) -> tuple[Tensor, list[float]]:

@@ -90,6 +90,7 @@ class Host:
 
 CROSS, TOME = crossget.CrossGET(r=0), crossget.ToMe(r=0)
 BY_ATTENTION = crossget.CrossGET(r=0, cross_token=False, importance="attention")
+WARD, WARD_GRAPH = crossget.Ward(r=0), crossget.Ward(r=0, matching="ward_graph")
 GRAPH = crossget.CrossGET(r=0, cross_token=False, guided_matching=False, ensemble="size")
 VIT = Host("timm", vit, lambda: images(2))
 TEXTS = Host("text", clip, lambda: {"text": torch.randint(1, 60, (3, 12))}, "text")
@@ -98,7 +99,15 @@ CASES = [
     (VIT, TOME),
     *[
         pytest.param(VIT, reducer, marks=SLOW)
-        for reducer in (CROSS, BY_ATTENTION, GRAPH, crossget.Ward(r=0), crossget.Random(r=0), crossget.TopK(r=0))
+        for reducer in (
+            CROSS,
+            BY_ATTENTION,
+            GRAPH,
+            crossget.Ward(r=0),
+            WARD_GRAPH,
+            crossget.Random(r=0),
+            crossget.TopK(r=0),
+        )
     ],
     *[
         pytest.param(host, reducer, marks=SLOW)

@@ -16,7 +16,7 @@ import crossget
 import reference
 from crossget import importance
 from crossget.importance import by_attention
-from crossget.matching import BUDGET, Candidates, complete_graph
+from crossget.matching import BUDGET, Candidates, Matching, complete_graph, ward_graph
 from crossget.reducers import Host, Merging, View
 from crossget.state import TokenState
 from crossget.watch import BlockWatch
@@ -279,14 +279,15 @@ def test_random_matching_repeats_itself_and_listens_to_its_seed() -> None:
 # Ward -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("matching", ["ward", "ward_graph"])
 @given(views(), st.booleans(), st.sampled_from(["tokens", "all_heads", "mean_heads"]))
 @settings(max_examples=40, deadline=None)
-def test_ward_equals_loops(case: tuple[Seen, int], has_class_token: bool, keys: Any) -> None:
+def test_ward_equals_loops(matching: Any, case: tuple[Seen, int], has_class_token: bool, keys: Any) -> None:
     view, r = case
     assert view.attention is not None
     view.received = view.attention[:, 0].double()  # of the class token, in float64: costs are not to come close
     view.tokens, view.keys = view.tokens.double(), view.keys.double()
-    reducer = crossget.Ward(1, keys=keys).resolved(Host("tower", has_class_token))
+    reducer = crossget.Ward(1, keys=keys, matching=matching).resolved(Host("tower", has_class_token))
     out = reducer.reduce(view, r)
     count = limit(view, r)
     if out is None:
@@ -307,7 +308,10 @@ def test_ward_equals_loops(case: tuple[Seen, int], has_class_token: bool, keys: 
             "all_heads": heads.transpose(0, 1).flatten(1),
             "mean_heads": heads.mean(0),
         }
-        pairs = reference.ward(image, points[keys], masses, count, view.n_protected)
+        if matching == "ward":
+            pairs = reference.ward(image, points[keys], masses, count, view.n_protected)
+        else:
+            pairs = reference.ward_graph(image, points[keys], masses, count)
         assert list(zip(plan.source[row].tolist(), plan.destination[row].tolist(), strict=True)) == pairs  # type: ignore[union-attr]
         for new, old in enumerate(plan.kept[row].tolist()):
             group = [old, *(a for a, b in pairs if b == old)]
@@ -331,19 +335,21 @@ def test_ward_does_not_see_an_offset(case: tuple[Seen, int], offset: float) -> N
             assert torch.equal(plan[2].index, other[2].index)
 
 
-def test_ward_joins_the_light_before_the_heavy() -> None:
+@pytest.mark.parametrize("matching", ["ward", "ward_graph"])
+def test_ward_joins_the_light_before_the_heavy(matching: Any) -> None:
     """Four tokens at equal distances: the pair whose masses are smaller joins, also where their cosine is no larger."""
     tokens = torch.tensor([[[0.0, 1.0], [0.0, 2.0], [10.0, 1.0], [10.0, 2.0]]])
     protected = torch.zeros(1, 4, dtype=torch.bool)
     for sizes, joined in (
-        ([5.0, 5.0, 1.0, 1.0], (3, 2)),
-        ([1.0, 1.0, 5.0, 5.0], (1, 0)),
-        ([9.0, 1.0, 2.0, 2.0], (1, 0)),
+        ([5.0, 5.0, 1.0, 1.0], {2, 3}),
+        ([1.0, 1.0, 5.0, 5.0], {0, 1}),
+        ([9.0, 1.0, 2.0, 2.0], {0, 1}),
     ):
         view = View(tokens, tokens[None], tokens[None], None, torch.tensor([sizes]), protected, 0)
-        out = crossget.Ward(1).resolved(Host("tower", has_class_token=False)).reduce(view, 1)
+        reducer = crossget.Ward(1, keys="tokens", matching=matching)
+        out = reducer.resolved(Host("tower", has_class_token=False)).reduce(view, 1)
         assert out is not None
-        assert (out[2].source.item(), out[2].destination.item()) == joined  # type: ignore[union-attr]
+        assert {out[2].source.item(), out[2].destination.item()} == joined  # type: ignore[union-attr]
 
 
 def test_even_attention_weighs_as_size_does() -> None:
@@ -436,7 +442,7 @@ def test_the_default_is_the_reference() -> None:
         (lambda: crossget.CrossGET([1, -2]), r"r\[1\] is -2"),
         (
             lambda: crossget.CrossGET(1, matching="complet"),
-            "matching='complet'.*'complete_graph', 'bipartite', 'ward', 'random'",
+            "matching='complet'.*'complete_graph', 'bipartite', 'ward', 'ward_graph', 'random'",
         ),
         (lambda: crossget.CrossGET(1, importance="cls"), "importance='cls'.*'cross_token', 'attention', 'class_token'"),
         (lambda: crossget.CrossGET(1, ties=None), "ties=None.*'reference', 'stable'"),
@@ -497,16 +503,19 @@ def test_attention_received_in_parts(bias: Any, at_once: int, monkeypatch: pytes
 
 
 @settings(deadline=None)
-@given(views(), st.integers(1, 2000), st.booleans())
-def test_tiles_choose_as_the_whole_square_does(case: tuple[View, int], budget: int, guided: bool) -> None:
+@given(views(), st.integers(1, 2000), st.booleans(), st.sampled_from([complete_graph, ward_graph]))
+def test_tiles_choose_as_the_whole_square_does(
+    case: tuple[View, int], budget: int, guided: bool, matching: Matching
+) -> None:
     view, r = case
     keys = view.keys.transpose(1, 2).flatten(2).double()  # so that how a product is cut up decides nothing
     whole, tiled = (  # and two nearest neighbours tie on every processor
-        Candidates(keys, view.protected, view.n_protected, view.valid, "stable", budget=b) for b in (BUDGET, budget)
+        Candidates(keys, view.protected, view.n_protected, view.valid, "stable", budget=b, sizes=view.sizes)
+        for b in (BUDGET, budget)
     )
     r = whole.limit(r)
     importance = view.received.double() if guided and view.received is not None else None
-    for one, other in zip(complete_graph(whole, r, importance), complete_graph(tiled, r, importance), strict=True):
+    for one, other in zip(matching(whole, r, importance), matching(tiled, r, importance), strict=True):
         assert torch.equal(one, other)
 
 

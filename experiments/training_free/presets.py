@@ -57,6 +57,7 @@ class Preset:
 
 
 WARD = Ward(r=0)
+BY_SIZE = replace(WARD, importance="attention", guided_matching=False, ensemble="size")
 TOME = ToMe(r=0)
 
 METHODS: dict[str, Preset] = {
@@ -66,6 +67,8 @@ METHODS: dict[str, Preset] = {
     "crossget": Preset("CrossGET, untrained", CrossGET(r=0)),
     "ward_constant": Preset("Ward, constant r", WARD),
     "ward": Preset("Ward, Rising", WARD, rising, 1.0),
+    "ward_size_constant": Preset("Ward by size, constant r", BY_SIZE),
+    "ward_size": Preset("Ward by size, Rising", BY_SIZE, rising, 1.0),
 }
 
 # Each idea by itself, put into ToMe.
@@ -87,13 +90,20 @@ ALONE: dict[str, Preset] = {
 AWAY: dict[str, Preset] = {
     "ward_constant": METHODS["ward_constant"],
     "ward_ratio": Preset("Ratio instead of Rising", WARD, ratio, 0.5),
+    "ward_two_sets": Preset(
+        "two sets, all channels, instead of a graph, half of them",
+        replace(WARD, matching="ward", keys="tokens"),
+        rising,
+        1.0,
+    ),
+    "ward_all_channels": Preset("all channels instead of half", replace(WARD, keys="tokens"), rising, 1.0),
     "ward_cosine": Preset(
-        "cosines instead of Ward's criterion", replace(WARD, matching="bipartite", guided_matching=False), like="ward"
+        "cosines instead of Ward's criterion",
+        replace(WARD, matching="complete_graph", guided_matching=False),
+        like="ward",
     ),
     "ward_keys": Preset("keys instead of tokens", replace(WARD, keys="all_heads"), like="ward"),
-    "ward_size": Preset(
-        "mass: size alone", replace(WARD, importance="attention", guided_matching=False, ensemble="size"), like="ward"
-    ),
+    "ward_size": METHODS["ward_size"],
     "ward_size_ensemble": Preset("mass in the matching alone", replace(WARD, ensemble="size"), like="ward"),
     "ward_size_matching": Preset("mass in the ensemble alone", replace(WARD, guided_matching=False), like="ward"),
 }

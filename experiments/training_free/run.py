@@ -23,7 +23,7 @@ from experiments.ablation.settings import Images, Measuring
 from experiments.training_free.presets import BUDGETS, PRESETS
 
 RESULTS = Path(__file__).parent / "results"
-TRIES, NEAR = 4, 0.003
+TRIES, NEAR = 8, 0.003
 """How often a fitted schedule is counted, at most, and the share below the goal that is near enough."""
 HALVES = {"choose": 0, "confirm": 1}
 """Which images: every second one of the sorted list, from here on. The parts were chosen with the even ones alone."""
@@ -109,7 +109,7 @@ class Meter:
         attention = 4 * width**2
         plan = planned_tokens(reducer.schedule, self.depth, self.tokens + cross, 1 + cross)
         costs = [
-            attention * n + 2 * width * n**2 + (weights - attention) * left + (n > left) * width * n**2 / 4
+            attention * n + 2 * width * n**2 + (weights - attention) * left + (n > left) * width * n**2 * 3 / 8
             for n, left in itertools.pairwise(plan)
         ]
         return sum(costs) / (self.depth * (weights * self.tokens + 2 * width * self.tokens**2))

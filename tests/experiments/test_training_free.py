@@ -77,7 +77,7 @@ def test_parts_are_exchanged_on_the_same_tokens() -> None:
     """A row that takes another's schedule costs no more than that one: same tokens, and no dearer a matching."""
     fitted: dict[tuple[str, int], crossget.Reducer] = {("tome", 58): crossget.ToMe(14), ("ward", 58): crossget.Ward(3)}
     meter = run.Meter(settings.vit_cifar().eval(), torch.zeros(1, 3, 32, 32))
-    for name in ("ward_size", "ward_cosine"):
+    for name in ("ward_keys", "ward_cosine"):
         reducer = run.reducer_of(run.Run("cifar10", name, 58, "choose"), meter, fitted)
         assert reducer is not None
         assert reducer.r == 3
