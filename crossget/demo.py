@@ -1,4 +1,4 @@
-"""`crossget demo`: a backbone dense, reduced as ToMe does it and as CrossGET does it, side by side.
+"""`crossget demo`: a backbone dense, and reduced as ToMe, CrossGET and Ward do it, side by side.
 
 The story from top to bottom: photographs, a backbone, three looks at it (`Row`), and what is shown of them: a table, a
 JSON file, and one picture.
@@ -29,15 +29,15 @@ from crossget.attach import Attachment, attach
 from crossget.benchmark import DENSE, BenchmarkReport, benchmark, environment
 from crossget.flops import count_flops
 from crossget.hosts import DEFAULT, Backbone, make
-from crossget.reducers import CrossGET, Reducer, ToMe
+from crossget.reducers import CrossGET, Merging, Reducer, ToMe, Ward
 from crossget.registry import find_towers
 from crossget.schedule import Ratio, Schedule, as_schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TOME, CROSSGET = "ToMe-style", "CrossGET"
-METHODS: Mapping[str, type[ToMe] | type[CrossGET]] = {TOME: ToMe, CROSSGET: CrossGET}
+TOME, CROSSGET, WARD = "ToMe-style", "CrossGET", "Ward"
+METHODS: Mapping[str, type[Merging]] = {TOME: ToMe, CROSSGET: CrossGET, WARD: Ward}
 VISUAL, TEXT = "visual", "text"
 Reduction = int | Sequence[int] | Schedule
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with every common colour vision deficiency, and in grey.
-COLOURS = {"dense": "#5f5f5f", "ToMe-style": "#e69f00", "CrossGET": "#0072b2"}
-FALLBACK_COLOURS = ("#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+COLOURS = {"dense": "#5f5f5f", "ToMe-style": "#e69f00", "CrossGET": "#0072b2", "Ward": "#009e73"}
+FALLBACK_COLOURS = ("#d55e00", "#cc79a7", "#56b4e9")
 
 # Of groups of patches, from one block to the next: the same palette, without what stands for dense models.
 GROUP_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
@@ -415,7 +415,7 @@ def draw_tokens(axes: Axes, curves: Sequence[Curve]) -> None:
         blocks = range(1, len(curve.tokens) + 1)
         # Methods that remove the same number share one line: the later, thinner one leaves the earlier visible.
         axes.plot(blocks, curve.tokens, color=colour_of(curve.name), label=curve.name, marker="o",
-                  markersize=8 - 2 * i, linewidth=5 - 1.6 * i)  # fmt: skip
+                  markersize=8 - 2 * i, linewidth=5 - 1.4 * i)  # fmt: skip
     axes.set_ylim(0, 1.08 * max(max(curve.tokens) for curve in curves))
     axes.set_title("tokens entering each block", fontsize=10, loc="left")
     axes.set_xlabel("block", fontsize=9)

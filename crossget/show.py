@@ -31,24 +31,26 @@ from crossget.attach import Attachment, attach
 from crossget.demo import VISUAL, Photograph, Reduction, as_seen, load_photograph, r_text, schedules
 from crossget.flops import Count, count_once
 from crossget.hosts import DEFAULT, Backbone, make
-from crossget.reducers import CrossGET, Random, Reducer, ToMe, TopK
+from crossget.reducers import CrossGET, Random, Reducer, ToMe, TopK, Ward
 from crossget.registry import Tower, find_towers
 from crossget.state import Step
 
 METHODS: Mapping[str, Callable[[Reduction], Reducer]] = {
     "crossget": CrossGET,
     "tome": ToMe,
+    "ward": Ward,
     "random": Random,
     "topk": partial(TopK, importance=None),  # by the class token, or by attention in towers that have none
 }
-NAMES = {"crossget": "CrossGET", "tome": "ToMe-style", "random": "Random", "topk": "TopK"}
+NAMES = {"crossget": "CrossGET", "tome": "ToMe-style", "ward": "Ward", "random": "Random", "topk": "TopK"}
 ABOUT = {
     "crossget": "merges, guided by a cross token",
     "tome": "merges what is most similar",
+    "ward": "merges what changes least",
     "random": "merges at random",
     "topk": "drops the least important",
 }
-BY_TEXT = ("crossget", "topk")  # those that ask for importance, so that a text can give it
+BY_TEXT = ("crossget", "ward", "topk")  # those that ask for importance, so that a text can give it
 MOST_METHODS, MOST_TEXTS = 4, 6
 MOST_COLUMNS = 4  # blocks in the picture
 DIGITS = 4

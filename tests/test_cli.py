@@ -230,6 +230,7 @@ class TestBench:
             "dense",
             "ToMe-style",
             "CrossGET",
+            "Ward",
         ]
 
 

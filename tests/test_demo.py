@@ -18,7 +18,7 @@ from small_clip import registered
 
 import crossget
 from crossget import demo
-from crossget.demo import CROSSGET, SHIPPED, TOME, Demo, Options, load_photographs, run
+from crossget.demo import CROSSGET, SHIPPED, TOME, WARD, Demo, Options, load_photographs, run
 
 TINY_CLIP = "tiny-clip"
 CONFIG = {
@@ -105,20 +105,20 @@ class TestWeights:
 
 class TestNumbers:
     def test_the_costs_are_those_the_parts_count(self, trained: Demo) -> None:
-        dense, tome, cross = trained.rows
+        dense, tome, cross, ward = trained.rows
         model, image = trained.backbone.model, torch.rand(1, 3, 64, 64)
         with crossget.attach(model, {"visual": crossget.CrossGET(4)}) as attached:
             report = crossget.count_flops(model, image)
             assert cross.parameters == sum(p.numel() for p in attached.parameters()) == 4 * 64
         assert dense.gflops == report.dense.total / 1e9
         assert cross.gflops == report.total / 1e9
-        assert tome.gflops < cross.gflops < dense.gflops
-        assert tome.parameters == dense.parameters == 0
+        assert tome.gflops < ward.gflops < cross.gflops < dense.gflops
+        assert tome.parameters == ward.parameters == dense.parameters == 0
 
     def test_the_tokens_are_those_the_blocks_see(self, trained: Demo) -> None:
-        dense, tome, cross = trained.rows
+        dense, tome, cross, ward = trained.rows
         assert dense.tokens == {"visual": [65] * 4}
-        assert tome.tokens == {"visual": [65, 61, 57, 53]}
+        assert tome.tokens == ward.tokens == {"visual": [65, 61, 57, 53]}
         assert cross.tokens == {"visual": [66, 62, 58, 54]}
 
     def test_the_cosines_are_those_of_the_features(self, trained: Demo) -> None:
@@ -134,9 +134,9 @@ class TestNumbers:
         assert not torch.equal(dense, reduced)
 
     def test_the_text_is_reduced_when_asked(self, trained: Demo, pairs: Demo) -> None:
-        dense, tome, cross = pairs.rows
+        dense, tome, cross, ward = pairs.rows
         assert dense.tokens["text"] == [77] * 3
-        assert tome.tokens["text"] == [77, 74, 71]
+        assert tome.tokens["text"] == ward.tokens["text"] == [77, 74, 71]
         assert cross.tokens["text"] == [78, 75, 72]
         assert dense.gflops > trained.rows[0].gflops  # an image with its caption
         assert dense.cosine["text"] == 1.0
@@ -162,7 +162,7 @@ class TestNumbers:
         assert json.loads(untrained.to_json())["methods"][1]["speed"] == reduced[0].speed
 
     def test_what_was_not_measured_is_not_made_up(self, trained: Demo) -> None:
-        assert [row.speed for row in trained.rows] == [None] * 3
+        assert [row.speed for row in trained.rows] == [None] * 4
         assert "x  " not in trained.table().splitlines()[5]
 
     def test_the_rounds_follow_the_time_that_a_call_takes(self) -> None:
@@ -174,7 +174,7 @@ class TestNumbers:
         content = json.loads(untrained.to_json())
         assert content["environment"]["torch"] == torch.__version__
         assert content["options"]["r"] == [2] * 6
-        assert [method["name"] for method in content["methods"]] == ["dense", TOME, CROSSGET]
+        assert [method["name"] for method in content["methods"]] == ["dense", TOME, CROSSGET, WARD]
         assert content["photographs"][0]["credit"] == "Stefan van der Walt, CC0"
 
     def test_the_model_is_given_back_as_it_was(self, untrained: Demo) -> None:
@@ -189,7 +189,7 @@ class TestPicture:
             left = {depth: [len(image.unique()) for image in source] for depth, source in row.sources.items()}
             assert left == {2: [65 - 2 * 4] * 4, 4: [65 - 4 * 4] * 4}
         rows = trained._panels()
-        assert [len(row) for row in rows] == [5] * 4
+        assert [len(row) for row in rows] == [7] * 4
         assert "after block 2:\n56 tokens for 64 patches" in rows[0][1].caption
 
     def test_the_last_map_is_that_of_the_whole_schedule(self, trained: Demo) -> None:
@@ -258,7 +258,7 @@ class TestRefusals:
 
     def test_without_a_picture_matplotlib_is_not_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        assert len(run(quick(model="test_vit")).rows) == 3
+        assert len(run(quick(model="test_vit")).rows) == 4
 
 
 class TestPhotographs:

@@ -400,8 +400,8 @@ def test_the_model_is_given_back_as_it_was(clip: Story) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ("pitome",)}, "--methods pitome: choose from crossget, tome, random, topk"),
-        ({"methods": ()}, "--methods: choose at least one of crossget, tome, random, topk"),
+        ({"methods": ("pitome",)}, "--methods pitome: choose from crossget, tome, ward, random, topk"),
+        ({"methods": ()}, "--methods: choose at least one of crossget, tome, ward, random, topk"),
         ({"methods": ("tome", "tome")}, "--methods tome tome: one of them is there twice"),
         ({"text": ("a", " ")}, "--text: a text is empty; give words such as 'a cat'"),
         ({"text": tuple("abcdefg")}, "--text: 7 are more than a page can show; give at most 6"),
