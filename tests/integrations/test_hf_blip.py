@@ -168,7 +168,7 @@ def case2(cls: Any, inputs: Callable[[], tuple[Any, ...]], id: str = "", **flags
 FUSED = "_attn_implementation" in inspect.getsource(Blip2Attention)
 CASES = [
     case("BlipModel", partial(blip, BlipModel), of_contrast),
-    case("retrieval_itm", partial(blip, BlipForImageTextRetrieval), partial(of_retrieval, True), compiles=True),
+    case("retrieval_itm", partial(blip, BlipForImageTextRetrieval), partial(of_retrieval, True)),
     case("retrieval_itc", partial(blip, BlipForImageTextRetrieval), partial(of_retrieval, False)),
     case("question_answering", partial(blip, Asked), of_question),
     case("captioning", partial(blip, BlipForConditionalGeneration), of_caption),
