@@ -88,7 +88,16 @@ def test_a_block_without_an_ideal_is_named() -> None:
         cut([torch.nn.Linear(1, 1)], [1, 1])
 
 
-@pytest.mark.parametrize(("name", "train"), [(name, False) for name in TINY] + [("tiny", True), ("tiny-llava", True)])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        pytest.param("tiny", False, marks=pytest.mark.slow),  # what needs a GPU, below, measures it
+        ("tiny-text", False),
+        ("tiny-llava", False),
+        ("tiny", True),
+        ("tiny-llava", True),
+    ],
+)
 def test_every_method_is_measured(name: Any, train: bool, tmp_path: Path) -> None:
     options = Options(towers=(name,), train=train, results=tmp_path, **SMALL)
     assert main(options) == 1
