@@ -27,6 +27,7 @@ from crossget import CrossGET, kernels
 from crossget.reducers import Host, View
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EXAMPLES = int(os.environ.get("CROSSGET_TEST_EXAMPLES", "30"))  # of matching; the interpreter is slow
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ROOT = Path(__file__).parents[1]
 HALF = [torch.bfloat16, torch.float16]
@@ -177,7 +178,7 @@ def exact_products() -> Any:
 @(lambda cls: needs_triton(cls if INTERPRETED else pytest.mark.gpu(cls)))
 class TestAgainstLoops:
     @given(candidates())
-    @settings(max_examples=30, phases=[Phase.generate])  # the interpreter is too slow to look for smaller cases
+    @settings(max_examples=EXAMPLES, phases=[Phase.generate])  # the interpreter is too slow to look for smaller cases
     def test_matching(self, case: tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]) -> None:
         keys, protected, valid, r, importance = case
         expected = []
@@ -281,8 +282,10 @@ class TestAgainstLoops:
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_on_the_interpreter() -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in short", "whole"])
+def test_on_the_interpreter(whole: bool) -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["CROSSGET_TEST_EXAMPLES"] = "30" if whole else "8"
     command = [
         sys.executable,
         "-m",
@@ -293,6 +296,7 @@ def test_on_the_interpreter() -> None:
         "-W",
         "ignore::DeprecationWarning",
         f"{__file__}::TestAgainstLoops",
+        *([] if whole else ["-k", "not more_sources"]),
     ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -448,7 +452,13 @@ def test_the_library_asks_for_what_the_kernels_answer(
     assert torch.equal(found[1], expected[1])
 
 
-def test_without_triton() -> None:
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert kernels._kernels.__wrapped__() is None
+
+
+@pytest.mark.slow
+def test_a_process_without_triton() -> None:
     code = """if True:
         import sys
         sys.modules["triton"] = None
