@@ -119,6 +119,7 @@ def image(batch: int = 1, device: str = "cpu") -> Tensor:
 
 
 KERNELS = ["fused", "eager", "baddbmm", "multihead"]
+METHODS = [None, crossget.CrossGET(4), crossget.ToMe(4), crossget.TopK(4), crossget.Random(4)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -181,9 +182,19 @@ def test_a_batch_of_four_costs_four_times_as_much(kernel: str, reducer: Any) -> 
     assert count_flops(model, image(4)).total == 4 * count_flops(model, image(1)).total
 
 
-@pytest.mark.parametrize("kernel", ["fused", "eager", "multihead"])
 @pytest.mark.parametrize(
-    "reducer", [None, crossget.CrossGET(4), crossget.ToMe(4), crossget.TopK(4), crossget.Random(4)], ids=name
+    ("kernel", "reducer"),
+    [
+        *[("fused", reducer) for reducer in METHODS],
+        *[(kernel, METHODS[1]) for kernel in ("eager", "multihead")],
+        *[
+            pytest.param(kernel, reducer, marks=pytest.mark.slow)
+            for kernel in ("eager", "multihead")
+            for reducer in METHODS
+            if reducer is not METHODS[1]
+        ],
+    ],
+    ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_the_meta_device_counts_what_the_real_one_counts(kernel: str, reducer: Any) -> None:
     reports = []
