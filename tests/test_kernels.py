@@ -513,6 +513,15 @@ def compiled_to(capability: int, name: str, dtype: torch.dtype, which: int = 0, 
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
+# With tensor cores and without, for one kind of device; half precision in its other form and older devices are slow.
+KINDS = [
+    (torch.float32, 90),
+    (torch.bfloat16, 90),
+    *[pytest.param(dtype, 80, marks=pytest.mark.slow) for dtype in DTYPES],
+    pytest.param(torch.float16, 90, marks=pytest.mark.slow),
+]
+
+
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="interpreted functions do not compile")
 class TestCompilation:
@@ -520,8 +529,7 @@ class TestCompilation:
     def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    @pytest.mark.parametrize("capability", [80, 90])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("dtype", "capability"), KINDS, ids=str)
     @pytest.mark.parametrize("name", ["row_max", "priority", "nearest"])
     def test_matching(self, name: str, dtype: torch.dtype, capability: int) -> None:
         stages = compiled_to(capability, name, dtype, which=1)
@@ -530,8 +538,7 @@ class TestCompilation:
         assert "atom." not in stages["ptx"]
         assert ("mma" in stages["ptx"]) == (dtype in HALF)  # tensor cores, and no tf32
 
-    @pytest.mark.parametrize("capability", [80, 90])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("dtype", "capability"), KINDS, ids=str)
     @pytest.mark.parametrize("name", ["pull", "push"])
     def test_ensemble(self, name: str, dtype: torch.dtype, capability: int) -> None:
         for more in ({}, {"C": 5000, "BLOCK_R": 1024, "BLOCK_C": 2048}):
