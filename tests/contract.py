@@ -1,6 +1,6 @@
 """What every adapter must pass: the probes, run on a small random model for each class of host.
 
-A test file lists its cases and runs all probes on them:
+A test file lists its cases and runs all probes on them (PROBES, or OTHERS and OF_BLOCKS apart):
 
     @pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
     @pytest.mark.parametrize("case", CASES, ids=contract.name)
@@ -54,8 +54,9 @@ def name(thing: Any) -> str:
     return str(getattr(thing, "id", getattr(thing, "__name__", thing)))
 
 
-def slow_unless(keep: Callable[[str], bool], params: Iterable[Any]) -> list[Any]:
-    """The same parameters, of which those whose id is not to be kept are slow."""
+def slow_unless(keep: Callable[[str], bool], cases: Iterable[Any]) -> list[Any]:
+    """The same cases, or parameters of a test, of which those whose id is not to be kept are slow."""
+    params = [pytest.param(case, id=case.id) if isinstance(case, Case) else case for case in cases]
     kept = ((param, () if keep(param.id) else (pytest.mark.slow,)) for param in params)
     return [pytest.param(*param.values, id=param.id, marks=(*param.marks, *slow)) for param, slow in kept]
 
@@ -443,3 +444,13 @@ PROBES = [
     fused_attention_stays,
     images_may_differ_in_strength,
 ]
+# What these say of blocks, one host shows for all that have the same blocks.
+OF_BLOCKS = [
+    detaches_after_an_exception,
+    survives_an_exception,
+    checkpointing_changes_nothing,
+    threads_and_neighbours_do_not_disturb,
+    fused_attention_stays,
+    images_may_differ_in_strength,
+]
+OTHERS = [probe for probe in PROBES if probe not in OF_BLOCKS]

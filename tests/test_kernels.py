@@ -552,10 +552,10 @@ class TestCompilation:
     @pytest.mark.parametrize(
         ("name", "constants"),
         [
-            ("row_max", {"valid": None, "C": 1100}),
             ("row_max", {"valid": None, "valid_b": 0, "valid_t": 0, "protected_t": 1, "C": 40}),
             ("priority", {"importance": None, "C": 1100}),
-            ("nearest", {"C": 1100}),
+            pytest.param("row_max", {"valid": None, "C": 1100}, marks=pytest.mark.slow),
+            pytest.param("nearest", {"C": 1100}, marks=pytest.mark.slow),
         ],
     )
     def test_what_may_be_absent_and_odd_widths(self, name: str, constants: dict[str, Any]) -> None:

@@ -57,15 +57,15 @@ def counted(model: Any, text: int, images: int) -> StageReport:
 
 @pytest.fixture(scope="module")
 def llava_report() -> StageReport:
-    """Of five tokens of text and an image."""
-    return counted(hf_models.llava(), 5, 1)
+    """Of five tokens of text and two images."""
+    return counted(hf_models.llava(), 5, 2)
 
 
 @pytest.mark.parametrize(
-    ("text", "images"), [(5, 1), (7, 2), *[pytest.param(*case, marks=SLOW) for case in ((1, 1), (1, 2), (7, 1))]]
+    ("text", "images"), [(5, 2), *[pytest.param(*case, marks=SLOW) for case in ((1, 1), (1, 2), (7, 1), (7, 2))]]
 )
 def test_llava_by_formula(text: int, images: int, llava_report: StageReport) -> None:
-    report = llava_report if (text, images) == (5, 1) else counted(hf_models.llava(), text, images)
+    report = llava_report if (text, images) == (5, 2) else counted(hf_models.llava(), text, images)
     dense, reduced = report.dense, report.reduced
     assert reduced is not None
     assert dense.parts["image tower"] == images * image_tower([17] * 4, plain=True)
@@ -84,10 +84,10 @@ def test_llava_by_formula(text: int, images: int, llava_report: StageReport) -> 
 def on(device: str, model: Any, r: int | None) -> tuple[Cost, Cost | None]:
     model = model.to(device)
     if r is None:
-        report = count_stages(model, 5, 1)
+        report = count_stages(model, 5, 2)
     else:
         with crossget.attach(model, crossget.CrossGET(r=r)):
-            report = count_stages(model, 5, 1)
+            report = count_stages(model, 5, 2)
     return report.dense, report.reduced
 
 
@@ -113,8 +113,8 @@ def test_old_versions_on_the_meta_device() -> None:
 def test_the_stages_are_what_the_model_does(llava_report: StageReport) -> None:
     """Together they cost what one forward of the model costs, but for the logits of all tokens but the last."""
     model = hf_models.llava()
-    ids, mask = hf_models.prompts("^#abcd")
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": hf_models.images(1)}
+    ids, mask = hf_models.prompts("^##abcd")
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": hf_models.images(2)}
     with crossget.attach(model, crossget.CrossGET(r=R)) as attached, attached.generating():
         whole = crossget.count_flops(model, inputs)
     assert llava_report.reduced is not None
@@ -197,7 +197,7 @@ def test_blip2_with_an_encoder() -> None:
 
 
 def test_a_model_as_it_is_has_one_column(llava_report: StageReport) -> None:
-    plain = count_stages(hf_models.llava(), 5)
+    plain = count_stages(hf_models.llava(), 5, 2)
     assert (plain.dense, plain.reduced, plain.speedup) == (llava_report.dense, None, 1)
     assert "reduced" not in plain.table()
 
@@ -209,7 +209,7 @@ def test_the_report_as_text_and_json(llava_report: StageReport) -> None:
     assert found["speedup"] == report.speedup
     table = str(report)
     assert table.startswith(
-        "LlavaForConditionalGeneration, 1 image(s) and 5 text tokens: multiply-adds\nvisual: CrossGET"
+        "LlavaForConditionalGeneration, 2 image(s) and 5 text tokens: multiply-adds\nvisual: CrossGET"
     )
     assert (
         f"cache at 16 bits, bytes  {2 * report.dense.cache:>9,}".split()

@@ -195,11 +195,24 @@ def both_kinds(id: str) -> bool:
     return "eager" not in id or not FUSED or id.startswith(("Blip2ForC", "matching", "InstructBlipForC"))
 
 
-@pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
+@pytest.mark.parametrize("probe", contract.OTHERS, ids=contract.name)
 @pytest.mark.parametrize("case", CASES + contract.slow_unless(both_kinds, CASES2))
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
     if probe is contract.autocast_works and UNLIKE_TYPES and "InstructBlipFor" in case.id:
         pytest.skip("this transformers cannot run InstructBLIP under autocast")
+    probe(case)
+
+
+def has_blocks_of_its_own(id: str) -> bool:
+    return both_kinds(id) and not id.startswith(
+        ("retrieval_itc", "contrast", "Blip2Model", "InstructBlipModel", "BlipVision", "BlipText", "Blip2Vision",
+         "InstructBlipVision")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("probe", contract.OF_BLOCKS, ids=contract.name)
+@pytest.mark.parametrize("case", contract.slow_unless(has_blocks_of_its_own, CASES + CASES2))
+def test_contract_of_blocks(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)
 
 

@@ -140,24 +140,15 @@ CASES = [
 
 
 FIRST = [next(iter(classes)) for classes in FAMILIES.values()]
-# What they say of blocks, the first class of a family shows for all.
-OF_BLOCKS = [
-    contract.detaches_after_an_exception,
-    contract.survives_an_exception,
-    contract.checkpointing_changes_nothing,
-    contract.threads_and_neighbours_do_not_disturb,
-    contract.fused_attention_stays,
-    contract.images_may_differ_in_strength,
-]
 
 
-@pytest.mark.parametrize("probe", [probe for probe in contract.PROBES if probe not in OF_BLOCKS], ids=contract.name)
+@pytest.mark.parametrize("probe", contract.OTHERS, ids=contract.name)
 @pytest.mark.parametrize("case", CASES)
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)
 
 
-@pytest.mark.parametrize("probe", OF_BLOCKS, ids=contract.name)
+@pytest.mark.parametrize("probe", contract.OF_BLOCKS, ids=contract.name)
 @pytest.mark.parametrize("case", contract.slow_unless(lambda id: id.rpartition("-")[0] in FIRST, CASES))
 def test_contract_of_blocks(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)

@@ -177,10 +177,20 @@ if "qk_norm" in FIELDS:
     CASES += [case("custom_blocks", partial(without_checkpointing, custom_blocks))]
 
 
-@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")  # open_clip once did not say use_reentrant
-@pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
+@pytest.mark.parametrize("probe", contract.OTHERS, ids=contract.name)
 @pytest.mark.parametrize("case", CASES, ids=contract.name)
 def test_contract(case: contract.Case, probe: Callable[[contract.Case], None]) -> None:
+    probe(case)
+
+
+# These have the blocks, and the masks, of other cases.
+SAME_BLOCKS = ("clip_attentional_pool", "first_causal", "timm_map", "roberta_first", "eos")
+
+
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")  # open_clip once did not say use_reentrant
+@pytest.mark.parametrize("probe", contract.OF_BLOCKS, ids=contract.name)
+@pytest.mark.parametrize("case", contract.slow_unless(lambda id: id not in SAME_BLOCKS, CASES))
+def test_contract_of_blocks(case: contract.Case, probe: Callable[[contract.Case], None]) -> None:
     probe(case)
 
 
