@@ -449,6 +449,7 @@ OF_BLOCKS = [
     detaches_after_an_exception,
     survives_an_exception,
     checkpointing_changes_nothing,
+    copies_are_independent,
     threads_and_neighbours_do_not_disturb,
     fused_attention_stays,
     images_may_differ_in_strength,
