@@ -51,7 +51,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", contract.slow_unless(lambda id: "eager" not in id, CASES))  # CLIP's, tested as such
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
     if "with_class_token" in case.id:
         case = Case(**{**case.__dict__, "inputs": batch_with_class_token})
