@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import hf_models
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,8 @@ class Task(nn.Module):
     """Both towers, and a loss that depends on every cross token."""
 
     def __init__(self) -> None:
+        import open_clip  # here, as processes without it start sooner
+
         super().__init__()
         torch.manual_seed(0)
         text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}

@@ -45,7 +45,13 @@ def test_the_adapter_of_the_docs_is_short() -> None:
 
 # A class defined by exec cannot be pickled, attached or not; the plain backbone below is.
 @pytest.mark.parametrize(
-    "probe", [p for p in contract.PROBES if p is not contract.copies_are_independent], ids=contract.name
+    "probe",
+    [
+        pytest.param(probe, marks=[pytest.mark.slow] * (probe is contract.compiles_to_one_graph))
+        for probe in contract.PROBES
+        if probe is not contract.copies_are_independent
+    ],
+    ids=contract.name,
 )
 def test_contract_on_a_home_made_backbone(home: type[nn.Module], probe: Any) -> None:
     probe(contract.Case("home", home, lambda: (IMAGE.clone(),), r=5, fused=False))
@@ -130,11 +136,21 @@ ATTENTIONS = ["sdpa", "mha", "mha_weights", "eager", "bmm"]
 RESIDUALS = ["plus", "reversed", "add", "in_place"]
 
 
+def plain_case(attention: str, compiles: bool = True) -> contract.Case:
+    fused, make = attention in ("sdpa", "mha"), lambda: Plain(attention=attention)
+    return contract.Case("plain", make, lambda: (TOKENS.clone(),), r=3, compiles=compiles, fused=fused)
+
+
 @pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_contract_on_a_plain_backbone(attention: str, probe: Any) -> None:
-    fused = attention in ("sdpa", "mha")
-    probe(contract.Case("plain", lambda: Plain(attention=attention), lambda: (TOKENS.clone(),), r=3, fused=fused))
+    probe(plain_case(attention, compiles=attention == "sdpa"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_attention_compiles(attention: str) -> None:
+    contract.compiles_to_one_graph(plain_case(attention))
 
 
 @pytest.mark.parametrize(

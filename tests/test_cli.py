@@ -15,6 +15,7 @@ from crossget.doctor import Check, Diagnosis
 from crossget.schedule import Ratio
 
 TINY = "test_vit"
+HOSTS = {"timm", "open_clip", "matplotlib", "transformers"}
 COMMANDS = ("demo", "show", "models", "flops", "bench", "doctor", "convert")
 
 
@@ -58,10 +59,15 @@ class TestHelp:
             call("--version")
         assert capsys.readouterr().out == f"crossget {crossget.__version__}\n"
 
-    def test_no_host_is_imported_for_it(self) -> None:
+    def test_no_host_is_imported_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in {*HOSTS, *(name for name in sys.modules if name.partition(".")[0] in HOSTS)}:
+            monkeypatch.setitem(sys.modules, name, None)  # importing it is an error
+        assert call() == 0
+
+    @pytest.mark.slow  # the core imports none, as tests/test_packaging.py shows by default
+    def test_a_process_imports_no_host_for_it(self) -> None:
         code = (
-            "import sys; from crossget.cli import main; main([]);"
-            "sys.exit(', '.join({'timm', 'open_clip', 'matplotlib', 'transformers'} & set(sys.modules)) or 0)"
+            f"import sys; from crossget.cli import main; main([]); sys.exit(', '.join({HOSTS} & set(sys.modules)) or 0)"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]

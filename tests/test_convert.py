@@ -378,7 +378,7 @@ print(pages("VmHWM") - before)
         ("converted", {}),
         pytest.param("converted", {"kind": "safetensors"}, marks=pytest.mark.slow),
         pytest.param("converted", {"old": True}, marks=pytest.mark.slow),
-        ("at once", {}),  # that the measurement can fail
+        pytest.param("at once", {}, marks=pytest.mark.slow),  # that the measurement can fail
     ],
     ids=["bin", "safetensors", "old pickles", "at once"],
 )

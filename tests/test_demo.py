@@ -256,9 +256,9 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r'a picture needs matplotlib: pip install "crossget\[demo\]"'):
             run(quick(out=tmp_path / "d.png"))
 
-    def test_without_a_picture_matplotlib_is_not_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_a_picture_matplotlib_is_not_needed(self, monkeypatch: pytest.MonkeyPatch, clip_file: Path) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        assert len(run(quick(model="test_vit")).rows) == 4
+        assert len(run(quick(checkpoint=clip_file)).rows) == 4
 
 
 class TestPhotographs:

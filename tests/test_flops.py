@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import crossget
-from crossget.flops import FlopReport, count_flops
+from crossget.flops import FlopReport, count_flops, count_once
 
 # A toy ViT whose count is a formula -----------------------------------------------------------------------------------
 
@@ -119,6 +119,7 @@ def image(batch: int = 1, device: str = "cpu") -> Tensor:
 
 
 KERNELS = ["fused", "eager", "baddbmm", "multihead"]
+METHODS = [None, crossget.CrossGET(4), crossget.ToMe(4), crossget.TopK(4), crossget.Random(4)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -145,8 +146,14 @@ def test_the_fast_path_of_multihead_attention_is_taken_and_counted() -> None:
     assert slow.total == toy_formula()
 
 
-@pytest.mark.parametrize("kernel", ["fused", "eager", "multihead"])
-@pytest.mark.parametrize("r", [0, 3, 6, 100])
+@pytest.mark.parametrize(
+    ("kernel", "r"),
+    [
+        *[("fused", r) for r in (0, 3, 6, 100)],
+        *[(kernel, 3) for kernel in ("eager", "multihead")],
+        *[pytest.param(kernel, r, marks=pytest.mark.slow) for kernel in ("eager", "multihead") for r in (0, 6, 100)],
+    ],
+)
 def test_reduced_count_is_the_formula_matching_included(kernel: str, r: int) -> None:
     model = ToyViT(kernel).eval()
     with crossget.attach(model, crossget.CrossGET(r)):
@@ -176,14 +183,24 @@ def test_a_batch_of_four_costs_four_times_as_much(kernel: str, reducer: Any) -> 
     if kernel == "baddbmm" and reducer is not None:
         pytest.skip("that attention is not one that a block is reduced by")
     model = ToyViT(kernel).eval()
-    if reducer is not None:
-        crossget.attach(model, reducer)
-    assert count_flops(model, image(4)).total == 4 * count_flops(model, image(1)).total
+    parameters = () if reducer is None else tuple(crossget.attach(model, reducer).parameters())
+    one, four = (count_once(model, image(batch), parameters).total for batch in (1, 4))
+    assert four == 4 * one
 
 
-@pytest.mark.parametrize("kernel", ["fused", "eager", "multihead"])
 @pytest.mark.parametrize(
-    "reducer", [None, crossget.CrossGET(4), crossget.ToMe(4), crossget.TopK(4), crossget.Random(4)], ids=name
+    ("kernel", "reducer"),
+    [
+        *[("fused", reducer) for reducer in METHODS],
+        *[(kernel, METHODS[1]) for kernel in ("eager", "multihead")],
+        *[
+            pytest.param(kernel, reducer, marks=pytest.mark.slow)
+            for kernel in ("eager", "multihead")
+            for reducer in METHODS
+            if reducer is not METHODS[1]
+        ],
+    ],
+    ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_the_meta_device_counts_what_the_real_one_counts(kernel: str, reducer: Any) -> None:
     reports = []
@@ -580,7 +597,7 @@ def test_timm_counts_the_same_with_fused_and_eager_attention(reducer: Any) -> No
     timm = pytest.importorskip("timm")
     totals = []
     for fused in (True, False):
-        model = timm.create_model("test_vit").eval()
+        model = timm.create_model("test_vit", depth=2).eval()
         for block in model.blocks:
             block.attn.fused_attn = fused
         if reducer is not None:
@@ -650,7 +667,7 @@ def differences(r: tuple[int, int] | None) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "r",
-    [None, (16, 6), pytest.param((16, 0), marks=pytest.mark.slow), pytest.param((0, 6), marks=pytest.mark.slow)],
+    [(16, 6), *[pytest.param(r, marks=pytest.mark.slow) for r in (None, (16, 0), (0, 6))]],
     ids=str,
 )
 def test_every_multiply_add_of_the_reference_is_accounted_for(r: tuple[int, int] | None) -> None:

@@ -83,7 +83,10 @@ class TestMake:
         assert backbone.title == f"timm {TINY} (random weights)"
         assert backbone.preprocess(Image.new("RGB", (300, 200))).shape == (3, *backbone.image_size)
 
-    @pytest.mark.parametrize("name", [TINY, "ViT-B-32", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
+    @pytest.mark.parametrize(
+        "name",
+        [TINY, "ViT-B-32", *[pytest.param(n, marks=pytest.mark.slow) for n in ("coca_ViT-B-32", "ViT-B-16-SigLIP")]],
+    )
     def test_meta_models_and_made_up_inputs_fit(self, name: str) -> None:
         backbone = make(name, device="meta")
         assert {p.device.type for p in backbone.model.parameters()} == {"meta"}

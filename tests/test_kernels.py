@@ -27,6 +27,7 @@ from crossget import CrossGET, kernels
 from crossget.reducers import Host, View
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EXAMPLES = int(os.environ.get("CROSSGET_TEST_EXAMPLES", "30"))  # of matching; the interpreter is slow
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ROOT = Path(__file__).parents[1]
 HALF = [torch.bfloat16, torch.float16]
@@ -177,7 +178,7 @@ def exact_products() -> Any:
 @(lambda cls: needs_triton(cls if INTERPRETED else pytest.mark.gpu(cls)))
 class TestAgainstLoops:
     @given(candidates())
-    @settings(max_examples=30, phases=[Phase.generate])  # the interpreter is too slow to look for smaller cases
+    @settings(max_examples=EXAMPLES, phases=[Phase.generate])  # the interpreter is too slow to look for smaller cases
     def test_matching(self, case: tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]) -> None:
         keys, protected, valid, r, importance = case
         expected = []
@@ -281,8 +282,10 @@ class TestAgainstLoops:
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_on_the_interpreter() -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in short", "whole"])
+def test_on_the_interpreter(whole: bool) -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["CROSSGET_TEST_EXAMPLES"] = "30" if whole else "8"
     command = [
         sys.executable,
         "-m",
@@ -293,6 +296,7 @@ def test_on_the_interpreter() -> None:
         "-W",
         "ignore::DeprecationWarning",
         f"{__file__}::TestAgainstLoops",
+        *([] if whole else ["-k", "not more_sources"]),
     ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -448,7 +452,13 @@ def test_the_library_asks_for_what_the_kernels_answer(
     assert torch.equal(found[1], expected[1])
 
 
-def test_without_triton() -> None:
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert kernels._kernels.__wrapped__() is None
+
+
+@pytest.mark.slow
+def test_a_process_without_triton() -> None:
     code = """if True:
         import sys
         sys.modules["triton"] = None
@@ -503,6 +513,15 @@ def compiled_to(capability: int, name: str, dtype: torch.dtype, which: int = 0, 
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
+# With tensor cores and without, for one kind of device; half precision in its other form and older devices are slow.
+KINDS = [
+    (torch.float32, 90),
+    (torch.bfloat16, 90),
+    *[pytest.param(dtype, 80, marks=pytest.mark.slow) for dtype in DTYPES],
+    pytest.param(torch.float16, 90, marks=pytest.mark.slow),
+]
+
+
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="interpreted functions do not compile")
 class TestCompilation:
@@ -510,8 +529,7 @@ class TestCompilation:
     def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    @pytest.mark.parametrize("capability", [80, 90])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("dtype", "capability"), KINDS, ids=str)
     @pytest.mark.parametrize("name", ["row_max", "priority", "nearest"])
     def test_matching(self, name: str, dtype: torch.dtype, capability: int) -> None:
         stages = compiled_to(capability, name, dtype, which=1)
@@ -520,8 +538,7 @@ class TestCompilation:
         assert "atom." not in stages["ptx"]
         assert ("mma" in stages["ptx"]) == (dtype in HALF)  # tensor cores, and no tf32
 
-    @pytest.mark.parametrize("capability", [80, 90])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("dtype", "capability"), KINDS, ids=str)
     @pytest.mark.parametrize("name", ["pull", "push"])
     def test_ensemble(self, name: str, dtype: torch.dtype, capability: int) -> None:
         for more in ({}, {"C": 5000, "BLOCK_R": 1024, "BLOCK_C": 2048}):
@@ -535,10 +552,10 @@ class TestCompilation:
     @pytest.mark.parametrize(
         ("name", "constants"),
         [
-            ("row_max", {"valid": None, "C": 1100}),
             ("row_max", {"valid": None, "valid_b": 0, "valid_t": 0, "protected_t": 1, "C": 40}),
             ("priority", {"importance": None, "C": 1100}),
-            ("nearest", {"C": 1100}),
+            pytest.param("row_max", {"valid": None, "C": 1100}, marks=pytest.mark.slow),
+            pytest.param("nearest", {"C": 1100}, marks=pytest.mark.slow),
         ],
     )
     def test_what_may_be_absent_and_odd_widths(self, name: str, constants: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ def test_importing_the_core_imports_no_host() -> None:
     assert {name.partition(".")[0] for name in ast.literal_eval(loaded)}.isdisjoint(HOSTS)
 
 
+@pytest.mark.slow  # a core that imports no host has none to miss
 def test_core_imports_where_the_hosts_are_blocked() -> None:
     python(BLOCKER + IMPORT_CORE)
 

@@ -14,6 +14,7 @@ from crossget.registry import _adapters, unregister
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONG = ("budgets.md", "flops.md")  # ten seconds and more
 MOST_NOT_RUN = 4  # over all pages; a page of code that nobody runs is soon wrong
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n`]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
@@ -58,7 +59,11 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         unregister(backbone)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.name in LONG)) for page in PAGES],
+    ids=lambda page: page.name,
+)
 def test_code_runs_as_printed(page: Path, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what the code writes is not left in the checkout
     for block in python_blocks(page):

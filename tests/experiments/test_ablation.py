@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +28,24 @@ def picture(file: Path, seed: int) -> None:
     Image.fromarray(pixels).save(file)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten class folders with two images each."""
+    images = tmp_path_factory.mktemp("inputs") / "images"
     for i in range(20):
-        picture(tmp_path / "images" / f"class{i % 10}" / f"{i}.png", i)
-    return tmp_path / "images"
+        picture(images / f"class{i % 10}" / f"{i}.png", i)
+    return images
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def weights(folder: Path) -> Path:
     """Random weights of the CIFAR model in half precision."""
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    parameters = settings.vit_cifar().state_dict()
-    save_file({name: value.half() for name, value in parameters.items()}, tmp_path / "vit.safetensors")
-    return tmp_path / "vit.safetensors"
+    file, parameters = folder.parent / "vit.safetensors", settings.vit_cifar().state_dict()
+    save_file({name: value.half() for name, value in parameters.items()}, file)
+    return file
 
 
 @pytest.fixture
@@ -61,9 +63,17 @@ def options(tmp_path: Path, folder: Path, weights: Path, **changes: object) -> r
     return run.Options("cifar10", folder, weights, results=tmp_path / "results", **{**given, **changes})
 
 
-def test_a_run_leaves_one_result_file_each_and_is_not_repeated(tmp_path, folder, weights):
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, folder: Path, weights: Path) -> Path:
+    """The folder of a whole run, whose results no test changes."""
+    tmp_path = tmp_path_factory.mktemp("measured")
+    assert run.main(options(tmp_path, folder, weights)) == 1 + 2 + 4 + 2
+    return tmp_path
+
+
+def test_a_run_leaves_one_result_file_each_and_is_not_repeated(tmp_path, folder, weights, measured):
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
     wanted = options(tmp_path, folder, weights)
-    assert run.main(wanted) == 1 + 2 + 4 + 2
     names = sorted(file.stem for file in (tmp_path / "results" / "cifar10").iterdir())
     assert names == sorted(
         ["dense", "tome_r2", "tome_r8", "crossget_r2", "crossget_r8"]
@@ -72,13 +82,13 @@ def test_a_run_leaves_one_result_file_each_and_is_not_repeated(tmp_path, folder,
     assert run.main(wanted) == 0
     (tmp_path / "results" / "cifar10" / "tome_r8.json").unlink()
     assert run.main(wanted) == 1
-    assert run.main(options(tmp_path, folder, weights, presets=("tome",), overwrite=True)) == 2
+    assert run.main(options(tmp_path, folder, weights, presets=("tome",), r=(8,), overwrite=True)) == 1
 
 
-def test_a_result_file_says_what_was_run_where_and_with_what_outcome(tmp_path, folder, weights):
-    run.main(options(tmp_path, folder, weights, presets=("dense", "crossget"), r=(8,)))
-    text = (tmp_path / "results" / "cifar10" / "crossget_r8.json").read_text()
-    assert str(tmp_path) not in text
+def test_a_result_file_says_what_was_run_where_and_with_what_outcome(weights, measured):
+    text = (measured / "results" / "cifar10" / "crossget_r8.json").read_text()
+    assert str(measured) not in text
+    assert str(weights.parent) not in text
     content = json.loads(text)
     assert list(content) == ["run", "command", "environment", "result", "seconds"]
     assert content["run"]["reducer"]["name"] == "CrossGET"
@@ -92,7 +102,7 @@ def test_a_result_file_says_what_was_run_where_and_with_what_outcome(tmp_path, f
     divergences = common.unpack(result["divergences"])
     assert divergences.shape == (20,)
     assert divergences.mean() == pytest.approx(result["divergence"], rel=0.02, abs=2e-6)
-    dense = json.loads((tmp_path / "results" / "cifar10" / "dense.json").read_text())["result"]
+    dense = json.loads((measured / "results" / "cifar10" / "dense.json").read_text())["result"]
     assert dense["tokens"] == [65] * 4
     assert dense["gflops"]["reduced"] == dense["gflops"]["dense"] == result["gflops"]["dense"]
     assert (dense["agreement"], dense["divergence"]) == (100, 0)
@@ -136,9 +146,8 @@ def test_comparisons_name_presets():
     assert PRESETS["crossget"].make(8, 0) == type(FULL)(8)
 
 
-def test_the_report_is_rebuilt_and_keeps_what_is_written_by_hand(tmp_path, folder, weights):
-    run.main(options(tmp_path, folder, weights))
-    where = report.Options(tmp_path / "results", tmp_path / "out")
+def test_the_report_is_rebuilt_and_keeps_what_is_written_by_hand(tmp_path, measured):
+    where = report.Options(measured / "results", tmp_path / "out")
     report.main(where)
     file = tmp_path / "out" / "RESULTS.md"
     first = file.read_text()
@@ -154,7 +163,7 @@ def test_the_report_is_rebuilt_and_keeps_what_is_written_by_hand(tmp_path, folde
 
 def test_the_report_refuses_results_of_different_images(tmp_path, folder, weights):
     run.main(options(tmp_path, folder, weights, presets=("dense",)))
-    run.main(options(tmp_path, folder, weights, presets=("tome",), limit=10))
+    run.main(options(tmp_path, folder, weights, presets=("tome",), r=(8,), limit=10))
     with pytest.raises(ValueError, match="differ in their images"):
         report.main(report.Options(tmp_path / "results", tmp_path / "out"))
     with pytest.raises(ValueError, match="no result file"):

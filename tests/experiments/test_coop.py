@@ -653,6 +653,7 @@ def test_end_to_end(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "3 classes, 4 photographs of each to train on, 6 to evaluate on; 4 context tokens, shared" in chapter
 
 
+@pytest.mark.slow  # the engine does it, which retrieval shows in the default run
 def test_a_stopped_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
     run.main(options(photos, tmp_path / "whole", save_every=1))
@@ -692,7 +693,7 @@ def test_bad_photographs_stop_the_program_unless_they_are_to_be_skipped(
     assert len(result(tmp_path, "zero_shot")["result"]["correct"]) == 4
 
 
-@pytest.mark.slow  # the engine does it, which retrieval shows in the default run
+@pytest.mark.slow  # tests/test_sharding.py has two processes in the default run
 def test_two_processes_are_one_with_the_same_batch(
     photos: Path, tmp_path: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

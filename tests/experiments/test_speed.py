@@ -23,7 +23,7 @@ PATCHES = (112 // 14) ** 2
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("speed")
-    assert main(Options(**SMALL, batch=(1, 2), results=folder)) == 2
+    assert main(Options(**SMALL, batch=(2,), results=folder)) == 1
     return folder
 
 
@@ -31,8 +31,9 @@ def content(folder: Path, batch: int) -> Any:
     return json.loads((folder / "llava" / f"tiny_cpu_float32_batch{batch}_r3.json").read_text())
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_method_at_every_stage(results: Path, batch: int) -> None:
+    assert main(Options(**SMALL, batch=(batch,), results=results)) == (batch != 2)  # which has its result
     found = content(results, batch)
     rows = found["result"]["rows"]
     assert [(row["stage"], row["method"]) for row in rows] == [
@@ -56,7 +57,7 @@ def test_every_method_at_every_stage(results: Path, batch: int) -> None:
 
 
 def test_a_run_that_is_there_is_not_repeated(results: Path) -> None:
-    assert main(Options(**SMALL, batch=(1,), results=results)) == 0
+    assert main(Options(**SMALL, batch=(2,), results=results)) == 0
 
 
 def test_the_command_repeats_the_run(results: Path) -> None:
@@ -67,8 +68,8 @@ def test_the_command_repeats_the_run(results: Path) -> None:
 
 
 def test_the_table(results: Path) -> None:
-    text = table(content(results, 1))
-    assert text.startswith("LLaVA tiny, batch 1, 8 text tokens, r = 3, float32, ")
+    text = table(content(results, 2))
+    assert text.startswith("LLaVA tiny, batch 2, 8 text tokens, r = 3, float32, ")
     lines = [line.split() for line in text.splitlines()]
     assert ["first", "token", "dense"] in [line[:3] for line in lines]
     assert sum("CrossGET" in line for line in lines) == 2

@@ -88,7 +88,16 @@ def test_a_block_without_an_ideal_is_named() -> None:
         cut([torch.nn.Linear(1, 1)], [1, 1])
 
 
-@pytest.mark.parametrize(("name", "train"), [(name, False) for name in TINY] + [("tiny", True), ("tiny-llava", True)])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        # What needs a GPU, below, measures it, too; and a tower that is trained is among the others.
+        *[pytest.param("tiny", train, marks=pytest.mark.slow) for train in (False, True)],
+        ("tiny-text", False),
+        ("tiny-llava", False),
+        ("tiny-llava", True),
+    ],
+)
 def test_every_method_is_measured(name: Any, train: bool, tmp_path: Path) -> None:
     options = Options(towers=(name,), train=train, results=tmp_path, **SMALL)
     assert main(options) == 1

@@ -126,11 +126,10 @@ def case(family: str, name: str, attention: str, inputs: Any) -> Any:
     built = partial(make, family, name, attention, **(STAGES if backbone else {}))
     id = f"{name}-{attention}"
     # The hooks that newer versions record a backbone's hidden states with cannot be pickled, attached or not.
-    flags = {"compiles": id in COMPILED, "fused": attention == "sdpa", "pickles": not backbone or VERSION < (5, 0)}
+    flags = {"compiles": False, "fused": attention == "sdpa", "pickles": not backbone or VERSION < (5, 0)}
     return pytest.param(Case(id, built, inputs, R, **flags), id=id, marks=since(name))
 
 
-COMPILED = ("CLIPModel-sdpa",)  # in the default run; all are compiled by a slow test
 CASES = [
     case(family, name, attention, inputs)
     for family, classes in FAMILIES.items()
@@ -140,9 +139,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
+FIRST = [next(iter(classes)) for classes in FAMILIES.values()]
+
+
+@pytest.mark.parametrize("probe", contract.OTHERS, ids=contract.name)
 @pytest.mark.parametrize("case", CASES)
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
+    probe(case)
+
+
+@pytest.mark.parametrize("probe", contract.OF_BLOCKS, ids=contract.name)
+@pytest.mark.parametrize("case", contract.slow_unless(lambda id: id.rpartition("-")[0] in FIRST, CASES))
+def test_contract_of_blocks(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)
 
 

@@ -51,7 +51,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", contract.slow_unless(lambda id: "eager" not in id, CASES))  # CLIP's, tested as such
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
     if "with_class_token" in case.id:
         case = Case(**{**case.__dict__, "inputs": batch_with_class_token})
@@ -488,6 +488,7 @@ def test_several_layers_are_read_on_the_full_grid() -> None:
 
 @pytest.mark.skipif(not contract.COMPILES or VERSION < (5, 0), reason="LLaVA branches on its data before 5.0")
 def test_compiles_to_one_graph(model: Any, attached: crossget.Attachment) -> None:
+    del model.get_decoder().layers[1:]  # the more of them, the longer it takes
     ids = short(prompts("^ab#cdef", "^abcd#ef")[0])
     mask = torch.ones_like(ids)
     with torch.no_grad():

@@ -126,9 +126,19 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
-@pytest.mark.parametrize("case", CASES)
+# The towers are CLIP's and SigLIP's, whose eager attention is tested as such, but for InternVL's.
+@pytest.mark.parametrize("probe", contract.OTHERS, ids=contract.name)
+@pytest.mark.parametrize("case", contract.slow_unless(lambda id: "sdpa" in id or "internvl" in id, CASES))
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
+    probe(case)
+
+
+# LLaVA-OneVision has SigLIP's, Gemma 3's and PaliGemma's are the same.
+@pytest.mark.parametrize("probe", contract.OF_BLOCKS, ids=contract.name)
+@pytest.mark.parametrize(
+    "case", contract.slow_unless(lambda id: id.startswith(("internvl", "llava-onevision-s")), CASES)
+)
+def test_contract_of_blocks(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)
 
 

@@ -128,9 +128,22 @@ CASES = [
 
 # timm's own RMS norm says this under autocast.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
-@pytest.mark.parametrize("probe", contract.PROBES, ids=contract.name)
+@pytest.mark.parametrize("probe", contract.OTHERS, ids=contract.name)
 @pytest.mark.parametrize("case", CASES)
 def test_contract(case: Case, probe: Callable[[Case], None]) -> None:
+    probe(case)
+
+
+# These have the blocks of a case in front of them.
+SAME_BLOCKS = (
+    "vit_avg", "vit_map", "distilled", "features", "test_vit", "relpos_class", "relpos_shared", "eva_registers",
+    "naflex_map", "qwen3_classifier", "deepseek_classifier", "gemma4_classifier",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("probe", contract.OF_BLOCKS, ids=contract.name)
+@pytest.mark.parametrize("case", contract.slow_unless(lambda id: id not in SAME_BLOCKS, CASES))
+def test_contract_of_blocks(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)
 
 
