@@ -87,6 +87,13 @@ FROM_COMPLETE_GRAPH: dict[str, Preset] = {
     "complete_graph_adaptive": part(
         "strength by image (threshold 0.9, ladder 0.5, 1, 1.5)", UNTRAINED, ensemble="size", threshold=0.9
     ),
+    "complete_graph_adaptive_narrow": part(
+        "strength by image (threshold 0.9, ladder 0.8, 1, 1.2)",
+        UNTRAINED,
+        ensemble="size",
+        threshold=0.9,
+        ladder=(0.8, 1.0, 1.2),
+    ),
 }
 
 PRESETS: dict[str, Preset] = {**METHODS, **FROM_FULL, **FROM_UNTRAINED, **FROM_COMPLETE_GRAPH}
