@@ -23,6 +23,7 @@ LINES = {
     "crossget": ("#D55E00", "^"),
     "ward_constant": ("#56B4E9", "s"),
     "ward": ("#0072B2", "D"),
+    "ward_size_constant": ("#009E73", "v"),
 }
 
 
