@@ -46,7 +46,7 @@ class Case:
     reentrant: bool = False  # the host's checkpointing is re-entrant: it makes new tensors, which must be an error
     shortens: bool = False  # what comes out is shorter, as the tower's tokens stay reduced
     skipped: int = 0  # blocks that are not run, as nobody reads them
-    biased: bool = False  # blocks hand on a bias beside their tokens
+    hands_on: bool = False  # text blocks return more than their tokens: a bias, or keys and values
     pickles: bool = True  # the host can be pickled itself after it has run
 
 
@@ -411,7 +411,7 @@ def images_may_differ_in_strength(case: Case) -> None:
         left: list[Tensor] = []
         hook = tower.blocks[-1].register_forward_hook(lambda block, args, out, to=left: to.append(leaves(out)[0]))
         with without_fast_path(), crossget.attach(model, {tower.name: reducer}) as attached:
-            if case.biased and tower.text is not None:
+            if case.hands_on and tower.text is not None:
                 with pytest.raises(RuntimeError, match="returns more than its tokens"):
                     run(model, inputs)
                 hook.remove()

@@ -33,6 +33,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     InstructBlipVisionModel,
 )
+from transformers.models.blip.modeling_blip_text import BlipTextLayer
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
 from transformers.models.instructblip import modeling_instructblip
 
@@ -166,14 +167,16 @@ def case2(cls: Any, inputs: Callable[[], tuple[Any, ...]], id: str = "", **flags
 
 
 FUSED = "_attn_implementation" in inspect.getsource(Blip2Attention)
+# Older versions: every text block returns its keys and values, wanted or not.
+HANDS_ON = "present_key_value" in inspect.getsource(BlipTextLayer.forward)
 CASES = [
-    case("BlipModel", partial(blip, BlipModel), of_contrast),
-    case("retrieval_itm", partial(blip, BlipForImageTextRetrieval), partial(of_retrieval, True)),
-    case("retrieval_itc", partial(blip, BlipForImageTextRetrieval), partial(of_retrieval, False)),
-    case("question_answering", partial(blip, Asked), of_question),
+    case("BlipModel", partial(blip, BlipModel), of_contrast, hands_on=HANDS_ON),
+    case("retrieval_itm", partial(blip, BlipForImageTextRetrieval), partial(of_retrieval, True), hands_on=HANDS_ON),
+    case("retrieval_itc", partial(blip, BlipForImageTextRetrieval), partial(of_retrieval, False), hands_on=HANDS_ON),
+    case("question_answering", partial(blip, Asked), of_question, hands_on=HANDS_ON),
     case("captioning", partial(blip, BlipForConditionalGeneration), of_caption),
     case("BlipVisionModel", partial(blip, BlipVisionModel), of_image, shortens=False),
-    case("BlipTextModel", partial(blip, BlipTextModel), texts, shortens=False),
+    case("BlipTextModel", partial(blip, BlipTextModel), texts, shortens=False, hands_on=HANDS_ON),
 ]
 CASES2 = [
     *case2(Blip2ForConditionalGeneration, of_prompt),
@@ -453,7 +456,7 @@ def of_generation(name: str) -> tuple[nn.Module, dict[str, Any], str]:
         ),
     }
     make, given, reader = kinds[name]
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # answers of two rows that differ, whatever the version: see the last test
     model = make()
     with torch.no_grad():
         for key, parameter in model.named_parameters():  # the usual 0.02 makes all answers alike

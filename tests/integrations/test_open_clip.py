@@ -140,11 +140,11 @@ def both(size: int = IMAGE) -> tuple[Tensor, ...]:
 
 
 def case(
-    name: str, make: Callable[[], nn.Module], size: int = IMAGE, fused: bool = True, biased: bool = False
+    name: str, make: Callable[[], nn.Module], size: int = IMAGE, fused: bool = True, hands_on: bool = False
 ) -> contract.Case:
     """All are compiled by a slow test; in the default run timm's ViT and LLaVA are."""
     return contract.Case(
-        name, make, partial(both, size), compiles=False, fused=fused, biased=biased, reentrant=REENTRANT
+        name, make, partial(both, size), compiles=False, fused=fused, hands_on=hands_on, reentrant=REENTRANT
     )
 
 
@@ -165,7 +165,7 @@ CASES = [
     case("xlm_roberta_eager", partial(hugging_face, "xlm-roberta", "mean_pooler", attention="eager"), fused=False),
     case("roberta_first", partial(hugging_face, "roberta", "cls_last_hidden_state_pooler", "linear")),
     case("bert_pooler", partial(hugging_face, "bert", "cls_pooler")),
-    case("mt5", partial(hugging_face, "mt5", "mean_pooler"), fused=False, biased=True),
+    case("mt5", partial(hugging_face, "mt5", "mean_pooler"), fused=False, hands_on=True),
     case("nllb", partial(hugging_face, "m2m_100", "cls_pooler", "linear")),
 ]
 if "eos_id" in FIELDS:
