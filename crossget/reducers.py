@@ -277,8 +277,8 @@ class Ward(Merging):
 
     What changes is the tokens themselves, each weighed by its mass: its share of the image and of the class token's
     attention (`crossget.importance.by_reading`). Matching and ensemble share that mass. There is no cross token.
-    Every token may join every other; their distances are estimated from every second channel, so that this costs little
-    more than two sets on all channels would (`matching="ward", keys="tokens"`), and finds better pairs.
+    Every token may join every other; their distances are estimated from every second channel, so that this costs half
+    as much again as two sets on all channels would (`matching="ward", keys="tokens"`).
 
     Without a class token (and no other importance given) the mass is the size alone: nothing is scored, and the
     ensemble is the size-weighted mean. `crossget.Rising` spares the first blocks, see docs/training_free.md.

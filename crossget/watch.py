@@ -356,13 +356,15 @@ class BlockWatch(TorchFunctionMode):
             return self._asked(view)
 
     def _asked(self, view: View) -> tuple[Tensor, Tensor | None, Plan] | None:
+        asked = "redundancy"
         try:
             if self.rank:
                 self.redundancy = self.reducer.redundancy(view)
+            asked = "reduce"
             reduced = self.reducer.reduce(view, self.r) if self.r > 0 else None
         except TypeError as error:
             # Of a TypeError below `x + y` torch says that the two cannot be added, and nothing else.
-            raise RuntimeError(f"{type(self.reducer).__name__}.reduce() failed: {error}") from error
+            raise RuntimeError(f"{type(self.reducer).__name__}.{asked}() failed: {error}") from error
         self.score = view.score
         return reduced
 

@@ -155,7 +155,7 @@ def test_other_images_do_not_compile_again() -> None:
 def test_a_strength_seen_before_does_not_compile_again() -> None:
     vit, batch = model(depth=2), images(2)
     counter = CompileCounterWithBackend("eager")
-    strengths = [2, (1, 2)]
+    strengths = [2, 3, (1, 2)]
     with crossget.attach(vit, crossget.CrossGET(r=2)) as attached:
         torch._dynamo.reset()
         compiled = torch.compile(vit, fullgraph=True, backend=counter)

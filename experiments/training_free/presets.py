@@ -36,7 +36,7 @@ class Preset:
         schedule: (strength, depth) -> the schedule.
         strongest: the largest strength that is tried; None: half of the tokens.
         like: the row whose fitted schedule this one takes; None: it is fitted itself. So a part that is exchanged is
-            compared on the same tokens, and costs no more than the row it is exchanged in.
+            compared on the same tokens; what its own matching costs is not made up for.
     """
 
     label: str

@@ -74,7 +74,7 @@ def test_a_budget_out_of_reach_is_named() -> None:
 
 
 def test_parts_are_exchanged_on_the_same_tokens() -> None:
-    """A row that takes another's schedule costs no more than that one: same tokens, and no dearer a matching."""
+    """A row that takes another's schedule is not fitted: it has the same tokens."""
     fitted: dict[tuple[str, int], crossget.Reducer] = {("tome", 58): crossget.ToMe(14), ("ward", 58): crossget.Ward(3)}
     meter = run.Meter(settings.vit_cifar().eval(), torch.zeros(1, 3, 32, 32))
     for name in ("ward_keys", "ward_cosine"):
