@@ -1,0 +1,236 @@
+"""Score photographs against texts while the merging knows the text: `python -m experiments.conditioned.run --help`.
+
+Nothing is trained. Two tasks: photographs and one caption of each, or photographs and the names of their classes.
+"""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import crossget
+from experiments import common
+from experiments.conditioned.presets import PRESETS, Target
+from experiments.coop import datasets
+from experiments.retrieval import data
+from experiments.retrieval.models import Clip, load_clip
+from experiments.samples import read_image
+
+RESULTS = Path(__file__).parent / "results"
+TEMPLATE = "a photo of a {}."
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row at one r."""
+
+    task: str
+    preset: str
+    r: int
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        return f"{self.task}/{self.preset}" + ("" if self.preset == "dense" else f"_r{self.r}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and with what."""
+
+    task: Literal["captions", "classes"]
+    """Find the caption of a photograph and the photograph of a caption, or the class of a photograph."""
+    images: Path
+    """Folder of photographs; for classes one with `test/CLASS/*.jpg` and `train/CLASS/*.jpg`."""
+    weights: Path
+    """State dict of the model."""
+    annotations: Path | None = None
+    """Captions in Karpathy's layout; the first one of each photograph is taken."""
+    split: str = "test"
+    """Of the captions' photographs."""
+    model: str = "small"
+    """A CLIP of open_clip, or "small": what experiments/retrieval trains."""
+    presets: tuple[str, ...] = tuple(PRESETS)
+    """Rows to run."""
+    r: tuple[int, ...] = (2, 4)
+    """Tokens removed per block of the image tower."""
+    limit: int = 250
+    """How many photographs, evenly over the sorted list; rows that score every pair by itself take as many times as
+    long as there are texts."""
+    batch: int = 128
+    """Photographs at a time."""
+    device: str = "cpu"
+    """Where the model runs."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+    overwrite: bool = False
+    """Run again what has a result file."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is scored.
+
+    Attributes:
+        files: [N] photographs.
+        texts: [M].
+        owner: [N] which text is right for each photograph.
+        names: a digest of them all, for the result file.
+    """
+
+    files: list[Path]
+    texts: list[str]
+    owner: Tensor
+    names: common.Json
+
+
+def load_task(options: Options) -> Task:
+    """Read photographs and texts.
+
+    Raises:
+        ValueError: captions are asked for and none are given.
+    """
+    if options.task == "captions":
+        if options.annotations is None:
+            raise ValueError("--task captions needs --annotations: captions in Karpathy's layout")
+        photos = evenly(data.read_karpathy(options.annotations, options.images, options.split), options.limit)
+        return Task(
+            [photo.file for photo in photos], [photo.captions[0] for photo in photos], torch.arange(len(photos)),
+            data.fingerprint(photos),
+        )  # fmt: skip
+    listed = datasets.read("caltech101", options.images)
+    some = evenly(listed.splits["test"], options.limit)
+    texts = [TEMPLATE.format(name.replace("_", " ")) for name in listed.names]
+    owner = torch.tensor([photo.label for photo in some])
+    return Task([photo.file for photo in some], texts, owner, datasets.fingerprint(some, listed.names))
+
+
+def evenly(items: Any, limit: int) -> list[Any]:
+    """Return so many of the items, evenly spread over them; all if there are fewer."""
+    count = min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+@torch.no_grad()
+def score(
+    encode: Callable[[Tensor], Tensor], look_for: Callable[[Tensor], None], texts: Tensor, target: Target
+) -> Tensor:
+    """Return [N, M] cosines of photographs and texts.
+
+    Args:
+        encode: texts [M', E] -> [N, M'], of all photographs as the model sees them now.
+        look_for: says which text [E] the merging is to know from now on.
+        texts: [M, E] of unit length.
+        target: see `Preset`.
+    """
+    if target == "none":
+        return encode(texts)
+    if target == "all":
+        look_for(F.normalize(texts.mean(0), dim=0))
+        return encode(texts)
+    known = texts if target == "own" else texts.roll(len(texts) // 2, 0)
+    columns = []
+    for text, looked_for in zip(texts, known, strict=True):
+        look_for(looked_for)
+        columns.append(encode(text[None]))
+    return torch.cat(columns, 1)
+
+
+def measure(cosines: Tensor, owner: Tensor, scale: float, both_ways: bool) -> common.Json:
+    """Return what cosines [N, M] say.
+
+    Args:
+        cosines: of photographs and texts.
+        owner: [N] the right text of each photograph.
+        scale: the model's inverse temperature.
+        both_ways: each text is that of one photograph too, in the same order.
+
+    Returns:
+        for "text" (from photographs) and, both ways, "photo" (from texts): `right`, a mark for each question,
+        `accuracy` in %, and `losses`, the cross-entropy of each, packed, with their mean `loss`.
+    """
+    directions = {"text": (cosines, owner)}
+    if both_ways:
+        directions["photo"] = (cosines.T, torch.arange(len(cosines)))
+    result: common.Json = {"n": len(cosines), "texts": int(cosines.shape[1])}
+    for name, (logits, answer) in directions.items():
+        losses = F.cross_entropy(scale * logits.double(), answer, reduction="none")
+        right = logits.argmax(1) == answer
+        result[name] = {
+            "accuracy": round(100 * float(right.double().mean()), 4),
+            "loss": round(float(losses.mean()), 6),
+            "right": "".join("1" if mark else "0" for mark in right.tolist()),
+            "losses": common.pack(losses.numpy()),
+        }
+    return result
+
+
+def main(options: Options) -> int:
+    """Work off the queue and return the number of runs executed."""
+    common.check_names("presets", options.presets, PRESETS)
+    runs = [Run(options.task, name, r) for name in options.presets for r in (options.r if name != "dense" else (0,))]
+    if not common.pending(runs, options.results, options.overwrite):
+        return 0
+    task, clip = load_task(options), load_clip(options.model, options.weights)
+    clip.model.eval().to(options.device)
+    transform = clip.transform(train=False)
+    pixels = torch.stack([read_image(file, transform) for file in task.files])
+    with torch.no_grad():
+        texts = torch.cat([clip.encode_text(clip.tokenize([text]).to(options.device)) for text in task.texts])
+    texts = F.normalize(texts.float(), dim=-1)
+
+    def encode(against: Tensor) -> Tensor:
+        parts = [clip.encode_image(part.to(options.device)).float() for part in pixels.split(options.batch)]
+        return torch.cat([F.normalize(part, dim=-1) @ against.T for part in parts]).cpu()
+
+    def execute(run: Run) -> common.Json:
+        preset = PRESETS[run.preset]
+        config: common.Json = {**asdict(run), "data": task.names, "weights": common.file_digest(options.weights)}
+        if preset.method is None:
+            cosines = score(encode, _nothing, texts, preset.target)
+            spent: common.Json = {}
+        else:
+            reducer = replace(preset.method, r=run.r)
+            config["reducer"] = {"name": type(reducer).__name__, **asdict(reducer)}
+            with crossget.attach(clip.model, {"visual": reducer}) as attached:
+                cosines = score(encode, attached.look_for, texts, preset.target)
+                spent = cost(clip, attached, pixels[:1].to(options.device))
+        scale = float(clip.model.logit_scale.detach().exp())
+        return {"run": config, "result": {**measure(cosines, task.owner, scale, options.task == "captions"), **spent}}
+
+    def command(run: Run) -> str:
+        words = ["python", "-m", "experiments.conditioned.run", "--task", options.task, "--images", options.images.name]
+        words += ["--weights", options.weights.name, "--model", options.model, "--limit", str(options.limit)]
+        if options.annotations is not None:
+            words += ["--annotations", options.annotations.name, "--split", options.split]
+        return shlex.join([*words, "--presets", run.preset, "--r", str(run.r)])
+
+    return common.work_off(
+        runs, options.results, execute, command=command, environment=common.environment(options.device),
+        overwrite=options.overwrite,
+    )  # fmt: skip
+
+
+def cost(clip: Clip, attached: crossget.Attachment, one: Tensor) -> common.Json:
+    """Return multiply-adds of the image tower for one photograph, in G, and the tokens entering each block."""
+    counted = crossget.count_flops(clip.model.visual, one)
+    return {
+        "tokens": attached.tokens["visual"],
+        "gflops": {"dense": counted.dense.total / 1e9, "reduced": counted.total / 1e9},
+    }
+
+
+def _nothing(text: Tensor) -> None:
+    """Look for nothing: no merging is there to know it."""
+
+
+if __name__ == "__main__":
+    import tyro
+
+    done = main(tyro.cli(Options, description=__doc__))
+    print(f"{done} runs executed")
