@@ -3,9 +3,10 @@
 Images differ in how many tokens they can spare, but a tensor has one length. So behind the first block the images of
 a batch are ranked by how many of their tokens have a near copy, and dealt out evenly: the first rung of the ladder
 removes `ladder[0]` times as many tokens per block as the schedule says, the next `ladder[1]` times as many, and so on.
-Their mean is one, so the batch as a whole removes what the schedule says, as long as no rung asks a block for more than
-half of its tokens. How many images a rung gets depends on the size of the batch alone: shapes are static, nothing waits
-for the device, and compiled graphs are reused.
+Their mean is one, so the batch as a whole removes what the schedule says. Where a rung would ask for more tokens than
+there are, it would fall short of its share and harm its images; there the ladder is drawn in towards its middle until the
+batch keeps its budget. How many images a rung gets, and how far the ladder is drawn in, depends on the shape of the
+batch alone: shapes are static, nothing waits for the device, and compiled graphs are reused.
 
 From the second block on, the block's own `forward` runs once for each rung. What the host sees between the blocks and
 behind them is the full grid, in the batch's order.
@@ -13,13 +14,17 @@ behind them is the full grid, in the batch's order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from crossget.state import TokenState
+
+
+STEPS, OVER = 8, 0.005
+"""In how many steps a ladder is drawn in, and the share of tokens by which a batch may exceed its budget: rounding."""
 
 
 class Rung(NamedTuple):
@@ -42,6 +47,22 @@ def sizes(batch: int, rungs: int) -> list[int]:
     for rank in range(batch):
         counts[(2 * rank + 1) * rungs // (2 * batch)] += 1
     return counts
+
+
+def drawn_in(ladder: Sequence[float], counts: Sequence[int], spent: Callable[[float], int]) -> tuple[float, ...]:
+    """A ladder, drawn in towards one as far as its batch needs to keep the budget of a batch without a ladder.
+
+    Args:
+        ladder: what the schedule is multiplied with, ascending, one on average.
+        counts: how many images are on each rung.
+        spent: factor -> how many tokens all blocks together get for an image whose schedule is multiplied with it.
+    """
+    budget = sum(counts) * spent(1.0) * (1 + OVER)
+    for step in range(STEPS, 0, -1):
+        narrow = tuple(1 + (factor - 1) * step / STEPS for factor in ladder)
+        if sum(count * spent(factor) for count, factor in zip(counts, narrow, strict=True)) <= budget:
+            return narrow
+    return (1.0,) * len(ladder)
 
 
 def deal(tokens: Tensor, state: TokenState, redundancy: Tensor, ladder: Sequence[float]) -> list[Rung]:

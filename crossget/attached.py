@@ -15,10 +15,10 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from crossget.adaptive import Rung, deal, gathered, rows_of
+from crossget.adaptive import Rung, deal, drawn_in, gathered, rows_of, sizes
 from crossget.reducers import Reducer
 from crossget.registry import Reader, Tower
-from crossget.schedule import planned_tokens
+from crossget.schedule import Times, planned_tokens
 from crossget.state import Record, Relevance, TokenState, carried, carry
 from crossget.swap import argument_names, base_of
 from crossget.watch import BlockWatch, visible
@@ -273,9 +273,7 @@ class AttachedTower:
         """Run `forward` on these tokens, the cross token among them."""
         names = self.inputs[base_of(block)]
         count = int(tokens.shape[1])
-        r = self.reducer.schedule.removed(layer, self.depth, count)
-        if state.strength != 1:
-            r = round(state.strength * r)
+        r = Times(self.reducer.schedule, state.strength).removed(layer, self.depth, count)
         watch = BlockWatch(
             tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
             find_padding=self.tower.padding, rank=layer == 0 and self.reducer.rungs is not None,
@@ -296,8 +294,19 @@ class AttachedTower:
                     f"tower {self.tower.name!r}: images that differ in strength have no history in common; record with "
                     "threshold=None"
                 )
-            state = state.on(deal(first, state, watch.redundancy, self.reducer.rungs or ()))
+            state = state.on(deal(first, state, watch.redundancy, self._ladder(first, state)))
         return out, state
+
+    def _ladder(self, tokens: Tensor, state: TokenState) -> tuple[float, ...]:
+        """What the schedule is multiplied with on each rung, for these tokens [B, T, C] behind the first block."""
+        batch, count, _ = (int(n) for n in tokens.shape)
+        ladder = self.reducer.rungs or ()
+
+        def spent(factor: float) -> int:
+            schedule = Times(self.reducer.schedule, factor)
+            return sum(planned_tokens(schedule, self.depth, count, state.n_protected, first=1)[:-1])
+
+        return drawn_in(ladder, sizes(batch, len(ladder)), spent)
 
     def _refit(self, block: nn.Module, name: str, value: Any, watch: BlockWatch) -> Any:
         """An argument of the block for the tokens that are left."""

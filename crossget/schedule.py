@@ -114,6 +114,18 @@ class Rising:
         return int(min(0.5, self.share * min(1.0, 3 * (layer + 0.5) / depth)) * tokens)
 
 
+@dataclass(frozen=True)
+class Times:
+    """The numbers of another schedule times a factor, rounded to whole tokens."""
+
+    schedule: Schedule
+    factor: float
+
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
+        wish = self.schedule.removed(layer, depth, tokens)
+        return wish if self.factor == 1 else round(self.factor * wish)
+
+
 def as_schedule(r: int | Sequence[int] | Schedule) -> Schedule:
     """The schedule that `r` stands for.
 
@@ -137,20 +149,21 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}: the number of tokens to remove cannot be negative")
 
 
-def planned_tokens(schedule: Schedule, depth: int, tokens: int, n_protected: int) -> list[int]:
+def planned_tokens(schedule: Schedule, depth: int, tokens: int, n_protected: int, first: int = 0) -> list[int]:
     """Tokens entering each block, and those behind the last one.
 
     Args:
         schedule: the wish.
         depth: number of blocks.
-        tokens: entering the first block, the cross token included.
+        tokens: entering block `first`, the cross token included.
         n_protected: tokens that must stay as they are; of the others, at most half leave in one block.
+        first: the block to begin with.
 
     Returns:
-        `depth + 1` numbers.
+        `depth + 1 - first` numbers.
     """
     counts = [tokens]
-    for layer in range(depth):
+    for layer in range(first, depth):
         wish = schedule.removed(layer, depth, counts[-1])
         counts.append(counts[-1] - max(0, min(wish, (counts[-1] - n_protected) // 2)))
     return counts
