@@ -4,8 +4,8 @@ Images differ in how many tokens they can spare, but a tensor has one length. So
 a batch are ranked by how many of their tokens have a near copy, and dealt out evenly: the first rung of the ladder
 removes `ladder[0]` times as many tokens per block as the schedule says, the next `ladder[1]` times as many, and so on.
 Their mean is one, so the batch as a whole removes what the schedule says. Where a rung would ask for more tokens than
-there are, it would fall short of its share and harm its images; there the ladder is drawn in towards its middle until the
-batch keeps its budget. How many images a rung gets, and how far the ladder is drawn in, depends on the shape of the
+there are, it would fall short of its share and harm its images; there the ladder is drawn in towards its middle until
+the batch keeps its budget. How many images a rung gets, and how far the ladder is drawn in, depends on the shape of the
 batch alone: shapes are static, nothing waits for the device, and compiled graphs are reused.
 
 From the second block on, the block's own `forward` runs once for each rung. What the host sees between the blocks and
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from crossget.state import TokenState
-
 
 STEPS, OVER = 8, 0.005
 """In how many steps a ladder is drawn in, and the share of tokens by which a batch may exceed its budget: rounding."""
