@@ -280,7 +280,7 @@ class Attachment:
         if attached.tower.embed is None:
             raise ValueError(
                 f"tower {tower!r} has no known way of single tokens to the space of texts: the image towers of "
-                "open_clip have one, unless they end in an attention pool"
+                "open_clip and of transformers' CLIPModel have one, unless they end in an attention pool"
             )
         like = next(p for p in attached.tower.blocks[0].parameters() if p.is_floating_point())
         with torch.no_grad():

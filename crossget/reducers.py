@@ -399,7 +399,7 @@ def _check_guide(reducer: Merging | TopK, host: Host) -> None:
     if reducer.importance == "text" and not host.embeds:
         raise ValueError(
             f"importance='text' needs a way of single tokens to the space of texts, and none is known for {host.name}: "
-            "the image towers of open_clip have one, unless they end in an attention pool"
+            "image towers of open_clip and of transformers' CLIPModel have one, unless they end in an attention pool"
         )
     if reducer.importance == "cross_token" and not (reducer.cross_token or host.guides_itself):
         raise ValueError(

@@ -34,6 +34,23 @@ def project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor)
     return tokens if projection is None else tokens @ projection.detach()
 
 
+def embed(norms: Sequence[nn.Module], owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
+    """Tokens [.., C] behind the last block in the joint space [.., E], as the host takes the one that it pools there.
+
+    Args:
+        norms: what a token goes through first.
+        owner: whose attribute the projection is.
+        name: of the attribute, as in `project`.
+        tokens: [.., C].
+    """
+    for norm in norms:
+        tokens = norm(tokens)
+    projection = getattr(owner, name)
+    if isinstance(projection, nn.Module):
+        return torch.as_tensor(projection(tokens))
+    return tokens if projection is None else tokens @ projection
+
+
 def frozen(module: nn.Module, tokens: Tensor) -> Tensor:
     """A module's output, without gradient for its parameters."""
     out: Tensor = _Frozen.apply(tokens, module)

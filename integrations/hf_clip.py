@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.clip import modeling_clip as clip
 
 from crossget.integrations import hf
-from crossget.integrations._support import project
+from crossget.integrations._support import embed, project
 from crossget.registry import TextInput, Tower, register
 
 
@@ -33,8 +33,14 @@ def text(model: Any) -> list[Tower]:
 
 def _visual(model: Any, part: Any) -> Tower:
     projects = hasattr(model, "visual_projection")
-    way = partial(project, part.pre_layrnorm, model, "visual_projection") if projects else None
-    return hf.tower("visual", part, prefix=1, class_token=True, project=way)
+    return hf.tower(
+        "visual",
+        part,
+        prefix=1,
+        class_token=True,
+        project=partial(project, part.pre_layrnorm, model, "visual_projection") if projects else None,
+        embed=partial(embed, [part.post_layernorm], model, "visual_projection") if projects else None,
+    )
 
 
 def _text(model: Any, part: Any) -> Tower:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossget.integrations import timm as timm_towers
-from crossget.integrations._support import NumbersOnCPU, SupportRow, project, support_row
+from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, project, support_row
 from crossget.registry import Reader, TextInput, Tower, find_towers, register
 from crossget.state import TokenState
 
@@ -85,7 +85,7 @@ def _visual(visual: Any) -> Any:
         prefix=1,
         class_token=True,
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
-        embed=None if pools else partial(_embed, [visual.ln_post], visual, "proj"),
+        embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
         readers=_readers(visual.transformer),
     )
 
@@ -115,17 +115,7 @@ def _trunk_embedding(visual: Any) -> Any:
     if getattr(trunk, "attn_pool", None) is not None or hasattr(visual.head, "pool"):
         return None
     norms = [part for name in ("norm", "fc_norm", "head") if (part := getattr(trunk, name, None)) is not None]
-    return partial(_embed, norms, visual, "head")
-
-
-def _embed(norms: list[nn.Module], owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
-    """Tokens [.., C] behind the last block -> [.., E], through norms and the projection at `owner.name`."""
-    for norm in norms:
-        tokens = norm(tokens)
-    projection = getattr(owner, name)
-    if isinstance(projection, nn.Module):
-        return torch.as_tensor(projection(tokens))
-    return tokens if projection is None else tokens @ projection
+    return partial(embed, norms, visual, "head")
 
 
 # Texts --------------------------------------------------------------------------------------------------------------

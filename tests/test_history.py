@@ -243,6 +243,28 @@ class TestLookFor:
                 assert embed is not None
                 torch.testing.assert_close(embed(step.features)[:, 0], expected)
 
+    def test_so_it_does_in_transformers(self) -> None:
+        from transformers import CLIPConfig, CLIPModel
+
+        small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        vision, texts = {**small, "image_size": 32, "patch_size": 8}, {**small, "vocab_size": 50}
+        model: Any = CLIPModel(CLIPConfig(vision_config=vision, text_config=texts, projection_dim=24)).eval()
+        image, text = torch.rand(2, 3, 32, 32), torch.randn(24)
+        with crossget.attach(model, {"visual": crossget.ToMe(0)}) as attached, torch.no_grad():
+            with attached.recording():
+                pooled = model.vision_model(image).pooler_output
+            embed = attached.towers["visual"].embed
+            assert embed is not None
+            own = embed(attached.history["visual"][-1].features)[:, 0]
+            torch.testing.assert_close(own, model.visual_projection(pooled))
+            attached.reducer = {"visual": crossget.CrossGET(4, importance="text")}
+            maps = []
+            for target in (text, -text):
+                attached.look_for(target)
+                model.vision_model(image)
+                maps.append(attached.source["visual"])
+            assert not torch.equal(*maps)
+
     def test_another_text_keeps_other_patches(self, clip: Any) -> None:
         image, texts = torch.rand(1, 3, 32, 32), torch.randn(2, 24)
         with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached:

@@ -29,9 +29,20 @@ def fill(page: str, name: str, content: str) -> str:
     return f"{before}{start}{content}\n{end}{rest.partition(end)[2]}"
 
 
+def by_device(contents: Sequence[common.Json]) -> dict[str, list[common.Json]]:
+    """Return the results of each device: what one took says nothing about another."""
+    groups: dict[str, list[common.Json]] = {}
+    for content in contents:
+        where = content["environment"]
+        threads = f", {where['threads']} threads" if content["run"]["device"] == "cpu" else ""
+        groups.setdefault(f"{where['device']}{threads}, torch {where['torch']}", []).append(content)
+    return groups
+
+
 def written(page: str) -> str:
     """Return the page with the tables of the committed results."""
-    page = fill(page, "towers", towers.markdown(common.read_results(towers.RESULTS / "towers")))
+    measured = by_device(common.read_results(towers.RESULTS / "towers"))
+    page = fill(page, "towers", "\n\n".join(f"{name}:\n\n{towers.markdown(some)}" for name, some in measured.items()))
     page = fill(page, "operators", operators.markdown(common.read_results(operators.RESULTS / "operators")))
     return fill(page, "costs", costs.markdown(common.read_results(costs.RESULTS / "costs")))
 
@@ -57,7 +68,8 @@ def draw(contents: Sequence[common.Json], file: Path) -> None:
     for content in fitting:
         run = content["run"]
         kind = "training step" if run["train"] else run["mode"]
-        names.append(f"{run['tower']}, batch {run['batch']}\n{run['dtype']}, {kind}")
+        where = content["environment"]["device"].partition("(")[0]
+        names.append(f"{run['tower']}, batch {run['batch']}, {kind}\n{run['dtype']}, {where}")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.axvline(1, color="k", lw=0.8, ls=":")
