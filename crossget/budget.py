@@ -55,7 +55,7 @@ class Fit:
         spread: first and third quartile of what was measured; both equal `measured` where it does not vary.
         distribution: how the tokens are shared out among the blocks in what was found.
         losses: what the output loses on the inputs, by distribution: squared distance to the dense model's output over
-            its squared norm, on the inputs that the shares were not chosen by. Empty if nothing was compared.
+            its squared norm. Empty if nothing was compared.
     """
 
     reducer: Reducer | Mapping[str, Reducer]
@@ -102,7 +102,7 @@ def fit(
     tokens_out: int | None = None,
     latency: float | None = None,
     memory: float | None = None,
-    reducer: Reducer | None = None,
+    reducer: Reducer | Sequence[Reducer] | None = None,
     tower: str | None = None,
     distribution: Distribution = "measured",
     read: Read | None = None,
@@ -124,7 +124,8 @@ def fit(
             language model gets, as `Attachment.image_tokens` counts them.
         latency: share of the time, in (0, 1].
         memory: share of the peak memory of a forward, beside what is allocated before it, in (0, 1].
-        reducer: the method; its `r` is put in place. `CrossGET(r=0)` if None.
+        reducer: the method; its `r` is put in place. `CrossGET(r=0)` if None. Several: each is fitted, and that comes
+            back which the output loses least by on the inputs.
         tower: whose schedule to find; None: the one that `attach` reduces when it gets one reducer.
         distribution: "constant" shares the tokens out evenly among the blocks; "measured" as it costs the output
             least on the inputs, unless that is not clearly better than evenly.
@@ -143,14 +144,7 @@ def fit(
         raise ValueError(f"distribution is {distribution!r}: choose 'measured' or 'constant'")
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1 round")
-    method = CrossGET(r=0) if reducer is None else reducer
-    if not isinstance(method, Reducer):
-        raise TypeError(f"reducer is {reducer!r}: give one reducer such as crossget.ToMe(r=0), whose r will be found")
-    if method.rungs is not None:
-        raise ValueError(
-            f"{method} removes more from some images than from others, and r is found for all alike: fit it with "
-            "threshold=None, and set the threshold on what comes back (dataclasses.replace)"
-        )
+    methods = _methods(reducer)
     previous = find_attachment(model)
     if previous is not None:
         raise ValueError(f"already attached: {previous}. Detach it first: a budget is a share of the dense model")
@@ -158,26 +152,47 @@ def fit(
     if any(tensor.is_meta for tensor in (*call.tensors, *model.parameters())):
         if kind in ("latency", "memory"):
             raise ValueError(f"{kind} cannot be measured on the meta device: give flops or tokens_out there")
-        if distribution == "measured":
-            raise ValueError("on the meta device nothing can be measured: set distribution='constant'")
+        if distribution == "measured" or len(methods) > 1:
+            raise ValueError(
+                "on the meta device nothing can be measured: set distribution='constant', and give one reducer"
+            )
     if kind in ("latency", "memory") and not call.tensors:
         raise ValueError("inputs hold no tensor: the device is read from the first one")
-    method = replace(method, r=0)
+    fits: list[Fit] = []
     with in_eval_mode(model), torch.no_grad():
-        with attach(model, method if tower is None else {tower: method}) as attachment:
-            name = next(iter(attachment.towers)) if tower is None else tower
-            search = _Search(Trial(model, inputs, attachment, name), read, distribution, rounds)
-            found, (_, chosen, losses) = getattr(search, kind)(asked)
-        schedule = PerLayer(tuple(removed(found.tokens)))
-    fitted = replace(method, r=schedule)
-    whole = fitted if tower is None else {tower: fitted}
-    result = Fit(
-        whole, name, schedule, tuple(found.tokens), kind, asked, found.predicted, found.measured, found.spread, chosen,
-        losses,
-    )  # fmt: skip
+        for method in methods:
+            with attach(model, method if tower is None else {tower: method}) as attachment:
+                name = next(iter(attachment.towers)) if tower is None else tower
+                search = _Search(Trial(model, inputs, attachment, name), read, distribution, rounds)
+                found, (_, chosen, losses) = getattr(search, kind)(asked)
+                schedule = PerLayer(tuple(removed(found.tokens)))
+                if len(methods) > 1 and chosen not in losses:
+                    losses = {**losses, chosen: float(search.lost(schedule.r).mean())}
+            fitted = replace(method, r=schedule)
+            fits.append(Fit(
+                fitted if tower is None else {tower: fitted}, name, schedule, tuple(found.tokens), kind, asked,
+                found.predicted, found.measured, found.spread, chosen, losses,
+            ))  # fmt: skip
+    result = fits[0] if len(fits) == 1 else min(fits, key=lambda fit: fit.losses[fit.distribution])
     if not result.met:
         warnings.warn(f"the budget was missed. {result}", stacklevel=2)
     return result
+
+
+def _methods(given: Reducer | Sequence[Reducer] | None) -> list[Reducer]:
+    """The methods to fit, with r = 0."""
+    methods = [CrossGET(r=0)] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    if not methods or not all(isinstance(method, Reducer) for method in methods):
+        raise TypeError(
+            f"reducer is {given!r}: give a reducer such as crossget.ToMe(r=0), whose r will be found, or several"
+        )
+    for method in methods:
+        if method.rungs is not None:
+            raise ValueError(
+                f"{method} removes more from some images than from others, and r is found for all alike: fit it with "
+                "threshold=None, and set the threshold on what comes back (dataclasses.replace)"
+            )
+    return [replace(method, r=0) for method in methods]
 
 
 def _asked(budgets: Mapping[Budget, float | None]) -> tuple[Budget, float]:

@@ -344,6 +344,24 @@ def test_flops_of_llava() -> None:
         assert crossget.count_flops(model, inputs).ratio == fitted.measured <= 0.7
 
 
+@pytest.mark.parametrize("distribution", ["constant", "measured"])
+def test_of_several_methods_the_one_that_loses_least(distribution: Any) -> None:
+    model, inputs = vit(), images(6)
+    methods = [crossget.Random(5), crossget.ToMe(0), crossget.TopK(r=0)]
+    with torch.no_grad():
+        dense = model(inputs)
+        fits = [crossget.fit(model, inputs, flops=0.75, reducer=one, distribution=distribution) for one in methods]
+        lost = []
+        for fitted in fits:
+            with crossget.attach(model, fitted.reducer):
+                lost.append(float(distance(model(inputs), dense).mean()))
+    best = fits[lost.index(min(lost))]
+    found = crossget.fit(model, inputs, flops=0.75, reducer=methods, distribution=distribution)
+    assert replace(found, losses=best.losses) == best
+    assert found.losses[found.distribution] == pytest.approx(min(lost))
+    assert find_attachment(model) is None
+
+
 def test_evenly_stays_where_nothing_is_better() -> None:
     constant = crossget.fit(vit(), images(4), tokens_out=20, distribution="constant")
     fitted = crossget.fit(vit(), images(4), tokens_out=20, read=lambda logits: torch.ones_like(logits))
@@ -356,6 +374,8 @@ def test_what_cannot_be_done_on_the_meta_device() -> None:
     model, inputs = vit().to("meta"), images(2).to("meta")
     with pytest.raises(ValueError, match="nothing can be measured: set distribution='constant'"):
         crossget.fit(model, inputs, flops=0.7)
+    with pytest.raises(ValueError, match="nothing can be measured: .* give one reducer"):
+        crossget.fit(model, inputs, flops=0.7, distribution="constant", reducer=[CROSS, TOME])
     with pytest.raises(ValueError, match="latency cannot be measured on the meta device"):
         crossget.fit(model, inputs, latency=0.7)
 
@@ -473,7 +493,9 @@ def test_memory() -> None:
         ({"tokens_out": 65}, ValueError, "tokens_out=65 cannot be kept: the nearest possible is 64"),
         ({"tokens_out": 7}, ValueError, "tokens_out=7 cannot be kept: the nearest possible is 8"),
         ({"flops": 0.5, "distribution": "linear"}, ValueError, "distribution is 'linear': choose 'measured' or"),
-        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give one reducer such as crossget.ToMe"),
+        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give a reducer such as crossget.ToMe"),
+        ({"flops": 0.5, "reducer": []}, TypeError, r"reducer is \[\]: give a reducer"),
+        ({"flops": 0.5, "reducer": [crossget.ToMe(0), "Ward"]}, TypeError, r"'Ward'\]: give a reducer"),
         ({"flops": 0.5, "reducer": crossget.ToMe(0, threshold=0.9)}, ValueError, "fit it with threshold=None"),
         ({"flops": 0.5, "rounds": 0}, ValueError, "rounds=0: expected at least 1"),
         ({"flops": 0.5, "tower": "text"}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
