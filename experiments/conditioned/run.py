@@ -57,7 +57,7 @@ class Options:
     """A CLIP of open_clip, or "small": what experiments/retrieval trains."""
     presets: tuple[str, ...] = tuple(PRESETS)
     """Rows to run."""
-    r: tuple[int, ...] = (2, 4)
+    r: tuple[int, ...] = (4,)
     """Tokens removed per block of the image tower."""
     limit: int = 250
     """How many photographs, evenly over the sorted list; rows that score every pair by itself take as many times as
