@@ -43,6 +43,8 @@ class Options:
     """Of tokens, keys and queries."""
     rounds: int = 31
     """Timed turns of each."""
+    flex: bool = True
+    """FlexAttention too, which has to be compiled: with torch 2.6 or newer and a C++ compiler."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
     overwrite: bool = False
@@ -68,8 +70,8 @@ class Run:
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def pairs(run: Run) -> dict[str, Pair]:
-    """Return by choice: what was chosen, and what it was chosen over."""
+def pairs(run: Run, flex: bool = False) -> dict[str, Pair]:
+    """Return by choice: what was chosen, and what it was chosen over; with FlexAttention if `flex`."""
     dtype, generator = getattr(torch, run.dtype), torch.Generator().manual_seed(0)
     batch, tokens, width = run.batch, run.tokens, run.width
     x = torch.randn(batch, tokens, width, generator=generator).to(dtype)
@@ -96,6 +98,7 @@ def pairs(run: Run) -> dict[str, Pair]:
         norms = torch.linalg.vector_norm(wide, dim=-1)
         return similarity * (norms[:, :, None] * norms[:, None, :])
 
+    attended = {"sizes: a mask instead of FlexAttention": flexible(q, k, v, bias)} if flex else {}
     return {
         "rank: minimum instead of a mask": (bounded, masked),
         "norms: scale the products instead of the keys": (
@@ -114,6 +117,7 @@ def pairs(run: Run) -> dict[str, Pair]:
             lambda: F.scaled_dot_product_attention(q, k, v, bias),
             lambda: F.scaled_dot_product_attention(q, k, v),
         ),
+        **attended,
         "product of keys: float32 instead of bfloat16": (
             lambda: torch.bmm(wide, wide.transpose(1, 2)),
             lambda: torch.bmm(half, half.transpose(1, 2)),
@@ -123,6 +127,19 @@ def pairs(run: Run) -> dict[str, Pair]:
             partial(reduce, crossget.ToMe(REMOVED), x, q, k),
         ),
     }
+
+
+def flexible(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Pair:
+    """Return attention with a bias [B, 1, 1, T] on the keys, as a mask and by FlexAttention, compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    sizes = bias[:, 0, 0]
+
+    def add(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + sizes[image, key]
+
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return partial(F.scaled_dot_product_attention, q, k, v, bias), partial(compiled, q, k, v, score_mod=add)
 
 
 def reduce(reducer: crossget.Reducer, x: Tensor, q: Tensor, k: Tensor) -> Any:
@@ -146,11 +163,11 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def execute(run: Run) -> common.Json:
+def execute(run: Run, flex: bool = False) -> common.Json:
     """Time every pair."""
     # As a model's forward has left it: before, the allocator gives every block of this size back to the system.
     torch.empty(7 << 20).fill_(0)
-    rows, made = [], pairs(run)
+    rows, made = [], pairs(run, flex)
     with torch.no_grad():
         for name, (chosen, other) in made.items():
             turns = {"chosen": partial(calling, chosen), "other": partial(calling, other)}
@@ -188,9 +205,9 @@ def _ms(row: common.Json, side: str) -> str:
     return f"{1e3 * row[side]:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def command(run: Run) -> str:
+def command(run: Run, flex: bool) -> str:
     """Return the command that repeats one run."""
-    words = ["python", "-m", "experiments.speed.operators"]
+    words = ["python", "-m", "experiments.speed.operators", "--flex" if flex else "--no-flex"]
     for name, value in asdict(run).items():
         words += [f"--{name}", str(value)]
     return shlex.join(words)
@@ -201,7 +218,12 @@ def main(options: Options) -> int:
     shared = (options.batch, options.tokens, options.width)
     runs = [Run(*shared, dtype, options.rounds) for dtype in options.dtype]
     done = common.work_off(
-        runs, options.results, execute, command=command, environment=common.environment(), overwrite=options.overwrite
+        runs,
+        options.results,
+        partial(execute, flex=options.flex),
+        command=partial(command, flex=options.flex),
+        environment=common.environment(),
+        overwrite=options.overwrite,
     )
     files = [options.results / f"{run.slug}.json" for run in runs]
     print(markdown([json.loads(file.read_text(encoding="utf-8")) for file in files]))
