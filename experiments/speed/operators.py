@@ -182,7 +182,7 @@ def execute(run: Run, flex: bool = False) -> common.Json:
     return {"run": asdict(run), "result": {"rows": rows, "operators": counted.operators}}
 
 
-COLUMNS = ["instead of", "batch", "dtype", "chosen, ms", "other, ms"]
+COLUMNS = ["instead of", "processor", "batch", "dtype", "chosen, ms", "other, ms"]
 
 
 def markdown(contents: Sequence[common.Json]) -> str:
@@ -190,6 +190,7 @@ def markdown(contents: Sequence[common.Json]) -> str:
     rows = [
         [
             row["choice"],
+            content["environment"]["device"].partition("(")[0],
             content["run"]["batch"],
             content["run"]["dtype"],
             *(_ms(row, side) for side in ("chosen", "other")),
@@ -197,7 +198,7 @@ def markdown(contents: Sequence[common.Json]) -> str:
         for content in contents
         for row in content["result"]["rows"]
     ]
-    return tabulate(rows, COLUMNS, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 4)
+    return tabulate(rows, COLUMNS, tablefmt="github", disable_numparse=True, colalign=["left"] * 2 + ["right"] * 4)
 
 
 def _ms(row: common.Json, side: str) -> str:
