@@ -450,14 +450,6 @@ def test_a_missed_latency_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitted.measured > 0.5
 
 
-@pytest.mark.slow
-def test_a_real_latency() -> None:
-    model = vit(depth=6, embed_dim=192, num_heads=3, img_size=64)
-    fitted = crossget.fit(model, images(8, 64), latency=0.75, distribution="constant")
-    assert 0.6 < fitted.measured < 0.85
-    assert abs(fitted.predicted - fitted.measured) < 0.15
-
-
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
