@@ -28,7 +28,7 @@ def test_both_sides_compute_the_same(choice: str) -> None:
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.6", reason="FlexAttention runs on CPUs from torch 2.6 on")
 def test_so_does_flex_attention() -> None:
     torch._dynamo.reset()
-    # On 40 tokens with heads of 8 channels torch 2.14's kernel for CPUs reads beyond them.
+    # On 40 tokens with heads of 8 channels torch 2.14's kernel for CPUs gives wrong numbers.
     run = replace(SMALL, tokens=64, width=192)
     with torch.no_grad():
         one, other = (side() for side in pairs(run, flex=True)["sizes: a mask instead of FlexAttention"])
