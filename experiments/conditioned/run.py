@@ -22,7 +22,6 @@ from experiments.retrieval.models import Clip, load_clip
 from experiments.samples import read_image
 
 RESULTS = Path(__file__).parent / "results"
-TEMPLATE = "a photo of a {}."
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def load_task(options: Options) -> Task:
         )  # fmt: skip
     listed = datasets.read("caltech101", options.images)
     some = evenly(listed.splits["test"], options.limit)
-    texts = [TEMPLATE.format(name.replace("_", " ")) for name in listed.names]
+    texts = [listed.template.format(name.replace("_", " ")) for name in listed.names]
     owner = torch.tensor([photo.label for photo in some])
     return Task([photo.file for photo in some], texts, owner, datasets.fingerprint(some, listed.names))
 
@@ -116,7 +115,6 @@ def evenly(items: Any, limit: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-@torch.no_grad()
 def score(
     encode: Callable[[Tensor], Tensor], look_for: Callable[[Tensor], None], texts: Tensor, target: Target
 ) -> Tensor:
@@ -184,6 +182,7 @@ def main(options: Options) -> int:
         texts = torch.cat([clip.encode_text(clip.tokenize([text]).to(options.device)) for text in task.texts])
     texts = F.normalize(texts.float(), dim=-1)
 
+    @torch.no_grad()
     def encode(against: Tensor) -> Tensor:
         parts = [clip.encode_image(part.to(options.device)).float() for part in pixels.split(options.batch)]
         return torch.cat([F.normalize(part, dim=-1) @ against.T for part in parts]).cpu()
@@ -192,8 +191,7 @@ def main(options: Options) -> int:
         preset = PRESETS[run.preset]
         config: common.Json = {**asdict(run), "data": task.names, "weights": common.file_digest(options.weights)}
         if preset.method is None:
-            cosines = score(encode, _nothing, texts, preset.target)
-            spent: common.Json = {}
+            cosines, spent = encode(texts), {}
         else:
             reducer = replace(preset.method, r=run.r)
             config["reducer"] = {"name": type(reducer).__name__, **asdict(reducer)}
@@ -223,10 +221,6 @@ def cost(clip: Clip, attached: crossget.Attachment, one: Tensor) -> common.Json:
         "tokens": attached.tokens["visual"],
         "gflops": {"dense": counted.dense.total / 1e9, "reduced": counted.total / 1e9},
     }
-
-
-def _nothing(text: Tensor) -> None:
-    """Look for nothing: no merging is there to know it."""
 
 
 if __name__ == "__main__":
