@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossget.alignment import Divergence, alignment_loss
-from crossget.attached import AttachedTower, generating, note, read_between
+from crossget.attached import AttachedTower, generating, note, read_between, read_it, read_one, reading_one
 from crossget.decoder import AttachedDecoder, cached_tokens, first_token
 from crossget.prompts import around_generate, before_forward, image_tokens
 from crossget.reducers import Reducer
-from crossget.registry import Prompt, Tower, absent_towers, find_towers
+from crossget.registry import Prompt, Readout, Tower, absent_towers, find_towers
 from crossget.schedule import Schedule
 from crossget.state import Step
 from crossget.swap import argument_names, has_own_forward, is_intact, owner_of, swap_in, swap_out, unwrap, wrap
@@ -462,6 +462,7 @@ def _check_free(tower: Tower) -> None:
 def _methods(tower: Tower) -> list[tuple[nn.Module, str]]:
     """The host's methods that get something around them."""
     found = [(reader.module, reader.method) for reader in tower.readers]
+    found += [(readout.module, readout.method) for readout in tower.readouts if readout.method != "forward"]
     if tower.prompt is not None and hasattr(tower.prompt.models[0], "generate"):
         found.append((tower.prompt.models[0], "generate"))
     return found
@@ -476,6 +477,13 @@ def _open_doors(attached: AttachedTower) -> list[Callable[[], Any]]:
     for reader in tower.readers:
         names = argument_names(getattr(type(reader.module), reader.method))
         wrap(reader.module, reader.method, partial(read_between, attached, reader, names))
+    for readout in tower.readouts:
+        if readout.method == "forward":  # which others wrap, too (Accelerate)
+            before, behind = partial(_read_one, attached, readout), partial(_read_it, attached)
+            undo.append(readout.module.register_forward_pre_hook(before).remove)
+            undo.append(readout.module.register_forward_hook(behind, always_call=True).remove)
+        else:
+            wrap(readout.module, readout.method, partial(reading_one, attached, readout))
     if tower.text is not None:
         undo.append(tower.text.embedding.register_forward_pre_hook(partial(_note_ids, attached)).remove)
     if tower.decoder is not None:
@@ -498,6 +506,14 @@ def _await_prompts(attached: AttachedTower, prompt: Prompt) -> list[Callable[[],
     if hasattr(outer, "generate"):
         wrap(outer, "generate", partial(around_generate, prompt, attached, argument_names(type(outer).generate)))
     return undo
+
+
+def _read_one(attached: AttachedTower, readout: Readout, module: nn.Module, args: tuple[Any, ...]) -> None:
+    read_one(attached, readout)
+
+
+def _read_it(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    read_it(attached)
 
 
 def _note_ids(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from crossget.adaptive import Rung, deal, drawn_in, gathered, rows_of, sizes
 from crossget.reducers import Reducer
-from crossget.registry import Reader, Tower
+from crossget.registry import Reader, Readout, Tower
 from crossget.schedule import Times, planned_tokens
-from crossget.state import Record, Relevance, TokenState, carried, carry
+from crossget.state import Record, Relevance, TokenState, carried, carry, token_at, with_token
 from crossget.swap import argument_names, base_of
 from crossget.watch import BlockWatch, visible
 
@@ -64,11 +64,13 @@ class Reading(NamedTuple):
         layers: behind which blocks; None: behind any.
         grid: on the full grid.
         last: the block behind which nobody looks.
+        one: behind that, at one token alone.
     """
 
     layers: frozenset[int] | None
     grid: bool
     last: int
+    one: bool = False
 
 
 class AttachedTower:
@@ -273,10 +275,11 @@ class AttachedTower:
         """Run `forward` on these tokens, the cross token among them."""
         names = self.inputs[base_of(block)]
         count = int(tokens.shape[1])
-        r = Times(self.reducer.schedule, state.strength).removed(layer, self.depth, count)
+        one = layer == self.depth - 1 and state.reading is not None and state.reading.one
+        r = 0 if one else Times(self.reducer.schedule, state.strength).removed(layer, self.depth, count)
         watch = BlockWatch(
             tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
-            find_padding=self.tower.padding, rank=layer == 0 and self.reducer.rungs is not None,
+            find_padding=self.tower.padding, rank=layer == 0 and self.reducer.rungs is not None, one=one,
         )  # fmt: skip
         if not state.pristine:
             args = tuple(self._refit(block, name, value, watch) for name, value in zip(names[1:], args))  # noqa: B905
@@ -287,6 +290,10 @@ class AttachedTower:
             raise RuntimeError(_not_seen(block, layer, self.tower, watch))
         self.outputs = len(out) if isinstance(out, tuple) else 0
         state, first = watch.state, out[0] if isinstance(out, tuple) else out
+        if watch.around is not None:
+            state.record.read_one = True
+            first = with_token(watch.around, first, state.end)
+            out = (first, *out[1:]) if isinstance(out, tuple) else first
         state.note_step(layer, first, watch.score)
         if watch.redundancy is not None and layer < self.depth - 1:
             if state.record.steps is not None:
@@ -337,7 +344,7 @@ class AttachedTower:
         if self.target is not None:
             state.relevance = self._relevance(self.target, batch)
         if cross:
-            origin = self._origin(tokens, valid) if end is None else _at(tokens, end)
+            origin = self._origin(tokens, valid) if end is None else token_at(tokens, end)
             tokens = torch.cat([tokens, self.cross_token(origin.squeeze(1), state.record, 0)[:, None]], 1)
         return tokens, state
 
@@ -382,7 +389,7 @@ class AttachedTower:
 
     def _next_cross_token(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
         """[B, C] what takes the cross token's place in front of block `layer`."""
-        origin = tokens[:, -1] if state.end is None else _at(tokens, state.end).squeeze(1)
+        origin = tokens[:, -1] if state.end is None else token_at(tokens, state.end).squeeze(1)
         return self.cross_token(origin, state.record, layer)
 
     def cross_token(self, origin: Tensor, record: Record, layer: int) -> Tensor:
@@ -495,6 +502,37 @@ def read_between(
         attached.reading.set(None)
 
 
+def read_one(attached: AttachedTower, readout: Readout) -> bool:
+    """Say that the host method that runs from now on looks at one token; returns whether it does.
+
+    Not if another one that has said what it wants calls it.
+    """
+    if not attached.reducer.skip_unread or attached.reading.get() is not None or not readout.applies():
+        return False
+    attached.reading.set(Reading(frozenset(), True, attached.depth, one=True))
+    return True
+
+
+def read_it(attached: AttachedTower) -> None:
+    """Such a method has ended."""
+    reading = attached.reading.get()
+    if reading is not None and reading.one:
+        attached.reading.set(None)
+
+
+def reading_one(
+    attached: AttachedTower, readout: Readout, original: Callable[..., Any], args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Run such a method."""
+    if not read_one(attached, readout):
+        return original(*args, **kwargs)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        read_it(attached)
+
+
 @contextlib.contextmanager
 def generating(attached: AttachedTower) -> Iterator[None]:
     """Inside, the host's `generate` runs, which returns nothing of what a tower computes on the way."""
@@ -537,11 +575,6 @@ def _may_be_lent(tokens: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens.requires_grad:
         return False
     return tokens.is_inference() == torch.is_inference_mode_enabled()
-
-
-def _at(tokens: Tensor, position: Tensor) -> Tensor:
-    """[B, 1, C] the token of each row at `position` [B]."""
-    return tokens.gather(1, position[:, None, None].expand(-1, 1, tokens.shape[2]))
 
 
 def _not_seen(block: nn.Module, layer: int, tower: Tower, watch: BlockWatch) -> str:

@@ -253,12 +253,18 @@ class _Search:
         attached = trial.attachment._towers[trial.name]
         cross = int(bool(attached.reducer.cross_token))
         reserved = self.reserved(tower.n_reserved(bool(cross)), trial.entered[0])
-        layer, self.others = depth - 1, tower.prefix + cross
+        # Where one token of the last block is read, nothing is merged there.
+        layer, self.others = depth - 1 - int(attached.last.read_one), tower.prefix + cross
         if tower.prompt is not None:
             features = tower.prompt.features(as_call(trial.inputs).kwargs)
             layer, self.others = features.layer, features.dropped + cross - int(attached.keeps_cross_token)
         self.more = tower.prefix + cross - self.others  # tokens that are handed on besides patches
         self.frame = Frame(depth, trial.entered[0], reserved, layer)
+        if layer < 0:
+            raise ValueError(
+                f"tower {trial.name!r} has one block, whose tokens nobody reads but one: nothing can be merged in it "
+                "with skip_unread=True, so no budget can be kept"
+            )
         if self.frame.start - reserved < 2:
             raise ValueError(
                 f"tower {trial.name!r} has {self.frame.start} tokens, of which {reserved} always stay: nothing can be "

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from crossget import kernels
 from crossget.matching import Plan, flat, take
@@ -62,6 +63,37 @@ def normalized(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) ->
 
 Ensemble = Callable[[Tensor, Tensor, Tensor, Plan], "tuple[Tensor, Tensor]"]
 ENSEMBLES: dict[str, Ensemble] = {"guided": guided, "size": size, "normalized": normalized}
+
+
+@torch.no_grad()
+def coherence(tokens: Tensor, before: Tensor | None, plan: Plan) -> Tensor:
+    """How far the members of each new token point in one direction: the length of the mean of their directions.
+
+    A layer norm brings every token to one length, a mean as well, though the mean of what it makes of the members is
+    shorter: |sum_i w_i c_i LN(x_i)| / sqrt(C), with the shares w_i that the ensemble gave them. What is linear in the
+    normed token, a value of the attention, is too long by that factor.
+
+    Args:
+        tokens: [B, T, C] that an ensemble has joined.
+        before: [B, T] float32 their own coherence c_i; None: all one.
+        plan: with which.
+
+    Returns:
+        [B, T - r] float32 in [0, 1]; 1 for a token that stands for itself.
+    """
+    stay = plan.kept.new_ones(plan.kept.shape, dtype=torch.float32) if before is None else before.gather(1, plan.kept)
+    if plan.destination is None or plan.taken is None or plan.given is None:
+        return stay
+    pairs, r, width = _pairs(plan), int(plan.source.shape[1]), int(tokens.shape[2])
+    normed = F.layer_norm(take(tokens, pairs).float(), (width,))
+    if before is not None:
+        normed = normed * before.gather(1, pairs)[:, :, None]
+    change = normed * torch.cat([plan.taken, -plan.given], 1)[:, :, None]
+    rows = flat(torch.cat([plan.arrived, plan.arrived], 1), int(stay.shape[1]))
+    pulled = change.new_zeros(stay.numel(), width).index_add_(0, rows, change.view(-1, width))
+    joined = take(pulled.view(*stay.shape, width), plan.arrived) + normed[:, r:]
+    length = joined.norm(dim=-1).div(width**0.5).clamp(max=1)  # the guided ensemble is no average
+    return stay.scatter(1, plan.arrived, length)
 
 
 def unmerge(tokens: Tensor, source: Tensor, fill: Tensor | None = None) -> Tensor:

@@ -91,12 +91,20 @@ class Reducer:
         cross_token: append one cross token, see `CrossGET`.
         strip_cross_token: keep it out of the features, also where the reference has it among them (LLaVA).
         proportional_attention: log(size) is added to the attention's logits on the key side.
+        coherence: what a merged token says in the attention, and what its MLP adds to it, is multiplied with the
+            coherence of its members, see `crossget.ensemble.coherence`.
+        skip_unread: where the call's result shows one token of the last block alone (the class token's logits, say),
+            the others go around its MLP, and nothing is merged there. The result is the same, for fewer multiply-adds.
+            It concerns towers whose adapter says so (`Tower.readouts`) and calls of the method that it names: whoever
+            asks for features of all tokens gets them.
     """
 
     r: int | Sequence[int] | Schedule = field(kw_only=False)
     cross_token: bool | None = False
     strip_cross_token: bool = False
     proportional_attention: bool | None = True
+    coherence: bool = False
+    skip_unread: bool = False
 
     def __post_init__(self) -> None:
         schedule = as_schedule(self.r)
@@ -275,15 +283,15 @@ class ToMe(Merging):
 class Ward(Merging):
     """Merging by Ward's criterion, for models that are not trained on: those tokens join whose joining changes least.
 
-    What changes is the tokens themselves, each weighed by its mass: its share of the image and of the class token's
-    attention (`crossget.importance.by_reading`). Matching and ensemble share that mass. There is no cross token.
-    Every token may join every other; their distances are estimated from every second channel, so that this costs half
-    as much again as two sets on all channels would (`matching="ward", keys="tokens"`).
+    What changes is the tokens themselves, each weighed by its size; the ensemble is the size-weighted mean. There is
+    no cross token and nothing is scored. Every token may join every other; their distances are estimated from every
+    second channel, so that this costs half as much again as two sets on all channels would (`matching="ward",
+    keys="tokens"`). `crossget.Rising` spares the first blocks, see docs/training_free.md.
 
-    Without a class token (and no other importance given) the mass is the size alone: nothing is scored, and the
-    ensemble is the size-weighted mean. `crossget.Rising` spares the first blocks, see docs/training_free.md.
+    With an importance the mass of a token, in matching and ensemble, is size * exp(importance): `"class_attention"`
+    makes it the token's share of the image and of the class token's attention (`crossget.importance.by_reading`).
 
-    Args: as `Merging` and `Reducer`.
+    Args: as `Merging` and `Reducer`. `guided_matching` and `ensemble` say what an importance, if there is one, is for.
     """
 
     matching: MatchingName = "ward_graph"
@@ -291,12 +299,12 @@ class Ward(Merging):
     ensemble: EnsembleName = "normalized"
     keys: KeysName | None = "half_tokens"
     ties: Ties = "stable"
+    coherence: bool = True
+    skip_unread: bool = True
 
     def resolved(self: WardT, host: Host) -> WardT:
         if self.importance is not None:
             return super().resolved(host)
-        if host.has_class_token:
-            return dataclasses.replace(self, importance="class_attention").resolved(host)
         sizes: dict[str, Any] = {"guided_matching": False, "ensemble": "size", "importance": "attention"}
         return dataclasses.replace(self, **sizes).resolved(host)
 

@@ -95,6 +95,23 @@ class Features(NamedTuple):
 
 
 @dataclass
+class Readout:
+    """A method of the host whose result shows one token of the tower's output, and nothing of the others.
+
+    That token is the end of text, or else the class token. What other tokens would become behind the last attention is
+    of no use there, see `Reducer.skip_unread`.
+
+    Attributes:
+        module, method: whose and which.
+        applies: whether it does so as the host is set now.
+    """
+
+    module: nn.Module
+    applies: Callable[[], bool]
+    method: str = "forward"
+
+
+@dataclass
 class Prompt:
     """A prompt with one placeholder token for every feature of an image, where fewer features will come.
 
@@ -167,6 +184,8 @@ class Tower:
         embed: [.., C] tokens behind the last block -> [.., E] the space of images and texts, as the host takes there
             the token that it pools; None where a single token has no such way.
         readers: host methods that look at the tokens between the blocks.
+        readouts: host methods that look at one token behind the last block. The tower has a class token or ends of
+            text then, and gives all tokens back (`restore`).
         refit: (block, argument name, value, state) -> value, for arguments of a block with one row per token, such
             as rotary tables. Called when the tokens are no longer the host's.
         masks: arguments of a block that are masks [B or 1, H or 1, T, T]. The block gets them for the tokens that are
@@ -192,6 +211,7 @@ class Tower:
     project: Callable[[Tensor], Tensor] | None = None
     embed: Callable[[Tensor], Tensor] | None = None
     readers: Sequence[Reader] = ()
+    readouts: Sequence[Readout] = ()
     refit: Callable[[nn.Module, str, Any, TokenState], Any] | None = None
     masks: Sequence[str] = ()
     keeps_cross_token: bool = False

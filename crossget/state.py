@@ -74,6 +74,7 @@ class Record:
         source: [B, T0] output token of each input token.
         strength: [B] what each image's schedule was multiplied with; None: nothing was.
         steps: layer -> what its block did; None in a forward that is not recorded.
+        read_one: of the last block one token alone was read, and nothing merged there, see `Reducer.skip_unread`.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,7 @@ class Record:
         self.cross_tokens: dict[int, Tensor] = {}
         self.source: Tensor | None = None
         self.strength: Tensor | None = None
+        self.read_one = False
 
 
 class TokenState:
@@ -92,6 +94,7 @@ class TokenState:
         cross: a cross token stands at the end.
         prefix: leading protected tokens.
         sizes: [B, T] float32, None while all are one.
+        coherence: [B, T] float32, see `crossget.ensemble.coherence`; None while all are one, or nobody asks.
         positions: [B, T] the input position of each token (a merged token keeps that of its destination).
         source: [B, T0 + cross] the current token of each input token, -1 if dropped.
         protected: [B, T] bool.
@@ -112,6 +115,7 @@ class TokenState:
     def __init__(self, length: int, cross: bool, prefix: int, record: Record) -> None:
         self.length, self.cross, self.prefix, self.record = length, cross, prefix, record
         self.sizes: Tensor | None = None
+        self.coherence: Tensor | None = None
         self.positions: Tensor
         self.source: Tensor
         self.protected: Tensor
@@ -164,10 +168,10 @@ class TokenState:
         """The tokens are still exactly the host's."""
         return not self.changed and not self.cross
 
-    def advance(self, plan: Plan, sizes: Tensor | None) -> TokenState:
+    def advance(self, plan: Plan, sizes: Tensor | None, coherence: Tensor | None = None) -> TokenState:
         """The state behind a reduction."""
         new = TokenState(self.length, self.cross, self.prefix, self.record)
-        new.sizes = sizes
+        new.sizes, new.coherence = sizes, coherence
         new.positions = self.positions.gather(1, plan.kept)
         new.source = plan.index.gather(1, self.source.clamp(min=0))
         new.dropped = self.dropped or plan.destination is None
@@ -190,6 +194,7 @@ class TokenState:
         new.positions, new.source = self.positions.index_select(0, rows), self.source.index_select(0, rows)
         new.protected, new.n_protected = self.protected.index_select(0, rows), self.n_protected
         new.sizes = None if self.sizes is None else self.sizes.index_select(0, rows)
+        new.coherence = None if self.coherence is None else self.coherence.index_select(0, rows)
         new.valid = None if self.valid is None else self.valid.index_select(0, rows)
         new.end = None if self.end is None else self.end.index_select(0, rows)
         new.dropped, new.changed, new.reading, new.strength = self.dropped, self.changed, self.reading, strength
@@ -227,6 +232,20 @@ class TokenState:
             return unmerge(tokens, source)
         last = int(tokens.shape[1]) - int(self.cross)
         return unmerge(tokens, source, tokens[:, self.prefix : last].mean(1, keepdim=True))
+
+
+def token_at(tokens: Tensor, position: Tensor | None) -> Tensor:
+    """[B, 1, C] the token of each row at `position` [B]; None: the first one."""
+    if position is None:
+        return tokens[:, :1]
+    return tokens.gather(1, position[:, None, None].expand(-1, 1, tokens.shape[2]))
+
+
+def with_token(tokens: Tensor, token: Tensor, position: Tensor | None) -> Tensor:
+    """[B, T, C] the tokens with another one [B, 1, C] at `position` [B]; None: in front."""
+    if position is None:
+        return torch.cat([token, tokens[:, 1:]], 1)
+    return tokens.scatter(1, position[:, None, None].expand(-1, 1, tokens.shape[2]), token)
 
 
 def carry(tokens: Tensor, state: Any) -> Tensor:

@@ -4,11 +4,13 @@ A `torch.overrides.TorchFunctionMode` sees every torch function that runs inside
 transformer block two of them matter:
 
 1. The attention: `F.scaled_dot_product_attention`, `F.multi_head_attention_forward`, or a matrix product followed by
-   a softmax. Here the keys and queries are noted, log(size) is added on the key side (proportional attention), and a
-   mask that the host made for its own tokens is brought to the tokens that are left.
+   a softmax. Here the keys and queries are noted, log(size) is added on the key side (proportional attention),
+   values are multiplied with the coherence of their tokens if the reducer wants that, and a mask that the host made
+   for its own tokens is brought to the tokens that are left.
 2. The first addition, after that, in which one of the summands *is* the block's input: the residual behind the
    attention. Here the sum is computed and reduced, and the host goes on with fewer tokens. Its MLP, layer scale,
-   drop path, second norm and second residual all follow, as it never learns how many tokens there were.
+   drop path, second norm and second residual all follow, as it never learns how many tokens there were. (Coherence
+   has its part in the second residual as well.)
 
 What is not recognised is an error, never a silent no-op.
 """
@@ -24,10 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from crossget.ensemble import coherence
 from crossget.importance import attention_received, by_attention
 from crossget.matching import Plan
 from crossget.reducers import Reducer, View
-from crossget.state import TokenState
+from crossget.state import TokenState, token_at
 
 # Tuples: not every Dynamo can look a function up in a set.
 _ADD = (
@@ -57,16 +60,18 @@ class BlockWatch(TorchFunctionMode):
         cross_like_first: the cross token is a copy of token 0 and takes over its row and column of a mask.
         find_padding: look for padding in the attention's mask.
         rank: find out how much each image can spare.
+        one: behind the attention go on with the token that is read alone; the others are `around` then.
     """
 
     def __init__(
         self, tokens: Tensor, state: TokenState, reducer: Reducer, r: int, *, causal: bool, cross_like_first: bool,
-        find_padding: bool, rank: bool = False,
+        find_padding: bool, rank: bool = False, one: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.state, self.reducer, self.r = state, reducer, r
         self.causal, self.cross_like_first, self.find_padding = causal, cross_like_first, find_padding
-        self.rank = rank
+        self.rank, self.one = rank, one
+        self.around: Tensor | None = None  # [B, T, C] as they stand behind the attention
         self.redundancy: Tensor | None = None
         self.batch, self.tokens = int(tokens.shape[0]), int(tokens.shape[1])
         self.residuals = [tokens]
@@ -80,6 +85,7 @@ class BlockWatch(TorchFunctionMode):
         self.fits = False  # the masks among the block's arguments were made for the tokens that are left
         self.score: Tensor | None = None  # what the reducer scored the tokens with
         self.outdated: Tensor | None = None  # what an in-place addition would have changed
+        self.left: Tensor | None = None  # the tokens that the block goes on with, if it matters what it adds to them
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -91,6 +97,8 @@ class BlockWatch(TorchFunctionMode):
                     "the block adds its residual in place and goes on with the old tensor: write `y += x` or "
                     "`y = y + x` instead of `y.add_(x)`, so that the reduced tokens are what the block sees next"
                 )
+            if self.left is not None and func in _ADD and len(args) == 2:
+                args = self._subdued(func, *args)
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
@@ -99,6 +107,8 @@ class BlockWatch(TorchFunctionMode):
         if func in _ADD and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             return self._add(func, args[0], args[1], kwargs)
         if func in _MATMUL:
+            if self.values_next:
+                args = (args[0], self._voiced(args[1]), *args[2:])
             self._note_product(*args)
         if func in _SOFTMAX and tuple(args[0].shape[-2:]) == (self.tokens, self.tokens):
             return self._softmax(func, *args, **kwargs)
@@ -113,7 +123,7 @@ class BlockWatch(TorchFunctionMode):
         if not self._is_ours(query, key):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
         mask = self._fit(attn_mask)
-        bias = self._bias(query.dtype)
+        bias, value = self._bias(query.dtype), self._voiced(value)
         if is_causal and bias is not None:
             # Tokens keep their order, so causality stays a lower triangle at every length.
             mask, is_causal = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=query.device).tril(), False
@@ -151,7 +161,7 @@ class BlockWatch(TorchFunctionMode):
     def _explicit(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
-        mask = _plus(self._fit(mask), self._bias(q.dtype), q.dtype)
+        mask, v = _plus(self._fit(mask), self._bias(q.dtype), q.dtype), self._voiced(v)
         # Scaled and added as torch does it, so that r = 0 is exact.
         scaled, keys = q * math.sqrt(1.0 / float(q.shape[-1])), k.transpose(-1, -2)
         if mask is None:
@@ -227,6 +237,23 @@ class BlockWatch(TorchFunctionMode):
         if self.state.sizes is None or not self.reducer.proportional_attention:
             return None
         return self.state.sizes.log().to(dtype)[:, None, None, :]
+
+    def _voiced(self, values: Tensor) -> Tensor:
+        """Values [B, H, T, D] or [B * H, T, D], each as loud as its token is coherent."""
+        if self.state.coherence is None:
+            return values
+        by_head = values.reshape(self.batch, -1, *values.shape[-2:])
+        return (by_head * self.state.coherence.to(values.dtype)[:, None, :, None]).reshape(values.shape)
+
+    def _subdued(self, func: Callable[..., Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The summands of the second residual: what is added to a token as large as that is coherent."""
+        coherence = self.state.coherence
+        if coherence is None or (a is self.left) == (b is self.left):
+            return a, b
+        factor = coherence.to(a.dtype)[:, :, None]
+        if a is self.left:
+            return a, b * factor
+        return a.mul_(factor) if func in _IN_PLACE else a * factor, b
 
     # Masks and biases the host made for its own tokens ------------------------------------------------------------
 
@@ -320,7 +347,9 @@ class BlockWatch(TorchFunctionMode):
     def _reduce(self, total: Tensor) -> Tensor:
         self.done = True
         try:
-            return self._left(total)
+            left = self._left(total)
+            self.left = None if self.state.coherence is None or self.one else left
+            return left
         finally:  # the block's MLP, which needs the most memory, comes now
             self.residuals.clear()
             self.received.clear()
@@ -332,13 +361,17 @@ class BlockWatch(TorchFunctionMode):
                 "the block's attention has no softmax over its scores that could be seen, so token sizes could not "
                 "take part; set proportional_attention=False, or use F.scaled_dot_product_attention in the block"
             )
+        if self.one:
+            self.around = total
+            return token_at(total, self.state.end)
         if self.r <= 0 and not self.rank:
             return total
         reduced = self._reduced(total)
         if reduced is None:
             return total
         tokens, sizes, plan = reduced
-        self.state = self.state.advance(plan, sizes)
+        coherent = coherence(total, self.state.coherence, plan) if self.reducer.coherence else None
+        self.state = self.state.advance(plan, sizes, coherent)
         return tokens
 
     def _reduced(self, total: Tensor) -> tuple[Tensor, Tensor | None, Plan] | None:

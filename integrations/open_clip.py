@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from crossget.integrations import timm as timm_towers
 from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, project, support_row
-from crossget.registry import Reader, TextInput, Tower, find_towers, register
+from crossget.registry import Reader, Readout, TextInput, Tower, find_towers, register
 from crossget.state import TokenState
 
 _BERT = ("embeddings.word_embeddings", "encoder.layer", None)
@@ -87,7 +87,12 @@ def _visual(visual: Any) -> Any:
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
         embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
         readers=_readers(visual.transformer),
+        readouts=[Readout(visual, partial(_shows_class_token_alone, visual))],
     )
+
+
+def _shows_class_token_alone(visual: Any) -> bool:
+    return visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
 
 
 def _trunk(visual: Any) -> Any:
@@ -140,7 +145,15 @@ def _text(model: Any) -> Any:
         text=TextInput(text.token_embedding, partial(_end, pool, eos), pools_one=pool != "none"),
         project=partial(project, text.ln_final, text, "text_projection"),
         readers=_readers(text.transformer),
+        readouts=[] if pool == "none" else _text_readouts(model, text),
     )
+
+
+def _text_readouts(model: Any, text: Any) -> list[Readout]:
+    """CLIP's own text tower is run by a method of CLIP's; of other towers the tokens may be part of the result."""
+    if isinstance(text, TextTransformer):
+        return [Readout(text, lambda: not text.output_tokens)]
+    return [Readout(model, lambda: True, "encode_text")]
 
 
 def _end(pool: str, eos: Any, ids: Tensor) -> tuple[Tensor | None, None]:

@@ -18,7 +18,7 @@ from timm.models import _features
 from torch import Tensor, nn
 
 from crossget.integrations._support import NumbersOnCPU, SupportRow, rows_left, support_row
-from crossget.registry import Reader, Tower, find_towers, register
+from crossget.registry import Reader, Readout, Tower, find_towers, register
 from crossget.state import TokenState
 
 
@@ -67,8 +67,15 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
         class_token=class_token,
         padding=not arguments.keys().isdisjoint({"attn_mask", "patch_valid"}),
         readers=[Reader(model, "forward_intermediates")] if hasattr(model, "forward_intermediates") else [],
+        readouts=[Readout(model, partial(_pools_first, model))] if class_token else [],
         refit=partial(rotary_rows, bool(mixed)),
     )
+
+
+def _pools_first(model: Any) -> bool:
+    """Whether the head reads the class token alone; one that was distilled reads a second token."""
+    pooled = getattr(model, "global_pool", None) == "token" and getattr(model, "attn_pool", None) is None
+    return pooled and not hasattr(model, "head_dist")
 
 
 # Rotary tables ------------------------------------------------------------------------------------------------------

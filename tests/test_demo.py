@@ -112,7 +112,7 @@ class TestNumbers:
             assert cross.parameters == sum(p.numel() for p in attached.parameters()) == 4 * 64
         assert dense.gflops == report.dense.total / 1e9
         assert cross.gflops == report.total / 1e9
-        assert tome.gflops < ward.gflops < cross.gflops < dense.gflops
+        assert ward.gflops < tome.gflops < cross.gflops < dense.gflops  # Ward leaves out the MLP of what nobody reads
         assert tome.parameters == ward.parameters == dense.parameters == 0
 
     def test_the_tokens_are_those_the_blocks_see(self, trained: Demo) -> None:
@@ -187,7 +187,8 @@ class TestPicture:
     def test_merge_maps_show_the_middle_and_the_end(self, trained: Demo) -> None:
         for row in trained.rows[1:]:
             left = {depth: [len(image.unique()) for image in source] for depth, source in row.sources.items()}
-            assert left == {2: [65 - 2 * 4] * 4, 4: [65 - 4 * 4] * 4}
+            blocks = 3 if row.name == demo.WARD else 4  # nothing is merged where one token alone is read
+            assert left == {2: [65 - 2 * 4] * 4, 4: [65 - blocks * 4] * 4}
         rows = trained._panels()
         assert [len(row) for row in rows] == [7] * 4
         assert "after block 2:\n56 tokens for 64 patches" in rows[0][1].caption

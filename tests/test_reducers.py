@@ -282,12 +282,13 @@ def test_random_matching_repeats_itself_and_listens_to_its_seed() -> None:
 @pytest.mark.parametrize("matching", ["ward", "ward_graph"])
 @given(views(), st.booleans(), st.sampled_from(["tokens", "all_heads", "mean_heads"]))
 @settings(max_examples=40, deadline=None)
-def test_ward_equals_loops(matching: Any, case: tuple[Seen, int], has_class_token: bool, keys: Any) -> None:
+def test_ward_equals_loops(matching: Any, case: tuple[Seen, int], by_attention: bool, keys: Any) -> None:
     view, r = case
     assert view.attention is not None
     view.received = view.attention[:, 0].double()  # of the class token, in float64: costs are not to come close
     view.tokens, view.keys = view.tokens.double(), view.keys.double()
-    reducer = crossget.Ward(1, keys=keys, matching=matching).resolved(Host("tower", has_class_token))
+    importance: Any = "class_attention" if by_attention else None
+    reducer = crossget.Ward(1, keys=keys, matching=matching, importance=importance).resolved(HOST)
     out = reducer.reduce(view, r)
     count = limit(view, r)
     if out is None:
@@ -297,7 +298,7 @@ def test_ward_equals_loops(matching: Any, case: tuple[Seen, int], has_class_toke
     for row in range(len(tokens)):
         mine = [1.0] * view.tokens.shape[1] if view.sizes is None else view.sizes[row].tolist()
         attention = [sum(mine) * float(a) for a in view.received[row]]
-        masses = [s + a if has_class_token else s for s, a in zip(mine, attention, strict=True)]
+        masses = [s + a if by_attention else s for s, a in zip(mine, attention, strict=True)]
         image = reference.Image(
             view.tokens[row], mine, view.protected[row].tolist(),
             [True] * len(mine) if view.valid is None else view.valid[row].tolist(), torch.empty(0), [],
@@ -359,8 +360,9 @@ def test_even_attention_weighs_as_size_does() -> None:
     assert importance.by_reading(torch.zeros(1, 3), sizes).abs().max() == 0
 
 
-def test_ward_without_class_token_weighs_by_size() -> None:
-    resolved = crossget.Ward(1).resolved(Host("t", has_class_token=False))
+@pytest.mark.parametrize("has_class_token", [True, False])
+def test_ward_weighs_by_size_unless_told_otherwise(has_class_token: bool) -> None:
+    resolved = crossget.Ward(1).resolved(Host("t", has_class_token))
     assert (resolved.guided_matching, resolved.ensemble, resolved.needs_attention) == (False, "size", False)
     with pytest.raises(ValueError, match="importance='class_attention' needs a class token, and t has none"):
         crossget.Ward(1, importance="class_attention").resolved(Host("t", has_class_token=False))
@@ -397,7 +399,7 @@ def test_the_class_token_s_attention_is_what_the_block_computes(fused: bool, bia
     x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
     state = TokenState.start(2, 6, x.device, cross=False, prefix=1, end=None, valid=None)
     state.sizes = torch.tensor([[1.0, 2, 1, 3, 1, 1], [1, 1, 1, 1, 2, 5]])
-    reducer = Noting(2).resolved(HOST)
+    reducer = Noting(2, importance="class_attention").resolved(HOST)
     with BlockWatch(x, state, reducer, 2, causal=False, cross_like_first=True, find_padding=False):
         assert Block()(x).shape == (2, 4, 8)
     heads = x.view(2, 6, 2, 4).transpose(1, 2)
@@ -429,6 +431,7 @@ def test_the_default_is_the_reference() -> None:
     assert dataclasses.asdict(clip) == {
         "r": 16, "matching": "complete_graph", "guided_matching": True, "importance": "cross_token",
         "ensemble": "guided", "keys": "all_heads", "cross_token": True, "proportional_attention": True,
+        "coherence": False, "skip_unread": False,
         "strip_cross_token": False, "ties": "reference", "threshold": None, "ladder": (0.5, 1.0, 1.5), "seed": 0,
     }  # fmt: skip
     llava = crossget.CrossGET(13).resolved(Host("x", importance="attention", keys="mean_heads"))

@@ -37,13 +37,13 @@ def by_text(label: str, method: Reducer) -> dict[str, Preset]:
     }
 
 
-CROSSGET, WARD = CrossGET(0, cross_token=False), Ward(0)
+CROSSGET, WARD = CrossGET(0, cross_token=False), Ward(0, coherence=False, skip_unread=False)
 PRESETS: dict[str, Preset] = {
     "dense": Preset("dense", None),
     "tome": Preset("ToMe", ToMe(0)),
     "crossget": Preset("crossget, by the class token", CROSSGET),
     **by_text("crossget", CROSSGET),
-    "ward": Preset("ward, by the class token's attention", WARD),
+    "ward": Preset("ward, by the class token's attention", replace(WARD, importance="class_attention")),
     **by_text("ward", WARD),
 }
 

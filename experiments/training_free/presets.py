@@ -56,39 +56,44 @@ class Preset:
         return replace(self.method, r=self.schedule(strength, depth))
 
 
-WARD = Ward(r=0)
-BY_SIZE = replace(WARD, importance="attention", guided_matching=False, ensemble="size")
-TOME = ToMe(r=0)
+WARD, TOME = Ward(r=0), ToMe(r=0)
+READING = replace(WARD, importance="class_attention")
 
 METHODS: dict[str, Preset] = {
     "dense": Preset("dense", None),
     "tome": Preset("ToMe", TOME),
-    "tome_rising": Preset("ToMe, Rising", TOME, rising, 1.0),
+    "tome_skip": Preset("ToMe, unread tokens skipped", replace(TOME, skip_unread=True)),
+    "tome_all": Preset(
+        "ToMe, Rising, skipped, coherence", replace(TOME, skip_unread=True, coherence=True), rising, 1.0
+    ),
     "crossget": Preset("CrossGET, untrained", CrossGET(r=0)),
-    "ward_constant": Preset("Ward, constant r", WARD),
-    "ward": Preset("Ward, Rising", WARD, rising, 1.0),
-    "ward_size_constant": Preset("Ward by size, constant r", BY_SIZE),
-    "ward_size": Preset("Ward by size, Rising", BY_SIZE, rising, 1.0),
+    "ward": Preset("Ward", WARD, rising, 1.0),
+    "ward_reading": Preset("Ward by class attention", READING, rising, 1.0),
 }
 
 # Each idea by itself, put into ToMe.
 ALONE: dict[str, Preset] = {
-    "tome_rising": METHODS["tome_rising"],
-    "tome_tokens": Preset("+ tokens compared, not keys", replace(TOME, keys="tokens"), like="ward_constant"),
-    "tome_ward": Preset("+ Ward's criterion, by size", replace(TOME, matching="ward"), like="ward_constant"),
-    "tome_tokens_ward": Preset(
-        "+ both: tokens, Ward's criterion", replace(TOME, keys="tokens", matching="ward"), like="ward_constant"
-    ),
-    "tome_reading": Preset(
-        "+ ensemble by class attention",
-        replace(TOME, importance="class_attention", ensemble="normalized"),
-        like="ward_constant",
-    ),
+    "tome_skip": METHODS["tome_skip"],
+    "tome_coherence": Preset("+ coherence", replace(TOME, coherence=True)),
+    "tome_rising": Preset("+ Rising", TOME, rising, 1.0),
+    "tome_tokens": Preset("+ tokens compared, not keys", replace(TOME, keys="tokens")),
+    "tome_ward": Preset("+ Ward's criterion", replace(TOME, matching="ward")),
+    "tome_tokens_ward": Preset("+ both: tokens, Ward's criterion", replace(TOME, keys="tokens", matching="ward")),
 }
 
 # Each idea taken away, or exchanged, in the whole.
 AWAY: dict[str, Preset] = {
-    "ward_constant": METHODS["ward_constant"],
+    "ward_unskipped": Preset("unread tokens not skipped", replace(WARD, skip_unread=False), rising, 1.0),
+    "ward_loud": Preset("no coherence", replace(WARD, coherence=False), rising, 1.0),
+    "ward_plain": Preset("neither", replace(WARD, skip_unread=False, coherence=False), rising, 1.0),
+    "ward_constant": Preset("constant r instead of Rising", WARD),
+    "ward_reading": METHODS["ward_reading"],
+    "ward_reading_ensemble": Preset(
+        "class attention in the ensemble alone", replace(READING, guided_matching=False), like="ward_reading"
+    ),
+    "ward_reading_matching": Preset(
+        "class attention in the matching alone", replace(READING, ensemble="size"), like="ward_reading"
+    ),
     "ward_ratio": Preset("Ratio instead of Rising", WARD, ratio, 0.5),
     "ward_two_sets": Preset(
         "two sets, all channels, instead of a graph, half of them",
@@ -97,15 +102,8 @@ AWAY: dict[str, Preset] = {
         1.0,
     ),
     "ward_all_channels": Preset("all channels instead of half", replace(WARD, keys="tokens"), rising, 1.0),
-    "ward_cosine": Preset(
-        "cosines instead of Ward's criterion",
-        replace(WARD, matching="complete_graph", guided_matching=False),
-        like="ward",
-    ),
+    "ward_cosine": Preset("cosines instead of Ward's criterion", replace(WARD, matching="complete_graph"), like="ward"),
     "ward_keys": Preset("keys instead of tokens", replace(WARD, keys="all_heads"), like="ward"),
-    "ward_size": METHODS["ward_size"],
-    "ward_size_ensemble": Preset("mass in the matching alone", replace(WARD, ensemble="size"), like="ward"),
-    "ward_size_matching": Preset("mass in the ensemble alone", replace(WARD, guided_matching=False), like="ward"),
 }
 
 PRESETS: dict[str, Preset] = {**METHODS, **ALONE, **AWAY}

@@ -23,8 +23,8 @@ from experiments.ablation.settings import Images, Measuring
 from experiments.training_free.presets import BUDGETS, PRESETS
 
 RESULTS = Path(__file__).parent / "results"
-TRIES, NEAR = 8, 0.003
-"""How often a fitted schedule is counted, at most, and the share below the goal that is near enough."""
+HALVINGS = 16
+"""How often the range of a fitted strength is halved."""
 HALVES = {"choose": 0, "confirm": 1}
 """Which images: every second one of the sorted list, from here on. The parts were chosen with the even ones alone."""
 
@@ -91,37 +91,31 @@ class Meter:
 
     def gflops(self, reducer: Reducer) -> common.Json:
         """Return multiply-adds of one image / 10^9, `dense` and `reduced`."""
-        if reducer not in self.known:
-            with crossget.attach(self.model, reducer):
+        cross = int(reducer.resolved(self.tower.host).cross_token or 0)
+        plan = planned_tokens(reducer.schedule, self.depth, self.tokens + cross, self.tower.n_reserved(bool(cross)))
+        # Many strengths come to the same.
+        same = replace(reducer, r=tuple(n - left for n, left in itertools.pairwise(plan)))
+        if same not in self.known:
+            with crossget.attach(self.model, same):
                 flops = crossget.count_flops(self.model, self.image)
-            self.known[reducer] = {"dense": flops.dense.total / 1e9, "reduced": flops.total / 1e9}
-        return self.known[reducer]
+            self.known[same] = {"dense": flops.dense.total / 1e9, "reduced": flops.total / 1e9}
+        return self.known[same]
 
     def share(self, reducer: Reducer) -> float:
         """Return what is left of the multiply-adds."""
         gflops = self.gflops(reducer)
         return float(gflops["reduced"] / gflops["dense"])
 
-    def estimate(self, reducer: Reducer) -> float:
-        """Return about what is left, from the numbers of tokens alone: many are tried before one is counted."""
-        cross, width = int(reducer.resolved(self.tower.host).cross_token or 0), self.tower.width
-        weights = sum(p.numel() for p in self.tower.blocks[0].parameters())
-        attention = 4 * width**2
-        plan = planned_tokens(reducer.schedule, self.depth, self.tokens + cross, 1 + cross)
-        costs = [
-            attention * n + 2 * width * n**2 + (weights - attention) * left + (n > left) * width * n**2 * 3 / 8
-            for n, left in itertools.pairwise(plan)
-        ]
-        return sum(costs) / (self.depth * (weights * self.tokens + 2 * width * self.tokens**2))
-
     def nearest(self, budget: float) -> crossget.ToMe:
         """Return ToMe with the r whose share is nearest to `budget`."""
-        guess = min(range(self.tokens // 2), key=lambda r: abs(self.estimate(crossget.ToMe(r)) - budget))
-        near = [crossget.ToMe(r) for r in range(max(0, guess - 1), guess + 2)]
-        return min(near, key=lambda reducer: abs(self.share(reducer) - budget))
+        weak, strong = 0, self.tokens // 2
+        while strong - weak > 1:
+            middle = (weak + strong) // 2
+            weak, strong = (middle, strong) if self.share(crossget.ToMe(middle)) > budget else (weak, middle)
+        return min((crossget.ToMe(weak), crossget.ToMe(strong)), key=lambda reducer: abs(self.share(reducer) - budget))
 
     def fit(self, make: Callable[[float], Reducer], strongest: float, most: float) -> Reducer:
-        """Return about the weakest reducer whose share, counted, is not above `most`.
+        """Return the weakest reducer whose share is not above `most`.
 
         Args:
             make: strength -> reducer; the stronger, the fewer multiply-adds.
@@ -131,21 +125,13 @@ class Meter:
         Raises:
             ValueError: the strongest one is above it.
         """
-        goal, best = most, None
-        for _ in range(TRIES):
-            weak, strong = 0.0, strongest
-            for _ in range(30):
-                middle = (weak + strong) / 2
-                weak, strong = (middle, strong) if self.estimate(make(middle)) > goal else (weak, middle)
-            found = make(strong)
-            if self.share(found) <= most and (best is None or self.share(found) > self.share(best)):
-                best = found
-            if best is not None and self.share(best) > most - NEAR:
-                break
-            goal += most - self.share(found) - NEAR / 3
-        if best is None:
+        if self.share(make(strongest)) > most:
             raise ValueError(f"{make(strongest)} leaves more than {100 * most:.1f} % of the multiply-adds")
-        return best
+        weak, strong = 0.0, strongest
+        for _ in range(HALVINGS):
+            middle = (weak + strong) / 2
+            weak, strong = (middle, strong) if self.share(make(middle)) > most else (weak, middle)
+        return make(strong)
 
 
 def reducer_of(run: Run, meter: Meter, fitted: dict[tuple[str, int], Reducer]) -> Reducer | None:

@@ -1,0 +1,154 @@
+"""Coherence: what it is, by loops, and that a block says and adds as much less as its tokens are incoherent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_host import ATTENTIONS, RESIDUALS, TOKENS, Block, Plain, registered
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import crossget
+from crossget.ensemble import ENSEMBLES, coherence
+from crossget.matching import Plan
+from crossget.reducers import Host
+from crossget.state import TokenState
+from crossget.watch import BlockWatch
+
+plain = pytest.fixture(autouse=True)(registered)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["size", "normalized"]), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_it_is_the_length_of_a_group_s_mean_direction(seed: int, ensemble: str, merged_before: bool) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(2, 9, 8, generator=chance)
+    sizes = torch.randint(1, 5, (2, 9), generator=chance).float()
+    importance, before = torch.rand(2, 9, generator=chance), torch.rand(2, 9, generator=chance)
+    order = torch.stack([torch.randperm(9, generator=chance) for _ in range(2)])
+    source = order[:, :4]
+    destination = order[:, 4:].gather(1, torch.randint(0, 5, (2, 4), generator=chance))  # several may have the same
+    plan = Plan(source, destination, 9)
+    joined, _ = ENSEMBLES[ensemble](tokens, sizes, importance, plan)
+    found = coherence(tokens, before if merged_before else None, plan)
+    assert found.dtype == torch.float32
+    for row in range(2):
+        weights = sizes[row] * (importance[row].exp() if ensemble == "normalized" else 1)
+        for new, old in enumerate(plan.kept[row].tolist()):
+            group = [old, *(int(a) for a, b in zip(source[row], destination[row], strict=True) if int(b) == old)]
+            total = sum(float(weights[i]) for i in group)
+            mean = torch.zeros(8)
+            for i in group:
+                one = (tokens[row, i] - tokens[row, i].mean()) / tokens[row, i].std(correction=0)
+                mean += float(weights[i]) / total * (float(before[row, i]) if merged_before else 1.0) * one
+            expected = float(mean.norm()) / 8**0.5
+            if len(group) == 1:
+                expected = float(before[row, old]) if merged_before else 1.0
+            assert float(found[row, new]) == pytest.approx(expected, abs=2e-4)
+    assert joined.shape == (2, 5, 8)
+
+
+def test_what_is_dropped_takes_its_coherence_along() -> None:
+    plan = Plan(torch.tensor([[1]]), None, 3)
+    found = coherence(torch.randn(1, 3, 4), torch.tensor([[1.0, 0.5, 0.7]]), plan)
+    assert found.tolist() == [[1.0, pytest.approx(0.7)]]
+
+
+@pytest.mark.parametrize("residual", [*RESIDUALS, "onto"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_values_and_what_the_mlp_adds_are_scaled(attention: str, residual: str) -> None:
+    torch.manual_seed(0)
+    block = Block(attention=attention, residual="plus" if residual == "onto" else residual)
+    block.mha.in_proj_weight, block.mha.in_proj_bias = block.qkv.weight, block.qkv.bias
+    block.mha.out_proj.weight, block.mha.out_proj.bias = block.proj.weight, block.proj.bias
+    state = TokenState.start(2, 20, TOKENS.device, cross=False, prefix=1, end=None, valid=None)
+    state.sizes = torch.randint(1, 4, (2, 20), generator=torch.Generator().manual_seed(1)).float()
+    factor = torch.rand(2, 20, generator=torch.Generator().manual_seed(2))
+    state.coherence = factor
+    x = TOKENS.clone()
+    q, k, v = (z.unflatten(-1, (4, -1)).transpose(1, 2) for z in block.qkv(block.norm(x)).chunk(3, -1))
+    weights = (q @ k.mT * 8**-0.5 + state.sizes.log()[:, None, None]).softmax(-1)
+    attended = x + block.proj((weights @ (v * factor[:, None, :, None])).transpose(1, 2).flatten(2))
+    expected = attended + factor[:, :, None] * block.mlp(attended)
+    reducer = crossget.Ward(0).resolved(Host("tower"))
+    with torch.no_grad(), BlockWatch(x, state, reducer, 0, causal=False, cross_like_first=True, find_padding=False):
+        torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_place", ["mlp", "tokens"])
+def test_in_place_the_second_residual_is_scaled_as_well(in_place: str) -> None:
+    class InPlace(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attend(self.norm(x))
+            added = self.mlp(x)
+            return added.add_(x) if in_place == "mlp" else x.add_(added)
+
+    torch.manual_seed(0)
+    block = InPlace()
+    state = TokenState.start(2, 20, TOKENS.device, cross=False, prefix=1, end=None, valid=None)
+    results = []
+    for run in (block.forward, lambda x: Block.forward(block, x)):
+        state.coherence = torch.full((2, 20), 0.5)
+        reducer = crossget.Ward(0).resolved(Host("tower"))
+        watch = BlockWatch(TOKENS, state, reducer, 0, causal=False, cross_like_first=True, find_padding=False)
+        with torch.no_grad(), watch:
+            results.append(run(TOKENS))
+    assert torch.equal(*results)
+
+
+def test_a_merged_token_says_what_its_members_said_together() -> None:
+    """Exactly so where tokens have one length, attention is even and nothing else happens to them."""
+    torch.manual_seed(0)
+    model = Plain(depth=2).eval()
+    width = 32
+    with torch.no_grad():
+        for block in model.stages:
+            block.mlp.weight.zero_()
+            block.mlp.bias.zero_()
+            block.qkv.weight[: 2 * width].zero_()
+            block.qkv.bias.zero_()
+        for parameter in model.stages[0].proj.parameters():
+            parameter.zero_()
+    tokens = F.layer_norm(torch.randn(2, 9, width), (width,))
+    seen = {}
+    for name, method in {
+        "dense": crossget.ToMe(0),
+        "coherent": crossget.ToMe((3, 0), coherence=True),
+        "plain": crossget.ToMe((3, 0)),
+    }.items():
+        with torch.no_grad(), crossget.attach(model, method) as attached, attached.recording():
+            model(tokens)
+            seen[name] = attached.history["visual"][-1].features[:, 0]
+    torch.testing.assert_close(seen["coherent"], seen["dense"], rtol=1e-5, atol=1e-5)
+    assert (seen["plain"] - seen["dense"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.TopK, crossget.Random])
+def test_any_method_may_use_it(method: Any) -> None:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    outputs = []
+    with torch.no_grad():
+        for coherent in (False, True):
+            with crossget.attach(model, method(3, coherence=coherent)):
+                outputs.append(model(TOKENS))
+    assert torch.isfinite(outputs[1]).all()
+    assert torch.equal(*outputs) == (method is crossget.TopK)  # which joins nothing
+
+
+def test_gradients_flow_through_what_is_scaled() -> None:
+    torch.manual_seed(0)
+    model = Plain()
+    with crossget.attach(model, crossget.Ward(3)):
+        model(TOKENS).square().sum().backward()
+    assert all(
+        parameter.grad is not None and torch.isfinite(parameter.grad).all()
+        for stage in model.stages
+        for name, parameter in stage.named_parameters()
+        if not name.startswith("mha")
+    )
+    assert isinstance(model, nn.Module)
