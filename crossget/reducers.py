@@ -94,7 +94,8 @@ class Reducer:
         coherence: what a merged token says in the attention, and what its MLP adds to it, is multiplied with the
             coherence of its members, see `crossget.ensemble.coherence`.
         skip_unread: where the call's result shows one token of the last block alone (the class token's logits, say),
-            the others go around its MLP, and nothing is merged there. The result is the same, for fewer multiply-adds.
+            that block's attention is asked for this token and its MLP run on it; the others stay as they came, and
+            nothing is merged there. The result is the same, for fewer multiply-adds.
             It concerns towers whose adapter says so (`Tower.readouts`) and calls of the method that it names: whoever
             asks for features of all tokens gets them.
     """

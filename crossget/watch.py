@@ -60,7 +60,8 @@ class BlockWatch(TorchFunctionMode):
         cross_like_first: the cross token is a copy of token 0 and takes over its row and column of a mask.
         find_padding: look for padding in the attention's mask.
         rank: find out how much each image can spare.
-        one: behind the attention go on with the token that is read alone; the others are `around` then.
+        one: of the tokens behind the block only one is read: the attention is asked for that one, and the block goes on
+            with it alone. All others are left as they came.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class BlockWatch(TorchFunctionMode):
         self.state, self.reducer, self.r = state, reducer, r
         self.causal, self.cross_like_first, self.find_padding = causal, cross_like_first, find_padding
         self.rank, self.one = rank, one
-        self.around: Tensor | None = None  # [B, T, C] as they stand behind the attention
+        self.around: Tensor | None = None  # [B, T, C] the others, if one alone goes on
         self.redundancy: Tensor | None = None
         self.batch, self.tokens = int(tokens.shape[0]), int(tokens.shape[1])
         self.residuals = [tokens]
@@ -104,6 +105,8 @@ class BlockWatch(TorchFunctionMode):
             return self._sdpa(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head_attention(*args, **kwargs)
+        if self.one and func is F.linear and self._is_one_row(args[0]):
+            return F.linear(args[0][:, :1], *args[1:], **kwargs).expand(-1, self.tokens, -1)
         if func in _ADD and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             return self._add(func, args[0], args[1], kwargs)
         if func in _MATMUL:
@@ -129,7 +132,25 @@ class BlockWatch(TorchFunctionMode):
             mask, is_causal = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=query.device).tril(), False
         mask = _plus(mask, bias, query.dtype)
         self._note(query, key, mask, is_causal, kwargs.get("scale"))
+        if self.one:
+            if is_causal:
+                mask = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=query.device).tril()
+            row, mask = self._of_one(query), None if mask is None else self._of_one(mask)
+            out = F.scaled_dot_product_attention(row, key, value, mask, dropout_p, **kwargs)
+            return out.expand(-1, -1, self.tokens, -1)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **kwargs)
+
+    def _of_one(self, rows: Tensor) -> Tensor:
+        """Of [.., T or 1, N] queries, or a mask, the row of the token that is read: [.., 1, N]."""
+        end = self.state.end
+        if end is None or int(rows.shape[-2]) == 1:
+            return rows[..., :1, :]
+        rows = rows[(None,) * (4 - rows.dim())].expand(self.batch, -1, -1, -1)
+        return rows.gather(2, end[:, None, None, None].expand(-1, rows.shape[1], 1, rows.shape[3]))
+
+    def _is_one_row(self, rows: Tensor) -> bool:
+        """Whether [B, T, C] is one row, seen T times: what the attention gave for the token that is read."""
+        return rows.dim() == 3 and int(rows.shape[1]) == self.tokens > 1 and rows.stride(1) == 0
 
     def _multi_head_attention(
         self, query: Tensor, key: Tensor, value: Tensor, embed_dim: int, heads: int, in_weight: Tensor | None,
@@ -155,6 +176,9 @@ class BlockWatch(TorchFunctionMode):
             weights = weights.mean(1) if kwargs.get("average_attn_weights", True) else weights
         else:
             out = self._sdpa(q, k, v, mask, dropout_p)
+        if self.one and not need_weights:
+            row = out[:, :, :1].permute(2, 0, 1, 3).reshape(1, self.batch, -1)
+            return F.linear(row, out_weight, out_bias).expand(self.tokens, -1, -1), weights
         out = out.permute(2, 0, 1, 3).reshape(query.shape)
         return F.linear(out, out_weight, out_bias), weights
 
@@ -325,6 +349,8 @@ class BlockWatch(TorchFunctionMode):
 
     def _add(self, func: Callable[..., Tensor], a: Tensor, b: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if any(a is known or b is known for known in self.residuals):
+            if self.one and self.keys is not None and a.dim() == 3 and a.shape == b.shape:
+                return self._go_on_with_one(func, a, b, kwargs)
             total = torch.add(a, b, **kwargs)
             if self.keys is not None and total.dim() == 3 and int(total.shape[1]) == self.tokens:
                 self.outdated = a if func in _IN_PLACE else None
@@ -337,6 +363,12 @@ class BlockWatch(TorchFunctionMode):
                 heads = mask if a.dim() == 4 else mask.expand(self.batch, len(a) // self.batch, *a.shape[-2:])
                 return func(a, heads.reshape(a.shape) if a.dim() == 3 else heads, **kwargs)
         return func(a, b, **kwargs)
+
+    def _go_on_with_one(self, func: Callable[..., Tensor], a: Tensor, b: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        self.outdated = a if func in _IN_PLACE else None
+        self.around = a if any(a is known for known in self.residuals) else b
+        end = self.state.end
+        return self._reduce(torch.add(token_at(a, end), token_at(b, end), **kwargs))
 
     def _adds_mask(self, a: Tensor, b: Tensor) -> bool:
         """Whether `b`, a mask or a bias of the host, is added to the scores `a` [.., T, T] of an eager attention."""
@@ -361,9 +393,6 @@ class BlockWatch(TorchFunctionMode):
                 "the block's attention has no softmax over its scores that could be seen, so token sizes could not "
                 "take part; set proportional_attention=False, or use F.scaled_dot_product_attention in the block"
             )
-        if self.one:
-            self.around = total
-            return token_at(total, self.state.end)
         if self.r <= 0 and not self.rank:
             return total
         reduced = self._reduced(total)

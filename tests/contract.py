@@ -47,6 +47,7 @@ class Case:
     shortens: bool = False  # what comes out is shorter, as the tower's tokens stay reduced
     skipped: int = 0  # blocks that are not run, as nobody reads them
     hands_on: bool = False  # text blocks return more than their tokens: a bias, or keys and values
+    parallel: bool = False  # its MLP runs beside the attention, in front of the residual
     pickles: bool = True  # the host can be pickled itself after it has run
 
 
@@ -144,6 +145,26 @@ def reaches_planned_tokens(case: Case) -> None:
                 source = attached.source[tower_name]
                 assert source.shape[1] == tokens[0] - bool(reducer.cross_token)
                 assert int(source.max()) == plan[-1 - case.skipped] - 1 - bool(reducer.cross_token)
+
+
+def what_is_unread_may_be_skipped(case: Case) -> None:
+    """The result stays, and the last blocks do less exactly where the host's call reads one token of them."""
+    model, inputs = build(case)
+    towers = crossget.find_towers(model)
+    layers = [layer for tower in towers for layer in tower.blocks[-1].modules() if isinstance(layer, nn.Linear)]
+    seen: list[int] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    outs, work = [], []
+    for skip in (False, True):
+        with crossget.attach(model, everywhere(model, crossget.ToMe(r=case.r, skip_unread=skip))):
+            seen.clear()
+            outs.append(run(model, inputs))
+            work.append(sum(seen))
+    for out, expected in zip(*outs, strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    readouts = [readout for tower in towers for readout in tower.readouts]
+    assert (work[1] < work[0]) == (not case.parallel and any(readout.applies() for readout in readouts))
 
 
 def detach_leaves_no_trace(case: Case) -> None:
@@ -431,6 +452,7 @@ def images_may_differ_in_strength(case: Case) -> None:
 PROBES = [
     zero_is_identity,
     reaches_planned_tokens,
+    what_is_unread_may_be_skipped,
     detach_leaves_no_trace,
     detaches_after_an_exception,
     survives_an_exception,

@@ -1,4 +1,4 @@
-"""`skip_unread`: the last block's MLP runs on the token that is read, where the call says that it reads one only."""
+"""`skip_unread`: the last block runs for the token that is read, where the call says that it reads one only."""
 
 from __future__ import annotations
 
@@ -87,14 +87,16 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
         assert rows_in_last_mlp(model, lambda: model.forward_features(IMAGE)) > 1
 
 
-def test_the_last_block_shows_the_others_as_they_stand_behind_the_attention() -> None:
+def test_the_last_block_leaves_the_others_as_they_came() -> None:
     model, seen = small(), {}
     with torch.no_grad():
         for skip in (False, True):
             hook = model.blocks[-1].register_forward_hook(lambda _, __, out, skip=skip: seen.update({skip: out}))
-            with crossget.attach(model, crossget.ToMe((8, 8, 0), skip_unread=skip)) as attached:
+            with crossget.attach(model, crossget.ToMe((8, 8, 0), skip_unread=skip)) as attached, attached.recording():
                 model(IMAGE)
                 assert attached.tokens["visual"] == [65, 57, 49]
+                features = [step.features for step in attached.history["visual"]]
+                assert torch.equal(features[-1][:, 1:], features[-2][:, 1:]) == skip
             hook.remove()
     torch.testing.assert_close(seen[True][:, 0], seen[False][:, 0], rtol=1e-5, atol=1e-6)
     assert seen[True].shape == seen[False].shape == (2, 65, 32)

@@ -55,7 +55,9 @@ def build(name: str, wrap: Callable[[nn.Module], nn.Module] | None, options: dic
 
 def case(id: str, name: str, *needs: str, size: int = 32, fused: bool = True, compiles: bool = False,
          wrap: Callable[[nn.Module], nn.Module] | None = None, **options: Any) -> Any:  # fmt: skip
-    made = Case(id, partial(build, name, wrap, options), partial(images, size), compiles=compiles, fused=fused)
+    parallel = options.get("block_fn") in PARALLEL
+    make = partial(build, name, wrap, options)
+    made = Case(id, make, partial(images, size), compiles=compiles, fused=fused, parallel=parallel)
     return pytest.param(made, id=id, marks=since(name, *needs))
 
 
@@ -73,6 +75,7 @@ ROPE = {"use_rot_pos_emb": True, "qkv_fused": False}
 MIXED = {"use_rot_pos_emb": True, "rope_type": "mixed", "attn_type": "rope"}
 GEMMA = {"img_size": 48, "size": 48, "head_dim": 16, "intermediate_size": 96, "position_embedding_size": 64}
 DIFF_PARALLEL = getattr(vt, "DiffParallelScalingBlock", None)
+PARALLEL = [vt.ParallelScalingBlock, *filter(None, [DIFF_PARALLEL])]
 
 CASES = [
     case("vit", "VisionTransformer", compiles=True),
