@@ -12,7 +12,7 @@ from crossget.ensemble import unmerge
 from crossget.flops import count_flops
 from crossget.reducers import CrossGET, Merging, Random, Reducer, ToMe, TopK, Ward
 from crossget.reference import load_reference
-from crossget.registry import Features, Prompt, Reader, TextInput, Tower, find_towers, register, unregister
+from crossget.registry import Features, Prompt, Reader, Readout, TextInput, Tower, find_towers, register, unregister
 from crossget.schedule import Constant, Linear, PerLayer, Ratio, Rising, Schedule
 from crossget.training import parameter_groups
 
@@ -31,6 +31,7 @@ __all__ = [
     "Random",
     "Ratio",
     "Reader",
+    "Readout",
     "Reducer",
     "Rising",
     "Schedule",
