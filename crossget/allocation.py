@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from crossget.costs import Frame, Tokens
+from crossget.schedule import Rising
 
 # Families of schedules ------------------------------------------------------------------------------------------------
 
@@ -52,6 +53,25 @@ class Family:
     def __getitem__(self, n: int) -> list[int]:
         """Number n."""
         return [int(count) for count in self.tokens[n]]
+
+
+class Rises(Family):
+    """Schedules as `crossget.Rising` makes them, up to the block that is read.
+
+    Args:
+        frame: the tower's schedules.
+    """
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        plans: dict[tuple[int, ...], None] = {}
+        for step in range(2 * frame.depth * frame.start + 1):  # fine enough for every number of tokens in every block
+            schedule, tokens = Rising(step / (2 * frame.depth * frame.start)), [frame.start]
+            for layer in range(frame.depth):
+                wish = schedule.removed(layer, frame.depth, tokens[-1]) if layer <= frame.read else 0
+                tokens.append(tokens[-1] - max(0, min(wish, (tokens[-1] - frame.reserved) // 2)))
+            plans[tuple(tokens)] = None
+        self.tokens = torch.tensor(list(plans))
 
 
 def even(frame: Frame) -> list[float]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from crossget.allocation import Family, Free, Loss, Price, allocate, even, nearest, prices, removed
+from crossget.allocation import Family, Free, Loss, Price, Rises, allocate, even, nearest, prices, removed
 from crossget.attach import attach, find_attachment
 from crossget.benchmark import calling, in_eval_mode, peak_memory, quartiles, take_turns
 from crossget.costs import Frame, Tokens, Trial, derive, no_polynomial
@@ -32,7 +32,7 @@ from crossget.timing import Times, time_blocks
 
 __all__ = ["Fit", "fit"]
 
-Distribution = Literal["measured", "constant"]
+Distribution = Literal["measured", "constant", "rising"]
 Budget = Literal["flops", "tokens_out", "latency", "memory"]
 Read = Callable[[Any], Tensor]
 """From what the model returns to what counts of it, one row per input: [B, ...]."""
@@ -127,8 +127,8 @@ def fit(
         reducer: the method; its `r` is put in place. `CrossGET(r=0)` if None. Several: each is fitted, and that comes
             back which the output loses least by on the inputs.
         tower: whose schedule to find; None: the one that `attach` reduces when it gets one reducer.
-        distribution: "constant" shares the tokens out evenly among the blocks; "measured" as it costs the output
-            least on the inputs, unless that is not clearly better than evenly.
+        distribution: "constant" shares the tokens out evenly among the blocks; "rising" as `crossget.Rising` does;
+            "measured" as it costs the output least on the inputs, unless that is not clearly better than evenly.
         read: from what the model returns to what counts of it for "measured", a tensor [B, ...]; None: its `logits`, or
             else all that it returns.
         rounds: timed turns of dense and reduced, for a latency.
@@ -141,7 +141,7 @@ def fit(
     """
     kind, asked = _asked({"flops": flops, "tokens_out": tokens_out, "latency": latency, "memory": memory})
     if distribution not in get_args(Distribution):
-        raise ValueError(f"distribution is {distribution!r}: choose 'measured' or 'constant'")
+        raise ValueError(f"distribution is {distribution!r}: choose 'measured', 'constant' or 'rising'")
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1 round")
     methods = _methods(reducer)
@@ -154,7 +154,8 @@ def fit(
             raise ValueError(f"{kind} cannot be measured on the meta device: give flops or tokens_out there")
         if distribution == "measured" or len(methods) > 1:
             raise ValueError(
-                "on the meta device nothing can be measured: set distribution='constant', and give one reducer"
+                "on the meta device nothing can be measured: set distribution='constant' or 'rising', and give one "
+                "reducer"
             )
     if kind in ("latency", "memory") and not call.tensors:
         raise ValueError("inputs hold no tensor: the device is read from the first one")
@@ -270,7 +271,9 @@ class _Search:
                 f"tower {trial.name!r} has {self.frame.start} tokens, of which {reserved} always stay: nothing can be "
                 "merged, so no budget can be kept"
             )
-        self.family = Family(self.frame, even(self.frame))
+        # What is taken as it is, and what a measured distribution has to be better than.
+        self.plain: Distribution = "rising" if distribution == "rising" else "constant"
+        self.family = Rises(self.frame) if self.plain == "rising" else Family(self.frame, even(self.frame))
 
     def reserved(self, least: int, start: int) -> int:
         """How many tokens always stay. Among padded images, as among padded texts, one more of either kind."""
@@ -300,10 +303,10 @@ class _Search:
         """The schedule that costs at most the share `asked` of `dense`, and is nearest to it."""
         most = asked * dense
         constant = nearest(price, self.family, most)
-        if self.distribution == "constant":
+        if self.distribution != "measured":
             if constant is None:
                 raise _impossible(what, asked, float(prices(price, self.family.tokens).min()) / dense)
-            return constant, "constant", {}
+            return constant, self.plain, {}
         if constant is None and allocate(self.frame, Free(), price, most) is None:
             strongest = allocate(self.frame, price, price, math.inf) or self.frame.strongest()
             least = min(prices(price, torch.tensor([strongest])).min(), prices(price, self.family.tokens).min())
@@ -322,8 +325,13 @@ class _Search:
             possible = left.min() if goal < left.min() else left.max()
             raise _impossible("tokens_out", asked, int(possible) - self.others)
 
-        constant = self.family[int((left == goal).nonzero()[0])]
-        choice: _Choice = (constant, "constant", {})
+        tokens = self.family[int((left <= goal).nonzero()[0])]
+        weights, back = removed(tokens), goal - tokens[place]
+        for layer in reversed(range(place)):  # a rising share may step over a number
+            kept = min(back, weights[layer])
+            weights[layer], back = weights[layer] - kept, back - kept
+        constant = self.frame.plan(weights)
+        choice: _Choice = (constant, self.plain, {})
         if self.distribution == "measured":
             found = [allocate(self.frame, loss, Free(), math.inf, goal) for loss in self.losses()]
             choice = self.choose(constant, found)
@@ -374,9 +382,8 @@ class _Search:
             dense = self.peak()
         seen = [self.peak(self.family[0])]
 
-        def member(weights: Sequence[float]) -> list[int] | None:
+        def member(family: Family) -> list[int] | None:
             """The weakest of a family that is within the budget, by bisection."""
-            family = Family(self.frame, weights)
             low, high = -1, len(family) - 1
             seen.append(self.peak(family[high]))
             if seen[-1] > asked * dense:
@@ -387,11 +394,11 @@ class _Search:
                 low, high = (low, middle) if seen[-1] <= asked * dense else (middle, high)
             return family[high]
 
-        constant = member(even(self.frame))
-        choice: _Choice = (constant or [], "constant", {})
+        constant = member(self.family)
+        choice: _Choice = (constant or [], self.plain, {})
         if self.distribution == "measured":
             # The peak is the largest of many moments, and the first block is the one that has all tokens.
-            choice = self.choose(constant, [member([1.0] + [0.0] * (self.frame.depth - 1))])
+            choice = self.choose(constant, [member(Family(self.frame, [1.0] + [0.0] * (self.frame.depth - 1)))])
         if not choice[0]:
             raise _impossible("memory", asked, min(seen) / dense)
         share = self.peak(choice[0]) / dense

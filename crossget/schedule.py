@@ -99,9 +99,9 @@ class Rising:
     """A share of the tokens that enter each block, rounded down, which rises over the first third of the blocks.
 
     `Rising(0.1)` removes a tenth in every block behind the first third, and in block l of those, counted from 0, a
-    tenth times (l + 1/2) / (third of the depth). What is merged early is read by all blocks that follow, and what
-    tokens look like there says little yet of what they will mean. Above 0.5 the later blocks remove all they can, half
-    of their tokens, and the first ones still rise.
+    tenth times (l + 1/2) / (third of the blocks but the last). What is merged early is read by all blocks that follow,
+    and what tokens look like there says little yet of what they will mean; what is merged in the last block is read by
+    none. Above 0.5 the later blocks remove all they can, half of their tokens, and the first ones still rise.
     """
 
     share: float
@@ -111,7 +111,7 @@ class Rising:
             raise ValueError(f"share is {self.share}: the share of tokens to remove is between 0 and 1")
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
-        return int(min(0.5, self.share * min(1.0, 3 * (layer + 0.5) / depth)) * tokens)
+        return int(min(0.5, self.share * min(1.0, 3 * (layer + 0.5) / max(1, depth - 1))) * tokens)
 
 
 @dataclass(frozen=True)

@@ -264,8 +264,13 @@ def test_a_loss_goes_through_what_was_measured(little: float, factor: float) -> 
 
 @pytest.mark.parametrize(
     ("asked", "reducer", "distribution"),
-    [(0.58, CROSS, "constant"), (0.7, TOME, "measured"), pytest.param(0.8, CROSS, "measured", marks=SLOW)],
-    ids=["constant", "measured", "with a cross token"],
+    [
+        (0.58, CROSS, "constant"),
+        (0.58, crossget.Ward(0), "rising"),
+        (0.7, TOME, "measured"),
+        pytest.param(0.8, CROSS, "measured", marks=SLOW),
+    ],
+    ids=["constant", "rising", "measured", "with a cross token"],
 )
 def test_flops(vit_costs: Costs, asked: float, reducer: Any, distribution: Any) -> None:
     model, inputs = vit(), images(8)
@@ -305,7 +310,18 @@ def test_a_dictionary_of_towers_and_a_model_of_two() -> None:
             assert crossget.count_flops(model, inputs).ratio == fitted.measured <= fitted.asked
 
 
-@pytest.mark.parametrize("distribution", ["constant", "measured"])
+def test_rising_is_rising_up_to_single_tokens() -> None:
+    model, inputs = vit(), images(2)
+    fitted = crossget.fit(model, inputs, flops=0.6, reducer=TOME, distribution="rising")
+    start, shares = fitted.tokens[0], [n / 1000 for n in range(1000)]
+    plans = [planned_tokens(crossget.Rising(share), DEPTH, start, 1) for share in shares]
+    assert min(sum(abs(a - b) for a, b in zip(plan, fitted.tokens, strict=True)) for plan in plans) <= DEPTH
+    assert (fitted.distribution, fitted.losses) == ("rising", {})
+    memory = crossget.fit(model, inputs, memory=0.9, reducer=TOME, distribution="rising")
+    assert list(memory.tokens) in plans
+
+
+@pytest.mark.parametrize("distribution", ["constant", "measured", "rising"])
 @pytest.mark.parametrize("settings", [{}, {"reg_tokens": 3}, {"class_token": False, "global_pool": "avg"}], ids=str)
 def test_tokens_out(settings: dict[str, Any], distribution: Any) -> None:
     model = vit(**settings)
@@ -484,7 +500,7 @@ def test_memory() -> None:
         ({"tokens_out": 0}, ValueError, "tokens_out is 0: expected at least 1"),
         ({"tokens_out": 65}, ValueError, "tokens_out=65 cannot be kept: the nearest possible is 64"),
         ({"tokens_out": 7}, ValueError, "tokens_out=7 cannot be kept: the nearest possible is 8"),
-        ({"flops": 0.5, "distribution": "linear"}, ValueError, "distribution is 'linear': choose 'measured' or"),
+        ({"flops": 0.5, "distribution": "linear"}, ValueError, "distribution is 'linear': choose 'measured', 'con"),
         ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give a reducer such as crossget.ToMe"),
         ({"flops": 0.5, "reducer": []}, TypeError, r"reducer is \[\]: give a reducer"),
         ({"flops": 0.5, "reducer": [crossget.ToMe(0), "Ward"]}, TypeError, r"'Ward'\]: give a reducer"),

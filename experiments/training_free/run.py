@@ -91,15 +91,18 @@ class Meter:
 
     def gflops(self, reducer: Reducer) -> common.Json:
         """Return multiply-adds of one image / 10^9, `dense` and `reduced`."""
-        cross = int(reducer.resolved(self.tower.host).cross_token or 0)
-        plan = planned_tokens(reducer.schedule, self.depth, self.tokens + cross, self.tower.n_reserved(bool(cross)))
-        # Many strengths come to the same.
-        same = replace(reducer, r=tuple(n - left for n, left in itertools.pairwise(plan)))
+        same = replace(reducer, r=tuple(self.removed(reducer)))  # many strengths come to that
         if same not in self.known:
             with crossget.attach(self.model, same):
                 flops = crossget.count_flops(self.model, self.image)
             self.known[same] = {"dense": flops.dense.total / 1e9, "reduced": flops.total / 1e9}
         return self.known[same]
+
+    def removed(self, reducer: Reducer) -> list[int]:
+        """Return how many tokens each block removes."""
+        cross = int(reducer.resolved(self.tower.host).cross_token or 0)
+        plan = planned_tokens(reducer.schedule, self.depth, self.tokens + cross, self.tower.n_reserved(bool(cross)))
+        return [n - left for n, left in itertools.pairwise(plan)]
 
     def share(self, reducer: Reducer) -> float:
         """Return what is left of the multiply-adds."""
@@ -115,7 +118,10 @@ class Meter:
         return min((crossget.ToMe(weak), crossget.ToMe(strong)), key=lambda reducer: abs(self.share(reducer) - budget))
 
     def fit(self, make: Callable[[float], Reducer], strongest: float, most: float) -> Reducer:
-        """Return the weakest reducer whose share is not above `most`.
+        """Return the weakest reducer whose share is not above `most`, with what is left of that given back.
+
+        From the last block to the first each gets back as many tokens as `most` allows: of a small model a single one
+        is a percent, and methods are to be compared at equal cost.
 
         Args:
             make: strength -> reducer; the stronger, the fewer multiply-adds.
@@ -131,7 +137,16 @@ class Meter:
         for _ in range(HALVINGS):
             middle = (weak + strong) / 2
             weak, strong = (middle, strong) if self.share(make(middle)) > most else (weak, middle)
-        return make(strong)
+        found = make(strong)
+        r = self.removed(found)
+        for layer in reversed(range(self.depth)):
+            while r[layer]:
+                one_less, none = ([*r[:layer], count, *r[layer + 1 :]] for count in (r[layer] - 1, 0))
+                fitting = [less for less in (none, one_less) if self.share(replace(found, r=tuple(less))) <= most]
+                if not fitting:
+                    break
+                r = fitting[0]
+        return replace(found, r=tuple(r))
 
 
 def reducer_of(run: Run, meter: Meter, fitted: dict[tuple[str, int], Reducer]) -> Reducer | None:
