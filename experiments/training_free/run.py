@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 import crossget
+from crossget.costs import Costs, Frame, Trial, derive
+from crossget.flops import count_once
 from crossget.reducers import Reducer
 from crossget.schedule import planned_tokens
 from experiments import common
@@ -73,7 +75,7 @@ def queue(options: Options) -> list[Run]:
 
 
 class Meter:
-    """Multiply-adds of a model.
+    """Multiply-adds of a model, by each method's closed form: many schedules are tried.
 
     Args:
         model: untouched.
@@ -87,22 +89,29 @@ class Meter:
         with crossget.attach(model, crossget.ToMe(0)) as attached, torch.no_grad():
             model(image)
             self.tokens = attached.tokens[self.tower.name][0]
-        self.known: dict[Reducer, common.Json] = {}
+        self.dense = count_once(model, image).total
+        self.known: dict[Reducer, Costs] = {}
 
-    def gflops(self, reducer: Reducer) -> common.Json:
-        """Return multiply-adds of one image / 10^9, `dense` and `reduced`."""
-        same = replace(reducer, r=tuple(self.removed(reducer)))  # many strengths come to that
-        if same not in self.known:
-            with crossget.attach(self.model, same):
-                flops = crossget.count_flops(self.model, self.image)
-            self.known[same] = {"dense": flops.dense.total / 1e9, "reduced": flops.total / 1e9}
-        return self.known[same]
+    def costs(self, reducer: Reducer) -> Costs:
+        """Return what every schedule of a method costs."""
+        method = replace(reducer, r=0)
+        if method not in self.known:
+            cross = bool(method.resolved(self.tower.host).cross_token)
+            frame = Frame(self.depth, self.tokens + cross, self.tower.n_reserved(cross), self.depth - 1)
+            with crossget.attach(self.model, method) as attached, torch.no_grad():
+                self.known[method] = derive(Trial(self.model, self.image, attached, self.tower.name), frame)
+        return self.known[method]
 
     def removed(self, reducer: Reducer) -> list[int]:
         """Return how many tokens each block removes."""
-        cross = int(reducer.resolved(self.tower.host).cross_token or 0)
-        plan = planned_tokens(reducer.schedule, self.depth, self.tokens + cross, self.tower.n_reserved(bool(cross)))
+        frame = self.costs(reducer).frame
+        plan = planned_tokens(reducer.schedule, frame.depth, frame.start, frame.reserved)
         return [n - left for n, left in itertools.pairwise(plan)]
+
+    def gflops(self, reducer: Reducer) -> common.Json:
+        """Return multiply-adds of one image / 10^9, `dense` and `reduced`."""
+        costs = self.costs(reducer)
+        return {"dense": self.dense / 1e9, "reduced": costs.total(costs.frame.plan(self.removed(reducer))) / 1e9}
 
     def share(self, reducer: Reducer) -> float:
         """Return what is left of the multiply-adds."""

@@ -52,6 +52,10 @@ def test_every_row_is_fitted_from_below_and_reported(measured: Path) -> None:
     share = {name: r["result"]["gflops"]["reduced"] for name, r in results.items()}
     assert abs(share["tome"] / share["dense"] - 0.58) < 0.02  # one r more or less changes 0.03
     assert share["tome"] - 0.03 < share["ward"] <= share["tome"]
+    reducer = crossget.Ward(results["ward"]["run"]["reducer"]["r"])
+    with crossget.attach(settings.vit_cifar().eval(), reducer) as attached:  # the closed form is what is counted
+        model = attached.towers["visual"].readouts[0].module
+        assert crossget.count_flops(model, torch.zeros(1, 3, 32, 32)).total == round(1e9 * share["ward"])
     assert results["ward"]["result"]["resolved"]["ensemble"] == "size"
     assert str(measured) not in json.dumps(results)
     page = measured / "page.md"
