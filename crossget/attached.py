@@ -507,7 +507,7 @@ def read_one(attached: AttachedTower, readout: Readout) -> bool:
 
     Not if another one that has said what it wants calls it.
     """
-    if not attached.reducer.skip_unread or attached.reading.get() is not None or not readout.applies():
+    if not attached.reducer.skip_unread or attached.reading.get() is not None or not readout.applies(readout.module):
         return False
     attached.reading.set(Reading(frozenset(), True, attached.depth, one=True))
     return True

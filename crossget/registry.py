@@ -103,11 +103,11 @@ class Readout:
 
     Attributes:
         module, method: whose and which.
-        applies: whether it does so as the host is set now.
+        applies: module -> whether it does so as the module is set now. No lambda, if attached models are to be pickled.
     """
 
     module: nn.Module
-    applies: Callable[[], bool]
+    applies: Callable[[Any], bool]
     method: str = "forward"
 
 
@@ -342,6 +342,11 @@ def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:
         if strangers:
             raise RuntimeError(
                 f"{where}: tower {tower.name!r} lists {strangers} among its blocks, which are no modules"
+            )
+        if tower.readouts and not (tower.restore and (tower.class_token or tower.has_end)):
+            raise RuntimeError(
+                f"{where}: tower {tower.name!r} has readouts, which read its class token or the end of its texts on "
+                "the full grid, and has no such token or restore=False"
             )
 
 

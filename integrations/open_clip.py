@@ -87,7 +87,7 @@ def _visual(visual: Any) -> Any:
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
         embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
         readers=_readers(visual.transformer),
-        readouts=[Readout(visual, partial(_shows_class_token_alone, visual))],
+        readouts=[Readout(visual, _shows_class_token_alone)],
     )
 
 
@@ -152,8 +152,16 @@ def _text(model: Any) -> Any:
 def _text_readouts(model: Any, text: Any) -> list[Readout]:
     """CLIP's own text tower is run by a method of CLIP's; of other towers the tokens may be part of the result."""
     if isinstance(text, TextTransformer):
-        return [Readout(text, lambda: not text.output_tokens)]
-    return [Readout(model, lambda: True, "encode_text")]
+        return [Readout(text, _shows_end_alone)]
+    return [Readout(model, _always, "encode_text")]
+
+
+def _shows_end_alone(text: Any) -> bool:
+    return not text.output_tokens
+
+
+def _always(model: Any) -> bool:
+    return True
 
 
 def _end(pool: str, eos: Any, ids: Tensor) -> tuple[Tensor | None, None]:

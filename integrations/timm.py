@@ -67,7 +67,7 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
         class_token=class_token,
         padding=not arguments.keys().isdisjoint({"attn_mask", "patch_valid"}),
         readers=[Reader(model, "forward_intermediates")] if hasattr(model, "forward_intermediates") else [],
-        readouts=[Readout(model, partial(_pools_first, model))] if class_token else [],
+        readouts=[Readout(model, _pools_first)] if class_token else [],
         refit=partial(rotary_rows, bool(mixed)),
     )
 

@@ -164,7 +164,7 @@ def what_is_unread_may_be_skipped(case: Case) -> None:
     for out, expected in zip(*outs, strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     readouts = [readout for tower in towers for readout in tower.readouts]
-    assert (work[1] < work[0]) == (not case.parallel and any(readout.applies() for readout in readouts))
+    assert (work[1] < work[0]) == (not case.parallel and any(readout.applies(readout.module) for readout in readouts))
 
 
 def detach_leaves_no_trace(case: Case) -> None:

@@ -175,7 +175,7 @@ def test_a_method_of_another_name() -> None:
     @crossget.register(Returning)
     def adapter(model: Returning) -> list[Tower]:
         (tower,) = crossget.find_towers(model.vit)
-        tower.readouts = [Readout(model, lambda: True, "classify")]
+        tower.readouts = [Readout(model, lambda model: True, "classify")]
         return [tower]
 
     try:
@@ -187,6 +187,20 @@ def test_a_method_of_another_name() -> None:
                 model.classify(torch.zeros(2, 4, 32, 32))
             assert rows_in_last_mlp(model.vit, lambda: model.vit(IMAGE)) > 1
         assert "classify" not in model.__dict__
+    finally:
+        crossget.unregister(Returning)
+
+
+@pytest.mark.parametrize("wrong", [{"class_token": False}, {"restore": False}], ids=str)
+def test_readouts_need_a_token_to_read(wrong: dict[str, Any]) -> None:
+    @crossget.register(Returning)
+    def adapter(model: Returning) -> list[Tower]:
+        (tower,) = crossget.find_towers(model.vit)
+        return [replace(tower, **wrong)]
+
+    try:
+        with pytest.raises(RuntimeError, match="'visual' has readouts.*no such token or restore=False"):
+            crossget.attach(Returning(), crossget.ToMe(8))
     finally:
         crossget.unregister(Returning)
 
