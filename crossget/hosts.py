@@ -106,7 +106,7 @@ class Backbone:
         if self.host == "open_clip":
             features = model.encode_image(images)
         else:
-            features = model.forward_head(model.forward_features(images), pre_logits=True)
+            features = _before_classifier(model, images)
         return torch.as_tensor(features).flatten(1)
 
     def text_features(self, ids: Tensor) -> Tensor:
@@ -131,6 +131,20 @@ class Backbone:
                     raise ConnectionError(f"the tokenizer is not in the cache, and {reachable}") from error
                 raise
         return ids.to(device)
+
+
+def _before_classifier(model: Any, images: Tensor) -> Any:
+    """What a model of timm gives its classifier, in the forward that its users call: that one may skip what is unread."""
+    head = model.get_classifier()
+    if not isinstance(head, nn.Module):  # two of them, behind two tokens
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+    seen: list[Any] = []
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def make(
