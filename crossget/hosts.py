@@ -103,10 +103,7 @@ class Backbone:
     def image_features(self, images: Tensor) -> Tensor:
         """[B, C] what a head, or another tower, would read: CLIP's embedding, or the features before the classifier."""
         model: Any = self.model
-        if self.host == "open_clip":
-            features = model.encode_image(images)
-        else:
-            features = _before_classifier(model, images)
+        features = model.encode_image(images) if self.host == "open_clip" else _before_classifier(model, images)
         return torch.as_tensor(features).flatten(1)
 
     def text_features(self, ids: Tensor) -> Tensor:
@@ -134,7 +131,7 @@ class Backbone:
 
 
 def _before_classifier(model: Any, images: Tensor) -> Any:
-    """What a model of timm gives its classifier, in the forward that its users call: that one may skip what is unread."""
+    """What a model of timm gives its classifier in the forward that users call, which may skip what is unread."""
     head = model.get_classifier()
     if not isinstance(head, nn.Module):  # two of them, behind two tokens
         return model.forward_head(model.forward_features(images), pre_logits=True)
