@@ -138,10 +138,10 @@ def _before_classifier(model: Any, images: Tensor) -> Any:
     seen: list[Any] = []
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        model(images)
+        out = model(images)
     finally:
         hook.remove()
-    return seen[0]
+    return seen[0] if seen else out  # a model without classifier may not call one
 
 
 def make(
