@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossget.costs import Frame, Tokens
-from crossget.schedule import Rising
+from crossget.schedule import Rising, planned_tokens
 
 # Families of schedules ------------------------------------------------------------------------------------------------
 
@@ -66,10 +66,9 @@ class Rises(Family):
         self.frame = frame
         plans: dict[tuple[int, ...], None] = {}
         for step in range(2 * frame.depth * frame.start + 1):  # fine enough for every number of tokens in every block
-            schedule, tokens = Rising(step / (2 * frame.depth * frame.start)), [frame.start]
-            for layer in range(frame.depth):
-                wish = schedule.removed(layer, frame.depth, tokens[-1]) if layer <= frame.read else 0
-                tokens.append(tokens[-1] - max(0, min(wish, (tokens[-1] - frame.reserved) // 2)))
+            share = step / (2 * frame.depth * frame.start)
+            tokens = planned_tokens(Rising(share), frame.depth, frame.start, frame.reserved)[: frame.read + 2]
+            tokens += tokens[-1:] * (frame.depth - frame.read - 1)
             plans[tuple(tokens)] = None
         self.tokens = torch.tensor(list(plans))
 

@@ -95,7 +95,7 @@ class Reducer:
             coherence of its members, see `crossget.ensemble.coherence`.
         skip_unread: where the call's result shows one token of the last block alone (the class token's logits, say),
             that block's attention is asked for this token and its MLP run on it; the others stay as they came, and
-            nothing is merged there. The result is the same, for fewer multiply-adds.
+            nothing is merged there. The result is the same up to rounding (with r = 0, too), for fewer multiply-adds.
             It concerns towers whose adapter says so (`Tower.readouts`) and calls of the method that it names: whoever
             asks for features of all tokens gets them.
     """

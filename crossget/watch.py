@@ -271,10 +271,10 @@ class BlockWatch(TorchFunctionMode):
 
     def _subdued(self, func: Callable[..., Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The summands of the second residual: what is added to a token as large as that is coherent."""
-        coherence = self.state.coherence
-        if coherence is None or (a is self.left) == (b is self.left):
+        coherent = self.state.coherence
+        if coherent is None or (a is self.left) == (b is self.left):
             return a, b
-        factor = coherence.to(a.dtype)[:, :, None]
+        factor = coherent.to(a.dtype)[:, :, None]
         if a is self.left:
             return a, b * factor
         return a.mul_(factor) if func in _IN_PLACE else a * factor, b
