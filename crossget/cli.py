@@ -16,9 +16,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 TOUR = """\
-CrossGET and ToMe-style token reduction for backbones of timm, open_clip and transformers, by name. A tour:
+CrossGET, Ward and ToMe-style token reduction for backbones of timm, open_clip and transformers, by name. A tour:
 
-  crossget demo                            ToMe-style, CrossGET and Ward beside the dense model, and a picture
+  crossget demo                            Ward, ToMe-style and CrossGET beside the dense model, and a picture
   crossget show photo.jpg                  a web page: which patches become one token, block by block
   crossget models --filter '*dino*'        which backbones can be reduced, and why the others cannot
   crossget flops ViT-B-16 --r 16           multiply-adds by module, dense and reduced; no memory, no weights
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Dense, ToMe-style, CrossGET and Ward side by side on photographs: a table, and a picture of what was merged."""
+    """Dense, Ward, ToMe-style and CrossGET side by side on photographs: a table, and a picture of what was merged."""
     from crossget.demo import Options, run
 
     names = [f.name for f in dataclasses.fields(Options)]
@@ -154,15 +154,15 @@ def _flops_of_preset(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Speed of dense, ToMe-style, CrossGET and Ward on made-up inputs and random weights: neither changes the time."""
-    from crossget.demo import METHODS, TEXT, measure, schedules
+    """Speed of dense, Ward, ToMe-style and CrossGET on made-up inputs and random weights: neither changes the time."""
+    from crossget.demo import TEXT, measure, reducers, schedules
     from crossget.hosts import make
 
     backbone = make(options.model, pretrained="none", device=options.device)
     wanted = schedules(backbone, options.r, options.text_r)
-    methods = {name: {tower: method(r) for tower, r in wanted.items()} for name, method in METHODS.items()}
+    one = backbone.made_up(1, text=TEXT in wanted)
     inputs = backbone.made_up(options.batch, text=TEXT in wanted)
-    report = measure(backbone.model, inputs, methods, options.rounds)
+    report = measure(backbone.model, inputs, reducers(backbone, wanted, one, _say), options.rounds)
     print(report.to_json() if options.json else report.table())
     return 0
 

@@ -134,7 +134,7 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost of every schedule of one tower in one forward.
+    """The cost of every schedule of one tower in one forward that removes nothing behind the block that is read.
 
     Attributes:
         frame: the schedules.
@@ -266,8 +266,8 @@ def _probes(
 def _some(chance: random.Random, frame: Frame) -> tuple[int, ...]:
     """A schedule by chance: blocks that remove nothing, a little and a lot."""
     left, r, strength = frame.start, [], chance.choice((0.05, 0.15, 0.5))
-    for _ in range(frame.depth):
-        most = (left - frame.reserved) // 2
+    for layer in range(frame.depth):
+        most = (left - frame.reserved) // 2 if layer <= frame.read else 0
         few = max(0, min(most, round(strength * left)))
         r.append(chance.choice((0, chance.randint(0, few), chance.randint(0, most) if chance.random() < 0.2 else few)))
         left -= r[-1]

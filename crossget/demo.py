@@ -1,7 +1,8 @@
-"""`crossget demo`: a backbone dense, and reduced as ToMe, CrossGET and Ward do it, side by side.
+"""`crossget demo`: a backbone dense, and reduced by Ward, as ToMe does it and by CrossGET, side by side.
 
-The story from top to bottom: photographs, a backbone, three looks at it (`Row`), and what is shown of them: a table, a
-JSON file, and one picture.
+The story from top to bottom: photographs, a backbone, a look at it dense and one per method (`Row`), and what is shown
+of them: a table, a JSON file, and one picture. Ward comes first, with the setting that is best where nothing was trained
+(docs/training_free.md): a rising share of the tokens that costs what `r` in every block costs ToMe.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from tqdm import tqdm
 from crossget import figures
 from crossget.attach import Attachment, attach
 from crossget.benchmark import DENSE, BenchmarkReport, benchmark, environment
+from crossget.budget import fit
 from crossget.flops import count_flops
 from crossget.hosts import DEFAULT, Backbone, make
-from crossget.reducers import CrossGET, Merging, Reducer, ToMe, Ward
+from crossget.reducers import CrossGET, Reducer, ToMe, Ward
 from crossget.registry import find_towers
 from crossget.schedule import Ratio, Schedule, as_schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TOME, CROSSGET, WARD = "ToMe-style", "CrossGET", "Ward"
-METHODS: Mapping[str, type[Merging]] = {TOME: ToMe, CROSSGET: CrossGET, WARD: Ward}
+WARD, TOME, CROSSGET = METHODS = "Ward", "ToMe-style", "CrossGET"
 VISUAL, TEXT = "visual", "text"
 Reduction = int | Sequence[int] | Schedule
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -80,7 +81,7 @@ class Options:
 
     Attributes:
         model: a name of open_clip or timm.
-        r, text_r: tokens to remove per block of the vision and of the text tower.
+        r, text_r: tokens to remove per block of the vision and of the text tower; Ward removes what costs as much.
         checkpoint, pretrained: where weights come from, see `crossget.hosts.make`.
         images: a folder of the user's own.
         batch, rounds: of the speed measurement; 0 rounds leave it out, None takes as many as half a minute allows.
@@ -201,7 +202,7 @@ class Demo:
             figures.Curve(row.name, row.tokens[VISUAL], row.gflops, row.cosine["image"], row.speed) for row in self.rows
         ]
         name = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
-        title = f"crossget demo: {name}, {r_text(self.options.r)} tokens removed per block"
+        title = f"crossget demo: {name}, {r_text(self.options.r)} tokens removed per block (Ward: at ToMe-style's cost)"
         rows = self._panels()
         shown = self.photographs[: len(rows)]
         credits = "; ".join(f"{p.name}: {p.credit}" for p in shown if p.credit)
@@ -225,7 +226,7 @@ class Demo:
         backbone, options = self.backbone, self.options
         text = f", {r_text(options.text_r)} per text block" if self.pairs else ""
         return (
-            f"{backbone.title}, {r_text(options.r)} tokens removed per block{text}; "
+            f"{backbone.title}, {r_text(options.r)} tokens removed per block{text} (Ward: at ToMe-style's cost); "
             f"{len(self.photographs)} photographs, {options.device}, batch {options.batch}"
         )
 
@@ -307,7 +308,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Demo:
     if options.out is not None:
         figures.require_matplotlib()
     photographs = load_photographs(options.images)
-    with _steps(2 + 2 * len(METHODS) + (options.rounds != 0) + (options.out is not None)) as step:
+    with _steps(3 + 2 * len(METHODS) + (options.rounds != 0) + (options.out is not None)) as step:
         step(f"making {options.model}")
         backbone = make(options.model, pretrained=options.pretrained, checkpoint=options.checkpoint,
                         device=options.device, seed=options.seed)  # fmt: skip
@@ -388,7 +389,7 @@ def _shipped_folder() -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Three looks at one model
+# Looks at one model
 
 
 class _Looks:
@@ -406,6 +407,8 @@ class _Looks:
         """Everything but the files."""
         step("dense")
         rows = [self._dense()]
+        step(f"{WARD}: fitting")
+        self.methods = reducers(self.backbone, self.r, self._inputs(1), self.notes.append)
         for name in METHODS:
             step(name)
             rows.append(self._reduced(name))
@@ -432,9 +435,6 @@ class _Looks:
         """The features that a reduced tower makes."""
         return ["image", *(["text"] if TEXT in self.r else [])]
 
-    def _reducers(self, name: str) -> dict[str, Reducer]:
-        return {tower: METHODS[name](r) for tower, r in self.r.items()}
-
     def _dense(self) -> Row:
         self.dense = self._features()
         # Nothing removed, no cross token: the model as it is, with its tokens counted.
@@ -444,7 +444,7 @@ class _Looks:
         return Row(DENSE, tokens, 0.0, 0, dict.fromkeys(self._kinds, 1.0), self._choices(self.dense))
 
     def _reduced(self, name: str) -> Row:
-        with attach(self.backbone.model, self._reducers(name)) as attached:
+        with attach(self.backbone.model, self.methods[name]) as attached:
             features = self._features()
             cosine = {kind: _cosine(features[kind], self.dense[kind]) for kind in self._kinds}
             parameters = sum(p.numel() for p in attached.parameters())
@@ -490,7 +490,7 @@ class _Looks:
 
     def _gflops(self, name: str) -> tuple[float, float]:
         """Dense, and reduced."""
-        with attach(self.backbone.model, self._reducers(name)):
+        with attach(self.backbone.model, self.methods[name]):
             report = count_flops(self.backbone.model, self._inputs(1))
         return report.dense.total / 1e9, report.total / 1e9
 
@@ -502,14 +502,13 @@ class _Looks:
         middle = max(1, depth // 2)
         attached.reducer = {
             **whole,
-            VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(as_schedule(self.r[VISUAL]), middle)),
+            VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(as_schedule(whole[VISUAL].r), middle)),
         }
         self.backbone.image_features(self.images[:MOST_SHOWN])
         return {middle: attached.source[VISUAL].cpu(), **sources}
 
     def _measure(self, rows: Sequence[Row]) -> None:
-        methods = {name: self._reducers(name) for name in METHODS}
-        report = measure(self.backbone.model, self._inputs(self.options.batch), methods, self.options.rounds)
+        report = measure(self.backbone.model, self._inputs(self.options.batch), self.methods, self.options.rounds)
         for row in rows:
             measured = report[row.name]
             row.images_per_second, row.peak_memory = measured.images_per_second, measured.peak_memory
@@ -534,6 +533,42 @@ def schedules(backbone: Backbone, r: Reduction, text_r: Reduction) -> dict[str, 
                 "choose another model (`crossget models`)" + (" or leave it out" if name == TEXT else "")
             )
     return wanted
+
+
+def reducers(
+    backbone: Backbone, wanted: Mapping[str, Reduction], inputs: tuple[Tensor, ...], note: Callable[[str], None]
+) -> dict[str, dict[str, Reducer]]:
+    """The methods that are compared, each a reducer per tower, at about the same cost.
+
+    ToMe-style and CrossGET remove `r` tokens in every block, Ward a share of them that rises, so that it takes no more
+    multiply-adds than ToMe-style does.
+
+    Args:
+        backbone: the model.
+        wanted: what each tower loses, see `schedules`.
+        inputs: one example of what the model gets.
+        note: told, in a line, where Ward could not be fitted.
+    """
+    return {
+        WARD: {tower: _ward(backbone.model, tower, r, inputs, note) for tower, r in wanted.items()},
+        TOME: {tower: ToMe(r) for tower, r in wanted.items()},
+        CROSSGET: {tower: CrossGET(r) for tower, r in wanted.items()},
+    }
+
+
+def _ward(
+    model: nn.Module, tower: str, r: Reduction, inputs: tuple[Tensor, ...], note: Callable[[str], None]
+) -> Reducer:
+    """Ward at the cost of ToMe-style with `r`; both reduce this tower alone, so the costs of towers add up."""
+    with attach(model, {tower: ToMe(r)}):
+        report = count_flops(model, inputs)
+    share = min(1.0, report.total / report.dense.total)
+    try:
+        found = fit(model, inputs, flops=share, reducer=Ward(r=0), tower=tower, distribution="rising")
+    except ValueError as error:
+        note(f"Ward removes as many tokens per block of the {tower} tower as ToMe-style, at another cost: {error}")
+        return Ward(r)
+    return Ward(found.schedule)
 
 
 def measure(

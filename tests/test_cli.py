@@ -234,9 +234,9 @@ class TestBench:
         assert call("bench", TINY, "--r", "4", "--rounds", "1", "--batch", "1", "--json") == 0
         assert [m["name"] for m in json.loads(capsys.readouterr().out)["measurements"]] == [
             "dense",
+            "Ward",
             "ToMe-style",
             "CrossGET",
-            "Ward",
         ]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from crossget import demo
 from crossget.demo import CROSSGET, SHIPPED, TOME, WARD, Demo, Options, load_photographs, run
 
 TINY_CLIP = "tiny-clip"
+R, TEXT_R = 10, 20
 CONFIG = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 64, "layers": 4, "width": 64, "head_width": 32, "patch_size": 8},
@@ -43,7 +45,7 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory, tiny_clip: None) -> Path
 
 
 def quick(**options: object) -> Options:
-    defaults: dict[str, object] = {"model": TINY_CLIP, "r": 4, "rounds": 0, "batch": 2, "out": None, "json": None}
+    defaults: dict[str, object] = {"model": TINY_CLIP, "r": R, "rounds": 0, "batch": 2, "out": None, "json": None}
     return Options(**{**defaults, **options})  # type: ignore[arg-type]
 
 
@@ -62,7 +64,13 @@ def trained(clip_file: Path) -> Demo:
 @pytest.fixture(scope="module")
 def pairs(clip_file: Path) -> Demo:
     """The same, its texts reduced as well."""
-    return run(quick(checkpoint=clip_file, text_r=3), pytest.fail)
+    return run(quick(checkpoint=clip_file, text_r=TEXT_R), pytest.fail)
+
+
+def seen_inputs(found: Demo) -> tuple[torch.Tensor, ...]:
+    """Of one forward, of the kind whose multiply-adds the demo shows."""
+    image = torch.rand(1, 3, 64, 64)
+    return (image, found.backbone.tokenize(["a cat"])) if found.pairs else (image,)
 
 
 def printed(found: Demo) -> str:
@@ -105,39 +113,72 @@ class TestWeights:
 
 class TestNumbers:
     def test_the_costs_are_those_the_parts_count(self, trained: Demo) -> None:
-        dense, tome, cross, ward = trained.rows
+        dense, ward, tome, cross = trained.rows
         model, image = trained.backbone.model, torch.rand(1, 3, 64, 64)
-        with crossget.attach(model, {"visual": crossget.CrossGET(4)}) as attached:
+        with crossget.attach(model, {"visual": crossget.CrossGET(R)}) as attached:
             report = crossget.count_flops(model, image)
             assert cross.parameters == sum(p.numel() for p in attached.parameters()) == 4 * 64
         assert dense.gflops == report.dense.total / 1e9
         assert cross.gflops == report.total / 1e9
-        assert ward.gflops < tome.gflops < cross.gflops < dense.gflops  # Ward leaves out the MLP of what nobody reads
+        assert tome.gflops < cross.gflops < dense.gflops
         assert tome.parameters == ward.parameters == dense.parameters == 0
 
     def test_the_tokens_are_those_the_blocks_see(self, trained: Demo) -> None:
-        dense, tome, cross, ward = trained.rows
+        dense, ward, tome, cross = trained.rows
         assert dense.tokens == {"visual": [65] * 4}
-        assert tome.tokens == ward.tokens == {"visual": [65, 61, 57, 53]}
-        assert cross.tokens == {"visual": [66, 62, 58, 54]}
+        assert ward.tokens["visual"][0] == 65
+        assert tome.tokens == {"visual": [65, 55, 45, 35]}
+        assert cross.tokens == {"visual": [66, 56, 46, 36]}
+
+    @pytest.mark.parametrize(("found", "tower", "r"), [("trained", "visual", R), ("pairs", "text", TEXT_R)])
+    def test_ward_spends_what_tome_style_does(
+        self, found: str, tower: str, r: int, request: pytest.FixtureRequest
+    ) -> None:
+        seen: Demo = request.getfixturevalue(found)
+        _, ward, tome, _ = seen.rows
+        model, inputs = seen.backbone.model, seen_inputs(seen)
+        with crossget.attach(model, {tower: crossget.ToMe(r)}):
+            most = crossget.count_flops(model, inputs).total
+        chosen = [a - b for a, b in pairwise(ward.tokens[tower])]
+        less = [[*chosen[:i], chosen[i] - 1, *chosen[i + 1 :]] for i in range(len(chosen)) if chosen[i]]
+        assert less
+        # One token more in any block would cost more than ToMe-style's.
+        for removed, dearer in ((chosen, False), *((removed, True) for removed in less)):
+            with crossget.attach(model, {tower: crossget.Ward((*removed, 0))}):
+                assert (crossget.count_flops(model, inputs).total > most) == dearer
+        assert ward.gflops <= tome.gflops
+
+    def test_ward_takes_less_from_the_first_blocks(self, trained: Demo) -> None:
+        _, ward, tome, _ = trained.rows
+        first, *later = (1 - b / a for a, b in pairwise(ward.tokens["visual"]))
+        assert 0 < first < min(later)
+        assert ward.tokens["visual"][1] > tome.tokens["visual"][1]
+
+    def test_where_ward_cannot_cost_as_little_it_says_so(self) -> None:
+        found = run(quick(model="test_vit", pretrained="none", r=101), lambda line: None)
+        _, ward, tome, _ = found.rows
+        assert ward.tokens == tome.tokens == {"visual": [101, 51, 26, 14, 8, 5]}
+        assert "note: Ward removes as many tokens per block of the visual tower as ToMe-style" in found.table()
+        assert "the nearest possible" in found.table()
 
     def test_the_cosines_are_those_of_the_features(self, trained: Demo) -> None:
         model: Any = trained.backbone.model
         images = torch.stack([trained.backbone.preprocess(p.image) for p in load_photographs(None)])
         with torch.no_grad():
             dense = model.encode_image(images)
-            with crossget.attach(model, {"visual": crossget.ToMe(4)}):
+            with crossget.attach(model, {"visual": crossget.ToMe(R)}):
                 reduced = model.encode_image(images)
         expected = torch.nn.functional.cosine_similarity(dense, reduced).mean()
         assert trained.rows[0].cosine["image"] == 1.0
-        assert trained.rows[1].cosine["image"] == pytest.approx(float(expected), abs=1e-6)
+        assert trained.rows[2].cosine["image"] == pytest.approx(float(expected), abs=1e-6)
         assert not torch.equal(dense, reduced)
 
     def test_the_text_is_reduced_when_asked(self, trained: Demo, pairs: Demo) -> None:
-        dense, tome, cross, ward = pairs.rows
+        dense, ward, tome, cross = pairs.rows
         assert dense.tokens["text"] == [77] * 3
-        assert tome.tokens["text"] == ward.tokens["text"] == [77, 74, 71]
-        assert cross.tokens["text"] == [78, 75, 72]
+        assert ward.tokens["text"][0] == 77
+        assert tome.tokens["text"] == [77, 57, 37]
+        assert cross.tokens["text"] == [78, 58, 38]
         assert dense.gflops > trained.rows[0].gflops  # an image with its caption
         assert dense.cosine["text"] == 1.0
         assert "CrossGET, text" in pairs.table()
@@ -174,7 +215,7 @@ class TestNumbers:
         content = json.loads(untrained.to_json())
         assert content["environment"]["torch"] == torch.__version__
         assert content["options"]["r"] == [2] * 6
-        assert [method["name"] for method in content["methods"]] == ["dense", TOME, CROSSGET, WARD]
+        assert [method["name"] for method in content["methods"]] == ["dense", WARD, TOME, CROSSGET]
         assert content["photographs"][0]["credit"] == "Stefan van der Walt, CC0"
 
     def test_the_model_is_given_back_as_it_was(self, untrained: Demo) -> None:
@@ -187,17 +228,19 @@ class TestPicture:
     def test_merge_maps_show_the_middle_and_the_end(self, trained: Demo) -> None:
         for row in trained.rows[1:]:
             left = {depth: [len(image.unique()) for image in source] for depth, source in row.sources.items()}
-            blocks = 3 if row.name == demo.WARD else 4  # nothing is merged where one token alone is read
-            assert left == {2: [65 - 2 * 4] * 4, 4: [65 - blocks * 4] * 4}
+            cross = int(row.name == CROSSGET)
+            last = 0 if row.name == WARD else R  # nothing is merged where one token alone is read
+            middle, end = (row.tokens["visual"][i] - cross for i in (2, 3))
+            assert left == {2: [middle] * 4, 4: [end - last] * 4}
         rows = trained._panels()
         assert [len(row) for row in rows] == [7] * 4
-        assert "after block 2:\n56 tokens for 64 patches" in rows[0][1].caption
+        assert "ToMe-style, after block 2:\n44 tokens for 64 patches" in rows[0][2].caption
 
     def test_the_last_map_is_that_of_the_whole_schedule(self, trained: Demo) -> None:
         images = torch.stack([trained.backbone.preprocess(p.image) for p in load_photographs(None)])
-        with crossget.attach(trained.backbone.model, {"visual": crossget.CrossGET(4)}) as attached, torch.no_grad():
+        with crossget.attach(trained.backbone.model, {"visual": crossget.CrossGET(R)}) as attached, torch.no_grad():
             trained.backbone.image_features(images)
-            assert torch.equal(attached.source["visual"], trained.rows[2].sources[4])
+            assert torch.equal(attached.source["visual"], trained.rows[3].sources[4])
 
     def test_the_panels_show_what_the_model_saw(self, trained: Demo) -> None:
         assert trained.pixels.shape == (4, 64, 64, 3)
