@@ -1,8 +1,8 @@
 """`crossget demo`: a backbone dense, and reduced by Ward, as ToMe does it and by CrossGET, side by side.
 
 The story from top to bottom: photographs, a backbone, a look at it dense and one per method (`Row`), and what is shown
-of them: a table, a JSON file, and one picture. Ward comes first, with the setting that is best where nothing was trained
-(docs/training_free.md): a rising share of the tokens that costs what `r` in every block costs ToMe.
+of them: a table, a JSON file, and one picture. Ward comes first, with the setting that is best where nothing was
+trained (docs/training_free.md): a rising share of the tokens that costs what `r` in every block costs ToMe.
 """
 
 from __future__ import annotations
