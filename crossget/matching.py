@@ -20,6 +20,8 @@ from crossget import kernels
 Ties = Literal["reference", "stable"]
 BUDGET = 1 << 26
 """Similarities that a matching holds at a time, over the whole batch: above, they are made in tiles, and twice."""
+BAND = 1 << 18
+"""Similarities that are scaled or compared at a time, so that what is beside them in memory is small."""
 _ALL = slice(None)
 
 Similarity = Callable[["Tensor | slice", "Tensor | slice"], Tensor]
@@ -100,7 +102,13 @@ class Candidates:
             [B, rows, columns].
         """
         (a, a_norms), (b, b_norms) = self._some(rows), self._some(columns)
-        return torch.bmm(a, b.transpose(1, 2)).mul_(a_norms[:, :, None] * b_norms[:, None, :])
+        products = torch.bmm(a, b.transpose(1, 2))
+        if rows is columns:  # all with all: a copy of the keys weighs more than what follows, and is not needed again
+            del a, b
+            self._keys = None
+        for some in bands(products):
+            products[:, some].mul_(a_norms[:, some, None] * b_norms[:, None, :])
+        return products
 
     def _some(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
         if isinstance(which, slice):
@@ -239,7 +247,12 @@ class Square:
         self.similarity = similar(_ALL, _ALL)
         if candidates.ties == "stable":
             # Kernels may round S_ij and S_ji differently, which would break the tie of two nearest neighbours.
-            self.similarity = torch.maximum(self.similarity, self.similarity.transpose(1, 2))
+            for some in bands(self.similarity):
+                rest = slice(some.start, None)
+                one, other = self.similarity[:, some, rest], self.similarity[:, rest, some].transpose(1, 2)
+                larger = torch.maximum(one, other)
+                one.copy_(larger)
+                other.copy_(larger)
         # Additions and minima instead of masks: masks of this size take a CPU twenty times as long.
         self.similarity += hidden[:, None, :]
         tokens = int(self.similarity.shape[2])
@@ -253,11 +266,22 @@ class Square:
 
     def best_below(self, rank: Tensor) -> Tensor:
         """[B, T] the largest similarity of each token to one of a higher `rank` [B, T]; -inf where there is none."""
-        return torch.minimum(self.similarity, bound_of(rank, rank)).amax(-1)
+        best = []
+        for some in bands(self.similarity):
+            bound = bound_of(rank[:, some], rank)
+            best.append(torch.minimum(self.similarity[:, some], bound, out=bound).amax(-1))
+        return torch.cat(best, 1)
 
     def nearest(self, source: Tensor, hidden: Tensor) -> Tensor:
         """[B, r] the most similar token of each source [B, r], `hidden` [B, T] added."""
         return (take(self.similarity, source) + hidden[:, None, :]).argmax(-1)
+
+
+def bands(pairs: Tensor) -> Iterator[slice]:
+    """The rows of [B, N, M] in slices, of which one holds about `BAND` numbers over the whole batch."""
+    rows = int(pairs.shape[1])
+    step = max(1, rows * BAND // max(1, pairs.numel()))
+    return (slice(first, first + step) for first in range(0, rows, step))
 
 
 class Tiles:
@@ -415,12 +439,13 @@ class Closeness:
     def __call__(self, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         """As `Candidates.cosines`."""
         (a, a_squares, a_inverse), (b, b_squares, b_inverse) = self._some(rows), self._some(columns)
-        squares = a_squares[:, :, None] + b_squares[:, None, :]
-        if rows is columns:  # all with all: half of the products are the other half
-            distance = squares.sub_(_symmetric(a), alpha=2)
-        else:
-            distance = torch.baddbmm(squares, a, b.transpose(1, 2), alpha=-2)
-        return distance.clamp_min_(0).div_(a_inverse[:, :, None] + b_inverse[:, None, :]).neg_()
+        # All with all: half of the products are the other half.
+        pairs = _symmetric(a) if rows is columns else torch.bmm(a, b.transpose(1, 2))
+        for some in bands(pairs):
+            squares = a_squares[:, some, None] + b_squares[:, None, :]
+            pairs[:, some].mul_(-2).add_(squares).clamp_min_(0)
+            pairs[:, some].div_(a_inverse[:, some, None] + b_inverse[:, None, :]).neg_()
+        return pairs
 
     def _some(self, which: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(which, slice):
@@ -430,11 +455,15 @@ class Closeness:
 
 def _symmetric(x: Tensor) -> Tensor:
     """[B, T, T] products of all rows of `x` [B, T, C] with each other; those of its two halves are computed once."""
-    half = int(x.shape[1]) // 2
+    batch, tokens, _ = (int(n) for n in x.shape)
+    half = tokens // 2
     a, b = x[:, :half], x[:, half:]
-    across = torch.bmm(a, b.transpose(1, 2))
-    first = torch.cat([torch.bmm(a, a.transpose(1, 2)), across], 2)
-    return torch.cat([first, torch.cat([across.transpose(1, 2), torch.bmm(b, b.transpose(1, 2))], 2)], 1)
+    products = x.new_empty(batch, tokens, tokens)
+    products[:, :half, half:] = torch.bmm(a, b.transpose(1, 2))
+    products[:, half:, :half] = products[:, :half, half:].transpose(1, 2)
+    products[:, :half, :half] = torch.bmm(a, a.transpose(1, 2))
+    products[:, half:, half:] = torch.bmm(b, b.transpose(1, 2))
+    return products
 
 
 def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

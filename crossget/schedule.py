@@ -133,10 +133,10 @@ def as_schedule(r: int | Sequence[int] | Schedule) -> Schedule:
         TypeError: `r` is none of an int, a sequence of ints, a schedule.
         ValueError: a count is negative.
     """
-    if isinstance(r, Schedule):
-        return r
     if isinstance(r, int) and not isinstance(r, bool):
         return Constant(r)
+    if isinstance(r, Schedule):  # which takes Python a while to find out
+        return r
     if isinstance(r, Sequence) and not isinstance(r, str):
         return PerLayer(tuple(r))
     raise TypeError(f"r is {r!r}: give an int, one int per block, or a schedule such as crossget.Linear(16, 0)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import crossget
 import reference
 from crossget import importance
 from crossget.importance import by_attention
-from crossget.matching import BUDGET, Candidates, Matching, complete_graph, ward_graph
+from crossget.matching import BAND, BUDGET, Candidates, Matching, complete_graph, ward_graph
 from crossget.reducers import Host, Merging, View
 from crossget.state import TokenState
 from crossget.watch import BlockWatch
@@ -551,4 +552,19 @@ def test_a_long_sequence_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch
     tiled = complete_graph(Candidates(keys, protected, 0, budget=budget), 40)
     assert 4 * max(largest) <= budget  # a tile, and what is made of it
     for one, other in zip(complete_graph(Candidates(keys, protected, 0), 40), tiled, strict=True):
+        assert torch.equal(one, other)
+
+
+@settings(deadline=None)
+@given(views(), st.integers(1, 300), st.booleans(), st.sampled_from([complete_graph, ward_graph]))
+def test_bands_change_nothing(case: tuple[View, int], band: int, guided: bool, method: Matching) -> None:
+    view, r = case
+    keys = view.keys.transpose(1, 2).flatten(2)
+    importance = view.received if guided else None
+    found = []
+    for size in (BAND, band):
+        with mock.patch("crossget.matching.BAND", size):
+            candidates = Candidates(keys, view.protected, view.n_protected, view.valid, "stable", sizes=view.sizes)
+            found.append(method(candidates, candidates.limit(r), importance))
+    for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
