@@ -1,7 +1,8 @@
 """Time what CrossGET costs beside the forward pass: `python -m experiments.speed.costs --help`.
 
-Four costs, each with a result file of its own: attaching and detaching, importing, the first call of a compiled model,
-and the matching of long sequences. Models have random weights, so nothing is downloaded, and all runs on the CPU.
+Five costs, each with a result file of its own: attaching and detaching, importing, the first call of a compiled model,
+the matching of long sequences, and the memory that a forward pass needs at most. Models have random weights, so nothing
+is downloaded, and all runs on the CPU.
 """
 
 import contextlib
@@ -26,13 +27,14 @@ from torch import Tensor, nn
 
 import crossget
 from crossget.benchmark import calling, peak_memory, quartiles
-from crossget.matching import BUDGET, Candidates, complete_graph
+from crossget.matching import BAND, BUDGET, Candidates, complete_graph
 from experiments import common
+from experiments.speed.towers import CROSSGET, DENSE, SETUPS, TOME, TowerName, placed, variants
+from experiments.speed.towers import Options as TowerOptions
 
 RESULTS = Path(__file__).parent / "results"
-Cost = Literal["attach", "import", "compile", "length"]
+Cost = Literal["attach", "import", "compile", "length", "memory"]
 COSTS: tuple[Cost, ...] = get_args(Cost)
-DENSE, REDUCED = "dense", "CrossGET"
 UNLIMITED, WHOLE_BYTES = 1 << 62, 2 << 30
 Clock = Callable[[], float]
 
@@ -65,6 +67,12 @@ class Options:
     """Similarities to hold at a time, to compare with no limit."""
     length_rounds: int = 3
     """Timed matchings of each length."""
+    towers: tuple[TowerName, ...] = TowerOptions.towers
+    """Towers whose memory is measured, as in `experiments.speed.towers`."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Of their weights and computation."""
+    batch: int = 1
+    """Images or texts of their call."""
     seed: int = 0
     """Of tokens and weights."""
     results: Path = field(default=RESULTS)
@@ -79,6 +87,7 @@ SETTINGS: dict[Cost, tuple[str, ...]] = {
     "import": ("import_rounds",),
     "compile": ("compiled", "r", "backend", "compile_rounds", "seed"),
     "length": ("lengths", "width", "budget", "length_rounds", "seed"),
+    "memory": ("towers", "dtypes", "batch"),
 }
 
 
@@ -256,7 +265,7 @@ def compiling(options: Options) -> list[common.Json]:
             seconds, kernels[name] = json.loads(in_child(FIRST_CALL, arguments, **cold))
         return float(seconds)
 
-    methods = {DENSE: None, REDUCED: options.r}
+    methods = {DENSE: None, CROSSGET: options.r}
     clocks: dict[str, Clock] = {name: functools.partial(compile_once, name, r) for name, r in methods.items()}
     seconds = alternate(clocks, options.compile_rounds)
     return [{"method": name, "seconds": spread(seconds[name]), "ratio": ratios(seconds, name, DENSE),
@@ -264,8 +273,8 @@ def compiling(options: Options) -> list[common.Json]:
 
 
 def whole_bytes(tokens: int) -> int:
-    """Return what a matching without a limit holds at a time: the similarities, their bounds, and what these leave."""
-    return 3 * 4 * tokens**2
+    """Return what a matching without a limit holds at a time: the similarities, and the bounds of a band of them."""
+    return 4 * (tokens**2 + min(tokens**2, BAND))
 
 
 def matching(options: Options) -> list[common.Json]:
@@ -304,11 +313,30 @@ def as_set(source: Tensor, destination: Tensor) -> set[tuple[int, int]]:
     return set(zip(source[0].tolist(), destination[0].tolist(), strict=True))
 
 
+def remembering(options: Options) -> list[common.Json]:
+    """Measure the peak memory of a forward pass of each tower, dense and reduced. It does not depend on the machine."""
+    return [remember(tower, dtype, options.batch) for tower in options.towers for dtype in options.dtypes]
+
+
+def remember(tower: str, dtype: str, batch: int) -> common.Json:
+    """Measure the peak memory of one tower, beyond weights and inputs."""
+    setup, precision = SETUPS[tower], getattr(torch, dtype)
+    forms = variants(setup, precision, "cpu")
+    x = placed(setup.inputs(batch), "cpu", precision)
+    with torch.no_grad():
+        peaks = {
+            name: peak_memory(functools.partial(calling, functools.partial(forms[name], x)), torch.device("cpu"))
+            for name in (DENSE, CROSSGET, TOME)
+        }
+    return {"tower": tower, "dtype": dtype, "peak_memory": peaks}
+
+
 MEASURES: dict[Cost, Callable[[Options], list[common.Json]]] = {
     "attach": attaching,
     "import": importing,
     "compile": compiling,
     "length": matching,
+    "memory": remembering,
 }
 
 
@@ -343,11 +371,17 @@ def length_cells(row: common.Json) -> list[str]:
     return [*cells, "" if same is None else "all" if row["same"] else f"{100 * same:.2f} %"]
 
 
+def memory_cells(row: common.Json) -> list[str]:
+    dense, *reduced = row["peak_memory"].values()
+    return [row["tower"], row["dtype"], f"{dense / 2**20:.1f}", *(f"{peak / dense:.2f}" for peak in reduced)]
+
+
 CELLS: dict[Cost, tuple[Callable[[common.Json], list[str]], list[str]]] = {
     "attach": (attach_cells, ["model", "attach ms", "detach ms"]),
     "import": (import_cells, ["import", "s", "ratio to torch"]),
     "compile": (compile_cells, ["method", "first call s", "ratio to dense", "kernels"]),
     "length": (length_cells, ["tokens", "r", "tiled", "ms", "peak MiB", "unlimited ms", "peak MiB", "pairs in common"]),
+    "memory": (memory_cells, ["tower", "dtype", "dense, MiB", "CrossGET to dense", "ToMe-style to dense"]),
 }
 
 
@@ -360,8 +394,10 @@ def heading(content: common.Json) -> str:
         "compile": "First call of {compiled}, compiled by {backend}, CrossGET with r = {r}; {compile_rounds} rounds",
         "length": "Matching one sequence of {width} channels with a budget of {budget} similarities, and without a "
         "limit; {length_rounds} rounds",
+        "memory": "Peak memory of a forward pass in eager mode, beyond weights and inputs, batch {batch}",
     }[run["cost"]].format(**run)
-    return f"{what}; {where['device']}, {where['threads']} threads, torch {where['torch']}; median and quartiles"
+    spread = "" if run["cost"] == "memory" else "; median and quartiles"
+    return f"{what}; {where['device']}, {where['threads']} threads, torch {where['torch']}{spread}"
 
 
 def table(content: common.Json, style: str = "simple") -> str:

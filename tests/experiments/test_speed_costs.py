@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     "models": ("timm/test_vit", "open_clip/ViT-S-32-alt"), "r": 4, "attach_rounds": 2, "import_rounds": 1,
     "compiled": "timm/test_vit", "backend": "eager", "compile_rounds": 1,
     "lengths": (16, 64), "width": 8, "budget": 1 << 10, "length_rounds": 2,
+    "towers": ("tiny", "tiny-text"), "dtypes": ("bfloat16",), "batch": 2,
 }  # fmt: skip
 
 # Older versions of torch cannot compile an attached model.
@@ -102,6 +103,21 @@ def test_length(results: Path) -> None:
     assert costs.whole_bytes(64) <= rows[1]["whole"]["peak_memory"] < 1.5 * costs.whole_bytes(64)
 
 
+def test_memory() -> None:
+    (run,) = queue(Options(**SMALL, cost=("memory",)))
+    rows = execute(run)["result"]["rows"]
+    assert [(row["tower"], row["dtype"]) for row in rows] == [("tiny", "bfloat16"), ("tiny-text", "bfloat16")]
+    for row in rows:
+        peaks = row["peak_memory"]
+        assert list(peaks) == ["dense", "CrossGET", "ToMe-style"]
+        # What any block of the dense model holds at least: its hidden layer, in two copies.
+        hidden = {"tiny": 101 * 4 * 64, "tiny-text": 77 * 4 * 64}[row["tower"]]
+        assert peaks["dense"] >= 2 * 2 * 2 * hidden
+        assert 0 < peaks["ToMe-style"] <= peaks["dense"]
+    assert costs.memory_cells(rows[0])[3:] == [f"{rows[0]['peak_memory'][m] / rows[0]['peak_memory']['dense']:.2f}"
+                                               for m in ("CrossGET", "ToMe-style")]  # fmt: skip
+
+
 def test_what_does_not_fit_is_matched_within_the_budget_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "WHOLE_BYTES", costs.whole_bytes(64))
     (run,) = queue(Options(**SMALL, cost=("length",)))
@@ -148,18 +164,19 @@ def test_the_command_repeats_the_run(results: Path, cost: str) -> None:
 def test_the_tables_of_a_page(results: Path) -> None:
     text = markdown(common.read_results(results))
     starts = ["Attaching CrossGET with r = 4", "Importing", "First call of timm/test_vit", "Matching one sequence"]
+    starts += ["Peak memory of a forward pass"]
     starts = [start for start in starts if COMPILES or not start.startswith("First call")]
     paragraphs = text.split("\n\n")
     assert [p.startswith(start) for p, start in zip(paragraphs[::2], starts, strict=True)] == [True] * len(HERE)
     assert [p.count("\n") for p in paragraphs[1::2]] == [3] * len(HERE)  # a head, a line and two rows each
     assert all(line.startswith("|") and line.endswith("|") for p in paragraphs[1::2] for line in p.splitlines())
-    assert [cell.strip() for cell in paragraphs[-1].splitlines()[-1].split("|")][1:4] == ["64", "8", "yes"]
+    assert [cell.strip() for cell in paragraphs[-3].splitlines()[-1].split("|")][1:4] == ["64", "8", "yes"]
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"cost": ("memory",)}, "unknown costs ['memory']; there are ['attach', 'compile', 'import', 'length']"),
+        ({"cost": ("disk",)}, "unknown costs ['disk']; there are ['attach', 'compile', 'import', 'length', 'memory']"),
         ({"models": ("test_vit",)}, "as in library/name: ['test_vit']; there are ['open_clip', 'timm']"),
         ({"models": ("timm/vit",)}, "unknown model 'timm/vit': see timm.list_models()"),
         ({"compiled": "open_clip/vit"}, "unknown model 'open_clip/vit': see open_clip.list_models()"),
