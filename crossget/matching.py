@@ -88,7 +88,7 @@ class Candidates:
         reserve = 0 if self.valid is None else 2
         return max(0, min(r, (self.n_free - reserve) // 2))
 
-    def cosines(self, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)) -> Tensor:
+    def cosines(self, rows: Tensor | slice = _ALL, columns: Tensor | slice = _ALL) -> Tensor:
         """Cosines between some tokens and others, nothing masked: S of the paper, section 3.2.
 
         The products are scaled, not the keys: there are fewer of them. Scaled by the product of both norms, S_ij and
@@ -111,6 +111,8 @@ class Candidates:
         return products
 
     def _some(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
+        if which is _ALL:
+            return self.keys, self.inverse_norms
         if isinstance(which, slice):
             return self.keys[:, which], self.inverse_norms[:, which]
         return take(self.keys, which), self.inverse_norms.gather(1, which)
@@ -270,7 +272,7 @@ class Square:
         for some in bands(self.similarity):
             bound = bound_of(rank[:, some], rank)
             best.append(torch.minimum(self.similarity[:, some], bound, out=bound).amax(-1))
-        return torch.cat(best, 1)
+        return best[0] if len(best) == 1 else torch.cat(best, 1)
 
     def nearest(self, source: Tensor, hidden: Tensor) -> Tensor:
         """[B, r] the most similar token of each source [B, r], `hidden` [B, T] added."""
@@ -448,6 +450,8 @@ class Closeness:
         return pairs
 
     def _some(self, which: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        if which is _ALL:
+            return self.points, self.squares, self.inverse
         if isinstance(which, slice):
             return self.points[:, which], self.squares[:, which], self.inverse[:, which]
         return take(self.points, which), self.squares.gather(1, which), self.inverse.gather(1, which)
