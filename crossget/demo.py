@@ -29,7 +29,7 @@ from crossget import figures
 from crossget.attach import Attachment, attach
 from crossget.benchmark import DENSE, BenchmarkReport, benchmark, environment
 from crossget.budget import fit
-from crossget.flops import count_flops
+from crossget.flops import count_flops, count_once
 from crossget.hosts import DEFAULT, Backbone, make
 from crossget.reducers import CrossGET, Reducer, ToMe, Ward
 from crossget.registry import find_towers
@@ -413,7 +413,7 @@ class _Looks:
             step(name)
             rows.append(self._reduced(name))
             step(f"{name}: counting")
-            rows[0].gflops, rows[-1].gflops = self._gflops(name)
+            rows[-1].gflops = self._gflops(name)
         if self.options.rounds != 0:
             step("measuring")
             self._measure(rows)
@@ -441,7 +441,8 @@ class _Looks:
         with attach(self.backbone.model, {tower: ToMe(r=0) for tower in self.r}) as attached, torch.no_grad():
             self.backbone.model(*self._inputs(1))
             tokens = attached.tokens
-        return Row(DENSE, tokens, 0.0, 0, dict.fromkeys(self._kinds, 1.0), self._choices(self.dense))
+        gflops = count_once(self.backbone.model, self._inputs(1)).total / 1e9
+        return Row(DENSE, tokens, gflops, 0, dict.fromkeys(self._kinds, 1.0), self._choices(self.dense))
 
     def _reduced(self, name: str) -> Row:
         with attach(self.backbone.model, self.methods[name]) as attached:
@@ -488,11 +489,10 @@ class _Looks:
         logits = images @ texts.T * (100.0 if scale is None else float(scale.detach().exp()))
         return [[float(p) for p in row] for row in logits.softmax(-1)]
 
-    def _gflops(self, name: str) -> tuple[float, float]:
-        """Dense, and reduced."""
-        with attach(self.backbone.model, self.methods[name]):
-            report = count_flops(self.backbone.model, self._inputs(1))
-        return report.dense.total / 1e9, report.total / 1e9
+    def _gflops(self, name: str) -> float:
+        """Of the model reduced."""
+        with attach(self.backbone.model, self.methods[name]) as attached:
+            return count_once(self.backbone.model, self._inputs(1), attached.parameters()).total / 1e9
 
     @torch.no_grad()
     def _sources(self, attached: Attachment) -> dict[int, Tensor]:
