@@ -281,8 +281,8 @@ class Square:
 
 def bands(pairs: Tensor) -> Iterator[slice]:
     """The rows of [B, N, M] in slices, of which one holds about `BAND` numbers over the whole batch."""
-    rows = int(pairs.shape[1])
-    step = max(1, rows * BAND // max(1, pairs.numel()))
+    batch, rows, columns = (int(n) for n in pairs.shape)
+    step = max(1, BAND // max(1, batch * columns))
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
