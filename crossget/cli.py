@@ -154,7 +154,7 @@ def _flops_of_preset(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Speed of dense, Ward, ToMe-style and CrossGET on made-up inputs and random weights: neither changes the time."""
+    """Speed of dense, Ward (at ToMe-style's cost), ToMe-style and CrossGET on made-up inputs and random weights."""
     from crossget.demo import TEXT, measure, reducers, schedules
     from crossget.hosts import make
 

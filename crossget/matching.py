@@ -21,7 +21,7 @@ Ties = Literal["reference", "stable"]
 BUDGET = 1 << 26
 """Similarities that a matching holds at a time, over the whole batch: above, they are made in tiles, and twice."""
 BAND = 1 << 18
-"""Similarities that are scaled or compared at a time, so that what is beside them in memory is small."""
+"""Similarities that are scaled or compared at a time on a CPU, so that what is beside them in memory is small."""
 _ALL = slice(None)
 
 Similarity = Callable[["Tensor | slice", "Tensor | slice"], Tensor]
@@ -280,9 +280,13 @@ class Square:
 
 
 def bands(pairs: Tensor) -> Iterator[slice]:
-    """The rows of [B, N, M] in slices, of which one holds about `BAND` numbers over the whole batch."""
+    """The rows of [B, N, M] in slices, of which one holds about `BAND` numbers over the whole batch.
+
+    Elsewhere than on a CPU, and where a compiler fuses what is done to them, all rows are one slice.
+    """
     batch, rows, columns = (int(n) for n in pairs.shape)
-    step = max(1, BAND // max(1, batch * columns))
+    in_parts = pairs.device.type == "cpu" and not torch.compiler.is_compiling()
+    step = max(1, BAND // max(1, batch * columns)) if in_parts else rows
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
