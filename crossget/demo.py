@@ -562,7 +562,7 @@ def _ward(
     """Ward at the cost of ToMe-style with `r`; both reduce this tower alone, so the costs of towers add up."""
     with attach(model, {tower: ToMe(r)}):
         report = count_flops(model, inputs)
-    share = min(1.0, report.total / report.dense.total)
+    share = min(1.0, report.total / report.dense.total)  # a matching may cost more than it saves
     try:
         found = fit(model, inputs, flops=share, reducer=Ward(r=0), tower=tower, distribution="rising")
     except ValueError as error:

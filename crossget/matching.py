@@ -448,9 +448,8 @@ class Closeness:
         # All with all: half of the products are the other half.
         pairs = _symmetric(a) if rows is columns else torch.bmm(a, b.transpose(1, 2))
         for some in bands(pairs):
-            squares = a_squares[:, some, None] + b_squares[:, None, :]
-            pairs[:, some].mul_(-2).add_(squares).clamp_min_(0)
-            pairs[:, some].div_(a_inverse[:, some, None] + b_inverse[:, None, :]).neg_()
+            band, squares = pairs[:, some], a_squares[:, some, None] + b_squares[:, None, :]
+            band.mul_(-2).add_(squares).clamp_min_(0).div_(a_inverse[:, some, None] + b_inverse[:, None, :]).neg_()
         return pairs
 
     def _some(self, which: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
