@@ -261,12 +261,13 @@ class AttachedTower:
             tokens = torch.cat([tokens[:, :-1], token[:, None]], 1)
             return self._reduced(block, layer, forward, tokens, state, args, kwargs)
         # Written over for the time of this block alone: the host may have kept what the block before returned.
-        before = tokens[:, -1].clone()
-        tokens[:, -1] = token
+        place = tokens[:, -1]
+        before = place.clone()
+        place.copy_(token)
         try:
             return self._reduced(block, layer, forward, tokens, state, args, kwargs)
         finally:
-            tokens[:, -1] = before
+            place.copy_(before)
 
     def _reduced(
         self, block: nn.Module, layer: int, forward: Callable[..., Any], tokens: Tensor, state: TokenState, args: Any,

@@ -32,12 +32,13 @@ def guided(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tup
     Source: CrossGET (arXiv 2305.17455), section 3.3; reference implementation.
     """
     r = int(plan.source.shape[1])
-    pairs, joint = _pairs(plan), _joint(sizes, plan)
-    whole = joint.gather(1, plan.arrived)
+    pairs = plan.pairs
     scores, masses = importance.gather(1, pairs), sizes.gather(1, pairs)
-    weight = 2 * torch.sigmoid(scores[:, :r] - scores[:, r:])  # w_a; w_b is 2 - w_a
     mine, other = masses[:, :r], masses[:, r:]
-    return _pull(tokens, plan, weight * mine / whole, (mine - (1 - weight) * other) / whole), joint
+    joint = _joint(sizes, mine, plan)
+    whole = joint.gather(1, plan.arrived)
+    lean = torch.tanh((scores[:, :r] - scores[:, r:]) / 2)  # w_a - 1, and 1 - w_b
+    return _pull(tokens, plan, torch.addcmul(mine, lean, mine) / whole, torch.addcmul(mine, lean, other) / whole), joint
 
 
 def size(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -45,8 +46,9 @@ def size(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tuple
 
     Source: ToMe (arXiv 2210.09461), section 3.
     """
-    joint = _joint(sizes, plan)
-    share = sizes.gather(1, plan.source) / joint.gather(1, plan.arrived)
+    mine = sizes.gather(1, plan.source)
+    joint = _joint(sizes, mine, plan)
+    share = mine / joint.gather(1, plan.arrived)
     return _pull(tokens, plan, share, share), joint
 
 
@@ -57,8 +59,9 @@ def normalized(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) ->
     equal sizes it equals `guided`.
     """
     weights = sizes * (importance - importance.amax(1, keepdim=True)).exp()
-    share = weights.gather(1, plan.source) / _joint(weights, plan).gather(1, plan.arrived)
-    return _pull(tokens, plan, share, share), _joint(sizes, plan)
+    mine = weights.gather(1, plan.source)
+    share = mine / _joint(weights, mine, plan).gather(1, plan.arrived)
+    return _pull(tokens, plan, share, share), _joint(sizes, sizes.gather(1, plan.source), plan)
 
 
 Ensemble = Callable[[Tensor, Tensor, Tensor, Plan], "tuple[Tensor, Tensor]"]
@@ -84,7 +87,7 @@ def coherence(tokens: Tensor, before: Tensor | None, plan: Plan) -> Tensor:
     stay = plan.kept.new_ones(plan.kept.shape, dtype=torch.float32) if before is None else before.gather(1, plan.kept)
     if plan.destination is None or plan.taken is None or plan.given is None:
         return stay
-    pairs, r, width = _pairs(plan), int(plan.source.shape[1]), int(tokens.shape[2])
+    pairs, r, width = plan.pairs, int(plan.source.shape[1]), int(tokens.shape[2])
     normed = F.layer_norm(take(tokens, pairs).float(), (width,))
     if before is not None:
         normed = normed * before.gather(1, pairs)[:, :, None]
@@ -113,20 +116,9 @@ def unmerge(tokens: Tensor, source: Tensor, fill: Tensor | None = None) -> Tenso
     return torch.where(source[:, :, None] < 0, fill, take(tokens, source.clamp(min=0)))
 
 
-def _destinations(plan: Plan) -> Tensor:
-    if plan.destination is None:
-        raise ValueError("the plan drops its sources: there is nothing to join; use a plan with destinations")
-    return plan.destination
-
-
-def _pairs(plan: Plan) -> Tensor:
-    """[B, 2 r] sources, then their destinations."""
-    return torch.cat([plan.source, _destinations(plan)], 1)
-
-
-def _joint(sizes: Tensor, plan: Plan) -> Tensor:
-    """[B, T - r] the sizes of the groups."""
-    return sizes.scatter_add(1, _destinations(plan), sizes.gather(1, plan.source)).gather(1, plan.kept)
+def _joint(sizes: Tensor, leaving: Tensor, plan: Plan) -> Tensor:
+    """[B, T - r] the sizes of the groups; `leaving` [B, r] are those of the sources."""
+    return sizes.scatter_add(1, plan.joined, leaving).gather(1, plan.kept)
 
 
 def _pull(tokens: Tensor, plan: Plan, taken: Tensor, given: Tensor) -> Tensor:
@@ -143,12 +135,12 @@ def _pull(tokens: Tensor, plan: Plan, taken: Tensor, given: Tensor) -> Tensor:
     """
     plan.taken, plan.given = taken, given
     if kernels.usable(tokens):
-        arguments = (plan.kept, plan.source, _destinations(plan), plan.arrived)
-        return kernels.pull(tokens, *arguments, taken, given)
+        return kernels.pull(tokens, plan.kept, plan.source, plan.joined, plan.arrived, taken, given)
     stay = take(tokens, plan.kept)
-    width = int(stay.shape[2])
+    left, r, width = int(stay.shape[1]), int(plan.source.shape[1]), int(stay.shape[2])
+    both = take(tokens, plan.pairs)
     # In float32 for half precision, as the weights are.
-    change = take(tokens, _pairs(plan)) * torch.cat([taken, -given], 1)[:, :, None]
-    rows = flat(torch.cat([plan.arrived, plan.arrived], 1), int(stay.shape[1]))
-    joined = stay.view(-1, width).index_add_(0, rows, change.to(tokens.dtype).view(-1, width))
+    change = both[:, :r] * taken[:, :, None]
+    change = torch.addcmul(change, both[:, r:], given[:, :, None], value=-1).to(tokens.dtype)
+    joined = stay.view(-1, width).index_add_(0, flat(plan.arrived, left), change.view(-1, width))
     return joined.view(stay.shape)

@@ -10,7 +10,6 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
@@ -26,8 +25,9 @@ def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
 
     Source: CrossGET (arXiv 2305.17455), section 3.1.
     """
-    unit = F.normalize(query.to(keys.dtype), dim=-1)
-    return torch.bmm(unit, keys.transpose(1, 2)).squeeze(1) * inverse_norms
+    query = query.to(keys.dtype)
+    length = torch.linalg.vector_norm(query, dim=-1).clamp_min(1e-12)
+    return torch.bmm(query, keys.transpose(1, 2)).squeeze(1) * (inverse_norms / length)
 
 
 def by_attention(weights: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Candidates:
         seed: what a random matching depends on.
         budget: similarities to hold at a time.
         sizes: [B, T] input tokens per token; None while all are one.
+        complete: every token's cosine with every other will be asked for.
     """
 
     def __init__(
@@ -52,18 +53,25 @@ class Candidates:
         seed: int = 0,
         budget: int = BUDGET,
         sizes: Tensor | None = None,
+        complete: bool = False,
     ) -> None:
+        batch, tokens, _ = (int(n) for n in given.shape)
         self.given = given
         self.sizes = sizes
         self.is_half = given.dtype in (torch.float16, torch.bfloat16)
+        # In float32 the kernels would do without tensor cores.
+        self.by_kernels = self.is_half and kernels.usable(given)
+        self.in_tiles = batch * tokens**2 > budget
+        self.complete = complete and not self.by_kernels and not self.in_tiles
         self.protected = protected
-        self.n_free = int(given.shape[1]) - n_protected
+        self.n_free = tokens - n_protected
         self.valid = valid
         self.ties = ties
         self.seed = seed
         self.budget = budget
         # Made when they are asked for. By hand: Dynamo cannot enter the lock of older Pythons' cached_property.
         self._keys: Tensor | None = None
+        self._products: Tensor | None = None
         self._inverse_norms: Tensor | None = None
 
     @property
@@ -75,9 +83,13 @@ class Candidates:
 
     @property
     def inverse_norms(self) -> Tensor:
-        """[B, T] one over the length of each key."""
+        """[B, T] one over the length of each key; where all products are wanted anyway, from their diagonal."""
         if self._inverse_norms is None:
-            self._inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
+            if self.complete:
+                self._products = torch.bmm(self.keys, self.keys.transpose(1, 2))
+                self._inverse_norms = self._products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt()
+            else:
+                self._inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
         return self._inverse_norms
 
     def limit(self, r: int) -> int:
@@ -102,8 +114,11 @@ class Candidates:
             [B, rows, columns].
         """
         (a, a_norms), (b, b_norms) = self._some(rows), self._some(columns)
-        products = torch.bmm(a, b.transpose(1, 2))
-        if rows is columns:  # all with all: a copy of the keys weighs more than what follows, and is not needed again
+        all_with_all = rows is columns
+        products, self._products = (self._products, None) if all_with_all else (None, self._products)
+        if products is None:
+            products = torch.bmm(a, b.transpose(1, 2))
+        if all_with_all:  # a copy of the keys weighs more than what follows, and is not needed again
             del a, b
             self._keys = None
         for some in bands(products):
@@ -119,7 +134,8 @@ class Candidates:
 
     def hidden(self) -> Tensor:
         """[B, T] what is added to similarities with each token: -inf for one that is protected, otherwise 0."""
-        return torch.zeros_like(self.inverse_norms).masked_fill(self.protected, -math.inf)
+        none = self.given.new_zeros(self.protected.shape, dtype=torch.float32 if self.is_half else self.given.dtype)
+        return none.masked_fill_(self.protected, -math.inf)
 
     def argsort(self, values: Tensor, descending: bool = False) -> Tensor:
         """Sorted order of `values` [B, N] along the last axis, with this object's rule for ties."""
@@ -160,15 +176,29 @@ class Plan:
         batch, left = int(source.shape[0]), tokens - int(source.shape[1])
         order = torch.arange(tokens, device=source.device).expand(batch, tokens)
         # Integers, not booleans: tracing has no scatter with a boolean value.
-        stays = torch.ones_like(order).scatter(1, source, 0)
-        new = stays.cumsum(1) - 1
+        new = order - torch.zeros_like(order).scatter(1, source, 1).cumsum(1)
         # The removed ones share a place behind the others: static shapes, no wait for the device.
-        place = new.masked_fill(stays == 0, left)
+        place = new.scatter(1, source, left)
         self.kept = new.new_empty(batch, left + 1).scatter(1, place, order)[:, :left]
         self.source = source
         self.destination = destination
         self.arrived = torch.full_like(source, -1) if destination is None else new.gather(1, destination)
         self.index = new.scatter(1, source, self.arrived)
+        self._pairs: Tensor | None = None
+
+    @property
+    def joined(self) -> Tensor:
+        """[B, r] the destinations; a ValueError where there are none."""
+        if self.destination is None:
+            raise ValueError("the plan drops its sources: there is nothing to join; use a plan with destinations")
+        return self.destination
+
+    @property
+    def pairs(self) -> Tensor:
+        """[B, 2 r] sources, then their destinations."""
+        if self._pairs is None:
+            self._pairs = torch.cat([self.source, self.joined], 1)
+        return self._pairs
 
 
 def shares(plan: Plan) -> Tensor | None:
@@ -220,8 +250,7 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
 
     Source: CrossGET (arXiv 2305.17455), section 3.2 and algorithm 1.
     """
-    # In float32 the kernels would do without tensor cores.
-    if candidates.is_half and kernels.usable(candidates.given):
+    if candidates.by_kernels:
         return kernels.complete_graph(candidates.given, candidates.protected, candidates.valid, r, importance)
     return _in_a_graph(candidates, candidates.cosines, r, importance)
 
@@ -349,9 +378,7 @@ Pairs = Square | Tiles
 
 def pairs_of(candidates: Candidates, hidden: Tensor, similar: Similarity) -> Pairs:
     """The similarities of all pairs, at once or in tiles; `hidden` [B, T] is added, see `Candidates.hidden`."""
-    batch, tokens, _ = (int(n) for n in candidates.given.shape)
-    form = Tiles if batch * tokens**2 > candidates.budget else Square
-    return form(candidates, hidden, similar)
+    return (Tiles if candidates.in_tiles else Square)(candidates, hidden, similar)
 
 
 def nearest_similarity(candidates: Candidates) -> Tensor:

@@ -238,8 +238,9 @@ class Merging(Reducer):
         with torch.no_grad():
             keys = _compared(view, self.keys)
             candidates = Candidates(
-                keys, view.protected, view.n_protected, view.valid, self.ties, self.seed, sizes=view.sizes
-            )
+                keys, view.protected, view.n_protected, view.valid, self.ties, self.seed, sizes=view.sizes,
+                complete=self.matching == "complete_graph",
+            )  # fmt: skip
             r = candidates.limit(r)
             if r == 0:
                 return None

@@ -173,13 +173,14 @@ class TokenState:
         new = TokenState(self.length, self.cross, self.prefix, self.record)
         new.sizes, new.coherence = sizes, coherence
         new.positions = self.positions.gather(1, plan.kept)
-        new.source = plan.index.gather(1, self.source.clamp(min=0))
+        source = self.source.clamp(min=0) if self.dropped else self.source
+        new.source = plan.index.gather(1, source)
         new.dropped = self.dropped or plan.destination is None
         if self.dropped:
             new.source = torch.where(self.source < 0, self.source, new.source)
         if self.weights is not None:
             share = shares(plan)
-            new.weights = None if share is None else self.weights * share.gather(1, self.source.clamp(min=0))
+            new.weights = None if share is None else self.weights * share.gather(1, source)
         new.protected = self.protected.gather(1, plan.kept)
         new.n_protected = self.n_protected
         new.valid = None if self.valid is None else self.valid.gather(1, plan.kept)
