@@ -473,7 +473,7 @@ class Closeness:
         """As `Candidates.cosines`."""
         (a, a_squares, a_inverse), (b, b_squares, b_inverse) = self._some(rows), self._some(columns)
         # All with all: half of the products are the other half.
-        pairs = _symmetric(a) if rows is columns else torch.bmm(a, b.transpose(1, 2))
+        pairs = symmetric(a) if rows is columns else torch.bmm(a, b.transpose(1, 2))
         for some in bands(pairs):
             band, squares = pairs[:, some], a_squares[:, some, None] + b_squares[:, None, :]
             band.mul_(-2).add_(squares).clamp_min_(0).div_(a_inverse[:, some, None] + b_inverse[:, None, :]).neg_()
@@ -487,7 +487,7 @@ class Closeness:
         return take(self.points, which), self.squares.gather(1, which), self.inverse.gather(1, which)
 
 
-def _symmetric(x: Tensor) -> Tensor:
+def symmetric(x: Tensor) -> Tensor:
     """[B, T, T] products of all rows of `x` [B, T, C] with each other; those of its two halves are computed once."""
     batch, tokens, _ = (int(n) for n in x.shape)
     half = tokens // 2

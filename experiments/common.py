@@ -96,6 +96,11 @@ def environment(device: str = "cpu") -> Json:
     }
 
 
+def short_name(device: str) -> str:
+    """Return a processor's or a GPU's name without the words that all of them have."""
+    return " ".join(device.replace("(R)", "").replace("Processor", "").split())
+
+
 def file_digest(file: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

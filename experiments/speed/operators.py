@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossget
 from crossget.benchmark import calling, quartiles, take_turns
-from crossget.matching import bound_of, take
+from crossget.matching import bound_of, symmetric, take
 from crossget.reducers import Host, View
 from experiments import common
 
@@ -80,6 +80,8 @@ def pairs(run: Run, flex: bool = False) -> dict[str, Pair]:
     keys = k.transpose(1, 2).flatten(2)
     wide, half = keys.float(), keys.bfloat16()
     similarity = wide @ wide.transpose(1, 2)
+    inverse_norms = torch.linalg.vector_norm(wide, dim=-1).reciprocal()
+    priority = torch.rand(batch, tokens, generator=generator)
     rank = torch.rand(batch, tokens, generator=generator).argsort(1).float()
     kept = torch.rand(batch, tokens, generator=generator).argsort(1)[:, REMOVED:].sort(1).values
     bias = torch.rand(batch, 1, 1, tokens, generator=generator).to(dtype)
@@ -94,16 +96,20 @@ def pairs(run: Run, flex: bool = False) -> dict[str, Pair]:
     def bounded() -> Any:
         return torch.minimum(similarity, bound_of(rank, rank)).amax(-1)
 
-    def scaled() -> Any:
-        norms = torch.linalg.vector_norm(wide, dim=-1)
-        return similarity * (norms[:, :, None] * norms[:, None, :])
-
     attended = {"sizes: a mask instead of FlexAttention": flexible(q, k, v, bias)} if flex else {}
     return {
         "rank: minimum instead of a mask": (bounded, masked),
         "norms: scale the products instead of the keys": (
-            scaled,
-            lambda: F.normalize(wide, dim=-1),
+            lambda: similarity * (inverse_norms[:, :, None] * inverse_norms[:, None, :]),
+            lambda: wide * inverse_norms[:, :, None],
+        ),
+        "norms: the products' diagonal instead of the keys": (
+            lambda: similarity.diagonal(dim1=1, dim2=2).rsqrt(),
+            lambda: torch.linalg.vector_norm(wide, dim=-1).reciprocal(),
+        ),
+        "sources: a sort instead of a top-k": (
+            lambda: priority.argsort(1)[:, :REMOVED],
+            lambda: priority.topk(REMOVED, 1, largest=False).indices,
         ),
         "rows: copied whole instead of gathered": (
             lambda: take(x, kept),
@@ -118,6 +124,10 @@ def pairs(run: Run, flex: bool = False) -> dict[str, Pair]:
             lambda: F.scaled_dot_product_attention(q, k, v),
         ),
         **attended,
+        "product of keys: all instead of one half, copied": (
+            lambda: torch.bmm(wide, wide.transpose(1, 2)),
+            lambda: symmetric(wide),
+        ),
         "product of keys: float32 instead of bfloat16": (
             lambda: torch.bmm(wide, wide.transpose(1, 2)),
             lambda: torch.bmm(half, half.transpose(1, 2)),
@@ -190,7 +200,7 @@ def markdown(contents: Sequence[common.Json]) -> str:
     rows = [
         [
             row["choice"],
-            content["environment"]["device"].partition("(")[0],
+            common.short_name(content["environment"]["device"]),
             content["run"]["batch"],
             content["run"]["dtype"],
             *(_ms(row, side) for side in ("chosen", "other")),

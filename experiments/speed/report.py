@@ -29,6 +29,12 @@ def fill(page: str, name: str, content: str) -> str:
     return f"{before}{start}{content}\n{end}{rest.partition(end)[2]}"
 
 
+def results(kind: str) -> list[common.Json]:
+    """Return the committed results of one kind, of all machines: one may have a folder of its own."""
+    folders = sorted(towers.RESULTS.glob(f"**/{kind}"))
+    return [content for folder in folders for content in common.read_results(folder)]
+
+
 def by_device(contents: Sequence[common.Json]) -> dict[str, list[common.Json]]:
     """Return the results of each device: what one took says nothing about another."""
     groups: dict[str, list[common.Json]] = {}
@@ -41,20 +47,34 @@ def by_device(contents: Sequence[common.Json]) -> dict[str, list[common.Json]]:
 
 def written(page: str) -> str:
     """Return the page with the tables of the committed results."""
-    measured = by_device(common.read_results(towers.RESULTS / "towers"))
+    measured = by_device(results("towers"))
     page = fill(page, "towers", "\n\n".join(f"{name}:\n\n{towers.markdown(some)}" for name, some in measured.items()))
-    page = fill(page, "operators", operators.markdown(common.read_results(operators.RESULTS / "operators")))
-    return fill(page, "costs", costs.markdown(common.read_results(costs.RESULTS / "costs")))
+    page = fill(page, "operators", operators.markdown(results("operators")))
+    return fill(page, "costs", costs.markdown(results("costs")))
 
 
 def draw(contents: Sequence[common.Json], file: Path) -> None:
-    """Draw measured speed-ups beside what the multiply-adds promise."""
+    """Draw measured speed-ups beside what the multiply-adds promise, each machine by itself."""
     from matplotlib.figure import Figure
 
-    fitting = [content for content in contents if "does_not_fit" not in content["result"]]
-    figure = Figure(figsize=(9, 0.9 + 0.72 * len(fitting)), layout="constrained")
-    axes: Any = figure.subplots()
-    for place, content in enumerate(fitting):
+    machines = by_device([content for content in contents if "does_not_fit" not in content["result"]])
+    rows = max(len(some) for some in machines.values())
+    figure = Figure(figsize=(6.5 * len(machines), 1.2 + 0.62 * rows), layout="constrained")
+    columns: Any = figure.subplots(1, len(machines), sharex=True, squeeze=False)[0]
+    for axes, some in zip(columns, machines.values(), strict=True):
+        _draw_bars(axes, towers.in_order(some))
+        axes.set_title(common.short_name(some[0]["environment"]["device"]))
+        axes.set_ylim(rows - 0.5, -0.5)
+    handles, labels = columns[0].get_legend_handles_labels()
+    figure.supxlabel("speed relative to dense (median, quartiles)")
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(file, dpi=80, metadata={"Software": None})
+
+
+def _draw_bars(axes: Any, contents: Sequence[common.Json]) -> None:
+    """Draw three bars for each result."""
+    names = []
+    for place, content in enumerate(contents):
         rows = {row["method"]: row for row in content["result"]["rows"]}
         for i, (method, colour) in enumerate(COLOURS.items()):
             row, height = rows[method], place + 0.26 * (i - 1)
@@ -64,24 +84,18 @@ def draw(contents: Sequence[common.Json], file: Path) -> None:
             axes.barh(height, row["speed"], 0.24, color=colour, label=label, xerr=spread, error_kw={"lw": 1})
             promised = "promised by multiply-adds" if place == 0 and i == 0 else None
             axes.plot([row["promised"]] * 2, [height - 0.12, height + 0.12], "k", lw=2, label=promised)
-    names = []
-    for content in fitting:
         run = content["run"]
-        kind = "training step" if run["train"] else run["mode"]
-        where = content["environment"]["device"].partition("(")[0]
-        names.append(f"{run['tower']}, batch {run['batch']}, {kind}\n{run['dtype']}, {where}")
+        names.append(
+            f"{run['tower']}, batch {run['batch']}\n{run['dtype']}, {'training' if run['train'] else run['mode']}"
+        )
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
     axes.axvline(1, color="k", lw=0.8, ls=":")
-    axes.set_xlabel("speed relative to dense (median, quartiles)")
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
 def main() -> None:
     """Write the page and the figure."""
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(common.read_results(towers.RESULTS / "towers"), FIGURE)
+    draw(results("towers"), FIGURE)
 
 
 if __name__ == "__main__":

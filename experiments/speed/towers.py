@@ -422,12 +422,14 @@ def cells(content: common.Json) -> list[list[str]]:
     return rows
 
 
+def in_order(contents: Sequence[common.Json]) -> list[common.Json]:
+    """Return results as they are shown: by kind, then by tower and batch."""
+    return sorted(contents, key=lambda c: [c["run"][k] for k in ("device", "train", "mode", "dtype", "tower", "batch")])
+
+
 def markdown(contents: Sequence[common.Json], fmt: str = "github") -> str:
     """Return results as one table."""
-    order = sorted(
-        contents, key=lambda c: [c["run"][k] for k in ("device", "train", "mode", "dtype", "tower", "batch")]
-    )
-    rows = [line for content in order for line in cells(content)]
+    rows = [line for content in in_order(contents) for line in cells(content)]
     return tabulate(rows, COLUMNS, tablefmt=fmt, disable_numparse=True, colalign=["left"] * 4 + ["right"] * 6)
 
 

@@ -221,5 +221,5 @@ def test_the_page_shows_the_committed_results() -> None:
 
 
 def test_the_figure(tmp_path: Path) -> None:
-    report.draw(common.read_results(towers.RESULTS / "towers"), tmp_path / "speed.png")
+    report.draw(report.results("towers"), tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
