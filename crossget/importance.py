@@ -26,7 +26,7 @@ def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
     Source: CrossGET (arXiv 2305.17455), section 3.1.
     """
     query = query.to(keys.dtype)
-    length = torch.linalg.vector_norm(query, dim=-1).clamp_min(1e-12)
+    length: Tensor = torch.linalg.vector_norm(query, dim=-1).clamp_min(1e-12)
     return torch.bmm(query, keys.transpose(1, 2)).squeeze(1) * (inverse_norms / length)
 
 
