@@ -87,7 +87,8 @@ class Candidates:
         if self._inverse_norms is None:
             if self.complete:
                 self._products = torch.bmm(self.keys, self.keys.transpose(1, 2))
-                self._inverse_norms = self._products.diagonal(dim1=1, dim2=2).clamp_min(1e-24).rsqrt()
+                diagonal = self._products.flatten(1)[:, :: int(self.keys.shape[1]) + 1]
+                self._inverse_norms = diagonal.clamp_min(1e-24).rsqrt()
             else:
                 self._inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
         return self._inverse_norms

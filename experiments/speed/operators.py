@@ -104,7 +104,7 @@ def pairs(run: Run, flex: bool = False) -> dict[str, Pair]:
             lambda: wide * inverse_norms[:, :, None],
         ),
         "norms: the products' diagonal instead of the keys": (
-            lambda: similarity.diagonal(dim1=1, dim2=2).rsqrt(),
+            lambda: similarity.flatten(1)[:, :: tokens + 1].rsqrt(),
             lambda: torch.linalg.vector_norm(wide, dim=-1).reciprocal(),
         ),
         "sources: a sort instead of a top-k": (
