@@ -116,12 +116,12 @@ class Candidates:
         """
         (a, a_norms), (b, b_norms) = self._some(rows), self._some(columns)
         all_with_all = rows is columns
-        products, self._products = (self._products, None) if all_with_all else (None, self._products)
+        products = self._products if all_with_all else None
         if products is None:
             products = torch.bmm(a, b.transpose(1, 2))
         if all_with_all:  # a copy of the keys weighs more than what follows, and is not needed again
             del a, b
-            self._keys = None
+            self._keys = self._products = None
         for some in bands(products):
             products[:, some].mul_(a_norms[:, some, None] * b_norms[:, None, :])
         return products

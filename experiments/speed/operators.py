@@ -124,7 +124,7 @@ def pairs(run: Run, flex: bool = False) -> dict[str, Pair]:
             lambda: F.scaled_dot_product_attention(q, k, v),
         ),
         **attended,
-        "product of keys: all instead of one half, copied": (
+        "product of keys: all instead of 3/4, the rest copied": (
             lambda: torch.bmm(wide, wide.transpose(1, 2)),
             lambda: symmetric(wide),
         ),
