@@ -40,7 +40,6 @@ class Candidates:
         seed: what a random matching depends on.
         budget: similarities to hold at a time.
         sizes: [B, T] input tokens per token; None while all are one.
-        complete: every token's cosine with every other will be asked for.
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class Candidates:
         seed: int = 0,
         budget: int = BUDGET,
         sizes: Tensor | None = None,
-        complete: bool = False,
     ) -> None:
         batch, tokens, _ = (int(n) for n in given.shape)
         self.given = given
@@ -62,7 +60,6 @@ class Candidates:
         # In float32 the kernels would do without tensor cores.
         self.by_kernels = self.is_half and kernels.usable(given)
         self.in_tiles = batch * tokens**2 > budget
-        self.complete = complete and not self.by_kernels and not self.in_tiles
         self.protected = protected
         self.n_free = tokens - n_protected
         self.valid = valid
@@ -71,7 +68,6 @@ class Candidates:
         self.budget = budget
         # Made when they are asked for. By hand: Dynamo cannot enter the lock of older Pythons' cached_property.
         self._keys: Tensor | None = None
-        self._products: Tensor | None = None
         self._inverse_norms: Tensor | None = None
 
     @property
@@ -83,14 +79,9 @@ class Candidates:
 
     @property
     def inverse_norms(self) -> Tensor:
-        """[B, T] one over the length of each key; where all products are wanted anyway, from their diagonal."""
+        """[B, T] one over the length of each key, rounded alike with tiles and without."""
         if self._inverse_norms is None:
-            if self.complete:
-                self._products = torch.bmm(self.keys, self.keys.transpose(1, 2))
-                diagonal = self._products.flatten(1)[:, :: int(self.keys.shape[1]) + 1]
-                self._inverse_norms = diagonal.clamp_min(1e-24).rsqrt()
-            else:
-                self._inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
+            self._inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
         return self._inverse_norms
 
     def limit(self, r: int) -> int:
@@ -115,13 +106,10 @@ class Candidates:
             [B, rows, columns].
         """
         (a, a_norms), (b, b_norms) = self._some(rows), self._some(columns)
-        all_with_all = rows is columns
-        products = self._products if all_with_all else None
-        if products is None:
-            products = torch.bmm(a, b.transpose(1, 2))
-        if all_with_all:  # a copy of the keys weighs more than what follows, and is not needed again
+        products = torch.bmm(a, b.transpose(1, 2))
+        if rows is columns:  # all with all: a copy of the keys weighs more than what follows, and is not needed again
             del a, b
-            self._keys = self._products = None
+            self._keys = None
         for some in bands(products):
             products[:, some].mul_(a_norms[:, some, None] * b_norms[:, None, :])
         return products

@@ -238,9 +238,8 @@ class Merging(Reducer):
         with torch.no_grad():
             keys = _compared(view, self.keys)
             candidates = Candidates(
-                keys, view.protected, view.n_protected, view.valid, self.ties, self.seed, sizes=view.sizes,
-                complete=self.matching == "complete_graph",
-            )  # fmt: skip
+                keys, view.protected, view.n_protected, view.valid, self.ties, self.seed, sizes=view.sizes
+            )
             r = candidates.limit(r)
             if r == 0:
                 return None

@@ -289,7 +289,7 @@ def match(tokens: int, options: Options) -> common.Json:
     protected = torch.arange(tokens)[None] == 0
 
     def pairs(budget: int) -> tuple[Tensor, Tensor]:
-        return complete_graph(Candidates(keys, protected, 1, budget=budget, complete=True), tokens // 8)
+        return complete_graph(Candidates(keys, protected, 1, budget=budget), tokens // 8)
 
     budgets = {"budget": options.budget, "whole": UNLIMITED}
     if whole_bytes(tokens) >= WHOLE_BYTES:

@@ -103,9 +103,9 @@ def pairs(run: Run, flex: bool = False) -> dict[str, Pair]:
             lambda: similarity * (inverse_norms[:, :, None] * inverse_norms[:, None, :]),
             lambda: wide * inverse_norms[:, :, None],
         ),
-        "norms: the products' diagonal instead of the keys": (
-            lambda: similarity.flatten(1)[:, :: tokens + 1].rsqrt(),
+        "norms: of the keys instead of the products' diagonal": (
             lambda: torch.linalg.vector_norm(wide, dim=-1).reciprocal(),
+            lambda: similarity.flatten(1)[:, :: tokens + 1].rsqrt(),
         ),
         "sources: a sort instead of a top-k": (
             lambda: priority.argsort(1)[:, :REMOVED],

@@ -18,7 +18,7 @@ SMALL = Run(batch=2, tokens=40, width=96, dtype="float32", rounds=2)
 
 @pytest.mark.parametrize(
     "choice",
-    ["rank", "norms: the products", "sources", "rows", "sizes: a mask instead of wider heads", "product of keys: all"],
+    ["rank", "norms: of the keys", "sources", "rows", "sizes: a mask instead of wider heads", "product of keys: all"],
 )
 def test_both_sides_compute_the_same(choice: str) -> None:
     (found,) = (pair for name, pair in pairs(SMALL).items() if name.startswith(choice))
