@@ -11,7 +11,6 @@ stopped goes on as if it had not been.
 import contextlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -279,7 +278,7 @@ def fit(
             save_checkpoint(accelerator, checkpoints, progress.step)
     bar.close()
     state = {key: value.detach().cpu() for key, value in accelerator.get_state_dict(model).items()}
-    # Not end_training(): that ends the process group, too, and the next row of a queue needs it.
+    # Not end_training(): that ends the group of processes, too, and the next row of a queue needs it.
     for tracker in accelerator.trackers:
         tracker.finish()
     return Fitted(progress.history, steps, state, accelerator.num_processes)
@@ -295,20 +294,6 @@ def take(model: nn.Module, attached: crossget.Attachment | None, state: Mapping[
     model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
     if attached is not None:
         attached.unregister_parameters()
-
-
-def is_main() -> bool:
-    """Return whether this is the process that evaluates and writes; also before `fit` has set up anything.
-
-    Not by Accelerate's PartialState: whoever asks it first sets up its device and its kind of processes for good.
-    """
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def wait_for_everyone() -> None:
-    """Wait until all processes are here."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def build_optimizer(task: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]], recipe: Recipe) -> Any:
@@ -378,28 +363,3 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
         name: value if isinstance(value, (int, float, str)) else json.dumps(value)
         for name, value in vars(recipe).items()
     }
-
-
-class _Gather(torch.autograd.Function):
-    """All processes' rows; the gradient of a process's rows is what all processes have for them."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        rows = rows.contiguous()
-        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, rows)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        torch.distributed.all_reduce(gradient)  # not reduce_scatter: gloo has none
-        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """Return the rows of all processes [W * B, ..], with gradients: those of every process reach each row."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return rows
-    gathered: Tensor = _Gather.apply(rows)
-    return gathered

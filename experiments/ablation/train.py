@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
-from experiments import common, engine
+from experiments import common, engine, processes
 from experiments.ablation.presets import RECIPES, TRAINED, TRAINED_REDUCTIONS, Trained
 from experiments.ablation.run import predict, score
 from experiments.ablation.settings import SETTINGS, Images, Samples, Setting, find_samples, load_images, load_model
@@ -164,7 +164,7 @@ def execute(
             data = Skipping(data)
         folder = None if options.work is None else options.work / run.slug
         fitted = fit(model, attached, row, data, recipe, folder, run.slug, options.trackers)
-        if not engine.is_main():
+        if not processes.is_main():
             return None
         model, attached = build(row, run, options.weights)
         engine.take(model, attached, fitted.state)
@@ -190,6 +190,7 @@ def command(options: Options, run: Run) -> str:
     return shlex.join([*words, *options.words()])
 
 
+@processes.ending_group
 def main(options: Options) -> int:
     """Work off the queue and return the number of runs executed."""
     runs = queue(options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import crossget
-from experiments import common, engine, samples
+from experiments import common, engine, processes, samples
 from experiments.coop import datasets
 from experiments.coop.presets import PRESETS, SETTINGS, Preset, recipe_of
 from experiments.coop.prompts import PromptLearner
@@ -285,10 +285,10 @@ def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json
             built, drawn, recipe, preset, setting.crop, options.work / run.slug,
             skip_bad=options.skip_bad, trackers=options.trackers, name=run.slug,
         )  # fmt: skip
-        if engine.is_main():
+        if processes.is_main():
             save_prompts(fitted.state["learner.ctx"], prompts_file(options, run))
-        engine.wait_for_everyone()  # the next row may start from these prompts, on every process
-        if not engine.is_main():
+        processes.wait_for_everyone()  # the next row may start from these prompts, on every process
+        if not processes.is_main():
             return None
         # The model in memory may be sharded; what was learnt goes into a new one.
         built = build(options, run, data.names)
@@ -296,7 +296,7 @@ def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json
         if built.attached is not None:
             built.attached.save(options.work / run.slug)
         result.update(history=fitted.history, recipe=asdict(recipe), processes=fitted.processes)
-    elif not engine.is_main():
+    elif not processes.is_main():
         return None
     template = None
     if preset.prompts == "template":
@@ -336,6 +336,7 @@ def command(options: Options, run: Run) -> str:
     return shlex.join([*words, *options.words()])
 
 
+@processes.ending_group
 def main(options: Options) -> int:
     """Work off the queue; return how many runs were executed."""
     runs = queue(options)

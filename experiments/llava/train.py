@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 import crossget
 from crossget.checkpoint import write
+from experiments import processes
 from experiments.llava.conversation import IGNORED, Encoder
 from experiments.llava.data import Collator, Conversations, GroupedSampler, read_samples
 
@@ -273,6 +274,7 @@ def save(trainer: InstructionTrainer, attached: crossget.Attachment, processor: 
     trainer.accelerator.wait_for_everyone()
 
 
+@processes.ending_group
 def main(options: Options) -> InstructionTrainer:
     """Train, from the last checkpoint if there is one, and write the trained model to `options.out`."""
     samples = read_samples(options.data, options.skip_bad)

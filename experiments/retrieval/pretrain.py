@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from experiments import common, engine
+from experiments import common, engine, processes
 from experiments.retrieval import data, models
 from experiments.retrieval.presets import SETTINGS
 from experiments.retrieval.run import RESULTS, measure, save_weights, train
@@ -43,6 +43,7 @@ class Options:
     """Where the result file goes."""
 
 
+@processes.ending_group
 def main(options: Options) -> None:
     """Train, evaluate, and write the model and a result file."""
     setting = SETTINGS[options.setting]
@@ -58,7 +59,7 @@ def main(options: Options) -> None:
     start, environment = time.perf_counter(), common.environment("cuda" if torch.cuda.is_available() else "cpu")
     folder = options.work / options.setting / "pretrain"
     fitted = train(clip, photos["train"], recipe, setting.captions, folder, trackers=options.trackers, name="pretrain")
-    if not engine.is_main():
+    if not processes.is_main():
         return
     engine.take(clip.model, None, fitted.state)
     save_weights(clip, options.out)

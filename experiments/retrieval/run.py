@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import crossget
-from experiments import common, engine, samples
+from experiments import common, engine, processes, samples
 from experiments.retrieval import data, evaluate, models
 from experiments.retrieval.presets import PRESETS, SETTINGS, Preset, Setting
 from experiments.retrieval.task import RetrievalTask
@@ -151,7 +151,7 @@ def count(clip: models.Clip) -> common.Json:
 def execute(options: Options, run: Run, photos: dict[str, list[data.Photo]], origin: common.Json) -> common.Json | None:
     """Train one row, evaluate it, and return what is to be written; None on all processes but the main one."""
     setting, preset = SETTINGS[run.setting], PRESETS[run.preset]
-    if preset.train is None and not engine.is_main():
+    if preset.train is None and not processes.is_main():
         return None
     name = options.model or setting.model
     clip, attached = build(setting, preset, run, name, options.weights)
@@ -163,7 +163,7 @@ def execute(options: Options, run: Run, photos: dict[str, list[data.Photo]], ori
             attached=attached, preset=preset, gather=options.gather, skip_bad=options.skip_bad,
             trackers=options.trackers, name=run.slug,
         )  # fmt: skip
-        if not engine.is_main():
+        if not processes.is_main():
             return None
         clip, attached = build(setting, preset, run, name, options.weights)
         engine.take(clip.model, attached, fitted.state)
@@ -226,6 +226,7 @@ def load_photos(options: Options) -> tuple[dict[str, list[data.Photo]], common.J
     return photos, origin
 
 
+@processes.ending_group
 def main(options: Options) -> int:
     """Work off the queue; return how many runs were executed."""
     runs = queue(options)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import crossget
 from crossget.alignment import Divergence
-from experiments.engine import gather_rows
+from experiments.processes import gather_rows
 from experiments.retrieval.models import Clip, contrastive_loss
 
 

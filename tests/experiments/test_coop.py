@@ -711,6 +711,7 @@ def test_two_processes_are_one_with_the_same_batch(
         "    presets=('zero_shot', 'coop', 'coop_control', 'crossget'), seeds=(0,), percent=(58,), shots=4,\n"
         "    context=4, batch=4,\n"
         "    epochs=2, model='tiny', weights=photos / 'dense.pt'))\n"
+        "assert not torch.distributed.is_initialized()\n"
     )
     config = str(ROOT / "experiments/configs/ddp.yaml")
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]

@@ -348,6 +348,7 @@ def test_a_stopped_run_goes_on(
 ON_CPUS = """
 import accelerate.state as state
 from experiments.retrieval import run
+import torch
 import tyro
 
 usual = state.AcceleratorState.__init__
@@ -361,6 +362,7 @@ def sharding(self, *args, **given):
 state.AcceleratorState.__init__ = sharding
 run.main(tyro.cli(run.Options))
 assert state.AcceleratorState().distributed_type == state.DistributedType.FSDP
+assert not torch.distributed.is_initialized()
 """
 
 
