@@ -40,6 +40,9 @@ _Mode = Callable[[], AbstractContextManager[Any]]
 
 DENSE = "dense"
 _LIBRARIES = ("crossget", "timm", "open_clip_torch", "transformers", "fvcore")
+# Of x86, then of ARM, as Linux writes them.
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,10 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
     Args:
         device: the one that was used.
+
+    Returns:
+        What JSON can hold, by name. On a CPU, "instructions" are those that matrix products gain from, where the system
+        tells them: processors of one name differ in them, and so do virtual machines on the same one.
     """
     device = torch.device(device)
     return {
@@ -213,6 +220,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": _device_name(device),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
+        **({"instructions": found} if device.type == "cpu" and (found := _instructions()) else {}),
     }
 
 
@@ -411,10 +419,20 @@ def _device_name(device: torch.device) -> str:
 
 def _processor() -> str:
     """The processor's model where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    """Which of `_INSTRUCTIONS` the system lists; none where it lists nothing."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()  # what x86 and ARM call them
+    return [name for name in _INSTRUCTIONS if name in flags]
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says about the first processor; empty where it does not."""
+    if _CPUINFO.exists():
+        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key and value.strip():
                 return value.strip()
-    return platform.processor() or platform.machine()
+    return ""

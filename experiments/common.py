@@ -96,9 +96,15 @@ def environment(device: str = "cpu") -> Json:
     }
 
 
-def short_name(device: str) -> str:
-    """Return a processor's or a GPU's name without the words that all of them have."""
-    return " ".join(device.replace("(R)", "").replace("Processor", "").split())
+def short_name(environment: Mapping[str, Any]) -> str:
+    """Return a processor's or a GPU's name without the words that all of them have, and what tells two of them apart.
+
+    Args:
+        environment: of a result file; older ones do not tell a processor's instructions.
+    """
+    name = " ".join(environment["device"].replace("(R)", "").replace("Processor", "").split())
+    instructions = environment.get("instructions")
+    return f"{name} ({', '.join(instructions)})" if instructions else name
 
 
 def file_digest(file: Path) -> str:

@@ -1,9 +1,12 @@
 """Speed is a ratio to the dense model of the same run; the tests look at how it is measured, not at how fast it is."""
 
+import importlib
 import json
+import platform
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,6 +293,30 @@ def test_environment_says_where_a_number_comes_from() -> None:
     assert where["device"]
     assert "fvcore" in where
     json.dumps(where)
+
+
+@pytest.mark.parametrize(
+    ("lines", "device", "instructions"),
+    [
+        ("model name\t: Some Xeon\nflags\t\t: fpu avx2 amx_bf16 amx_tile", "Some Xeon", ["avx2", "amx_bf16"]),
+        ("BogoMIPS\t: 50\nFeatures\t: fp asimd bf16", None, ["asimd", "bf16"]),
+        ("model name\t: Old\nflags\t\t: fpu sse2", "Old", None),
+        (None, None, None),
+    ],
+)  # fmt: skip
+def test_a_processor_is_told_by_its_instructions(
+    lines: str | None,
+    device: str | None,
+    instructions: list[str] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if lines is not None:
+        (tmp_path / "cpuinfo").write_text(lines + "\n\n" + lines.replace("Some", "Other"))
+    monkeypatch.setattr(importlib.import_module("crossget.benchmark"), "_CPUINFO", tmp_path / "cpuinfo")
+    where = environment()
+    assert where.get("instructions") == instructions
+    assert where["device"] == (device or platform.processor() or platform.machine())
 
 
 @pytest.mark.gpu

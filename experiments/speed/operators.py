@@ -200,7 +200,7 @@ def markdown(contents: Sequence[common.Json]) -> str:
     rows = [
         [
             row["choice"],
-            common.short_name(content["environment"]["device"]),
+            common.short_name(content["environment"]),
             content["run"]["batch"],
             content["run"]["dtype"],
             *(_ms(row, side) for side in ("chosen", "other")),

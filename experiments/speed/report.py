@@ -41,7 +41,7 @@ def by_device(contents: Sequence[common.Json]) -> dict[str, list[common.Json]]:
     for content in contents:
         where = content["environment"]
         threads = f", {where['threads']} threads" if content["run"]["device"] == "cpu" else ""
-        groups.setdefault(f"{where['device']}{threads}, torch {where['torch']}", []).append(content)
+        groups.setdefault(f"{common.short_name(where)}{threads}, torch {where['torch']}", []).append(content)
     return groups
 
 
@@ -63,7 +63,7 @@ def draw(contents: Sequence[common.Json], file: Path) -> None:
     columns: Any = figure.subplots(1, len(machines), sharex=True, squeeze=False)[0]
     for axes, some in zip(columns, machines.values(), strict=True):
         _draw_bars(axes, towers.in_order(some))
-        axes.set_title(common.short_name(some[0]["environment"]["device"]))
+        axes.set_title(common.short_name(some[0]["environment"]))
         axes.set_ylim(rows - 0.5, -0.5)
     handles, labels = columns[0].get_legend_handles_labels()
     figure.supxlabel("speed relative to dense (median, quartiles)")
