@@ -54,18 +54,22 @@ def written(page: str) -> str:
 
 
 def draw(contents: Sequence[common.Json], file: Path) -> None:
-    """Draw measured speed-ups beside what the multiply-adds promise, each machine by itself."""
+    """Draw measured speed-ups beside what the multiply-adds promise, each machine by itself, two side by side."""
     from matplotlib.figure import Figure
 
-    machines = by_device([content for content in contents if "does_not_fit" not in content["result"]])
-    rows = max(len(some) for some in machines.values())
-    figure = Figure(figsize=(6.5 * len(machines), 1.2 + 0.62 * rows), layout="constrained")
-    columns: Any = figure.subplots(1, len(machines), sharex=True, squeeze=False)[0]
-    for axes, some in zip(columns, machines.values(), strict=True):
-        _draw_bars(axes, towers.in_order(some))
-        axes.set_title(common.short_name(some[0]["environment"]))
-        axes.set_ylim(rows - 0.5, -0.5)
-    handles, labels = columns[0].get_legend_handles_labels()
+    machines = list(by_device([content for content in contents if "does_not_fit" not in content["result"]]).values())
+    lines = [machines[i : i + 2] for i in range(0, len(machines), 2)]
+    rows = [max(len(some) for some in line) for line in lines]
+    figure = Figure(figsize=(6.5 * len(lines[0]), 1.2 * len(lines) + 0.62 * sum(rows)), layout="constrained")
+    grid: Any = figure.subplots(len(lines), len(lines[0]), sharex=True, squeeze=False, height_ratios=rows)
+    for places, line, most in zip(grid, lines, rows, strict=True):
+        for axes, some in zip(places, line, strict=False):
+            _draw_bars(axes, towers.in_order(some))
+            axes.set_title(common.short_name(some[0]["environment"]))
+            axes.set_ylim(most - 0.5, -0.5)
+        for axes in places[len(line) :]:
+            axes.remove()
+    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.supxlabel("speed relative to dense (median, quartiles)")
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, dpi=80, metadata={"Software": None})
