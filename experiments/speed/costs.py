@@ -397,7 +397,7 @@ def heading(content: common.Json) -> str:
         "memory": "Peak memory of a forward pass in eager mode, beyond weights and inputs, batch {batch}",
     }[run["cost"]].format(**run)
     spread = "" if run["cost"] == "memory" else "; median and quartiles"
-    return f"{what}; {where['device']}, {where['threads']} threads, torch {where['torch']}{spread}"
+    return f"{what}; {common.short_name(where)}, {where['threads']} threads, torch {where['torch']}{spread}"
 
 
 def table(content: common.Json, style: str = "simple") -> str:

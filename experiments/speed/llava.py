@@ -213,7 +213,7 @@ def table(content: common.Json) -> str:
     run, where = content["run"], content["environment"]
     head = (
         f"LLaVA {run['size']}, batch {run['batch']}, {run['text_tokens']} text tokens, r = {run['r']}, {run['dtype']}, "
-        f"{where['device']}, torch {where['torch']}; speed is the ratio to dense, median and quartiles of "
+        f"{common.short_name(where)}, torch {where['torch']}; speed is the ratio to dense, median and quartiles of "
         f"{run['rounds']} rounds"
     )
     aligned = ["left", "left"] + ["right"] * 6
