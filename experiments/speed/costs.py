@@ -314,7 +314,10 @@ def as_set(source: Tensor, destination: Tensor) -> set[tuple[int, int]]:
 
 
 def remembering(options: Options) -> list[common.Json]:
-    """Measure the peak memory of a forward pass of each tower, dense and reduced. It does not depend on the machine."""
+    """Measure the peak memory of a forward pass of each tower, dense and reduced.
+
+    It does not depend on the machine in float32, and in bfloat16 by what its kernels copy.
+    """
     return [remember(tower, dtype, options.batch) for tower in options.towers for dtype in options.dtypes]
 
 
