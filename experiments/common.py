@@ -107,6 +107,12 @@ def short_name(environment: Mapping[str, Any]) -> str:
     return f"{name} ({', '.join(instructions)})" if instructions else name
 
 
+def measured_on(environment: Mapping[str, Any]) -> str:
+    """Return what a table of times says of a result file's environment: device, threads of a CPU, torch."""
+    threads = "" if environment["cuda"] else f", {environment['threads']} threads"
+    return f"{short_name(environment)}{threads}, torch {environment['torch']}"
+
+
 def file_digest(file: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -390,7 +390,7 @@ CELLS: dict[Cost, tuple[Callable[[common.Json], list[str]], list[str]]] = {
 
 def heading(content: common.Json) -> str:
     """Return what one result's table shows, in a line."""
-    run, where = content["run"], content["environment"]
+    run = content["run"]
     what = {
         "attach": "Attaching CrossGET with r = {r}, and detaching it; {attach_rounds} rounds",
         "import": "Importing in a fresh interpreter; {import_rounds} pairs",
@@ -400,7 +400,7 @@ def heading(content: common.Json) -> str:
         "memory": "Peak memory of a forward pass in eager mode, beyond weights and inputs, batch {batch}",
     }[run["cost"]].format(**run)
     spread = "" if run["cost"] == "memory" else "; median and quartiles"
-    return f"{what}; {common.short_name(where)}, {where['threads']} threads, torch {where['torch']}{spread}"
+    return f"{what}; {common.measured_on(content['environment'])}{spread}"
 
 
 def table(content: common.Json, style: str = "simple") -> str:

@@ -210,10 +210,10 @@ def cells(content: common.Json) -> list[list[str]]:
 
 def table(content: common.Json) -> str:
     """Return one result as text."""
-    run, where = content["run"], content["environment"]
+    run = content["run"]
     head = (
         f"LLaVA {run['size']}, batch {run['batch']}, {run['text_tokens']} text tokens, r = {run['r']}, {run['dtype']}, "
-        f"{common.short_name(where)}, torch {where['torch']}; speed is the ratio to dense, median and quartiles of "
+        f"{common.measured_on(content['environment'])}; speed is the ratio to dense, median and quartiles of "
         f"{run['rounds']} rounds"
     )
     aligned = ["left", "left"] + ["right"] * 6

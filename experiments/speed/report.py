@@ -39,9 +39,7 @@ def by_device(contents: Sequence[common.Json]) -> dict[str, list[common.Json]]:
     """Return the results of each device: what one took says nothing about another."""
     groups: dict[str, list[common.Json]] = {}
     for content in contents:
-        where = content["environment"]
-        threads = f", {where['threads']} threads" if content["run"]["device"] == "cpu" else ""
-        groups.setdefault(f"{common.short_name(where)}{threads}, torch {where['torch']}", []).append(content)
+        groups.setdefault(common.measured_on(content["environment"]), []).append(content)
     return groups
 
 

@@ -463,9 +463,7 @@ def main(options: Options) -> int:
     )
     files = [options.results / f"{run.slug}.json" for run in runs]
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    where = contents[0]["environment"]
-    machine = f"{common.short_name(where)}, {where['threads']} threads, torch {where['torch']}"
-    print(f"{machine}\n\n{markdown(contents, 'simple')}\n")
+    print(f"{common.measured_on(contents[0]['environment'])}\n\n{markdown(contents, 'simple')}\n")
     return done
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def test_a_program_that_fails_does_not_wait_for_the_others() -> None:
     with pytest.raises(ZeroDivisionError):
         program(0)
     assert processes.are_grouped()
+
+
+@pytest.mark.parametrize("name", ["ablation.train", "coop.run", "llava.train", "retrieval.pretrain", "retrieval.run"])
+def test_every_program_that_trains_ends_its_group(name: str) -> None:
+    main = importlib.import_module(f"experiments.{name}").main
+    assert main.__code__ is program.__code__, "it is not what ending_group makes of a main"
 
 
 def test_without_a_group_there_is_nothing_to_end() -> None:
