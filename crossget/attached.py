@@ -7,6 +7,7 @@ decoder.py.) Below stands what the host's entry points tell the blocks.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -424,6 +425,9 @@ class AttachedTower:
             self.last = state.record
         if not last:
             if shown is not tokens and state.rungs is None:
+                # A state of its own: where nothing was removed this is still that of the block's input, which the
+                # recomputation of a gradient checkpoint begins with.
+                state = copy.copy(state)
                 state.compact = tokens
             self.leave(shown, state)
         return (shown, *out[1:]) if isinstance(out, tuple) else shown

@@ -564,3 +564,19 @@ def test_support_matrix() -> None:
     assert f"{sum(row.supported for row in rows.values())} of {len(rows)} names" in page
     assert "`test_vit`" in page
     assert adapter.NO_ATTENTION in page
+
+
+def test_gradients_through_checkpoints_where_a_block_removes_nothing() -> None:
+    """What a block leaves must not be seen by its own recomputation."""
+    gradients = []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=64).train()
+        model.set_grad_checkpointing(checkpoints)
+        images = torch.randn(2, 3, 64, 64, requires_grad=True)
+        with crossget.attach(model, crossget.ToMe(r=(4, 0, 4, 0))):
+            shown = model.forward_intermediates(images, intermediates_only=True)
+            sum((x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in shown).backward()
+        assert images.grad is not None
+        gradients.append(images.grad)
+    assert torch.equal(*gradients)
