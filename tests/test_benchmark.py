@@ -5,18 +5,16 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import crossget
-from crossget.benchmark import BenchmarkReport, Measurement, _peak_on_cpu, benchmark, calling, environment, peak_memory
+from crossget.benchmark import BenchmarkReport, Measurement, _peak_on_cpu, benchmark, environment
 
 
 class Block(nn.Module):
@@ -326,23 +324,3 @@ def test_on_a_gpu_memory_comes_from_its_allocator() -> None:
     assert found.environment["cuda"] == torch.version.cuda
     assert found.environment["device"] == torch.cuda.get_device_name()
     assert all(m.peak_memory > 0 for m in found.measurements)
-
-
-@pytest.mark.parametrize(
-    "reducer", [crossget.CrossGET(20), crossget.Ward(20), crossget.ToMe(20)], ids=lambda method: type(method).__name__
-)
-def test_in_half_precision_the_peak_of_memory_stays_below_dense(
-    reducer: crossget.Reducer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where similarities in float32 weigh two thirds of a hidden layer in bfloat16, as in DINOv2-L at 518 pixels."""
-    monkeypatch.setattr("crossget.matching.BAND", 1 << 13)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=256, num_heads=3, depth=2).to(torch.bfloat16).eval()
-    images = torch.randn(1, 3, 256, 256, dtype=torch.bfloat16)
-
-    def peak() -> int:
-        return peak_memory(partial(calling, partial(model, images)), torch.device("cpu"))
-
-    with torch.no_grad():
-        dense = peak()
-        with crossget.attach(model, reducer):
-            assert peak() < dense

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import crossget
 import reference
@@ -568,3 +571,44 @@ def test_bands_change_nothing(case: tuple[View, int], band: int, guided: bool, m
             found.append(method(candidates, candidates.limit(r), importance))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of tensors that operators make inside: at most `most` live at a time. Kernels' own do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in given:
+                given.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("reducer", [crossget.CrossGET(20), crossget.Ward(20), crossget.ToMe(20)], ids=type)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matching_holds_the_similarities_once(
+    reducer: Merging, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bands: beside the similarities in float32 there is nothing of their size, in half precision either."""
+    monkeypatch.setattr("crossget.matching.BAND", 1 << 12)
+    tokens, width = 256, 32
+    heads = torch.randn(1, 2, tokens, width // 2).to(dtype)
+    protected = torch.arange(tokens)[None] < 1
+    view = View(torch.randn(1, tokens, width).to(dtype), heads, heads, None, None, protected, 1, guide=0)
+    reducer = reducer.resolved(dataclasses.replace(HOST, guides_itself=True))
+    with Living() as living:
+        reducer.reduce(view, 20)
+    pairs = 4 * tokens**2 // (4 if isinstance(reducer, crossget.ToMe) else 1)
+    assert pairs <= living.most < 1.6 * pairs + 16 * 4 * tokens * width
