@@ -3,39 +3,27 @@
 `with crossget.attach(model, crossget.CrossGET(r=16)) as attached:` reduces a model, in place, until the end.
 """
 
-from crossget.attach import Attachment, attach, attachment
-from crossget.benchmark import benchmark
-from crossget.budget import Fit, fit
-from crossget.checkpoint import load
-from crossget.doctor import doctor
-from crossget.ensemble import unmerge
-from crossget.flops import count_flops
-from crossget.reducers import CrossGET, Merging, Random, Reducer, ToMe, TopK, Ward
-from crossget.reference import load_reference
-from crossget.registry import Features, Prompt, Reader, Readout, TextInput, Tower, find_towers, register, unregister
-from crossget.schedule import Constant, Linear, PerLayer, Ratio, Rising, Schedule
-from crossget.training import parameter_groups
+from crossget.checkpoints.authors import load_reference
+from crossget.core.adapters import Tower, find_towers, register, unregister
+from crossget.core.attachment import Attachment, attach, attachment
+from crossget.core.saving import load
+from crossget.measure.doctor import doctor
+from crossget.measure.fit import fit_schedule
+from crossget.measure.flops import count_flops
+from crossget.measure.speed import benchmark
+from crossget.methods.merging import unmerge
+from crossget.methods.reducers import CrossGET, Random, ToMe, TopK, Ward
+from crossget.methods.schedules import Linear, RampedRatio, Ratio
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attachment",
-    "Constant",
     "CrossGET",
-    "Features",
-    "Fit",
     "Linear",
-    "Merging",
-    "PerLayer",
-    "Prompt",
+    "RampedRatio",
     "Random",
     "Ratio",
-    "Reader",
-    "Readout",
-    "Reducer",
-    "Rising",
-    "Schedule",
-    "TextInput",
     "ToMe",
     "TopK",
     "Tower",
@@ -46,10 +34,9 @@ __all__ = [
     "count_flops",
     "doctor",
     "find_towers",
-    "fit",
+    "fit_schedule",
     "load",
     "load_reference",
-    "parameter_groups",
     "register",
     "unmerge",
     "unregister",

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(options: argparse.Namespace) -> int:
     """Dense, Ward, ToMe-style and CrossGET side by side on photographs: a table, and a picture of what was merged."""
-    from crossget.demo import Options, run
+    from crossget.demo.compare import Options, run
 
     names = [f.name for f in dataclasses.fields(Options)]
     found = run(Options(**{name: getattr(options, name) for name in names}), say=_say)
@@ -81,7 +81,7 @@ def demo(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """One photograph, block by block, as a web page in one file: which patches become one token, and what it costs."""
-    from crossget.show import Options, run
+    from crossget.demo.viewer import Options, run
 
     names = [f.name for f in dataclasses.fields(Options)]
     story = run(Options(**{name: getattr(options, name) for name in names}), say=_say)
@@ -115,9 +115,9 @@ def models(options: argparse.Namespace) -> int:
 def flops(options: argparse.Namespace) -> int:
     """Multiply-adds by module, dense and reduced, counted on the meta device."""
     import crossget
-    from crossget.demo import schedules
-    from crossget.hosts import make
-    from crossget.presets import PRESETS
+    from crossget.checkpoints.hf_sizes import PRESETS
+    from crossget.demo.backbones import make
+    from crossget.demo.compare import schedules
 
     if options.model in PRESETS:
         return _flops_of_preset(options)
@@ -134,8 +134,8 @@ def _flops_of_preset(options: argparse.Namespace) -> int:
     import torch
 
     import crossget
-    from crossget.presets import build
-    from crossget.stages import count_stages, has_stages
+    from crossget.checkpoints.hf_sizes import build
+    from crossget.measure.generation import count_stages, has_stages
 
     model: Any = build(options.model)
     if has_stages(model):
@@ -155,8 +155,8 @@ def _flops_of_preset(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Speed of dense, Ward (at ToMe-style's cost), ToMe-style and CrossGET on made-up inputs and random weights."""
-    from crossget.demo import TEXT, measure, reducers, schedules
-    from crossget.hosts import make
+    from crossget.demo.backbones import make
+    from crossget.demo.compare import TEXT, measure, reducers, schedules
 
     backbone = make(options.model, pretrained="none", device=options.device)
     wanted = schedules(backbone, options.r, options.text_r)
@@ -170,7 +170,7 @@ def bench(options: argparse.Namespace) -> int:
 def doctor(options: argparse.Namespace) -> int:
     """Check on one backbone that attaching is exact, takes effect and leaves no trace."""
     import crossget
-    from crossget.hosts import make
+    from crossget.demo.backbones import make
 
     backbone = make(options.model, pretrained="none", device=options.device)
     diagnosis = crossget.doctor(backbone.model, backbone.made_up(2, text=backbone.reads_text))
@@ -180,8 +180,8 @@ def doctor(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """The authors' LLaVA checkpoint as a folder for transformers, with crossget's own file beside it."""
-    from crossget.convert import DTYPES
-    from crossget.convert import convert as run
+    from crossget.checkpoints.convert import DTYPES
+    from crossget.checkpoints.convert import convert as run
 
     print(
         run(
@@ -198,7 +198,7 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def _installed() -> list[str]:
-    from crossget.hosts import PACKAGES, installed
+    from crossget.demo.backbones import PACKAGES, installed
 
     found = [host for host in PACKAGES if installed(host)]
     if not found:
@@ -210,7 +210,7 @@ def _installed() -> list[str]:
 
 def _matrix(host: str, pattern: str | None) -> Iterator[Any]:
     """The rows of a host's support matrix whose names match."""
-    from crossget.hosts import PACKAGES, installed
+    from crossget.demo.backbones import PACKAGES, installed
 
     if not installed(host):
         raise RuntimeError(f'{host} is not installed: pip install "crossget[{PACKAGES[host]}]"')
@@ -269,7 +269,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def _add_demo(commands: Any) -> None:
-    from crossget.demo import SHIPPED, Options
+    from crossget.demo.compare import SHIPPED, Options
 
     credits = "\n".join(f"  {name:<14} {credit}" for name, _, credit in SHIPPED)
     one = _add(commands, demo, f"Without --images, the photographs are those in scikit-image's package:\n{credits}")
@@ -291,8 +291,8 @@ token is to each text, and lets a text guide crossget and topk, which then keep 
 
 
 def _add_show(commands: Any) -> None:
-    from crossget.demo import SHIPPED
-    from crossget.show import METHODS, Options
+    from crossget.demo.compare import SHIPPED
+    from crossget.demo.viewer import METHODS, Options
 
     one = _add(commands, show, SHOW_EPILOG)
     shipped = ", ".join(Path(name).stem for name, _, _ in SHIPPED)
@@ -321,7 +321,7 @@ def _add_models(commands: Any) -> None:
 
 
 def _add_flops(commands: Any) -> None:
-    from crossget.presets import PRESETS
+    from crossget.checkpoints.hf_sizes import PRESETS
 
     epilog = f"""\
 A multiply-add is one. Nothing is downloaded or computed, so any size will do.
@@ -362,7 +362,7 @@ tokens among the weights). LoRA has to be merged first. Without a tokenizer in i
 
 
 def _add_convert(commands: Any) -> None:
-    from crossget.convert import DTYPES
+    from crossget.checkpoints.convert import DTYPES
 
     one = _add(commands, convert, CONVERT_EPILOG)
     one.add_argument("folder", type=Path, metavar="FOLDER", help="in LLaVA's original layout")
@@ -383,7 +383,7 @@ def _add_model(one: argparse.ArgumentParser) -> None:
 
 
 def _add_weights(one: argparse.ArgumentParser) -> None:
-    from crossget.demo import Options
+    from crossget.demo.compare import Options
 
     one.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights of your own: a safetensors or torch file")
     help_text = "weights of the host; 'default' tries the host's preferred ones, 'none' is random"
@@ -412,7 +412,7 @@ def _add_json(one: argparse.ArgumentParser) -> None:
 
 def _reduction(text: str) -> Any:
     """What may stand behind --r."""
-    from crossget.schedule import Ratio, as_schedule
+    from crossget.methods.schedules import Ratio, as_schedule
 
     try:
         if text.endswith("%"):
@@ -427,7 +427,7 @@ def _reduction(text: str) -> Any:
 
 
 def _size(text: str) -> int:
-    from crossget.convert import size_of
+    from crossget.checkpoints.convert import size_of
 
     try:
         return size_of(text)

@@ -68,7 +68,7 @@ def source_digest() -> str:
     """Return a SHA-256 over the library's source, which names the code also where it is not committed yet."""
     digest = hashlib.sha256()
     for folder in ("crossget", "integrations"):
-        for file in sorted((ROOT / folder).glob("*.py")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -80,11 +80,11 @@ def environment(device: str = "cpu") -> Json:
         device: where the model runs.
 
     Returns:
-        `crossget.benchmark.environment` and `commit` (None: not in a repository, or nothing committed), `dirty`
+        `crossget.measure.speed.environment` and `commit` (None: not in a repository, or nothing committed), `dirty`
         (whether the code differs from that commit; None: no repository) and `source_sha256`.
     """
     import crossget
-    from crossget.benchmark import environment as machine
+    from crossget.measure.speed import environment as machine
 
     changes = git("status", "--porcelain", "--", *CODE)
     return {

@@ -190,7 +190,7 @@ def fit(
     Args:
         task: its forward takes what `collate` gives, as keyword arguments, and returns losses [] by name; "loss" is
             minimised.
-        groups: from `crossget.parameter_groups`: what is trained, by name of the group.
+        groups: from `parameter_groups`: what is trained, by name of the group.
         data: what a sample of it is depends on (epoch, index) only.
         collate: a batch from samples; tensors in it are moved to the device.
         recipe: how.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from crossget.registry import Tower
-from crossget.state import TokenState
+from crossget.core.adapters import Tower
+from crossget.core.state import TokenState
 
 
 def project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor) -> Tensor:

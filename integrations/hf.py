@@ -11,7 +11,7 @@ from typing import Any
 import transformers.utils.generic
 from torch import Tensor, nn
 
-from crossget.registry import Features, Prompt, Reader, Tower, find_towers
+from crossget.core.adapters import Features, IntermediatesHook, Prompt, Tower, find_towers
 
 # Where a tower's blocks are, below the module that runs them; the names have changed between versions.
 _STACKS = ("encoder.layers", "encoder.layer", "layers", "layer")
@@ -28,7 +28,7 @@ def tower(name: str, part: Any, **fields: Any) -> Tower:
     """
     config = part.config
     return Tower(
-        name, blocks=blocks(part), width=config.hidden_size, masks=MASKS, padding=True, meanwhile=kernel(config),
+        name, blocks=blocks(part), width=config.hidden_size, masks=MASKS, padding=True, overrides=kernel(config),
         **fields,
     )  # fmt: skip
 
@@ -38,9 +38,9 @@ def vit(model: Any, prefix: int = 1, **fields: Any) -> Tower:
     return tower("visual", model.base_model, prefix=prefix, class_token=True, **fields)
 
 
-def backbone(model: nn.Module) -> list[Reader]:
+def backbone(model: nn.Module) -> list[IntermediatesHook]:
     """What reads a backbone's blocks: its forward lays the hidden states of several out on the image grid."""
-    return [Reader(model, "forward")]
+    return [IntermediatesHook(model, "forward")]
 
 
 def blocks(tower: nn.Module) -> list[nn.Module]:
@@ -93,8 +93,8 @@ def on_the_grid(model: Any, *methods: str) -> list[Tower]:
     parts = parts_of(model)
     tower = image_tower(parts)
     layers = partial(layers_read, model.config, len(tower.blocks))
-    readers = [Reader(parts, method, layers) for method in methods]
-    return [dataclasses.replace(tower, readers=readers), language_model(parts.language_model)]
+    intermediates = [IntermediatesHook(parts, method, layers) for method in methods]
+    return [dataclasses.replace(tower, intermediates=intermediates), language_model(parts.language_model)]
 
 
 def prompt(model: Any, parts: Any, features: Callable[[Mapping[str, Any]], Features]) -> Prompt:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.blip import modeling_blip as blip
 
+from crossget.core.adapters import Prefilled, Stages, TextInput, Tower, register
+from crossget.core.state import TokenState
 from crossget.integrations import hf
 from crossget.integrations._support import project
-from crossget.registry import Prefilled, Stages, TextInput, Tower, register
-from crossget.state import TokenState
 
 _CACHE = ("past_key_value", "past_key_values", "cache")  # a block's argument; the name has changed between versions
 _DECODES = (
@@ -90,7 +90,7 @@ def _text(part: Any, **fields: Any) -> list[Tower]:
     if _relative(part):
         return []
     ids = TextInput(part.embeddings.word_embeddings, _first)
-    return [hf.tower("text", part, text=ids, refit=_no_cache, **fields)]
+    return [hf.tower("text", part, text=ids, fit_arguments=_no_cache, **fields)]
 
 
 def _relative(part: Any) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.models.blip_2 import modeling_blip_2 as blip2
 from transformers.models.instructblip import modeling_instructblip as instructblip
 
+from crossget.core.adapters import Prefilled, Stages, Tower, register
 from crossget.integrations import hf
-from crossget.registry import Prefilled, Stages, Tower, register
 
 
 @register(

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from transformers.models.clip import modeling_clip as clip
 
+from crossget.core.adapters import TextInput, Tower, register
 from crossget.integrations import hf
 from crossget.integrations._support import embed, project
-from crossget.registry import TextInput, Tower, register
 
 
 @register(clip.CLIPModel)

@@ -7,8 +7,8 @@ from typing import Any
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
 
+from crossget.core.adapters import Tower, register
 from crossget.integrations import hf
-from crossget.registry import Tower, register
 
 
 @register(
@@ -23,7 +23,7 @@ def tower(model: Any) -> list[Tower]:
 @register(dinov2.Dinov2Backbone, registers.Dinov2WithRegistersBackbone)
 def backbone(model: Any) -> list[Tower]:
     """A model that reads the tokens behind several blocks."""
-    return [hf.vit(model, _prefix(model), readers=hf.backbone(model))]
+    return [hf.vit(model, _prefix(model), intermediates=hf.backbone(model))]
 
 
 def _prefix(model: Any) -> int:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
+from crossget.core.adapters import Tower, register
+from crossget.core.state import TokenState
 from crossget.integrations import hf
 from crossget.integrations._support import rows_left
-from crossget.registry import Tower, register
-from crossget.state import TokenState
 
 _BACKBONE = getattr(dinov3, "DINOv3ViTBackbone", None)  # younger than the model
 
@@ -19,8 +19,8 @@ _BACKBONE = getattr(dinov3, "DINOv3ViTBackbone", None)  # younger than the model
 @register(dinov3.DINOv3ViTModel, *filter(None, [_BACKBONE]))
 def tower(model: Any) -> list[Tower]:
     """The image tower."""
-    readers = hf.backbone(model) if _BACKBONE is not None and isinstance(model, _BACKBONE) else []
-    return [hf.vit(model, 1 + model.config.num_register_tokens, refit=_rows, readers=readers)]
+    intermediates = hf.backbone(model) if _BACKBONE is not None and isinstance(model, _BACKBONE) else []
+    return [hf.vit(model, 1 + model.config.num_register_tokens, fit_arguments=_rows, intermediates=intermediates)]
 
 
 def _rows(block: nn.Module, name: str, value: Any, state: TokenState) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 
+from crossget.core.adapters import Tower, register
 from crossget.integrations import hf
-from crossget.registry import Tower, register
 
 _CLASSES = ("Gemma3ForConditionalGeneration", "Gemma3Model")  # the latter since 4.52
 

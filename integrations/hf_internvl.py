@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.models.internvl import modeling_internvl as internvl
 
+from crossget.core.adapters import Tower, register
 from crossget.integrations import hf
-from crossget.registry import Tower, register
 
 
 @register(internvl.InternVLForConditionalGeneration, internvl.InternVLModel)
@@ -26,6 +26,6 @@ def vision(model: Any) -> list[Tower]:
             width=model.config.hidden_size,
             prefix=1,
             class_token=True,
-            meanwhile=hf.kernel(model.config),
+            overrides=hf.kernel(model.config),
         )
     ]

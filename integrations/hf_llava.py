@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers.models.llava import modeling_llava as llava
 
+from crossget.core.adapters import Features, IntermediatesHook, Prefilled, Stages, Tower, register
 from crossget.integrations import hf
 from crossget.integrations._support import frozen
-from crossget.registry import Features, Prefilled, Reader, Stages, Tower, register
 
 _CLASSES = [llava.LlavaForConditionalGeneration, *filter(None, [getattr(llava, "LlavaModel", None)])]
 
@@ -46,7 +46,9 @@ def _visual(model: Any, parts: Any) -> Tower:
         importance="attention",
         keys="mean_heads",
         project=None if several else partial(frozen, parts.multi_modal_projector),
-        readers=[Reader(parts, "get_image_features", layers, grid=several, hides_rest=_GIVES_FEATURES_ALONE)],
+        intermediates=[
+            IntermediatesHook(parts, "get_image_features", layers, grid=several, hides_rest=_GIVES_FEATURES_ALONE)
+        ],
         keeps_cross_token=True,
         prompt=None if several else hf.prompt(model, parts, features),
     )

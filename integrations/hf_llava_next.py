@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.models.llava_next import modeling_llava_next as llava_next
 
+from crossget.core.adapters import Tower, register
 from crossget.integrations import hf
-from crossget.registry import Tower, register
 
 _CLASSES = [llava_next.LlavaNextForConditionalGeneration, *filter(None, [getattr(llava_next, "LlavaNextModel", None)])]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.models.llava_onevision import modeling_llava_onevision as onevision
 
+from crossget.core.adapters import Tower, register
 from crossget.integrations import hf
-from crossget.registry import Tower, register
 
 _CLASSES = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")  # the latter since 4.52
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers.models.paligemma import modeling_paligemma as paligemma
 
+from crossget.core.adapters import Features, Tower, register
 from crossget.integrations import hf
-from crossget.registry import Features, Tower, register
 
 _CLASSES = [paligemma.PaliGemmaForConditionalGeneration, *filter(None, [getattr(paligemma, "PaliGemmaModel", None)])]
 

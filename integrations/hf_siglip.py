@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.models.siglip import modeling_siglip as siglip
 
+from crossget.core.adapters import TextInput, Tower, register
 from crossget.integrations import hf
 from crossget.integrations._support import project
-from crossget.registry import TextInput, Tower, register
 
 
 @register(siglip.SiglipModel)

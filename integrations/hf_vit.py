@@ -7,8 +7,8 @@ from typing import Any
 from transformers.models.deit import modeling_deit as deit
 from transformers.models.vit import modeling_vit as vit
 
+from crossget.core.adapters import Tower, register
 from crossget.integrations import hf
-from crossget.registry import Tower, register
 
 
 @register(vit.ViTModel, vit.ViTForImageClassification, vit.ViTForMaskedImageModeling)

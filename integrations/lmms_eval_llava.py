@@ -18,9 +18,10 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 
 import crossget
-from crossget.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from crossget.core.saving import CONFIG_FILE, WEIGHTS_FILE
+from crossget.methods.reducers import Reducer
 
-_METHODS: dict[str, type[crossget.Reducer]] = {"crossget": crossget.CrossGET, "tome": crossget.ToMe}
+_METHODS: dict[str, type[Reducer]] = {"crossget": crossget.CrossGET, "tome": crossget.ToMe}
 _REFERENCE_R = 13
 
 

@@ -21,10 +21,10 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossget.core.adapters import IntermediatesHook, SingleTokenOutput, TextInput, Tower, find_towers, register
+from crossget.core.state import TokenState
 from crossget.integrations import timm as timm_towers
 from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, project, support_row
-from crossget.registry import Reader, Readout, TextInput, Tower, find_towers, register
-from crossget.state import TokenState
 
 _BERT = ("embeddings.word_embeddings", "encoder.layer", None)
 # model_type of the Hugging Face encoders that HFTextEncoder knows -> where their embedding, blocks and last norm are.
@@ -86,8 +86,8 @@ def _visual(visual: Any) -> Any:
         class_token=True,
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
         embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
-        readers=_readers(visual.transformer),
-        readouts=[Readout(visual, _shows_class_token_alone)],
+        intermediates=_readers(visual.transformer),
+        single_token_outputs=[SingleTokenOutput(visual, _shows_class_token_alone)],
     )
 
 
@@ -144,16 +144,16 @@ def _text(model: Any) -> Any:
         padding=pool == "appended" or getattr(text, "use_pad_mask", False),
         text=TextInput(text.token_embedding, partial(_end, pool, eos), pools_one=pool != "none"),
         project=partial(project, text.ln_final, text, "text_projection"),
-        readers=_readers(text.transformer),
-        readouts=[] if pool == "none" else _text_readouts(model, text),
+        intermediates=_readers(text.transformer),
+        single_token_outputs=[] if pool == "none" else _text_readouts(model, text),
     )
 
 
-def _text_readouts(model: Any, text: Any) -> list[Readout]:
+def _text_readouts(model: Any, text: Any) -> list[SingleTokenOutput]:
     """CLIP's own text tower is run by a method of CLIP's; of other towers the tokens may be part of the result."""
     if isinstance(text, TextTransformer):
-        return [Readout(text, _shows_end_alone)]
-    return [Readout(model, _always, "encode_text")]
+        return [SingleTokenOutput(text, _shows_end_alone)]
+    return [SingleTokenOutput(model, _always, "encode_text")]
 
 
 def _shows_end_alone(text: Any) -> bool:
@@ -209,7 +209,7 @@ def _hf_text(text: Any) -> Any:
         text=TextInput(embedding, read, pools_one),
         project=None if own_pooler else partial(project, norm, text, "proj"),
         masks=() if kind == "mt5" else ("attention_mask",),
-        refit=_refit_mask if kind == "mt5" else None,
+        fit_arguments=_refit_mask if kind == "mt5" else None,
     )
 
 
@@ -244,8 +244,12 @@ def _blocks(transformer: Any) -> list[nn.Module]:
     return list(transformer.resblocks)
 
 
-def _readers(transformer: nn.Module) -> list[Reader]:
-    return [Reader(transformer, "forward_intermediates")] if hasattr(transformer, "forward_intermediates") else []
+def _readers(transformer: nn.Module) -> list[IntermediatesHook]:
+    return (
+        [IntermediatesHook(transformer, "forward_intermediates")]
+        if hasattr(transformer, "forward_intermediates")
+        else []
+    )
 
 
 # What of open_clip is supported ---------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import torch
 from timm.models import _features
 from torch import Tensor, nn
 
+from crossget.core.adapters import IntermediatesHook, SingleTokenOutput, Tower, find_towers, register
+from crossget.core.state import TokenState
 from crossget.integrations._support import NumbersOnCPU, SupportRow, rows_left, support_row
-from crossget.registry import Reader, Readout, Tower, find_towers, register
-from crossget.state import TokenState
 
 
 def _present(*names: str) -> tuple[type[nn.Module], ...]:
@@ -66,9 +66,11 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
         prefix=prefix,
         class_token=class_token,
         padding=not arguments.keys().isdisjoint({"attn_mask", "patch_valid"}),
-        readers=[Reader(model, "forward_intermediates")] if hasattr(model, "forward_intermediates") else [],
-        readouts=[Readout(model, _pools_first)] if class_token else [],
-        refit=partial(rotary_rows, bool(mixed)),
+        intermediates=[IntermediatesHook(model, "forward_intermediates")]
+        if hasattr(model, "forward_intermediates")
+        else [],
+        single_token_outputs=[SingleTokenOutput(model, _pools_first)] if class_token else [],
+        fit_arguments=partial(rotary_rows, bool(mixed)),
     )
 
 

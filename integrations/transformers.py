@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from crossget.core.adapters import FAMILIES, find_towers, is_registered
 from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
-from crossget.registry import FAMILIES, find_towers, is_registered
 
 # By the module that defines the model: why a family has no adapter.
 PACKED = (

@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import crossget
-from crossget.schedule import planned_tokens
+from crossget.methods.reducers import Reducer
+from crossget.methods.schedules import planned_tokens
 
 # Dynamo has learned to trace a TorchFunctionMode, and an attribute set on a tensor, by this version.
 COMPILES = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 8)
@@ -87,7 +88,7 @@ def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def everywhere(model: nn.Module, reducer: crossget.Reducer) -> dict[str, crossget.Reducer]:
+def everywhere(model: nn.Module, reducer: Reducer) -> dict[str, Reducer]:
     towers = crossget.find_towers(model)
     return {tower.name: reducer if tower.reducible else dataclasses.replace(reducer, r=0) for tower in towers}
 
@@ -157,14 +158,16 @@ def what_is_unread_may_be_skipped(case: Case) -> None:
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     outs, work = [], []
     for skip in (False, True):
-        with crossget.attach(model, everywhere(model, crossget.ToMe(r=case.r, skip_unread=skip))):
+        with crossget.attach(model, everywhere(model, crossget.ToMe(r=case.r, class_token_only=skip))):
             seen.clear()
             outs.append(run(model, inputs))
             work.append(sum(seen))
     for out, expected in zip(*outs, strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    readouts = [readout for tower in towers for readout in tower.readouts]
-    assert (work[1] < work[0]) == (not case.parallel and any(readout.applies(readout.module) for readout in readouts))
+    single_token_outputs = [readout for tower in towers for readout in tower.single_token_outputs]
+    assert (work[1] < work[0]) == (
+        not case.parallel and any(readout.applies(readout.module) for readout in single_token_outputs)
+    )
 
 
 def detach_leaves_no_trace(case: Case) -> None:
@@ -418,37 +421,6 @@ def fused_attention_stays(case: Case) -> None:
     assert counts[1:] == [counts[0] - case.skipped] * 2
 
 
-def images_may_differ_in_strength(case: Case) -> None:
-    """Each row of a batch is what it would be in a batch that has its strength altogether."""
-    model, inputs = build(case)
-    reducer = crossget.CrossGET(r=case.r, threshold=0.5, ladder=(0.5, 1.5), ties="stable")
-    for tower in crossget.find_towers(model):
-        if not tower.reducible:
-            continue
-        if not tower.restore:
-            with pytest.raises(ValueError, match="images cannot differ in strength"):
-                crossget.attach(model, {tower.name: reducer})
-            continue
-        left: list[Tensor] = []
-        hook = tower.blocks[-1].register_forward_hook(lambda block, args, out, to=left: to.append(leaves(out)[0]))
-        with without_fast_path(), crossget.attach(model, {tower.name: reducer}) as attached:
-            if case.hands_on and tower.text is not None:
-                with pytest.raises(RuntimeError, match="returns more than its tokens"):
-                    run(model, inputs)
-                hook.remove()
-                continue
-            run(model, inputs)
-            strength, depth = attached.strength[tower.name], len(tower.blocks)
-            assert set(strength.tolist()) == ({0.5, 1.5} if len(strength) > 1 else {1.5})
-            for factor in strength.unique().tolist():
-                r = (case.r, *[round(factor * case.r)] * (depth - 1))
-                with attached.at({tower.name: dataclasses.replace(reducer, r=r, threshold=None)}):
-                    run(model, inputs)
-                rows = strength == factor
-                torch.testing.assert_close(left[0][rows], left[-1][rows], rtol=1e-4, atol=1e-5)
-        hook.remove()
-
-
 PROBES = [
     zero_is_identity,
     reaches_planned_tokens,
@@ -464,7 +436,6 @@ PROBES = [
     compiles_to_one_graph,
     autocast_works,
     fused_attention_stays,
-    images_may_differ_in_strength,
 ]
 # What these say of blocks, one host shows for all that have the same blocks.
 OF_BLOCKS = [
@@ -474,6 +445,5 @@ OF_BLOCKS = [
     copies_are_independent,
     threads_and_neighbours_do_not_disturb,
     fused_attention_stays,
-    images_may_differ_in_strength,
 ]
 OTHERS = [probe for probe in PROBES if probe not in OF_BLOCKS]

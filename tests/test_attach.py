@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import contract
 import crossget
-from crossget.schedule import planned_tokens
+from crossget.methods.reducers import Reducer
+from crossget.methods.schedules import planned_tokens
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -81,7 +82,7 @@ def test_every_attention_compiles(attention: str) -> None:
     "reducer",
     [crossget.CrossGET(3), crossget.ToMe(3), crossget.CrossGET(3, importance="attention"), crossget.Ward(3)],
 )
-def test_every_way_to_attend_gives_the_same(reducer: crossget.Reducer) -> None:
+def test_every_way_to_attend_gives_the_same(reducer: Reducer) -> None:
     torch.manual_seed(0)
     model = Plain().eval()
     results = []
@@ -99,7 +100,7 @@ def test_every_way_to_attend_gives_the_same(reducer: crossget.Reducer) -> None:
 @pytest.mark.parametrize(
     "reducer", [crossget.CrossGET(3), crossget.ToMe(3), crossget.CrossGET(3, importance="attention")]
 )
-def test_causality_as_a_flag_and_as_a_mask_are_the_same(reducer: crossget.Reducer) -> None:
+def test_causality_as_a_flag_and_as_a_mask_are_the_same(reducer: Reducer) -> None:
     torch.manual_seed(0)
     model = Plain().eval()
     tower = crossget.Tower("visual", list(model.stages), 32, prefix=1, class_token=True, causal=True)
@@ -350,7 +351,7 @@ def test_the_reducer_can_be_exchanged_in_place(pair: Pair) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mistaken(crossget.Reducer):
+class Mistaken(Reducer):
     """A user's method with a mistake in it."""
 
     def reduce(self, view: Any, r: int) -> Any:
@@ -423,7 +424,7 @@ def test_cross_tokens_learn(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "r", [0, 1, 3, 100, (5, 0, 2), crossget.Linear(6, 0), crossget.Ratio(0.2), crossget.Ratio(0.5)], ids=str
 )
-def test_every_method_follows_every_schedule(method: type[crossget.Reducer], r: Any) -> None:
+def test_every_method_follows_every_schedule(method: type[Reducer], r: Any) -> None:
     torch.manual_seed(0)
     model = Plain().eval()
     reducer = method(r)
@@ -479,7 +480,7 @@ def test_what_a_host_keeps_of_its_blocks_does_not_change_afterwards(
         attached.cross_tokens["visual"].normal_()
         found = model(TOKENS.clone())
         assert found[0].data_ptr() != found[1].data_ptr()
-        monkeypatch.setattr("crossget.attached._may_be_lent", lambda tokens: False)
+        monkeypatch.setattr("crossget.core.tower._may_be_lent", lambda tokens: False)
         for state, expected in zip(found, model(TOKENS.clone()), strict=True):
             assert torch.equal(state, expected)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import crossget
-from crossget.benchmark import BenchmarkReport, Measurement, _peak_on_cpu, benchmark, environment
+from crossget.measure.speed import BenchmarkReport, Measurement, _peak_on_cpu, benchmark, environment
 
 
 class Block(nn.Module):
@@ -311,7 +311,7 @@ def test_a_processor_is_told_by_its_instructions(
 ) -> None:
     if lines is not None:
         (tmp_path / "cpuinfo").write_text(lines + "\n\n" + lines.replace("Some", "Other"))
-    monkeypatch.setattr(importlib.import_module("crossget.benchmark"), "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(importlib.import_module("crossget.measure.speed"), "_CPUINFO", tmp_path / "cpuinfo")
     where = environment()
     assert where.get("instructions") == instructions
     assert where["device"] == (device or platform.processor() or platform.machine())

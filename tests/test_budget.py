@@ -21,12 +21,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import crossget
-from crossget.allocation import Family, Loss, allocate, even, prices, removed
-from crossget.attach import find_attachment
-from crossget.budget import _Search, distance
-from crossget.costs import Costs, Frame, Span, Trial, derive, solve
-from crossget.flops import count_once
-from crossget.schedule import PerLayer, planned_tokens
+from crossget.core.attachment import find_attachment
+from crossget.measure.allocation import Family, Loss, allocate, even, prices, removed
+from crossget.measure.cost_model import Costs, Frame, Span, Trial, derive, solve
+from crossget.measure.fit import _Search, distance, time_blocks
+from crossget.measure.flops import count_once
+from crossget.methods.schedules import PerLayer, planned_tokens
 
 WIDTH, DEPTH, PATCHES = 24, 3, 64
 TRACES_LLAVA = not (4, 53) <= hf_models.VERSION < (5, 0)  # these make masks by vmap, which jit cannot trace
@@ -171,7 +171,7 @@ class Odd(crossget.ToMe):
 
 def test_costs_of_another_form_are_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"are no polynomial in the tokens of the blocks of tower 'visual'.*tiles"):
-        crossget.fit(vit(depth=2), images(1), flops=0.7, reducer=Odd(r=0), distribution="constant")
+        crossget.fit_schedule(vit(depth=2), images(1), flops=0.7, reducer=Odd(r=0), distribution="constant")
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min_size=1, max_size=6), st.data())
@@ -275,7 +275,7 @@ def test_a_loss_goes_through_what_was_measured(little: float, factor: float) -> 
 )
 def test_flops(vit_costs: Costs, asked: float, reducer: Any, distribution: Any) -> None:
     model, inputs = vit(), images(8)
-    fitted = crossget.fit(model, inputs, flops=asked, reducer=reducer, distribution=distribution)
+    fitted = crossget.fit_schedule(model, inputs, flops=asked, reducer=reducer, distribution=distribution)
     with crossget.attach(model, fitted.reducer) as attached:
         report = crossget.count_flops(model, inputs)
         assert attached.tokens["visual"] == list(fitted.tokens[:-1])
@@ -303,8 +303,8 @@ def test_flops(vit_costs: Costs, asked: float, reducer: Any, distribution: Any) 
 def test_a_dictionary_of_towers_and_a_model_of_two() -> None:
     model, ids = clip(), torch.randint(1, 60, (2, 12))
     inputs = (images(2, 40), ids)
-    whole = crossget.fit(model, inputs, flops=0.8, distribution="constant")
-    text = crossget.fit(model, inputs, flops=0.95, distribution="constant", tower="text", reducer=TOME)
+    whole = crossget.fit_schedule(model, inputs, flops=0.8, distribution="constant")
+    text = crossget.fit_schedule(model, inputs, flops=0.95, distribution="constant", tower="text", reducer=TOME)
     assert (whole.tower, text.tower, list(text.reducer)) == ("visual", "text", ["text"])  # type: ignore[arg-type]
     for fitted in (whole, text):
         with crossget.attach(model, fitted.reducer):
@@ -313,13 +313,11 @@ def test_a_dictionary_of_towers_and_a_model_of_two() -> None:
 
 def test_rising_is_rising_up_to_single_tokens() -> None:
     model, inputs = vit(), images(2)
-    fitted = crossget.fit(model, inputs, flops=0.6, reducer=TOME, distribution="rising")
+    fitted = crossget.fit_schedule(model, inputs, flops=0.6, reducer=TOME, distribution="rising")
     start, shares = fitted.tokens[0], [n / 1000 for n in range(1000)]
-    plans = [planned_tokens(crossget.Rising(share), DEPTH, start, 1) for share in shares]
+    plans = [planned_tokens(crossget.RampedRatio(share), DEPTH, start, 1) for share in shares]
     assert min(sum(abs(a - b) for a, b in zip(plan, fitted.tokens, strict=True)) for plan in plans) <= DEPTH
     assert (fitted.distribution, fitted.losses) == ("rising", {})
-    memory = crossget.fit(model, inputs, memory=0.9, reducer=TOME, distribution="rising")
-    assert list(memory.tokens) in plans
 
 
 @pytest.mark.parametrize("distribution", ["constant", "measured", "rising"])
@@ -327,7 +325,7 @@ def test_rising_is_rising_up_to_single_tokens() -> None:
 def test_tokens_out(settings: dict[str, Any], distribution: Any) -> None:
     model = vit(**settings)
     for asked in (64, 17):
-        fitted = crossget.fit(model, images(4), tokens_out=asked, distribution=distribution)
+        fitted = crossget.fit_schedule(model, images(4), tokens_out=asked, distribution=distribution)
         assert fitted.measured == fitted.predicted == asked
         kept = fitted.tokens[-1] - 1 - settings.get("reg_tokens", 0) - settings.get("class_token", True)
         assert kept == asked
@@ -340,11 +338,11 @@ def test_tokens_out(settings: dict[str, Any], distribution: Any) -> None:
 def test_image_tokens_of_llava(distribution: Any) -> None:
     """As many as the prompt makes room for: the cross token that LLaVA keeps among its features is one of them."""
     model, inputs = hf_models.llava(), prompts(4)
-    fitted = crossget.fit(model, inputs, tokens_out=7, distribution=distribution)
+    fitted = crossget.fit_schedule(model, inputs, tokens_out=7, distribution=distribution)
     assert fitted.measured == 7
     assert fitted.schedule.r[-1] == 0  # nobody reads the last block
     if distribution == "measured":  # of the last token's logits, as nothing else can be compared
-        by_hand = crossget.fit(model, inputs, tokens_out=7, read=lambda out: out.logits[:, -1])
+        by_hand = crossget.fit_schedule(model, inputs, tokens_out=7, read=lambda out: out.logits[:, -1])
         assert (by_hand.losses, by_hand.schedule) == (fitted.losses, fitted.schedule)
     with crossget.attach(model, fitted.reducer) as attached:
         assert attached.image_tokens == (16, 7)
@@ -356,7 +354,7 @@ def test_image_tokens_of_llava(distribution: Any) -> None:
 def test_flops_of_llava() -> None:
     """The language model's are among them, and become fewer with the image tokens."""
     model, inputs = hf_models.llava(), prompts(4)
-    fitted = crossget.fit(model, inputs, flops=0.7)
+    fitted = crossget.fit_schedule(model, inputs, flops=0.7)
     with crossget.attach(model, fitted.reducer):
         assert crossget.count_flops(model, inputs).ratio == fitted.measured <= 0.7
 
@@ -367,21 +365,23 @@ def test_of_several_methods_the_one_that_loses_least(distribution: Any) -> None:
     methods = [crossget.Random(5), crossget.ToMe(0), crossget.TopK(r=0)]
     with torch.no_grad():
         dense = model(inputs)
-        fits = [crossget.fit(model, inputs, flops=0.75, reducer=one, distribution=distribution) for one in methods]
+        fits = [
+            crossget.fit_schedule(model, inputs, flops=0.75, reducer=one, distribution=distribution) for one in methods
+        ]
         lost = []
         for fitted in fits:
             with crossget.attach(model, fitted.reducer):
                 lost.append(float(distance(model(inputs), dense).mean()))
     best = fits[lost.index(min(lost))]
-    found = crossget.fit(model, inputs, flops=0.75, reducer=methods, distribution=distribution)
+    found = crossget.fit_schedule(model, inputs, flops=0.75, reducer=methods, distribution=distribution)
     assert replace(found, losses=best.losses) == best
     assert found.losses[found.distribution] == pytest.approx(min(lost))
     assert find_attachment(model) is None
 
 
 def test_evenly_stays_where_nothing_is_better() -> None:
-    constant = crossget.fit(vit(), images(4), tokens_out=20, distribution="constant")
-    fitted = crossget.fit(vit(), images(4), tokens_out=20, read=lambda logits: torch.ones_like(logits))
+    constant = crossget.fit_schedule(vit(), images(4), tokens_out=20, distribution="constant")
+    fitted = crossget.fit_schedule(vit(), images(4), tokens_out=20, read=lambda logits: torch.ones_like(logits))
     assert fitted.distribution == "constant"
     assert fitted.losses == {"measured": 0.0, "constant": 0.0}
     assert fitted.schedule == constant.schedule
@@ -390,17 +390,17 @@ def test_evenly_stays_where_nothing_is_better() -> None:
 def test_what_cannot_be_done_on_the_meta_device() -> None:
     model, inputs = vit().to("meta"), images(2).to("meta")
     with pytest.raises(ValueError, match="nothing can be measured: set distribution='constant'"):
-        crossget.fit(model, inputs, flops=0.7)
+        crossget.fit_schedule(model, inputs, flops=0.7)
     with pytest.raises(ValueError, match="nothing can be measured: .* give one reducer"):
-        crossget.fit(model, inputs, flops=0.7, distribution="constant", reducer=[CROSS, TOME])
+        crossget.fit_schedule(model, inputs, flops=0.7, distribution="constant", reducer=[CROSS, TOME])
     with pytest.raises(ValueError, match="latency cannot be measured on the meta device"):
-        crossget.fit(model, inputs, latency=0.7)
+        crossget.fit_schedule(model, inputs, latency=0.7)
 
 
 @pytest.mark.slow
 def test_the_meta_device_gives_the_same() -> None:
     model, inputs = vit().to("meta"), images(2).to("meta")
-    fitted = crossget.fit(model, inputs, flops=0.7, distribution="constant")
+    fitted = crossget.fit_schedule(model, inputs, flops=0.7, distribution="constant")
     real = vit()
     with crossget.attach(real, fitted.reducer):
         assert crossget.count_flops(real, images(2)).ratio == fitted.measured
@@ -430,13 +430,13 @@ def clock(model: Any, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], 
 def test_latency(monkeypatch: pytest.MonkeyPatch, distribution: Any) -> None:
     model, inputs = vit(), images(4)
     with clock(model, monkeypatch, lambda tokens: 1e-3 + 1e-4 * tokens + 1e-6 * tokens**2):
-        fitted = crossget.fit(model, inputs, latency=0.7, distribution=distribution, rounds=2)
+        fitted = crossget.fit_schedule(model, inputs, latency=0.7, distribution=distribution, rounds=2)
         assert fitted.met
         assert fitted.predicted == pytest.approx(fitted.measured, abs=1e-2)
         assert 0.68 < fitted.measured <= 0.7 + 1e-3
         assert fitted.spread == pytest.approx((fitted.measured, fitted.measured))
         with pytest.raises(ValueError, match=r"latency=0.2 cannot be kept: the nearest possible is 0.\d+"):
-            crossget.fit(model, inputs, latency=0.2, rounds=2)
+            crossget.fit_schedule(model, inputs, latency=0.2, rounds=2)
 
 
 def test_time_that_does_not_fall_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,46 +444,27 @@ def test_time_that_does_not_fall_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
         clock(model := vit(), monkeypatch, lambda tokens: 1.0),
         pytest.raises(ValueError, match=r"no schedule is faster .* the best takes 1.00 .*give a larger batch"),
     ):
-        crossget.fit(model, images(2), latency=0.9, rounds=1)
+        crossget.fit_schedule(model, images(2), latency=0.9, rounds=1)
 
 
 def test_a_missed_latency_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock goes slower behind the timing of the blocks: what was predicted does not hold."""
     model, slow = vit(), 0.0
-    original = crossget.budget.time_blocks  # type: ignore[attr-defined]
+    original = time_blocks  # type: ignore[attr-defined]
 
     def then_slower(*args: Any) -> Any:
         nonlocal slow
         found, slow = original(*args), 0.02
         return found
 
-    monkeypatch.setattr("crossget.budget.time_blocks", then_slower)
+    monkeypatch.setattr("crossget.measure.fit.time_blocks", then_slower)
     with (
         clock(model, monkeypatch, lambda tokens: 1e-3 * tokens + (slow if tokens < 60 else 0.0)),
         pytest.warns(UserWarning, match=r"the budget was missed.*MISSED, by more than the spread"),
     ):
-        fitted = crossget.fit(model, images(2), latency=0.5, distribution="constant", rounds=2)
+        fitted = crossget.fit_schedule(model, images(2), latency=0.5, distribution="constant", rounds=2)
     assert not fitted.met
     assert fitted.measured > 0.5
-
-
-# Memory ---------------------------------------------------------------------------------------------------------------
-
-
-def test_memory() -> None:
-    model, inputs = vit(depth=2, mlp_ratio=16), images(4)
-    constant = crossget.fit(model, inputs, memory=0.8, distribution="constant")
-    fitted = crossget.fit(model, inputs, memory=0.8, read=lambda logits: logits * 0 + 1)
-    with pytest.raises(ValueError, match=r"memory=0.05 cannot be kept: the nearest possible is 0.\d+"):
-        crossget.fit(model, inputs, memory=0.05)
-    with pytest.raises(ValueError, match=r"memory=0.9 cannot be kept: even the cheapest schedule takes 1\.\d+ of what"):
-        crossget.fit(vit(mlp_ratio=1), inputs, memory=0.9)
-    assert fitted.schedule == constant.schedule
-    assert 0.7 < constant.measured <= 0.8
-    assert constant.measured == constant.predicted
-    report = crossget.benchmark(model, inputs, rounds=1, warmup=0, methods={"fit": constant.reducer})
-    share = report["fit"].peak_memory / report["dense"].peak_memory
-    assert share == pytest.approx(constant.measured, abs=0.02)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -492,8 +473,8 @@ def test_memory() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "give exactly one budget of flops, tokens_out, latency, memory; got none"),
-        ({"flops": 0.5, "memory": 0.5}, ValueError, "exactly one budget .*'flops': 0.5, 'memory': 0.5"),
+        ({}, ValueError, "give exactly one budget of flops, tokens_out, latency; got none"),
+        ({"flops": 0.5, "latency": 0.5}, ValueError, "exactly one budget .*'flops': 0.5, 'latency': 0.5"),
         ({"flops": 1.2}, ValueError, r"flops is 1.2: expected a share of the dense model's, in \(0, 1\]"),
         ({"latency": 0}, ValueError, "latency is 0: expected a share"),
         ({"flops": "half"}, TypeError, "flops is 'half': expected a number"),
@@ -505,7 +486,6 @@ def test_memory() -> None:
         ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give a reducer such as crossget.ToMe"),
         ({"flops": 0.5, "reducer": []}, TypeError, r"reducer is \[\]: give a reducer"),
         ({"flops": 0.5, "reducer": [crossget.ToMe(0), "Ward"]}, TypeError, r"'Ward'\]: give a reducer"),
-        ({"flops": 0.5, "reducer": crossget.ToMe(0, threshold=0.9)}, ValueError, "fit it with threshold=None"),
         ({"flops": 0.5, "rounds": 0}, ValueError, "rounds=0: expected at least 1"),
         ({"flops": 0.5, "tower": "text"}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
         ({"tokens_out": 30, "read": lambda out: [1]}, ValueError, "cannot be compared with the dense model's"),
@@ -517,7 +497,7 @@ def test_refused(arguments: dict[str, Any], error: type[Exception], message: str
     model.train()
     model.norm.eval()
     with pytest.raises(error, match=message):
-        crossget.fit(model, images(2), **arguments)
+        crossget.fit_schedule(model, images(2), **arguments)
     assert find_attachment(model) is None
     assert model.training
     assert not model.norm.training
@@ -527,9 +507,9 @@ def test_refused(arguments: dict[str, Any], error: type[Exception], message: str
 
 def test_the_nearest_possible_is_possible(vit_costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
     """No schedule at all costs less, and what is named is found."""
-    monkeypatch.setattr("crossget.budget.derive", lambda trial, frame: vit_costs)
+    monkeypatch.setattr("crossget.measure.fit.derive", lambda trial, frame: vit_costs)
     with pytest.raises(ValueError, match="nearest possible") as caught:
-        crossget.fit(vit(), images(2), flops=0.05)
+        crossget.fit_schedule(vit(), images(2), flops=0.05)
     share = float(str(caught.value).split("possible is ")[1].split(". ")[0])
     dense = crossget.count_flops(vit(), images(2)).total
     frame, counts = vit_costs.frame, torch.arange(1, vit_costs.frame.start + 1)
@@ -544,18 +524,18 @@ def test_an_attached_model_is_refused() -> None:
     model = vit()
     with crossget.attach(model, TOME) as attached:
         with pytest.raises(ValueError, match="already attached.*Detach it first"):
-            crossget.fit(model, images(1), flops=0.5)
+            crossget.fit_schedule(model, images(1), flops=0.5)
         assert attached.is_attached
 
 
 def test_too_few_tokens_is_an_error() -> None:
     with pytest.raises(ValueError, match="has 3 tokens, of which 2 always stay: nothing can be merged"):
-        crossget.fit(vit(img_size=4), images(1, 4), flops=0.5)
+        crossget.fit_schedule(vit(img_size=4), images(1, 4), flops=0.5)
 
 
 def test_a_tower_that_does_not_run_is_an_error() -> None:
     with pytest.raises(ValueError, match="tower 'visual' did not run on these inputs"):
-        crossget.fit(clip(), {"text": torch.randint(1, 60, (2, 12))}, flops=0.5)
+        crossget.fit_schedule(clip(), {"text": torch.randint(1, 60, (2, 12))}, flops=0.5)
 
 
 def test_distance() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 import crossget
 from crossget import cli
-from crossget.doctor import Check, Diagnosis
-from crossget.schedule import Ratio
+from crossget.measure.doctor import Check, Diagnosis
+from crossget.methods.schedules import Ratio
 
 TINY = "test_vit"
 HOSTS = {"timm", "open_clip", "matplotlib", "transformers"}
@@ -84,7 +84,7 @@ class TestErrors:
         assert line.startswith("crossget: error: no model 'vit_tiny_patch16'")
 
     def test_a_long_message_stays_one_line(self, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-        monkeypatch.setattr("crossget.hosts.make", raising(RuntimeError("several\n\tlines")))
+        monkeypatch.setattr("crossget.demo.backbones.make", raising(RuntimeError("several\n\tlines")))
         assert call("flops", TINY) == 2
         assert capsys.readouterr().err == "crossget: error: several lines\n"
 
@@ -93,7 +93,7 @@ class TestErrors:
             call("flops", "nope", "--traceback")
 
     def test_a_bug_is_not_dressed_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("crossget.hosts.make", raising(KeyError("a bug")))
+        monkeypatch.setattr("crossget.demo.backbones.make", raising(KeyError("a bug")))
         with pytest.raises(KeyError):
             call("flops", TINY)
 
@@ -129,7 +129,7 @@ class TestErrors:
 
     def test_a_reader_that_has_seen_enough_is_no_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         redirected: list[tuple[int, ...]] = []
-        monkeypatch.setattr("crossget.hosts.make", raising(BrokenPipeError()))
+        monkeypatch.setattr("crossget.demo.backbones.make", raising(BrokenPipeError()))
         monkeypatch.setattr(os, "dup2", lambda *numbers: redirected.append(numbers))
         monkeypatch.setattr("sys.stdout.fileno", lambda: 1, raising=False)
         assert call("flops", TINY) == 0
@@ -192,7 +192,7 @@ class TestModels:
     def test_a_host_that_is_not_installed(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("crossget.hosts._import", lambda host: None)
+        monkeypatch.setattr("crossget.demo.backbones._import", lambda host: None)
         assert call("models", "--host", "timm") == 2
         assert 'timm is not installed: pip install "crossget[timm]"' in capsys.readouterr().err
         assert call("models") == 2

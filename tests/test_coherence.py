@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
-from crossget.ensemble import ENSEMBLES, coherence
-from crossget.matching import Plan
-from crossget.reducers import Host
-from crossget.state import TokenState
-from crossget.watch import BlockWatch
+from crossget.core.state import TokenState
+from crossget.core.watch import BlockWatch
+from crossget.methods.matching import MergePlan
+from crossget.methods.merging import ENSEMBLES, norm_correction
+from crossget.methods.reducers import Host
 
 plain = pytest.fixture(autouse=True)(registered)
 
@@ -32,9 +32,9 @@ def test_it_is_the_length_of_a_group_s_mean_direction(seed: int, ensemble: str, 
     order = torch.stack([torch.randperm(9, generator=chance) for _ in range(2)])
     source = order[:, :4]
     destination = order[:, 4:].gather(1, torch.randint(0, 5, (2, 4), generator=chance))  # several may have the same
-    plan = Plan(source, destination, 9)
+    plan = MergePlan(source, destination, 9)
     joined, _ = ENSEMBLES[ensemble](tokens, sizes, importance, plan)
-    found = coherence(tokens, before if merged_before else None, plan)
+    found = norm_correction(tokens, before if merged_before else None, plan)
     assert found.dtype == torch.float32
     for row in range(2):
         weights = sizes[row] * (importance[row].exp() if ensemble == "normalized" else 1)
@@ -53,8 +53,8 @@ def test_it_is_the_length_of_a_group_s_mean_direction(seed: int, ensemble: str, 
 
 
 def test_what_is_dropped_takes_its_coherence_along() -> None:
-    plan = Plan(torch.tensor([[1]]), None, 3)
-    found = coherence(torch.randn(1, 3, 4), torch.tensor([[1.0, 0.5, 0.7]]), plan)
+    plan = MergePlan(torch.tensor([[1]]), None, 3)
+    found = norm_correction(torch.randn(1, 3, 4), torch.tensor([[1.0, 0.5, 0.7]]), plan)
     assert found.tolist() == [[1.0, pytest.approx(0.7)]]
 
 
@@ -68,7 +68,7 @@ def test_values_and_what_the_mlp_adds_are_scaled(attention: str, residual: str) 
     state = TokenState.start(2, 20, TOKENS.device, cross=False, prefix=1, end=None, valid=None)
     state.sizes = torch.randint(1, 4, (2, 20), generator=torch.Generator().manual_seed(1)).float()
     factor = torch.rand(2, 20, generator=torch.Generator().manual_seed(2))
-    state.coherence = factor
+    state.norm_correction = factor
     x = TOKENS.clone()
     q, k, v = (z.unflatten(-1, (4, -1)).transpose(1, 2) for z in block.qkv(block.norm(x)).chunk(3, -1))
     weights = (q @ k.mT * 8**-0.5 + state.sizes.log()[:, None, None]).softmax(-1)
@@ -92,7 +92,7 @@ def test_in_place_the_second_residual_is_scaled_as_well(in_place: str) -> None:
     state = TokenState.start(2, 20, TOKENS.device, cross=False, prefix=1, end=None, valid=None)
     results = []
     for run in (block.forward, lambda x: Block.forward(block, x)):
-        state.coherence = torch.full((2, 20), 0.5)
+        state.norm_correction = torch.full((2, 20), 0.5)
         reducer = crossget.Ward(0).resolved(Host("tower"))
         watch = BlockWatch(TOKENS, state, reducer, 0, causal=False, cross_like_first=True, find_padding=False)
         with torch.no_grad(), watch:
@@ -117,12 +117,12 @@ def test_a_merged_token_says_what_its_members_said_together() -> None:
     seen = {}
     for name, method in {
         "dense": crossget.ToMe(0),
-        "coherent": crossget.ToMe((3, 0), coherence=True),
+        "coherent": crossget.ToMe((3, 0), norm_correction=True),
         "plain": crossget.ToMe((3, 0)),
     }.items():
         with torch.no_grad(), crossget.attach(model, method) as attached, attached.recording():
             model(tokens)
-            seen[name] = attached.history["visual"][-1].features[:, 0]
+            seen[name] = attached.records["visual"][-1].features[:, 0]
     torch.testing.assert_close(seen["coherent"], seen["dense"], rtol=1e-5, atol=1e-5)
     assert (seen["plain"] - seen["dense"]).abs().max() > 1e-2
 
@@ -134,7 +134,7 @@ def test_any_method_may_use_it(method: Any) -> None:
     outputs = []
     with torch.no_grad():
         for coherent in (False, True):
-            with crossget.attach(model, method(3, coherence=coherent)):
+            with crossget.attach(model, method(3, norm_correction=coherent)):
                 outputs.append(model(TOKENS))
     assert torch.isfinite(outputs[1]).all()
     assert torch.equal(*outputs) == (method is crossget.TopK)  # which joins nothing

@@ -49,7 +49,7 @@ from transformers import (
 
 import crossget
 from crossget import cli
-from crossget.convert import plan, size_of
+from crossget.checkpoints.convert import plan, size_of
 
 OUTPUTS = np.load(GOLDEN / "llava.npz")
 
@@ -351,7 +351,8 @@ def test_the_published_models_are_understood(width: int, inner: int, depth: int,
 # What was there before is counted after a conversion of a tiny folder, which has imported all there is to import.
 MEASURE = """
 import contextlib, pathlib, sys, torch
-from crossget import cli, original
+from crossget import cli
+    from crossget.checkpoints import llava_format as original
 
 def pages(kind):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -660,7 +661,7 @@ def test_what_was_interrupted_cannot_be_loaded(tmp_path: Path, monkeypatch: pyte
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("crossget.processor.write_processor", stop)
+    monkeypatch.setattr("crossget.checkpoints.processor.write_processor", stop)
     assert convert(folder, tmp_path / "out") == 130
     assert [path.suffix for path in (tmp_path / "out").glob("model*")] == [".part"]
     monkeypatch.undo()

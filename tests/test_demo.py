@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from small_clip import registered
 
 import crossget
-from crossget import demo
-from crossget.demo import CROSSGET, SHIPPED, TOME, WARD, Demo, Options, load_photographs, run
+from crossget.demo import compare as demo
+from crossget.demo.compare import CROSSGET, SHIPPED, TOME, WARD, Demo, Options, load_photographs, run
 
 TINY_CLIP = "tiny-clip"
 R, TEXT_R = 10, 20
@@ -340,7 +340,7 @@ class TestPhotographs:
 
 
 def test_image_features_are_what_the_classifier_reads() -> None:
-    from crossget.hosts import make
+    from crossget.demo.backbones import make
 
     backbone = make("test_vit", pretrained="none")
     images = backbone.made_up(2, text=False)[0]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossget import figures
-from crossget.figures import Curve, Panel, Summary, colour_of, draw_summary, merge_map, patch_grid
+from crossget.demo import figures
+from crossget.demo.figures import Curve, Panel, Summary, colour_of, draw_summary, merge_map, patch_grid
 
 CELL = 16
 WHITE = torch.ones(3)

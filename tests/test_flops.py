@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import crossget
-from crossget.flops import FlopReport, count_flops, count_once
+from crossget.measure.flops import FlopReport, count_flops, count_once
 
 # A toy ViT whose count is a formula -----------------------------------------------------------------------------------
 

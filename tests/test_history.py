@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 import crossget
 from contract import COMPILES
-from crossget.importance import by_text
-from crossget.matching import Plan
-from crossget.state import Step
+from crossget.core.state import Step
+from crossget.methods.importance import by_text
+from crossget.methods.matching import MergePlan
+from crossget.methods.merging import ENSEMBLES
+from crossget.methods.reducers import Merging, Reducer, _score
 
 VISION = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 3}
@@ -35,25 +37,25 @@ def clip() -> Any:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[MergePlan]:
     """What was decided, block by block."""
-    made: list[Plan] = []
+    made: list[MergePlan] = []
 
-    def make(*arguments: Any) -> Plan:
-        made.append(Plan(*arguments))
+    def make(*arguments: Any) -> MergePlan:
+        made.append(MergePlan(*arguments))
         return made[-1]
 
-    monkeypatch.setattr("crossget.reducers.Plan", make)
+    monkeypatch.setattr("crossget.methods.reducers.MergePlan", make)
     return made
 
 
 def record(model: nn.Module, attached: crossget.Attachment, *inputs: Tensor) -> dict[str, list[Step]]:
     with torch.no_grad(), attached.recording():
         model(*inputs)
-    return attached.history
+    return attached.records
 
 
-def followed(plans: list[Plan], image: int, tokens: int) -> list[list[int]]:
+def followed(plans: list[MergePlan], image: int, tokens: int) -> list[list[int]]:
     """Where each input token is behind each block: one token and one block at a time."""
     behind = []
     places = list(range(tokens))
@@ -69,7 +71,7 @@ def followed(plans: list[Plan], image: int, tokens: int) -> list[list[int]]:
 class TestHistory:
     @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
     def test_is_what_the_plans_say_one_after_the_other(
-        self, method: crossget.Reducer, vit: nn.Module, plans: list[Plan]
+        self, method: Reducer, vit: nn.Module, plans: list[MergePlan]
     ) -> None:
         with crossget.attach(vit, method) as attached:
             steps = record(vit, attached, torch.rand(2, 3, 64, 64))["visual"]
@@ -100,7 +102,7 @@ class TestHistory:
 
     @pytest.mark.parametrize("ensemble", ["guided", "size", "normalized"])
     @pytest.mark.parametrize("method", [*METHODS, crossget.ToMe((2, 0, 4, 1, 0, 3))], ids=str)
-    def test_weights_say_what_is_in_a_token(self, method: crossget.Reducer, ensemble: Any, vit: Any) -> None:
+    def test_weights_say_what_is_in_a_token(self, method: Reducer, ensemble: Any, vit: Any) -> None:
         """Of a model whose blocks add nothing, all that happens to tokens is that they are joined."""
         model = copy.deepcopy(vit)
         for block in model.blocks:
@@ -109,7 +111,7 @@ class TestHistory:
                 nn.init.zeros_(layer.bias)
         given: list[Tensor] = []
         model.blocks[0].register_forward_pre_hook(lambda block, args: given.append(args[0].clone()))
-        if isinstance(method, crossget.Merging):
+        if isinstance(method, Merging):
             method = replace(method, ensemble=ensemble)
         with crossget.attach(model, method) as attached:
             steps = record(model, attached, torch.rand(2, 3, 64, 64))["visual"]
@@ -125,16 +127,16 @@ class TestHistory:
                         sums[group] += step.weights[image, token] * given[0][image, token]
                         total[group] += step.weights[image, token]
                 torch.testing.assert_close(sums, step.features[image, :count], rtol=1e-4, atol=1e-5)
-                if ensemble != "guided" or not isinstance(method, crossget.Merging):
+                if ensemble != "guided" or not isinstance(method, Merging):
                     torch.testing.assert_close(total, torch.ones(count))
 
     def test_an_ensemble_that_does_not_tell_leaves_no_weights(
         self, vit: nn.Module, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def first(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        def first(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
             return tokens.gather(1, plan.kept[:, :, None].expand(-1, -1, tokens.shape[2])), sizes.gather(1, plan.kept)
 
-        monkeypatch.setitem(crossget.ensemble.ENSEMBLES, "size", first)
+        monkeypatch.setitem(ENSEMBLES, "size", first)
         with crossget.attach(vit, crossget.ToMe((0, 2, 0, 2, 0, 0))) as attached:
             steps = record(vit, attached, torch.rand(1, 3, 64, 64))["visual"]
         assert torch.equal(steps[0].weights, torch.ones(1, 17))
@@ -143,13 +145,13 @@ class TestHistory:
     def test_has_the_scores_that_chose(self, vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         scores: list[Tensor] = []
 
-        original = crossget.reducers._score
+        original = _score
 
         def score(*arguments: Any) -> Tensor:
             scores.append(original(*arguments))
             return scores[-1]
 
-        monkeypatch.setattr("crossget.reducers._score", score)
+        monkeypatch.setattr("crossget.methods.reducers._score", score)
         with crossget.attach(vit, crossget.CrossGET((2, 0, 2, 0, 0, 1))) as attached:
             steps = record(vit, attached, torch.rand(1, 3, 64, 64))["visual"]
             entering = attached.tokens["visual"]
@@ -175,15 +177,15 @@ class TestHistory:
             with torch.no_grad():
                 plain = vit(image := torch.rand(1, 3, 64, 64))
             with pytest.raises(RuntimeError, match=r"not recorded: run it inside `with attached.recording\(\):`"):
-                _ = attached.history
+                _ = attached.records
             with torch.no_grad(), attached.recording():
                 recorded = vit(image)
-            assert len(attached.history["visual"]) == 6
+            assert len(attached.records["visual"]) == 6
             assert torch.equal(plain, recorded)
             with torch.no_grad():
                 vit(image)
             with pytest.raises(RuntimeError, match="not recorded"):  # an older forward's is not passed off
-                _ = attached.history
+                _ = attached.records
 
     def test_ends_with_its_block_also_after_an_error(self, vit: nn.Module) -> None:
         with crossget.attach(vit, crossget.CrossGET(2)) as attached:
@@ -199,7 +201,7 @@ class TestHistory:
             model.set_grad_checkpointing()
             with attached.recording():
                 model(image).sum().backward()
-            for a, b in zip(before, attached.history["visual"], strict=True):
+            for a, b in zip(before, attached.records["visual"], strict=True):
                 assert torch.equal(a.source, b.source)
                 torch.testing.assert_close(a.features, b.features)
                 assert not b.features.requires_grad
@@ -210,7 +212,7 @@ class TestLookFor:
         """One token after the other through CLIP's own last steps."""
         image, text = torch.rand(2, 3, 32, 32), torch.randn(24)
         with crossget.attach(clip, {"visual": crossget.CrossGET((2, 0, 0), importance="text")}) as attached:
-            attached.look_for(text)
+            attached.set_text_features(text)
             watched: list[Tensor] = []
             block = clip.visual.transformer.resblocks[0]
             hook = block.ln_2.register_forward_pre_hook(lambda _, args: watched.append(args[0]))
@@ -255,12 +257,12 @@ class TestLookFor:
                 pooled = model.vision_model(image).pooler_output
             embed = attached.towers["visual"].embed
             assert embed is not None
-            own = embed(attached.history["visual"][-1].features)[:, 0]
+            own = embed(attached.records["visual"][-1].features)[:, 0]
             torch.testing.assert_close(own, model.visual_projection(pooled))
             attached.reducer = {"visual": crossget.CrossGET(4, importance="text")}
             maps = []
             for target in (text, -text):
-                attached.look_for(target)
+                attached.set_text_features(target)
                 model.vision_model(image)
                 maps.append(attached.source["visual"])
             assert not torch.equal(*maps)
@@ -270,10 +272,10 @@ class TestLookFor:
         with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached:
             maps = []
             for text in texts:
-                attached.look_for(text)
+                attached.set_text_features(text)
                 maps.append(record(clip, attached, image)["visual"][-1].source)
             assert not torch.equal(*maps)
-            attached.look_for(texts)  # one for each image
+            attached.set_text_features(texts)  # one for each image
             both = record(clip, attached, image.expand(2, -1, -1, -1))["visual"][-1].source
         assert torch.equal(both, torch.cat(maps))
 
@@ -281,7 +283,7 @@ class TestLookFor:
         """With TopK the tokens are dropped in the order of their relevance."""
         image, text = torch.rand(4, 3, 32, 32), torch.randn(24)
         with crossget.attach(clip, {"visual": crossget.TopK((5, 0, 0), importance="text")}) as attached:
-            attached.look_for(text)
+            attached.set_text_features(text)
             step = record(clip, attached, image)["visual"][0]
         assert step.score is not None
         for score, source in zip(step.score, step.source, strict=True):
@@ -290,11 +292,11 @@ class TestLookFor:
 
     def test_none_forgets_and_then_the_method_has_no_text(self, clip: Any) -> None:
         with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached:
-            with pytest.raises(RuntimeError, match=r"importance='text' has no text: call Attachment.look_for"):
+            with pytest.raises(RuntimeError, match=r"importance='text' has no text: call Attachment.set_text_features"):
                 clip.encode_image(torch.rand(1, 3, 32, 32))
-            attached.look_for(torch.randn(24))
+            attached.set_text_features(torch.randn(24))
             clip.encode_image(torch.rand(1, 3, 32, 32))
-            attached.look_for(None)
+            attached.set_text_features(None)
             with pytest.raises(RuntimeError, match="has no text"):
                 clip.encode_image(torch.rand(1, 3, 32, 32))
 
@@ -302,13 +304,13 @@ class TestLookFor:
         image = torch.rand(1, 3, 32, 32)
         with crossget.attach(clip, {"visual": crossget.CrossGET(3)}) as attached, torch.no_grad():
             before = clip.encode_image(image)
-            attached.look_for(torch.randn(24))
+            attached.set_text_features(torch.randn(24))
             assert torch.equal(clip.encode_image(image), before)
 
     def test_copies_and_pickles_look_for_the_same(self, clip: Any) -> None:
         image = torch.rand(1, 3, 32, 32)
         with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached, torch.no_grad():
-            attached.look_for(torch.randn(24))
+            attached.set_text_features(torch.randn(24))
             expected = clip.encode_image(image)
             assert torch.equal(copy.deepcopy(clip).encode_image(image), expected)
             assert torch.equal(pickle.loads(pickle.dumps(clip)).encode_image(image), expected)
@@ -320,11 +322,11 @@ class TestLookFor:
         model = open_clip.CLIP(24, {**VISION, "layers": 2}, TEXT).eval().visual
         image = torch.rand(1, 3, 32, 32)
         with crossget.attach(model, crossget.CrossGET(3, importance="text")) as attached, torch.no_grad():
-            attached.look_for(torch.randn(24))
+            attached.set_text_features(torch.randn(24))
             with attached.recording():
                 compiled = torch.compile(model, backend="eager", fullgraph=True)(image)
             with pytest.raises(RuntimeError, match="not recorded: run it inside .*, and not compiled"):
-                _ = attached.history
+                _ = attached.records
             torch.testing.assert_close(compiled, model(image))
 
     @pytest.mark.parametrize(
@@ -332,7 +334,11 @@ class TestLookFor:
         [
             (torch.ones(23), "visual", r"features of shape \[23\]: expected \[24\] or \[images, 24\]"),
             (torch.ones(1, 1, 24), "visual", r"features of shape \[1, 1, 24\]: expected"),
-            (torch.ones(24), "vision", r"look_for\(tower='vision'\): attached are the towers \['text', 'visual'\]"),
+            (
+                torch.ones(24),
+                "vision",
+                r"set_text_features\(tower='vision'\): attached are the towers \['text', 'visual'\]",
+            ),
             (torch.ones(24), "text", "tower 'text' has no known way of single tokens to the space of texts"),
         ],
         ids=["width", "axes", "name", "tower"],
@@ -342,11 +348,11 @@ class TestLookFor:
             crossget.attach(clip, {"visual": crossget.CrossGET(1), "text": crossget.CrossGET(0)}) as attached,
             pytest.raises(ValueError, match=message),
         ):
-            attached.look_for(features, tower)
+            attached.set_text_features(features, tower)
 
     def test_another_number_of_texts_than_images(self, clip: Any) -> None:
         with crossget.attach(clip, {"visual": crossget.CrossGET(1, importance="text")}) as attached:
-            attached.look_for(torch.randn(3, 24))
+            attached.set_text_features(torch.randn(3, 24))
             with pytest.raises(RuntimeError, match="got 2 images and looks for 3 texts"):
                 clip.encode_image(torch.rand(2, 3, 32, 32))
 

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from crossget import hosts
-from crossget.hosts import find, is_offline, make, read_weights
+from crossget.demo import backbones as hosts
+from crossget.demo.backbones import find, is_offline, make, read_weights
 
 TINY = "test_vit"
 

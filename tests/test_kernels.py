@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossget import CrossGET, kernels
-from crossget.reducers import Host, View
+from crossget import CrossGET
+from crossget.methods import kernels
+from crossget.methods.reducers import Host, View
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EXAMPLES = int(os.environ.get("CROSSGET_TEST_EXAMPLES", "30"))  # of matching; the interpreter is slow
@@ -462,9 +463,9 @@ def test_a_process_without_triton() -> None:
     code = """if True:
         import sys
         sys.modules["triton"] = None
-        import crossget.kernels
+        import crossget.methods.kernels
         assert "crossget._triton" not in sys.modules
-        assert crossget.kernels._kernels() is None
+        assert _kernels() is None
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -18,7 +18,7 @@ HOSTS = [
     *("matplotlib", "skimage", "tyro", "lmms_eval"),
 ]
 CORE = sorted(path.stem for path in (ROOT / "crossget").glob("*.py"))
-DATA = ("crossget/py.typed", "crossget/show.html")
+DATA = ("crossget/py.typed", "crossget/demo/show.html")
 ADAPTERS = sorted(path.name for path in (ROOT / "integrations").glob("*.py"))
 
 IMPORT_CORE = "import crossget, importlib\n" + "\n".join(

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from crossget.registry import _adapters, unregister
+from crossget.core.adapters import _adapters, unregister
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 import crossget
 import reference
-from crossget import importance
-from crossget.importance import by_attention
-from crossget.matching import BAND, BUDGET, Candidates, Matching, complete_graph, ward_graph
-from crossget.reducers import Host, Merging, View
-from crossget.state import TokenState
-from crossget.watch import BlockWatch
+from crossget.core.state import TokenState
+from crossget.core.watch import BlockWatch
+from crossget.methods import importance
+from crossget.methods.importance import by_attention
+from crossget.methods.matching import BAND, BUDGET, Candidates, Matching, complete_graph, ward_graph
+from crossget.methods.reducers import Host, Merging, Reducer, View
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HOST = Host("tower 'visual'")
@@ -417,7 +417,7 @@ def test_the_class_token_s_attention_is_what_the_block_computes(fused: bool, bia
 
 
 @pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random, crossget.TopK, crossget.Ward])
-def test_a_reducer_is_its_configuration(method: type[crossget.Reducer]) -> None:
+def test_a_reducer_is_its_configuration(method: type[Reducer]) -> None:
     reducer = method([3, 2, 1])
     assert reducer == method((3, 2, 1))
     assert hash(reducer) == hash(method((3, 2, 1)))
@@ -426,7 +426,7 @@ def test_a_reducer_is_its_configuration(method: type[crossget.Reducer]) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         reducer.r = 5  # type: ignore[misc]
     resolved = reducer.resolved(HOST)
-    names = {field.name for field in dataclasses.fields(resolved)} - {"threshold"}  # there None says that all are alike
+    names = {field.name for field in dataclasses.fields(resolved)}
     assert all(getattr(resolved, name) is not None for name in names)
 
 
@@ -435,8 +435,8 @@ def test_the_default_is_the_reference() -> None:
     assert dataclasses.asdict(clip) == {
         "r": 16, "matching": "complete_graph", "guided_matching": True, "importance": "cross_token",
         "ensemble": "guided", "keys": "all_heads", "cross_token": True, "proportional_attention": True,
-        "coherence": False, "skip_unread": False,
-        "strip_cross_token": False, "ties": "reference", "threshold": None, "ladder": (0.5, 1.0, 1.5), "seed": 0,
+        "norm_correction": False, "class_token_only": False,
+        "strip_cross_token": False, "ties": "torch", "key_stride": 1, "seed": 0,
     }  # fmt: skip
     llava = crossget.CrossGET(13).resolved(Host("x", importance="attention", keys="mean_heads"))
     assert (llava.importance, llava.keys) == ("attention", "mean_heads")
@@ -483,7 +483,7 @@ def test_r_of_another_kind_is_refused(r: Any) -> None:
         (crossget.TopK(1), Host("t", has_class_token=False), "importance='attention'"),
     ],
 )
-def test_what_cannot_work_on_a_tower_is_refused(reducer: crossget.Reducer, host: Host, message: str) -> None:
+def test_what_cannot_work_on_a_tower_is_refused(reducer: Reducer, host: Host, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         reducer.resolved(host)
 
@@ -566,7 +566,7 @@ def test_bands_change_nothing(case: tuple[View, int], band: int, guided: bool, m
     importance = view.received if guided else None
     found = []
     for size in (BAND, band):
-        with mock.patch("crossget.matching.BAND", size):
+        with mock.patch("crossget.methods.matching.BAND", size):
             candidates = Candidates(keys, view.protected, view.n_protected, view.valid, "stable", sizes=view.sizes)
             found.append(method(candidates, candidates.limit(r), importance))
     for one, other in zip(*found, strict=True):
@@ -574,7 +574,7 @@ def test_bands_change_nothing(case: tuple[View, int], band: int, guided: bool, m
 
 
 class Living(TorchDispatchMode):
-    """Counts the bytes of tensors that operators make inside: at most `most` live at a time. Kernels' own do not count."""
+    """Counts the bytes of tensors that operators make inside: at most `most` live at a time, kernels' own not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -602,7 +602,7 @@ def test_a_matching_holds_the_similarities_once(
     reducer: Merging, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bands: beside the similarities in float32 there is nothing of their size, in half precision either."""
-    monkeypatch.setattr("crossget.matching.BAND", 1 << 12)
+    monkeypatch.setattr("crossget.methods.matching.BAND", 1 << 12)
     tokens, width = 256, 32
     heads = torch.randn(1, 2, tokens, width // 2).to(dtype)
     protected = torch.arange(tokens)[None] < 1

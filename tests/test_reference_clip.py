@@ -18,9 +18,9 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
 import crossget
-from crossget.importance import by_attention, by_guide
-from crossget.matching import Ties
-from crossget.reducers import Host, View
+from crossget.methods.importance import by_attention, by_guide
+from crossget.methods.matching import Ties
+from crossget.methods.reducers import Host, View
 from experiments.retrieval.models import Clip
 from experiments.retrieval.task import RetrievalTask
 

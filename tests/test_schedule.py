@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import crossget
-from crossget.schedule import as_schedule, planned_tokens
+from crossget.methods.schedules import as_schedule, planned_tokens
 
 
 @pytest.mark.parametrize(
@@ -15,9 +15,9 @@ from crossget.schedule import as_schedule, planned_tokens
         ((5, 0, 2), [20, 15, 15, 13]),
         (crossget.Linear(6, 0), [20, 14, 11, 11]),
         (crossget.Ratio(0.25), [20, 15, 12, 9]),
-        (crossget.Rising(0.25), [20, 18, 14, 11, 9]),
-        (crossget.Rising(1.0), [20, 14, 8, 5, 4, 3, 3]),
-        (crossget.Rising(0.0), [20, 20]),
+        (crossget.RampedRatio(0.25), [20, 18, 14, 11, 9]),
+        (crossget.RampedRatio(1.0), [20, 14, 8, 5, 4, 3, 3]),
+        (crossget.RampedRatio(0.0), [20, 20]),
         (100, [20, 11, 7, 5]),
         (0, [20, 20]),
     ],

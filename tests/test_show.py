@@ -24,10 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import crossget
-from crossget import figures, show
 from crossget.cli import _parser
-from crossget.figures import GROUP_COLOURS, colour_groups, follow_groups, group_map
-from crossget.show import Options, Story, correlation, others_beside, run, to_script
+from crossget.demo import figures
+from crossget.demo import viewer as show
+from crossget.demo.figures import GROUP_COLOURS, colour_groups, follow_groups, group_map
+from crossget.demo.viewer import Options, Story, correlation, others_beside, run, to_script
+from crossget.methods.reducers import Reducer
 
 TINY_CLIP = "tiny-clip-to-show"
 CONFIG = {
@@ -177,12 +179,12 @@ def test_the_map_tints_groups_and_leaves_the_rest() -> None:
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-def recorded(story: Story, reducer: crossget.Reducer, text: Tensor | None = None) -> tuple[crossget.Attachment, Tensor]:
+def recorded(story: Story, reducer: Reducer, text: Tensor | None = None) -> tuple[crossget.Attachment, Tensor]:
     """The same forward once more: what it leaves, and the image's features."""
     image = story.backbone.preprocess(story.photograph.image)[None]
     with crossget.attach(story.backbone.model, {"visual": reducer}) as attached, torch.no_grad():
         if text is not None:
-            attached.look_for(text)
+            attached.set_text_features(text)
         with attached.recording():
             features = story.backbone.image_features(image)[0]
     return attached, features
@@ -195,7 +197,7 @@ def test_blocks_are_those_of_the_forward(key: str, method: Any, vit: Story) -> N
     (shown,) = (m for m in vit.data()["methods"] if m["key"] == key)
     (only,) = shown["runs"]
     attached, features = recorded(vit, method((4, 0, 4, 4, 4, 4)))
-    steps = attached.history["visual"]
+    steps = attached.records["visual"]
     assert only["tokens"] == [*attached.tokens["visual"], steps[-1].features.shape[1]]
     dense = recorded(vit, crossget.ToMe(0))[1]
     assert only["cosine"] == pytest.approx(float(F.cosine_similarity(features, dense, dim=0)), abs=1e-4)
@@ -237,14 +239,14 @@ def test_relevance_is_the_cosine_of_each_token_with_each_text(clip: Story) -> No
     texts = model.encode_text(clip.backbone.tokenize(TEXTS))
     crossgets = [crossget.CrossGET(3), *[crossget.CrossGET(3, importance="text")] * 2]
     wanted = [(0, n, reducer) for n, reducer in enumerate(crossgets)] + [(1, 0, crossget.ToMe(3))]
-    dense = recorded(clip, crossget.ToMe(0))[0].history["visual"]
+    dense = recorded(clip, crossget.ToMe(0))[0].records["visual"]
     for method, n, reducer in wanted:
         shown = data["methods"][method]["runs"][n]
         assert shown["text"] == (n - 1 if n else None)
         attached, features = recorded(clip, reducer, texts[n - 1] if n else None)
         similar = [float(F.cosine_similarity(features, text, dim=0)) for text in texts]
         assert shown["similarity"] == pytest.approx(similar, abs=1e-4)
-        for layer, (block, step) in enumerate(zip(shown["blocks"], attached.history["visual"], strict=True)):
+        for layer, (block, step) in enumerate(zip(shown["blocks"], attached.records["visual"], strict=True)):
             for t, text in enumerate(texts):
                 found, before = [], []
                 for patch in range(16):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from small_clip import registered
 
-from crossget.show import Options, Story, run
+from crossget.demo.viewer import Options, Story, run
 
 pytestmark = pytest.mark.slow
 

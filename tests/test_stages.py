@@ -17,8 +17,8 @@ import transformers
 from torch import nn
 
 import crossget
-from crossget.presets import PRESETS, build
-from crossget.stages import Cost, StageReport, count_stages
+from crossget.checkpoints.hf_sizes import PRESETS, build
+from crossget.measure.generation import Cost, StageReport, count_stages
 
 R = 2
 C, MLP, VOCABULARY = hf_models.WIDTH, 64, 60

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import crossget
+from crossget.core.training import parameter_groups
 
 timm = pytest.importorskip("timm")
 
@@ -116,7 +117,7 @@ def test_only_what_is_chosen_is_trained(train: Any, registered: bool) -> None:
     if registered:
         attached.register_parameters(model)
     prompts = [nn.Parameter(torch.zeros(4, 32))]
-    groups = crossget.parameter_groups(model, attached, train=train, prompts=prompts)
+    groups = parameter_groups(model, attached, train=train, prompts=prompts)
     expected = {"cross_tokens": ["cross_tokens"], "prompts": ["cross_tokens", "prompts"]}
     assert list(groups) == expected.get(train, ["cross_tokens", "prompts", "weights"])
     chosen = {id(p) for parameters in groups.values() for p in parameters}
@@ -133,7 +134,7 @@ def test_only_what_is_chosen_is_trained(train: Any, registered: bool) -> None:
 def test_nothing_to_train_is_an_error() -> None:
     model = vit()
     with pytest.raises(ValueError, match="nothing to train"):
-        crossget.parameter_groups(model, train="cross_tokens")
+        parameter_groups(model, train="cross_tokens")
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""`skip_unread`: the last block runs for the token that is read, where the call says that it reads one only."""
+"""`class_token_only`: the last block runs for the token that is read, where the call says that it reads one only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import crossget
-from crossget.registry import Readout, Tower
+from crossget.core.adapters import SingleTokenOutput, Tower
+from crossget.methods.reducers import Reducer
 
 timm = pytest.importorskip("timm")
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -38,11 +39,11 @@ METHODS = [crossget.CrossGET(8), crossget.ToMe(8), crossget.Ward(8), crossget.To
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
-def test_logits_stay_and_cost_less(method: crossget.Reducer) -> None:
+def test_logits_stay_and_cost_less(method: Reducer) -> None:
     model = small()
     logits, costs = [], []
     for skip in (False, True):
-        with torch.no_grad(), crossget.attach(model, replace(method, skip_unread=skip)) as attached:
+        with torch.no_grad(), crossget.attach(model, replace(method, class_token_only=skip)) as attached:
             rows = rows_in_last_mlp(model, lambda: logits.append(model(IMAGE)))
             assert rows == 1 if skip else rows > 1
             costs.append(crossget.count_flops(model, IMAGE).total)
@@ -55,7 +56,7 @@ def test_logits_stay_and_cost_less(method: crossget.Reducer) -> None:
 def test_who_asks_for_features_gets_them(name: str) -> None:
     model, found = small(), []
     for skip in (False, True):
-        with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, skip_unread=skip)):
+        with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, class_token_only=skip)):
             model(IMAGE)  # which says that it reads one token, and takes it back
             found.append([leaf for leaf in tree_leaves(getattr(model, name)(IMAGE)) if isinstance(leaf, Tensor)])
     assert len(found[0]) > 0
@@ -67,13 +68,13 @@ def test_who_asks_for_features_gets_them(name: str) -> None:
 )
 def test_other_heads_read_all_tokens(change: dict[str, Any]) -> None:
     model = small(**change, **({"global_pool": "avg"} if "class_token" in change else {}))
-    with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, skip_unread=True)):
+    with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, class_token_only=True)):
         assert rows_in_last_mlp(model, lambda: model(IMAGE)) > 1
 
 
 def test_the_head_is_looked_at_in_every_call() -> None:
     model = small()
-    with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, skip_unread=True)):
+    with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, class_token_only=True)):
         assert rows_in_last_mlp(model, lambda: model(IMAGE)) == 1
         model.reset_classifier(5, "avg")
         assert rows_in_last_mlp(model, lambda: model(IMAGE)) > 1
@@ -81,7 +82,7 @@ def test_the_head_is_looked_at_in_every_call() -> None:
 
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
     model = small()
-    with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, skip_unread=True)):
+    with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, class_token_only=True)):
         with pytest.raises(Exception, match="mat1|shape|size|expected"):
             model(torch.zeros(2, 4, 32, 32))
         assert rows_in_last_mlp(model, lambda: model.forward_features(IMAGE)) > 1
@@ -92,10 +93,13 @@ def test_the_last_block_leaves_the_others_as_they_came() -> None:
     with torch.no_grad():
         for skip in (False, True):
             hook = model.blocks[-1].register_forward_hook(lambda _, __, out, skip=skip: seen.update({skip: out}))
-            with crossget.attach(model, crossget.ToMe((8, 8, 0), skip_unread=skip)) as attached, attached.recording():
+            with (
+                crossget.attach(model, crossget.ToMe((8, 8, 0), class_token_only=skip)) as attached,
+                attached.recording(),
+            ):
                 model(IMAGE)
                 assert attached.tokens["visual"] == [65, 57, 49]
-                features = [step.features for step in attached.history["visual"]]
+                features = [step.features for step in attached.records["visual"]]
                 assert torch.equal(features[-1][:, 1:], features[-2][:, 1:]) == skip
             hook.remove()
     torch.testing.assert_close(seen[True][:, 0], seen[False][:, 0], rtol=1e-5, atol=1e-6)
@@ -108,7 +112,7 @@ def test_gradients_are_the_same() -> None:
     for skip in (False, True):
         model = small()
         model.set_grad_checkpointing(skip)  # whose recomputation has to skip, too
-        with crossget.attach(model, crossget.CrossGET(8, skip_unread=skip)) as attached:
+        with crossget.attach(model, crossget.CrossGET(8, class_token_only=skip)) as attached:
             model.train()
             model(IMAGE).square().sum().backward()
             grads.append([p.grad for p in [*model.parameters(), *attached.parameters()]])
@@ -116,23 +120,14 @@ def test_gradients_are_the_same() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_with_a_strength_for_each_image() -> None:
-    model, logits = small(), []
-    for skip in (False, True):
-        with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, threshold=0.3, skip_unread=skip)) as attached:
-            logits.append(model(IMAGE))
-            assert attached.strength["visual"].tolist() != [1.0, 1.0]
-    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
-
-
 def test_a_budget_counts_it() -> None:
     model = small()
-    found = crossget.fit(model, IMAGE, flops=0.7, reducer=crossget.ToMe(0, skip_unread=True))
+    found = crossget.fit_schedule(model, IMAGE, flops=0.7, reducer=crossget.ToMe(0, class_token_only=True))
     assert 0.68 < found.measured <= 0.7
     assert found.schedule.r[-1] == 0  # nothing is merged there
-    plain = crossget.fit(model, IMAGE, flops=0.7, reducer=crossget.ToMe(0))
+    plain = crossget.fit_schedule(model, IMAGE, flops=0.7, reducer=crossget.ToMe(0))
     assert sum(found.schedule.r[:-1]) < sum(plain.schedule.r[:-1])
-    out = crossget.fit(model, IMAGE, tokens_out=30, reducer=crossget.ToMe(0, skip_unread=True))
+    out = crossget.fit_schedule(model, IMAGE, tokens_out=30, reducer=crossget.ToMe(0, class_token_only=True))
     assert (out.measured, out.tokens[-1]) == (30, 31)
 
 
@@ -150,7 +145,7 @@ def test_texts_whose_end_is_read() -> None:
         last.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(int(args[0].shape[1])))
         features = []
         for skip in (False, True):
-            method = crossget.ToMe(3, skip_unread=skip)
+            method = crossget.ToMe(3, class_token_only=skip)
             with torch.no_grad(), crossget.attach(model, {"visual": method, "text": method}):
                 features.append((model.encode_text(ids), model.encode_image(IMAGE), *model(IMAGE, ids)))
         assert seen[2:] == [1, 1]
@@ -175,12 +170,12 @@ def test_a_method_of_another_name() -> None:
     @crossget.register(Returning)
     def adapter(model: Returning) -> list[Tower]:
         (tower,) = crossget.find_towers(model.vit)
-        tower.readouts = [Readout(model, lambda model: True, "classify")]
+        tower.single_token_outputs = [SingleTokenOutput(model, lambda model: True, "classify")]
         return [tower]
 
     try:
         model = Returning().eval()
-        with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, skip_unread=True)):
+        with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, class_token_only=True)):
             assert rows_in_last_mlp(model.vit, lambda: model.classify(IMAGE)) == 1
             assert rows_in_last_mlp(model.vit, lambda: model.vit(IMAGE)) > 1
             with pytest.raises(Exception, match="mat1|shape|size|expected"):
@@ -199,7 +194,7 @@ def test_readouts_need_a_token_to_read(wrong: dict[str, Any]) -> None:
         return [replace(tower, **wrong)]
 
     try:
-        with pytest.raises(RuntimeError, match="'visual' has readouts.*no such token or restore=False"):
+        with pytest.raises(RuntimeError, match="'visual' has single_token_outputs.*no such token or restore=False"):
             crossget.attach(Returning(), crossget.ToMe(8))
     finally:
         crossget.unregister(Returning)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from crossget import CrossGET, Random, ToMe, TopK
-from crossget.reducers import Reducer
+from crossget.methods.reducers import Reducer
 from experiments.engine import Recipe
 
 REDUCTIONS = (2, 4, 8, 12, 16)
@@ -83,16 +83,6 @@ FROM_COMPLETE_GRAPH: dict[str, Preset] = {
     "complete_graph_cross_token": part("cross token: on", FULL, guided_matching=False, ensemble="size"),
     "complete_graph_plain_attention": part(
         "proportional attention: off", UNTRAINED, ensemble="size", proportional_attention=False
-    ),
-    "complete_graph_adaptive": part(
-        "strength by image (threshold 0.9, ladder 0.5, 1, 1.5)", UNTRAINED, ensemble="size", threshold=0.9
-    ),
-    "complete_graph_adaptive_narrow": part(
-        "strength by image (threshold 0.9, ladder 0.8, 1, 1.2)",
-        UNTRAINED,
-        ensemble="size",
-        threshold=0.9,
-        ladder=(0.8, 1.0, 1.2),
     ),
 }
 

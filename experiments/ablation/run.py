@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
-from crossget.reducers import Reducer
+from crossget.methods.reducers import Reducer
 from experiments import common
 from experiments.ablation.presets import PRESETS, REDUCTIONS
 from experiments.ablation.settings import Images, Measuring

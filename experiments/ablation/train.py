@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
+from crossget.core.training import parameter_groups
 from experiments import common, engine, processes
 from experiments.ablation.presets import RECIPES, TRAINED, TRAINED_REDUCTIONS, Trained
 from experiments.ablation.run import predict, score
@@ -133,7 +134,7 @@ def fit(
     """Train what the row trains, in place; see `engine.fit`."""
     if attached is not None:
         attached.register_parameters(model)
-    groups = crossget.parameter_groups(model, attached, train=row.train or "all")
+    groups = parameter_groups(model, attached, train=row.train or "all")
     return engine.fit(ClassificationTask(model), groups, data, collate, recipe, folder, trackers=trackers, name=name)
 
 

@@ -58,10 +58,10 @@ def accuracies(results: list[common.Json], setting: str) -> str:
 
 
 def costs(results: list[common.Json], setting: str) -> str:
-    """Return budgets of time and memory: asked, predicted, measured."""
+    """Return budgets of time: asked, predicted, measured."""
     rows = []
     for method, label in METHODS.items():
-        for budget in ("latency", "memory"):
+        for budget in ("latency",):
             for result in chosen(results, setting, method, budget):
                 asked = f"{label}, {budget} {100 * result['run']['share']:.0f} %, batch {result['run']['fitted_on']}"
                 for name, title in (("constant", "evenly"), ("measured", "fitted")):

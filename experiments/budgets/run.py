@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import crossget
-from crossget.reducers import Reducer
+from crossget.measure.fit import FittedSchedule
+from crossget.methods.reducers import Reducer
 from experiments import common
 from experiments.ablation.run import measure, predict
 from experiments.ablation.settings import Images, Measuring
@@ -25,7 +26,7 @@ DISTRIBUTIONS: tuple[Literal["measured", "constant"], ...] = ("measured", "const
 
 @dataclass(frozen=True)
 class Run:
-    """A method at a budget of multiply-adds, or of time or memory, which have no accuracy measured."""
+    """A method at a budget of multiply-adds, or of time, which have no accuracy measured."""
 
     setting: str
     method: str
@@ -48,8 +49,6 @@ class Options(Measuring):
     """Budgets of multiply-adds, as shares of the dense model's."""
     latencies: tuple[float, ...] = (0.8, 0.6)
     """Budgets of time."""
-    memories: tuple[float, ...] = (0.9,)
-    """Budgets of peak memory."""
     fitted_on: int = 32
     """Images to fit on, spread evenly over the list; they are not measured on."""
     results: Path = field(default=RESULTS)
@@ -63,7 +62,7 @@ def queue(options: Options) -> list[Run]:
         ValueError: a method does not exist.
     """
     common.check_names("methods", options.methods, METHODS)
-    budgets = {"flops": options.shares, "latency": options.latencies, "memory": options.memories}
+    budgets = {"flops": options.shares, "latency": options.latencies}
     return [
         Run(options.setting, method, budget, share)
         for budget, shares in budgets.items()
@@ -81,7 +80,7 @@ def split(images: Images, fitted_on: int) -> tuple[Tensor, Images]:
     return images.pixels[chosen], Images(images.pixels[others], images.labels[others], images.source)
 
 
-def described(fitted: crossget.Fit, seconds: float) -> common.Json:
+def described(fitted: FittedSchedule, seconds: float) -> common.Json:
     """Return a fit for a result file."""
     entries = {**asdict(replace(fitted, reducer=crossget.ToMe(r=0))), "schedule": list(fitted.schedule.r)}
     return {**{name: value for name, value in entries.items() if name != "reducer"}, "seconds": round(seconds, 2)}
@@ -107,7 +106,9 @@ def main(options: Options) -> int:
             start = time.perf_counter()
             budget: dict[str, Any] = {run.budget: run.share}
             try:
-                fitted = crossget.fit(model, seen, reducer=METHODS[run.method], distribution=distribution, **budget)
+                fitted = crossget.fit_schedule(
+                    model, seen, reducer=METHODS[run.method], distribution=distribution, **budget
+                )
             except ValueError as refusal:  # what cannot be kept is a result, too
                 made[distribution] = {"refused": str(refusal)}
                 continue
@@ -136,7 +137,7 @@ def command_of(options: Options) -> Callable[[Run], str]:
     def command(run: Run) -> str:
         words = options.words("experiments.budgets.run")
         words += ["--methods", run.method, "--fitted-on", str(options.fitted_on)]
-        given = {"flops": "--shares", "latency": "--latencies", "memory": "--memories"}
+        given = {"flops": "--shares", "latency": "--latencies"}
         for budget, option in given.items():
             words += [option, *([str(run.share)] if budget == run.budget else [])]
         return shlex.join(words)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from crossget import CrossGET, ToMe, Ward
-from crossget.reducers import Reducer
+from crossget.methods.reducers import Reducer
 
 Target = Literal["none", "own", "other", "all"]
 
@@ -37,7 +37,7 @@ def by_text(label: str, method: Reducer) -> dict[str, Preset]:
     }
 
 
-CROSSGET, WARD = CrossGET(0, cross_token=False), Ward(0, coherence=False, skip_unread=False)
+CROSSGET, WARD = CrossGET(0, cross_token=False), Ward(0, norm_correction=False, class_token_only=False)
 PRESETS: dict[str, Preset] = {
     "dense": Preset("dense", None),
     "tome": Preset("ToMe", ToMe(0)),

@@ -116,25 +116,25 @@ def evenly(items: Any, limit: int) -> list[Any]:
 
 
 def score(
-    encode: Callable[[Tensor], Tensor], look_for: Callable[[Tensor], None], texts: Tensor, target: Target
+    encode: Callable[[Tensor], Tensor], set_text_features: Callable[[Tensor], None], texts: Tensor, target: Target
 ) -> Tensor:
     """Return [N, M] cosines of photographs and texts.
 
     Args:
         encode: texts [M', E] -> [N, M'], of all photographs as the model sees them now.
-        look_for: says which text [E] the merging is to know from now on.
+        set_text_features: says which text [E] the merging is to know from now on.
         texts: [M, E] of unit length.
         target: see `Preset`.
     """
     if target == "none":
         return encode(texts)
     if target == "all":
-        look_for(F.normalize(texts.mean(0), dim=0))
+        set_text_features(F.normalize(texts.mean(0), dim=0))
         return encode(texts)
     known = texts if target == "own" else texts.roll(len(texts) // 2, 0)
     columns = []
     for text, looked_for in zip(texts, known, strict=True):
-        look_for(looked_for)
+        set_text_features(looked_for)
         columns.append(encode(text[None]))
     return torch.cat(columns, 1)
 
@@ -196,7 +196,7 @@ def main(options: Options) -> int:
             reducer = replace(preset.method, r=run.r)
             config["reducer"] = {"name": type(reducer).__name__, **asdict(reducer)}
             with crossget.attach(clip.model, {"visual": reducer}) as attached:
-                cosines = score(encode, attached.look_for, texts, preset.target)
+                cosines = score(encode, attached.set_text_features, texts, preset.target)
                 spent = cost(clip, attached, pixels[:1].to(options.device))
         scale = float(clip.model.logit_scale.detach().exp())
         return {"run": config, "result": {**measure(cosines, task.owner, scale, options.task == "captions"), **spent}}

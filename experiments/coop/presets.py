@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from crossget import CrossGET, ToMe
-from crossget.reducers import Reducer
+from crossget.methods.reducers import Reducer
 from experiments.engine import Recipe
 
 Reducers = Mapping[str, Reducer]

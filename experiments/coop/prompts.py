@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import crossget
-from crossget.reducers import Reducer
-from crossget.reference import dassl_state
+from crossget.checkpoints.authors import dassl_state
+from crossget.methods.reducers import Reducer
 from experiments.retrieval.models import Clip
 from experiments.samples import generator
 

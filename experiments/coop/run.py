@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import crossget
+from crossget.core.training import parameter_groups
 from experiments import common, engine, processes, samples
 from experiments.coop import datasets
 from experiments.coop.presets import PRESETS, SETTINGS, Preset, recipe_of
@@ -193,7 +194,7 @@ def train(
     if attached is not None:
         attached.register_parameters(clip.model)
     task = CoopTask(learner, attached, share=preset.share, alignment=preset.alignment)
-    groups = crossget.parameter_groups(clip.model, attached, train="prompts", prompts=[learner.ctx])
+    groups = parameter_groups(clip.model, attached, train="prompts", prompts=[learner.ctx])
     look = datasets.transform(clip.size, clip.mean, clip.std, crop)
     files, labels = [photo.file for photo in photos], [photo.label for photo in photos]
     data: samples.Dataset = samples.Labelled(files, labels, look, recipe.seed)

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 BASE = "tome"
 METHODS = (BASE, "complete_graph", "guided_ensemble", "crossget", "ward")
 # The rows of the ablation, and the method for models that are not trained on, with the same number in every block.
-ROWS = {**PRESETS, "ward": Preset("Ward", lambda r, seed: crossget.Ward(r, skip_unread=False))}
+ROWS = {**PRESETS, "ward": Preset("Ward", lambda r, seed: crossget.Ward(r, class_token_only=False))}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from tabulate import tabulate
 
 import crossget
-from crossget import presets
-from crossget.stages import count_stages, has_stages
+from crossget.checkpoints import hf_sizes as presets
+from crossget.measure.generation import count_stages, has_stages
 from experiments import common
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import crossget
-from crossget.checkpoint import write
+from crossget.core.saving import write
 from experiments import processes
 from experiments.llava.conversation import IGNORED, Encoder
 from experiments.llava.data import Collator, Conversations, GroupedSampler, read_samples

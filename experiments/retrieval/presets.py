@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from crossget import CrossGET, ToMe
-from crossget.alignment import Divergence
-from crossget.reducers import Reducer
+from crossget.methods.alignment import Divergence
+from crossget.methods.reducers import Reducer
 from experiments.engine import Recipe
 
 Reducers = Mapping[str, Reducer]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import crossget
+from crossget.core.training import parameter_groups
 from experiments import common, engine, processes, samples
 from experiments.retrieval import data, evaluate, models
 from experiments.retrieval.presets import PRESETS, SETTINGS, Preset, Setting
@@ -112,7 +113,7 @@ def train(
     if attached is not None:
         attached.register_parameters(clip.model)
     task = RetrievalTask(clip, attached, weight=preset.weight, gather=gather, divergence=preset.divergence)
-    groups = crossget.parameter_groups(clip.model, attached, train=preset.train or "all")
+    groups = parameter_groups(clip.model, attached, train=preset.train or "all")
     pairs: samples.Dataset = data.Pairs(photos, clip.transform(train=True), captions, recipe.seed)
     if skip_bad:
         pairs = samples.Skipping(pairs)

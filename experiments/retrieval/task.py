@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
-from crossget.alignment import Divergence
+from crossget.methods.alignment import Divergence
 from experiments.processes import gather_rows
 from experiments.retrieval.models import Clip, contrastive_loss
 

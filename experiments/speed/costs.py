@@ -26,8 +26,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import crossget
-from crossget.benchmark import calling, peak_memory, quartiles
-from crossget.matching import BAND, BUDGET, Candidates, complete_graph
+from crossget.measure.speed import calling, peak_memory, quartiles
+from crossget.methods.matching import BAND, BUDGET, Candidates, complete_graph
 from experiments import common
 from experiments.speed.towers import CROSSGET, DENSE, SETUPS, TOME, TowerName, placed, variants
 from experiments.speed.towers import Options as TowerOptions

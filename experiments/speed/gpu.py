@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 import crossget
-from crossget import kernels
+from crossget.methods import kernels
 from experiments import common
 from experiments.speed import llava, towers
 from experiments.speed.towers import SETUPS, placed, reducers

@@ -20,10 +20,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import crossget
-from crossget import presets
-from crossget.benchmark import BenchmarkReport, benchmark
-from crossget.reducers import Reducer
-from crossget.stages import count_stages, numbers_in
+from crossget.checkpoints import hf_sizes as presets
+from crossget.measure.generation import count_stages, numbers_in
+from crossget.measure.speed import BenchmarkReport, benchmark
+from crossget.methods.reducers import Reducer
 from experiments import common
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossget
-from crossget.benchmark import calling, quartiles, take_turns
-from crossget.matching import bound_of, symmetric, take
-from crossget.reducers import Host, View
+from crossget.measure.speed import calling, quartiles, take_turns
+from crossget.methods.matching import bound_of, symmetric, take
+from crossget.methods.reducers import Host, Reducer, View
 from experiments import common
 
 RESULTS = Path(__file__).parent / "results"
@@ -152,7 +152,7 @@ def flexible(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Pair:
     return partial(F.scaled_dot_product_attention, q, k, v, bias), partial(compiled, q, k, v, score_mod=add)
 
 
-def reduce(reducer: crossget.Reducer, x: Tensor, q: Tensor, k: Tensor) -> Any:
+def reduce(reducer: Reducer, x: Tensor, q: Tensor, k: Tensor) -> Any:
     """Make one step of a reducer, from what an attention has compared to fewer tokens."""
     tokens = int(x.shape[1])
     place = torch.arange(tokens)

@@ -24,11 +24,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import crossget
-from crossget.attach import find_attachment
-from crossget.benchmark import calling, peak_memory, quartiles, take_turns
+from crossget.core.attachment import find_attachment
 from crossget.integrations._support import NumbersOnCPU
-from crossget.reducers import Reducer
-from crossget.schedule import planned_tokens
+from crossget.measure.speed import calling, peak_memory, quartiles, take_turns
+from crossget.methods.reducers import Reducer
+from crossget.methods.schedules import planned_tokens
 from experiments import common
 from experiments.speed.ideal import cut
 

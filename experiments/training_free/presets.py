@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from crossget import CrossGET, PerLayer, Ratio, Rising, ToMe, Ward
-from crossget.reducers import Reducer
-from crossget.schedule import Schedule
+from crossget import CrossGET, RampedRatio, Ratio, ToMe, Ward
+from crossget.methods.reducers import Reducer
+from crossget.methods.schedules import PerLayer, Schedule
 
 BUDGETS = (80, 69, 58, 50)
 """Multiply-adds to spend, in % of the dense model's."""
@@ -17,8 +17,8 @@ def constant(r: float, depth: int) -> Schedule:
 
 
 def rising(share: float, depth: int) -> Schedule:
-    """Return `crossget.Rising`."""
-    return Rising(share)
+    """Return `crossget.RampedRatio`."""
+    return RampedRatio(share)
 
 
 def ratio(share: float, depth: int) -> Schedule:
@@ -62,9 +62,12 @@ READING = replace(WARD, importance="class_attention")
 METHODS: dict[str, Preset] = {
     "dense": Preset("dense", None),
     "tome": Preset("ToMe", TOME),
-    "tome_skip": Preset("ToMe, unread tokens skipped", replace(TOME, skip_unread=True)),
+    "tome_skip": Preset("ToMe, unread tokens skipped", replace(TOME, class_token_only=True)),
     "tome_all": Preset(
-        "ToMe, Rising, skipped, coherence", replace(TOME, skip_unread=True, coherence=True), rising, 1.0
+        "ToMe, RampedRatio, skipped, norm_correction",
+        replace(TOME, class_token_only=True, norm_correction=True),
+        rising,
+        1.0,
     ),
     "crossget": Preset("CrossGET, untrained", CrossGET(r=0)),
     "ward": Preset("Ward", WARD, rising, 1.0),
@@ -74,8 +77,8 @@ METHODS: dict[str, Preset] = {
 # Each idea by itself, put into ToMe.
 ALONE: dict[str, Preset] = {
     "tome_skip": METHODS["tome_skip"],
-    "tome_coherence": Preset("+ coherence", replace(TOME, coherence=True)),
-    "tome_rising": Preset("+ Rising", TOME, rising, 1.0),
+    "tome_coherence": Preset("+ norm_correction", replace(TOME, norm_correction=True)),
+    "tome_rising": Preset("+ RampedRatio", TOME, rising, 1.0),
     "tome_tokens": Preset("+ tokens compared, not keys", replace(TOME, keys="tokens")),
     "tome_ward": Preset("+ Ward's criterion", replace(TOME, matching="ward")),
     "tome_tokens_ward": Preset("+ both: tokens, Ward's criterion", replace(TOME, keys="tokens", matching="ward")),
@@ -83,10 +86,10 @@ ALONE: dict[str, Preset] = {
 
 # Each idea taken away, or exchanged, in the whole.
 AWAY: dict[str, Preset] = {
-    "ward_unskipped": Preset("unread tokens not skipped", replace(WARD, skip_unread=False), rising, 1.0),
-    "ward_loud": Preset("no coherence", replace(WARD, coherence=False), rising, 1.0),
-    "ward_plain": Preset("neither", replace(WARD, skip_unread=False, coherence=False), rising, 1.0),
-    "ward_constant": Preset("constant r instead of Rising", WARD),
+    "ward_unskipped": Preset("unread tokens not skipped", replace(WARD, class_token_only=False), rising, 1.0),
+    "ward_loud": Preset("no norm_correction", replace(WARD, norm_correction=False), rising, 1.0),
+    "ward_plain": Preset("neither", replace(WARD, class_token_only=False, norm_correction=False), rising, 1.0),
+    "ward_constant": Preset("constant r instead of RampedRatio", WARD),
     "ward_reading": METHODS["ward_reading"],
     "ward_reading_ensemble": Preset(
         "class attention in the ensemble alone", replace(READING, guided_matching=False), like="ward_reading"
@@ -94,7 +97,7 @@ AWAY: dict[str, Preset] = {
     "ward_reading_matching": Preset(
         "class attention in the matching alone", replace(READING, ensemble="size"), like="ward_reading"
     ),
-    "ward_ratio": Preset("Ratio instead of Rising", WARD, ratio, 0.5),
+    "ward_ratio": Preset("Ratio instead of RampedRatio", WARD, ratio, 0.5),
     "ward_two_sets": Preset(
         "two sets, all channels, instead of a graph, half of them",
         replace(WARD, matching="ward", keys="tokens"),

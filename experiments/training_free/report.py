@@ -25,7 +25,7 @@ LINES = {
     "ward": ("#0072B2", "D"),
     "ward_reading": ("#009E73", "v"),
 }
-LABELS = {"ward_plain": "Ward, neither skipping nor coherence"}
+LABELS = {"ward_plain": "Ward, neither skipping nor norm_correction"}
 """Where a row's label says too little outside its table."""
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import crossget
-from crossget.costs import Costs, Frame, Trial, derive
-from crossget.flops import count_once
-from crossget.reducers import Reducer
-from crossget.schedule import planned_tokens
+from crossget.measure.cost_model import Costs, Frame, Trial, derive
+from crossget.measure.flops import count_once
+from crossget.methods.reducers import Reducer
+from crossget.methods.schedules import planned_tokens
 from experiments import common
 from experiments.ablation.run import measure, predict
 from experiments.ablation.settings import Images, Measuring

@@ -20,7 +20,7 @@ def test_images_to_fit_on_are_not_measured_on() -> None:
 
 
 def test_the_queue_and_its_commands() -> None:
-    options = Options("imagenet", Path("a/photos"), weights=Path("b/w.safetensors"), shares=(0.5,), memories=())
+    options = Options("imagenet", Path("a/photos"), weights=Path("b/w.safetensors"), shares=(0.5,))
     runs = queue(options)
     assert [run.slug for run in runs] == [
         "imagenet/crossget_flops_50", "imagenet/tome_flops_50", "imagenet/crossget_latency_80",
@@ -28,7 +28,7 @@ def test_the_queue_and_its_commands() -> None:
     ]  # fmt: skip
     assert command_of(options)(runs[1]) == (
         "python -m experiments.budgets.run --setting imagenet --data photos --weights w.safetensors --batch 50 "
-        "--methods tome --fitted-on 32 --shares 0.5 --latencies --memories"
+        "--methods tome --fitted-on 32 --shares 0.5 --latencies"
     )
     with pytest.raises(ValueError, match="unknown methods"):
         queue(Options("imagenet", Path("a"), methods=("pitome",)))

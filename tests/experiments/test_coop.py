@@ -25,6 +25,7 @@ pytest.importorskip("open_clip")
 import open_clip
 
 import crossget
+from crossget.core.training import parameter_groups
 from experiments import common
 from experiments.coop import datasets, prompts, report, run
 from experiments.coop.datasets import SOURCES, Photo
@@ -385,7 +386,7 @@ def test_the_loss_is_the_references() -> None:
     attached = attach(clip)
     attached.register_parameters(clip.model)
     learner = PromptLearner(clip, NAMES, 4)
-    groups = crossget.parameter_groups(clip.model, attached, train="prompts", prompts=[learner.ctx])
+    groups = parameter_groups(clip.model, attached, train="prompts", prompts=[learner.ctx])
     assert list(groups) == ["cross_tokens", "prompts"]
     losses = CoopTask(learner, attached).train()(pixels(), labels)
     losses["loss"].backward()

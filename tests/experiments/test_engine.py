@@ -14,6 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate")
 
 import crossget
+from crossget.core.training import parameter_groups
 from experiments import engine, samples
 from experiments.engine import Recipe, fit
 from experiments.samples import BadData
@@ -229,7 +230,7 @@ def test_options_of_the_recipe(change: dict[str, Any], own_precision: None) -> N
             from accelerate.state import AcceleratorState
 
             AcceleratorState._reset_state(True)
-        groups = crossget.parameter_groups(one.model, one.attached)
+        groups = parameter_groups(one.model, one.attached)
         results.append(fit(one, groups, Numbers(), collate, recipe))
     expected, found = results
     assert float(found.state["model.crossget.visual"].abs().sum()) > 0

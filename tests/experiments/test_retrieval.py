@@ -23,6 +23,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("open_clip")
 
 import crossget
+from crossget.core.training import parameter_groups
 from experiments import common
 from experiments.retrieval import data, evaluate, models, run
 from experiments.retrieval.presets import FIRST, PARTS, PRESETS, SETTINGS
@@ -247,7 +248,7 @@ def test_every_row_trains_what_it_says(name: str, clip_folder: Path) -> None:
         attached.register_parameters(clip.model)
     task = RetrievalTask(clip, attached, weight=preset.weight, divergence=preset.divergence).train()
     assert task._no_split_modules == ["CLIPEncoderLayer"], "what FSDP2 shards one by one"
-    groups = crossget.parameter_groups(clip.model, attached, train=preset.train or "all")
+    groups = parameter_groups(clip.model, attached, train=preset.train or "all")
     chance = torch.Generator().manual_seed(0)
     batch = torch.randn(4, 3, 32, 32, generator=chance), clip.tokenize([caption(i) for i in range(4)])
     losses = task(*batch, torch.arange(4))

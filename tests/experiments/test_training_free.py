@@ -12,6 +12,7 @@ pytest.importorskip("timm")
 pytest.importorskip("matplotlib")
 
 import crossget
+from crossget.methods.reducers import Reducer
 from experiments import common, tables
 from experiments.ablation import settings
 from experiments.training_free import presets, report, run
@@ -54,7 +55,7 @@ def test_every_row_is_fitted_from_below_and_reported(measured: Path) -> None:
     assert share["tome"] - 0.03 < share["ward"] <= share["tome"]
     reducer = crossget.Ward(results["ward"]["run"]["reducer"]["r"])
     with crossget.attach(settings.vit_cifar().eval(), reducer) as attached:  # the closed form is what is counted
-        model = attached.towers["visual"].readouts[0].module
+        model = attached.towers["visual"].single_token_outputs[0].module
         assert crossget.count_flops(model, torch.zeros(1, 3, 32, 32)).total == round(1e9 * share["ward"])
     assert results["ward"]["result"]["resolved"]["ensemble"] == "size"
     assert str(measured) not in json.dumps(results)
@@ -79,7 +80,10 @@ def test_a_budget_out_of_reach_is_named() -> None:
 
 def test_parts_are_exchanged_on_the_same_tokens() -> None:
     """A row that takes another's schedule is not fitted: it has the same tokens."""
-    fitted: dict[tuple[str, int], crossget.Reducer] = {("tome", 58): crossget.ToMe(14), ("ward", 58): crossget.Ward(3)}
+    fitted: dict[tuple[str, int], Reducer] = {
+        ("tome", 58): crossget.ToMe(14),
+        ("ward", 58): crossget.Ward(3),
+    }
     meter = run.Meter(settings.vit_cifar().eval(), torch.zeros(1, 3, 32, 32))
     for name in ("ward_keys", "ward_cosine"):
         reducer = run.reducer_of(run.Run("cifar10", name, 58, "choose"), meter, fitted)

@@ -40,8 +40,8 @@ from transformers.models.instructblip import modeling_instructblip
 import contract
 import crossget
 from contract import Case
-from crossget.importance import by_attention
-from crossget.reducers import View
+from crossget.methods.importance import by_attention
+from crossget.methods.reducers import View
 
 InstructBlipModel: Any = getattr(modeling_instructblip, "InstructBlipModel", None)
 WIDE, NARROW, WORDS, QUERIES, IMAGE = 48, 32, 60, 5, 55  # IMAGE: the token id that BLIP-2 puts features for

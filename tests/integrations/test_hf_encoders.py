@@ -20,8 +20,8 @@ from torch.nn import functional as F
 import contract
 import crossget
 from contract import Case
-from crossget.importance import by_attention
-from crossget.reducers import View
+from crossget.methods.importance import by_attention
+from crossget.methods.reducers import View
 
 R = 2
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}

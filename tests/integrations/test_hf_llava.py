@@ -19,6 +19,7 @@ import contract
 import crossget
 from contract import Case
 from crossget.integrations import hf_llava
+from crossget.methods.reducers import Reducer
 
 R = 2
 REDUCED = 17 + 1 - 3 * R - 1  # tokens and the cross token, behind three blocks, without the class token
@@ -399,7 +400,7 @@ def test_one_reducer_is_the_references(attached: crossget.Attachment) -> None:
 
 
 @pytest.mark.parametrize("method", [crossget.CrossGET(r=R, strip_cross_token=True), crossget.ToMe(r=R)])
-def test_without_the_cross_token_among_the_features(model: Any, method: crossget.Reducer) -> None:
+def test_without_the_cross_token_among_the_features(model: Any, method: Reducer) -> None:
     ids, mask = prompts("^ab#cdef")
     with crossget.attach(model, method), torch.no_grad():
         length = model(input_ids=ids, attention_mask=mask, pixel_values=images(1)).logits.shape[1]

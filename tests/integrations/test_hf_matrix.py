@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from crossget.core.adapters import FAMILIES
 from crossget.integrations import transformers as matrix
 from crossget.integrations._support import markdown
-from crossget.registry import FAMILIES
 
 pytestmark = pytest.mark.slow
 VERSION = "5.24.0"  # of the page in docs

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import contract
 import crossget
 from contract import Case
+from crossget.core.block_class import argument_names
 
 R = 2
 ANSWER = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1000, "suppress_tokens": [IMAGE]}
@@ -147,7 +148,7 @@ def test_every_family_is_there_on_the_newest() -> None:
 
 
 def keyword(model: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    names = crossget.swap.argument_names(type(model).forward)
+    names = argument_names(type(model).forward)
     return {name: value for name, value in zip(names, inputs, strict=False) if value is not None}
 
 

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 import contract
 import crossget
-from crossget.registry import Tower
+from crossget.core.adapters import Tower
+from crossget.methods.reducers import Reducer, View
 
 # What the installed open_clip has, of 2.26 to 3.3.
 FIELDS = CLIPTextCfg.__dataclass_fields__
@@ -299,7 +300,7 @@ def explicit(
         x = host.residual(block, x, (weights @ v).transpose(1, 2).flatten(2))
         guide = torch.full((batch,), x.shape[1] - 1) if end is None and cross is not None else end
         known = valid if tower.padding else None
-        view = crossget.reducers.View(x, q, k, None, sizes, protected, n_protected, known, guide)
+        view = View(x, q, k, None, sizes, protected, n_protected, known, guide)
         reduced = reducer.reduce(view, reducer.schedule.removed(layer, len(tower.blocks), x.shape[1]))
         if reduced is not None:
             x, new_sizes, plan = reduced
@@ -354,7 +355,7 @@ def encode(model: Any, ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def randomised(model: nn.Module, reducer: crossget.Reducer) -> Iterator[crossget.Attachment]:
+def randomised(model: nn.Module, reducer: Reducer) -> Iterator[crossget.Attachment]:
     """Attached to the text tower, with cross tokens that are not zero."""
     with crossget.attach(model, {"text": reducer}) as attached:
         for parameter in attached.parameters():
@@ -402,7 +403,7 @@ def test_equals_the_tower_written_out(name: str, r: Any, cross_token: bool) -> N
 
 @pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random])
 @pytest.mark.parametrize("name", MASKED)
-def test_padding_only_ever_joins_padding(name: str, method: Callable[..., crossget.Reducer]) -> None:
+def test_padding_only_ever_joins_padding(name: str, method: Callable[..., Reducer]) -> None:
     model, ids = prepared(name), texts()
     with randomised(model, method(r=4)) as attached:
         encode(model, ids)
@@ -624,9 +625,9 @@ def test_token_ids_that_bypass_the_embedding() -> None:
 
     with randomised(model, crossget.CrossGET(r=2)) as attached, torch.no_grad():
         expected = encode(model, ids)
-        with pytest.raises(RuntimeError, match="saw no token ids before.*read_ids"):
+        with pytest.raises(RuntimeError, match="saw no token ids before.*set_text_ids"):
             prompted()
-        attached.read_ids(ids)
+        attached.set_text_ids(ids)
         torch.testing.assert_close(prompted(), expected, rtol=0, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ import contract
 import crossget
 from crossget.integrations import open_clip as adapter
 from crossget.integrations._support import describe, markdown
-from crossget.schedule import planned_tokens
+from crossget.methods.schedules import planned_tokens
 
 pytestmark = pytest.mark.slow
 

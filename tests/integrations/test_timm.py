@@ -21,11 +21,11 @@ from torch.nn import functional as F
 import contract
 import crossget
 from contract import Case
-from crossget.importance import by_attention
+from crossget.core.state import TokenState
 from crossget.integrations import timm as adapter
 from crossget.integrations._support import markdown
-from crossget.reducers import View
-from crossget.state import TokenState
+from crossget.methods.importance import by_attention
+from crossget.methods.reducers import View
 
 NEWEST = tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 31)
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -380,7 +380,7 @@ def test_patches_dropped_in_training(case: Case) -> None:
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in attached.parameters())
 
 
-# The other attention kernel, the tokens in front, the readers -------------------------------------------------------
+# The other attention kernel, the tokens in front, the intermediates -------------------------------------------------------
 
 
 @pytest.mark.parametrize("importance", ["cross_token", "attention"])

@@ -15,7 +15,7 @@ import crossget
 from contract import identity
 from crossget.integrations import timm as adapter
 from crossget.integrations._support import SupportRow, markdown
-from crossget.schedule import planned_tokens
+from crossget.methods.schedules import planned_tokens
 
 pytestmark = pytest.mark.slow
 VERSION = "1.0.31"  # of the page in docs

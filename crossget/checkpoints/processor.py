@@ -1,0 +1,171 @@
+"""The tokenizer and processor files of a LLaVA-1.5 for transformers, made from those of the original.
+
+They are written as the repositories llava-hf/llava-1.5-*-hf have them, and not by transformers' own save_pretrained:
+these can be read by every version, whatever version converts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crossget.checkpoints.llava_format import listed
+
+IMAGE, PAD = "<image>", "<pad>"
+FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",
+    "processor_config.json", "chat_template.json",
+)  # fmt: skip
+
+# The prompts of LLaVA-1.5 (its conversation "v1"): images first, each on a line of its own, then the text.
+CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
+{%- else -%}
+{%- set system = "A chat between a curious user and an artificial intelligence assistant. \
+The assistant gives helpful, detailed, and polite answers to the user's questions." -%}{%- set turns = messages -%}
+{%- endif -%}
+{%- macro text(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for part in content if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{{ text(system) + ' ' }}
+{%- for turn in turns -%}
+{%- if turn['role'] == 'assistant' -%}{{ 'ASSISTANT: ' + text(turn['content']) + '</s>' }}
+{%- else -%}{{ 'USER: ' + text(turn['content']) + ' ' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens of the new model.
+
+    Attributes:
+        image, pad: ids of the two new ones.
+        tokenizer: of the `tokenizers` package, with them; None if the folder has no tokenizer.
+    """
+
+    image: int
+    pad: int
+    tokenizer: Any
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """Add <image> and <pad> to a folder's tokenizer.
+
+    Args:
+        folder: in the original's layout, with a tokenizer.json or a tokenizer.model, or with neither.
+        rows: how many tokens the model has embeddings for; without a tokenizer, the new ones come behind them.
+
+    Raises:
+        RuntimeError: tokenizer.model cannot be read, for want of a package.
+        ValueError: the tokenizer knows more tokens than the model.
+    """
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None:
+        return Vocabulary(rows, rows + 1, None)
+    from tokenizers import AddedToken
+
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (IMAGE, PAD)])
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    unknown = sorted(token for token, i in ids.items() if i >= rows and token not in (IMAGE, PAD))
+    if unknown:
+        raise ValueError(f"the tokenizer in {folder} has tokens beyond the {rows} of the model: {listed(unknown)}")
+    return Vocabulary(ids[IMAGE], ids[PAD], tokenizer)
+
+
+def write_processor(vocabulary: Vocabulary, source: Path, out: Path, vision: dict[str, Any], strategy: str) -> None:
+    """Write what AutoProcessor reads.
+
+    Args:
+        vocabulary: of `read_vocabulary`, with a tokenizer.
+        source: the folder that it was read from.
+        out: where the files go.
+        vision: configuration of the image tower.
+        strategy: vision_feature_select_strategy of the model.
+    """
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    size = vision["image_size"]
+    files: dict[str, dict[str, Any]] = {
+        **_tokenizer_files(vocabulary, source),
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+            "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
+            "do_center_crop": True, "crop_size": {"height": size, "width": size},
+            "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD,
+            "processor_class": "LlavaProcessor",
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": vision["patch_size"],
+            "vision_feature_select_strategy": strategy, "num_additional_image_tokens": 1,
+        },
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+    }  # fmt: skip
+    vocabulary.tokenizer.save(str(out / "tokenizer.json"))
+    if (source / "tokenizer.model").is_file():
+        shutil.copyfile(source / "tokenizer.model", out / "tokenizer.model")
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _tokenizer(folder: Path) -> Any:
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if not (folder / "tokenizer.model").is_file():
+        return None
+    try:
+        for package in ("sentencepiece", "google.protobuf"):
+            importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"{folder} has a tokenizer.model and no tokenizer.json, and reading that takes two more packages: "
+            "pip install sentencepiece protobuf"
+        ) from error
+    from transformers import LlamaTokenizerFast
+
+    with tempfile.TemporaryDirectory() as alone:  # config.json beside it would change what transformers makes of it
+        for name in (*FILES[1:4], "added_tokens.json"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(alone) / name)
+        return LlamaTokenizerFast.from_pretrained(alone).backend_tokenizer
+
+
+def _tokenizer_files(vocabulary: Vocabulary, source: Path) -> dict[str, dict[str, Any]]:
+    """The two files beside tokenizer.json: as they are, with the new tokens."""
+    added = {
+        str(i): {
+            "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized, "rstrip": token.rstrip,
+            "single_word": token.single_word, "special": token.special,
+        }
+        for i, token in sorted(vocabulary.tokenizer.get_added_tokens_decoder().items())
+    }  # fmt: skip
+    config = _read(source / "tokenizer_config.json") or {
+        "tokenizer_class": "LlamaTokenizer" if (source / "tokenizer.model").is_file() else "PreTrainedTokenizerFast",
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+    }  # fmt: skip
+    # Prompts of a batch are filled up on the left, so that what is generated follows each of them.
+    config |= {"added_tokens_decoder": added, "pad_token": PAD, "padding_side": "left"}
+    config |= {"model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor"}
+    files = {"tokenizer_config.json": config}
+    if (source / "special_tokens_map.json").is_file():
+        files["special_tokens_map.json"] = {**_read(source / "special_tokens_map.json"), "pad_token": PAD}
+    return files
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return content

@@ -1,0 +1,354 @@
+"""From a model to its towers: class -> adapter, found along the MRO, loaded when the class is first met.
+
+An adapter is a function that says where a backbone's towers are; it knows no method. `register` adds one:
+
+    @crossget.register(MyViT)
+    def my_vit(model: MyViT) -> list[crossget.Tower]:
+        return [crossget.Tower("visual", blocks=model.layers, width=model.width, prefix=1, class_token=True)]
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from crossget.core.state import TokenState
+from crossget.methods.reducers import Host, ImportanceName, KeysName
+
+# A host's package -> the module of crossget.integrations that knows it.
+_HOSTS = ("timm", "open_clip", "transformers")
+# transformers has a package for each family of models; families whose adapters are the same share one.
+FAMILIES = {
+    "clip": "hf_clip",
+    "siglip": "hf_siglip",
+    "siglip2": "hf_siglip2",
+    "vit": "hf_vit",
+    "deit": "hf_vit",
+    "dinov2": "hf_dinov2",
+    "dinov2_with_registers": "hf_dinov2",
+    "dinov3_vit": "hf_dinov3",
+    "blip": "hf_blip",
+    "blip_2": "hf_blip2",
+    "instructblip": "hf_blip2",
+    "llava": "hf_llava",
+    "llava_next": "hf_llava_next",
+    "llava_onevision": "hf_llava_onevision",
+    "internvl": "hf_internvl",
+    "gemma3": "hf_gemma3",
+    "paligemma": "hf_paligemma",
+}
+
+
+@dataclass
+class TextInput:
+    """How a text tower learns where its texts end.
+
+    Attributes:
+        embedding: the module that is called with the token ids [B, T] before the blocks run.
+        read: ids [B, T] -> the position [B] of the token that is read out in the end (None: the mean of all is), and
+            which tokens are real [B, T] (None: padding is treated like text, as CLIP does).
+        pools_one: `read` gives a position. That token guides then, and the cross token copies it before every block;
+            otherwise the cross token starts as the mean of the real tokens, and guides.
+    """
+
+    embedding: nn.Module
+    read: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+    pools_one: bool = True
+
+
+@dataclass
+class IntermediatesHook:
+    """A method of the host that looks at a tower's tokens between the blocks, such as forward_intermediates.
+
+    Attributes:
+        module, method: whose and which.
+        layers: arguments of a call, by name -> the blocks whose output it reads. None: it may read every block's.
+        grid: it wants as many tokens as the first block got. False: it takes them reduced.
+        hides_rest: its result shows nothing of the blocks behind the last one it reads, so that they need not run.
+            Otherwise they are left out inside `generate` only.
+    """
+
+    module: nn.Module
+    method: str
+    layers: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
+    grid: bool = True
+    hides_rest: bool = False
+
+
+class Features(NamedTuple):
+    """What of a tower's tokens becomes features of a prompt.
+
+    Attributes:
+        tokens: T0, how many tokens an image gives in the dense model.
+        layer: the block behind which they are read.
+        dropped: leading tokens that are left out.
+    """
+
+    tokens: int
+    layer: int
+    dropped: int
+
+
+@dataclass
+class SingleTokenOutput:
+    """A method of the host whose result shows one token of the tower's output, and nothing of the others.
+
+    That token is the end of text, or else the class token. What other tokens would become behind the last attention is
+    of no use there, see `Reducer.class_token_only`.
+
+    Attributes:
+        module, method: whose and which.
+        applies: module -> whether it does so as the module is set now. No lambda, if attached models are to be pickled.
+    """
+
+    module: nn.Module
+    applies: Callable[[Any], bool]
+    method: str = "forward"
+
+
+@dataclass
+class Prompt:
+    """A prompt with one placeholder token for every feature of an image, where fewer features will come.
+
+    Attributes:
+        models: modules whose forward takes such prompts, the outermost first; `generate` is looked for on that.
+        placeholder: token id.
+        embedding: of token ids, to find placeholders in embeddings.
+        features: keyword arguments of a call -> what each of its images gives.
+        pad: token id that prompts are filled up with.
+    """
+
+    models: Sequence[nn.Module]
+    placeholder: int
+    embedding: nn.Module
+    features: Callable[[Mapping[str, Any]], Features]
+    pad: int = 0
+
+
+class Prefilled(NamedTuple):
+    """What a prefill leaves for the decoding steps.
+
+    Attributes:
+        cache: keys and values, in whatever the host keeps them.
+        image_tokens: of one image, that left the image tower for the language model or what stands before it.
+        prompt: tokens that the language model got.
+        context: anything else that a step needs.
+    """
+
+    cache: Any
+    image_tokens: int
+    prompt: int
+    context: Any = None
+
+
+@dataclass
+class Stages:
+    """How a model of images and text generates, for the meter (`crossget.measure.generation`).
+
+    Attributes:
+        parts: name -> modules, from the image tower on; what is in none of them belongs to the language model.
+        pixels: shape of one image.
+        prefill: (pixel values [N, ...], text ids [1, T]) -> what it leaves.
+        step: (id [1, 1], what the prefill left) -> anything.
+    """
+
+    parts: Mapping[str, Sequence[nn.Module]]
+    pixels: tuple[int, int, int]
+    prefill: Callable[[Tensor, Tensor], Prefilled]
+    step: Callable[[Tensor, Prefilled], Any]
+
+
+@dataclass
+class Tower:
+    """One stack of transformer blocks that pass a sequence [B, T, C] from one to the next.
+
+    Attributes:
+        name: what users call it: "visual" or "text".
+        blocks: in the order they run.
+        width: C.
+        prefix: leading tokens that are never merged: class token, registers, start of text.
+        class_token: the first token is a class token.
+        causal: tokens see earlier tokens only.
+        padding: a mask given to the attention may hide padding.
+        text: how the end of each text is found; None for a tower that reads no text.
+        restore: the last block gives back as many tokens as the first one got, so that whatever reads them needs no
+            change. False leaves them reduced.
+        importance, keys: what the reference uses on such a backbone.
+        project: [N, C] cross tokens -> the space that towers share, for the alignment loss; its parameters are not
+            to be trained by that loss.
+        embed: [.., C] tokens behind the last block -> [.., E] the space of images and texts, as the host takes there
+            the token that it pools; None where a single token has no such way.
+        intermediates: host methods that look at the tokens between the blocks.
+        single_token_outputs: host methods that look at one token behind the last block. The tower has a class token or ends of
+            text then, and gives all tokens back (`restore`).
+        fit_arguments: (block, argument name, value, state) -> value, for arguments of a block with one row per token, such
+            as rotary tables. Called when the tokens are no longer the host's.
+        masks: arguments of a block that are masks [B or 1, H or 1, T, T]. The block gets them for the tokens that are
+            left, as it checks or cuts them before they meet the attention. A mask it makes itself must fit then.
+        keeps_cross_token: whoever reads the tower's reduced tokens gets the cross token, too.
+        prompt: where prompts have to make room for the tower's reduced tokens.
+        decoder: the module that runs the blocks, if the tower is a language model that generates. Its first token plays
+            the cross token's part, and its tokens are not reduced.
+        overrides: (object, attribute, value) to set while attached.
+    """
+
+    name: str
+    blocks: Sequence[nn.Module]
+    width: int
+    prefix: int = 0
+    class_token: bool = False
+    causal: bool = False
+    padding: bool = False
+    text: TextInput | None = None
+    restore: bool = True
+    importance: ImportanceName = "cross_token"
+    keys: KeysName = "all_heads"
+    project: Callable[[Tensor], Tensor] | None = None
+    embed: Callable[[Tensor], Tensor] | None = None
+    intermediates: Sequence[IntermediatesHook] = ()
+    single_token_outputs: Sequence[SingleTokenOutput] = ()
+    fit_arguments: Callable[[nn.Module, str, Any, TokenState], Any] | None = None
+    masks: Sequence[str] = ()
+    keeps_cross_token: bool = False
+    prompt: Prompt | None = None
+    decoder: nn.Module | None = None
+    overrides: Sequence[tuple[Any, str, Any]] = ()
+
+    @property
+    def host(self) -> Host:
+        """What a reducer needs to know of this tower."""
+        name = f"tower {self.name!r}"
+        return Host(name, self.class_token, self.has_end, self.importance, self.keys, self.embed is not None)
+
+    @property
+    def reducible(self) -> bool:
+        """Its tokens can be merged: it is no language model that generates."""
+        return self.decoder is None
+
+    @property
+    def has_end(self) -> bool:
+        """One token of each text is read out in the end: it is protected, and guides."""
+        return self.text is not None and self.text.pools_one
+
+    def n_reserved(self, cross_token: bool) -> int:
+        """How many tokens of a row always stay: the protected ones, and in padded texts one of either kind."""
+        padded = self.padding and self.text is not None
+        return self.prefix + int(cross_token) + int(self.has_end) + 2 * int(padded)
+
+
+Adapter = Callable[[Any], "list[Tower]"]
+AdapterT = TypeVar("AdapterT", bound=Adapter)
+_adapters: dict[type, Adapter] = {}
+
+
+def register(*backbones: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
+    """Decorator on a function model -> towers, for models of the given classes and their subclasses.
+
+    Raises:
+        TypeError: a backbone is not a class of modules.
+        ValueError: a backbone has an adapter already.
+    """
+    for backbone in backbones:
+        if not (isinstance(backbone, type) and issubclass(backbone, nn.Module)):
+            raise TypeError(f"register takes classes of nn.Module, not {backbone!r}")
+        if backbone in _adapters:
+            raise ValueError(
+                f"{_name(backbone)} has the adapter {_name(_adapters[backbone])} already: subclass the backbone and "
+                "register that, or unregister it first (crossget.unregister)"
+            )
+
+    def add(adapter: AdapterT) -> AdapterT:
+        _adapters.update(dict.fromkeys(backbones, adapter))
+        return adapter
+
+    return add
+
+
+def is_registered(cls: type) -> bool:
+    """Whether exactly this class has an adapter in this process."""
+    return cls in _adapters
+
+
+def unregister(backbone: type[nn.Module]) -> None:
+    """Forget the adapter of exactly this class.
+
+    Raises:
+        KeyError: it has none.
+    """
+    del _adapters[backbone]
+
+
+def absent_towers(model: nn.Module) -> dict[str, str]:
+    """Why a supported model lacks a tower that its kind may have (a convolutional image tower, say), by name."""
+    for cls in type(model).__mro__:
+        for module in load_integrations(cls):
+            if hasattr(module, "absent"):
+                reasons: dict[str, str] = module.absent(model)
+                return reasons
+    return {}
+
+
+def find_towers(model: nn.Module) -> list[Tower]:
+    """The towers that `attach` would reduce.
+
+    Raises:
+        TypeError: no adapter knows the model; the message says why, where that is known.
+        RuntimeError: the adapter found nothing to reduce.
+    """
+    reasons: list[str] = []
+    for cls in type(model).__mro__:
+        modules = load_integrations(cls)
+        if cls in _adapters:
+            towers = _adapters[cls](model)
+            _check(towers, model, _adapters[cls])
+            return towers
+        found = [module.explain(model) for module in modules if hasattr(module, "explain")]
+        reasons += filter(None, found)  # a family's own, if it has one to give, before its host's
+    if isinstance(model, torch.jit.ScriptModule):
+        reasons = ["it is a TorchScript model, whose compiled code cannot be watched: load it without jit"]
+    reason = reasons[0] if reasons else "no adapter is registered for it or its bases"
+    known = ", ".join(sorted({_name(cls) for cls in _adapters})) or "none yet"
+    raise TypeError(
+        f"cannot reduce {_name(type(model))}: {reason}. If its blocks do carry one sequence [B, T, C], write an "
+        f"adapter with crossget.register (docs/adapters.md). Registered in this process: {known}"
+    )
+
+
+def load_integrations(cls: type) -> list[Any]:
+    """The adapters' modules for a class, loaded if they were not; the one for its family comes first."""
+    places = cls.__module__.split(".")
+    names = [FAMILIES[places[2]]] if places[:2] == ["transformers", "models"] and places[2] in FAMILIES else []
+    names += [host for host in _HOSTS if places[0] == host]
+    return [importlib.import_module(f"crossget.integrations.{name}") for name in names]
+
+
+def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:
+    where = f"{_name(adapter)} on {_name(type(model))}"
+    if not towers:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in absent_towers(model).items())
+        raise RuntimeError(f"{where} found no tower: nothing would be reduced{reasons}")
+    names = [tower.name for tower in towers]
+    if len(set(names)) != len(names):
+        raise RuntimeError(f"{where} gave the tower names {names}: each tower needs a name of its own")
+    for tower in towers:
+        if len(tower.blocks) == 0:
+            raise RuntimeError(f"{where} found no block in tower {tower.name!r}: nothing would be reduced")
+        strangers = [type(block).__name__ for block in tower.blocks if not isinstance(block, nn.Module)]
+        if strangers:
+            raise RuntimeError(
+                f"{where}: tower {tower.name!r} lists {strangers} among its blocks, which are no modules"
+            )
+        if tower.single_token_outputs and not (tower.restore and (tower.class_token or tower.has_end)):
+            raise RuntimeError(
+                f"{where}: tower {tower.name!r} has single_token_outputs, which read its class token or the end of its texts on "
+                "the full grid, and has no such token or restore=False"
+            )
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"

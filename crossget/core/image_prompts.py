@@ -1,0 +1,234 @@
+"""Prompts that make room for fewer image features than their processor thought.
+
+A processor writes one placeholder token for every feature that the dense model gives. Here a prompt gets as many as the
+reduced tower will give, with everything that goes along token by token: mask, labels, positions, token types. Rows that
+lose different numbers of tokens are filled up again. `generate` gives its caller the caller's own prompt back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossget.core.adapters import Prompt
+from crossget.core.decoder_tower import cached_tokens
+from crossget.core.tower import AttachedTower, generating
+
+# What goes along with the tokens [B, T, ..] of a prompt, and what a row is filled up with.
+_FILL = {"inputs_embeds": 0, "attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+def fit(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any], *, generates: bool) -> dict[str, Any]:
+    """The arguments of a call with as many placeholders as features will come.
+
+    Args:
+        prompt: how the host's prompts look.
+        attached: the tower that gives the features.
+        arguments: of the call, by name. They are not changed.
+        generates: the call is one of `generate`, which wants rows filled up on the left.
+
+    Raises:
+        ValueError: the number of placeholders is neither that of the dense nor that of the reduced features, or the
+            attention mask is not one of [B, T].
+    """
+    # A graph has fixed shapes: compiled, a forward takes prompts that fit already, as it gets them from `generate`.
+    if torch.compiler.is_compiling() or _first_given(arguments, "input_ids", "inputs_embeds") is None:
+        return dict(arguments)
+    images = _count_images(arguments)
+    # Images of earlier turns are in the cache: what is there of them now are their placeholders alone.
+    earlier = generates and int(cached_tokens(_first_given(arguments, "cache", "past_key_values"))) > 0
+    if images == 0 and not earlier:
+        return dict(arguments)
+    dense, reduced = image_tokens(prompt, attached, arguments)
+    is_image = placeholders(prompt, arguments)
+    per_row = is_image.sum(1)
+    found = int(per_row.sum())
+    if not generates and found > 0 and found % images == 0:
+        attached.rows = torch.repeat_interleave(per_row // (found // images))
+    if found == images * reduced or (earlier and found % reduced == 0):
+        return dict(arguments)
+    if (found != images * dense and not earlier) or bool((per_row % dense).any()):
+        raise ValueError(
+            f"the prompts have {per_row.tolist()} image tokens for {images} images: expected {dense} for each image, "
+            f"as the processor writes them (they are cut to {reduced} here), or {reduced}. Give every image of the "
+            "batch whole, with its pixel values, in the call that has its tokens"
+        )
+    return _Change(is_image, _padding(arguments, is_image), dense, reduced).apply(prompt, arguments, generates)
+
+
+def image_tokens(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """How many tokens of an image the processor writes, and how many features come for them."""
+    features = prompt.features(arguments)
+    return (
+        features.tokens - features.dropped,
+        attached.tokens_behind(features.layer, features.tokens) - features.dropped,
+    )
+
+
+def _count_images(arguments: Mapping[str, Any]) -> int:
+    pixels = arguments.get("pixel_values")
+    return 0 if pixels is None else pixels.shape[:-3].numel()
+
+
+def placeholders(prompt: Prompt, arguments: Mapping[str, Any]) -> Tensor:
+    """[B, T] where a prompt's image tokens are, in ids or embeddings."""
+    ids = arguments.get("input_ids")
+    if ids is not None:
+        return torch.as_tensor(ids == prompt.placeholder)
+    embeds = arguments["inputs_embeds"]
+    image = prompt.embedding(torch.tensor(prompt.placeholder, device=embeds.device))
+    return torch.as_tensor((embeds == image.to(embeds.dtype)).all(-1))
+
+
+def _padding(arguments: Mapping[str, Any], is_image: Tensor) -> Tensor:
+    """[B, T] what a row is filled up with, in front or behind.
+
+    Raises:
+        ValueError: the mask is not one of [B, T].
+    """
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return torch.zeros_like(is_image)
+    if mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has the shape {list(mask.shape)}, which cannot follow when a prompt changes its length: "
+            "give a mask [B, T], or prompts that have as many image tokens as the reduced tower gives"
+        )
+    real = (mask[:, -is_image.shape[1] :] != 0).long()
+    return torch.as_tensor((real.cumsum(1) == 0) | (real.flip(1).cumsum(1).flip(1) == 0))
+
+
+class _Change:
+    """From a row with `dense` placeholders per image to one with `reduced`: which tokens, and where they go.
+
+    A batch keeps as much padding as its longest row had.
+    """
+
+    def __init__(self, is_image: Tensor, padding: Tensor, dense: int, reduced: int) -> None:
+        batch, self.tokens = is_image.shape
+        # Every image has `dense` placeholders, so a placeholder's place in its image follows from its place in the row.
+        place = (is_image.long().cumsum(1) - 1) % dense
+        copies = torch.ones_like(place)
+        if reduced < dense:
+            copies = torch.where(is_image & (place >= reduced), 0, copies)
+        else:
+            copies = torch.where(is_image & (place == dense - 1), 1 + reduced - dense, copies)
+        copies = copies.masked_fill(padding, 0)
+        self.lengths = copies.sum(1)
+        self.width = int(self.lengths.max() + padding.sum(1).min())
+        self.leading = padding.long().cumprod(1).sum(1)
+        self.source = torch.repeat_interleave(copies.flatten())  # into [B * T]
+        self.row = self.source // self.tokens
+        starts = self.lengths.cumsum(0) - self.lengths
+        self.column = torch.arange(len(self.source), device=place.device) - starts[self.row]
+        self.shift = torch.zeros(batch, dtype=torch.long, device=place.device)
+
+    def fill_left(self) -> None:
+        """Shorter rows are filled up in front of their first token instead of behind their last."""
+        self.shift = self.width - self.lengths
+
+    def apply(self, prompt: Prompt, arguments: Mapping[str, Any], generates: bool) -> dict[str, Any]:
+        new = dict(arguments)
+        if arguments.get("attention_mask") is None and bool((self.lengths != self.width).any()):
+            new["attention_mask"] = self._plain_mask(prompt, arguments, generates)
+        if generates or bool((self.leading > 0).any()):
+            self.fill_left()
+        for name, fill in {"input_ids": prompt.pad, **_FILL}.items():
+            if new.get(name) is not None:
+                new[name] = self.take(new[name], fill)
+        positions = new.get("position_ids")
+        if positions is not None:
+            new["position_ids"] = self._positions(positions.expand(len(self.lengths), -1))
+        if new.get("cache_position") is not None:
+            first = new["cache_position"][:1]
+            new["cache_position"] = first + torch.arange(self.width, device=first.device)
+        return new
+
+    def take(self, values: Tensor, fill: int) -> Tensor:
+        """[B, S + T, ..] -> [B, S + width, ..], S being what is in a cache already: a mask speaks of that too."""
+        cached, values = values.tensor_split([values.shape[1] - self.tokens], 1)
+        taken = self._place(values.flatten(0, 1)[self.source.to(values.device)], fill)
+        return torch.cat([cached, taken], 1) if cached.shape[1] else taken
+
+    def _place(self, values: Tensor, fill: int) -> Tensor:
+        out = values.new_full((len(self.lengths), self.width, *values.shape[1:]), fill)
+        column = self.column + self.shift[self.row]
+        return out.index_put((self.row.to(values.device), column.to(values.device)), values)
+
+    def _positions(self, positions: Tensor) -> Tensor:
+        """Every token moves up by what is missing in front of it."""
+        before = self.source % self.tokens - self.leading[self.row]
+        moved = (self.column - before).to(positions.device)
+        return self._place(positions.flatten()[self.source.to(positions.device)] + moved, 0)
+
+    def _plain_mask(self, prompt: Prompt, arguments: Mapping[str, Any], generates: bool) -> Tensor:
+        """What the host takes for the mask where there is none: all tokens, or in `generate` all but the padding."""
+        ids = arguments.get("input_ids")
+        shape = (len(self.lengths), self.tokens)
+        if generates and ids is not None:
+            return torch.as_tensor(ids != prompt.pad).long()
+        return torch.ones(shape, dtype=torch.long, device=self.lengths.device)
+
+
+# In the host's entry points ---------------------------------------------------------------------------------------
+
+
+def before_forward(
+    prompt: Prompt,
+    attached: AttachedTower,
+    names: list[str],
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook with keyword arguments."""
+    named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+    return (), fit(prompt, attached, named, generates=False)
+
+
+def around_generate(
+    prompt: Prompt, attached: AttachedTower, names: list[str], original: Callable[..., Any], args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Generate from the fitting prompt, and give the caller the caller's own prompt back."""
+    arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+    if arguments.get("inputs") is not None and arguments.get("input_ids") is None:
+        arguments["input_ids"] = arguments.pop("inputs")
+    fitting = fit(prompt, attached, arguments, generates=True)
+    given, now = (_first_given(these, "input_ids", "inputs_embeds") for these in (arguments, fitting))
+    if now is not given:
+        _move_limits(fitting, int(now.shape[1]) - int(given.shape[1]))
+    with generating(attached):
+        out = original(**fitting)
+    if now is given or arguments.get("input_ids") is None:  # from embeddings, the output has no prompt
+        return out
+    if isinstance(out, Tensor):
+        return _with_prompt(given, out[:, now.shape[1] :])
+    out.sequences = _with_prompt(given, out.sequences[:, now.shape[1] :])
+    return out
+
+
+def _with_prompt(ids: Tensor, answers: Tensor) -> Tensor:
+    """Several answers may belong to one prompt."""
+    return torch.cat([ids.repeat_interleave(len(answers) // len(ids), 0).to(answers.device), answers], 1)
+
+
+def _move_limits(arguments: dict[str, Any], by: int) -> None:
+    """Limits on the whole length, of which the caller's prompt is a part, move with the prompt's length."""
+    config = arguments.get("generation_config")
+    if config is not None and arguments["generation_config"].max_new_tokens is None:
+        config = arguments["generation_config"] = copy.deepcopy(config)
+        for name in ("max_length", "min_length"):
+            if getattr(config, name, None) not in (None, 0, type(config)().__dict__.get(name)):
+                setattr(config, name, getattr(config, name) + by)
+    for name in ("max_length", "min_length"):
+        if arguments.get(name):
+            arguments[name] += by
+
+
+def _first_given(arguments: Mapping[str, Any], *names: str) -> Any:
+    return next((arguments[name] for name in names if arguments.get(name) is not None), None)

@@ -1,0 +1,183 @@
+"""Save and load attachments.
+
+A saved attachment is a folder with `crossget.safetensors` (the cross tokens) and `crossget_config.json` (the
+reducers): tens of kilobytes. Nothing here unpickles code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossget.core.attachment import Attachment, attach
+from crossget.methods.reducers import Reducer
+from crossget.methods.schedules import Constant, Linear, PerLayer, RampedRatio, Ratio, Schedule
+
+CONFIG_FILE, WEIGHTS_FILE, _VERSION = "crossget_config.json", "crossget.safetensors", 1
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
+_SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, PerLayer, Ratio, RampedRatio)}
+
+
+def save(attachment: Attachment, folder: str | Path) -> None:
+    """Write an attachment's reducers and cross tokens.
+
+    Args:
+        attachment: to be saved.
+        folder: made if it is not there.
+
+    Raises:
+        TypeError: a reducer has a schedule or field that JSON cannot hold.
+    """
+    write(folder, attachment.reducers, attachment.cross_tokens)
+
+
+def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Mapping[str, Tensor]) -> None:
+    """Write what `load` reads.
+
+    Args:
+        folder: made if it is not there.
+        reducers: per tower, all fields resolved.
+        cross_tokens: per tower [L, C].
+
+    Raises:
+        TypeError: as for `save`.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(folder)
+    towers = {name: _reducer_to_json(reducer) for name, reducer in reducers.items()}
+    config = json.dumps({"version": _VERSION, "towers": towers}, indent=2)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().cpu().contiguous() for name, value in cross_tokens.items()}, path / WEIGHTS_FILE)
+    (path / CONFIG_FILE).write_text(config + "\n")
+
+
+def load(model: nn.Module, folder: str | Path) -> Attachment:
+    """Attach to `model` what `Attachment.save` wrote.
+
+    Args:
+        model: of the architecture that was saved, not attached.
+        folder: a local folder, or the id of a repository on the Hugging Face hub.
+
+    Returns:
+        The attachment.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: the file was written by a newer version, names an unknown method, or does not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    path = _local(folder)
+    config = json.loads((path / CONFIG_FILE).read_text())
+    if config.get("version") != _VERSION:
+        raise ValueError(f"{path / CONFIG_FILE} has version {config.get('version')!r}: this crossget reads {_VERSION}")
+    reducers = {name: _reducer_from_json(entry) for name, entry in config["towers"].items()}
+    weights = load_file(path / WEIGHTS_FILE)
+    return attach_with(model, reducers, weights, str(path / WEIGHTS_FILE))
+
+
+def attach_with(
+    model: nn.Module,
+    reducer: Reducer | Mapping[str, Reducer],
+    cross_tokens: Mapping[str, Tensor],
+    where: str,
+    previous: Attachment | None = None,
+) -> Attachment:
+    """Attach, with these cross tokens; a model that they do not fit stays as it was.
+
+    Args:
+        model: to be reduced.
+        reducer: as for `crossget.attach`.
+        cross_tokens: per tower [L, C].
+        where: they come from.
+        previous: the model's attachment, which is kept then.
+
+    Raises:
+        ValueError: a tower has no cross tokens, or of another shape, or they are for a tower that is not attached.
+    """
+    attached = previous or attach(model, reducer)
+    try:
+        _set_cross_tokens(attached, cross_tokens, where)
+    except ValueError:
+        if previous is None:
+            attached.detach()
+        raise
+    return attached
+
+
+def _local(folder: str | Path) -> Path:
+    path = Path(folder)
+    if path.is_dir():
+        absent = [name for name in FILES if not (path / name).is_file()]
+        if absent:
+            raise FileNotFoundError(f"{path} has no {' and no '.join(absent)}: expected what Attachment.save wrote")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=list(FILES)))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{folder} is neither a folder here nor the id of a hub repository ({error})") from None
+
+
+def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where: str) -> None:
+    expected = {name: tuple(p.shape) for name, p in attached.cross_tokens.items()}
+    found = {name: tuple(value.shape) for name, value in weights.items() if name in expected or name in attached.towers}
+    unknown = sorted(set(weights) - set(attached.towers))
+    if unknown or any(found.get(name) != shape for name, shape in expected.items()):
+        raise ValueError(f"{where} has cross tokens {found} {unknown or ''}: this attachment needs {expected}")
+    with torch.no_grad():
+        for name, parameter in attached.cross_tokens.items():
+            parameter.copy_(weights[name])
+
+
+def _reducer_to_json(reducer: Reducer) -> dict[str, Any]:
+    fields = {f.name: getattr(reducer, f.name) for f in dataclasses.fields(reducer)}
+    fields["r"] = _schedule_to_json(fields["r"])
+    return {"method": type(reducer).__name__, **fields}
+
+
+def _schedule_to_json(r: Any) -> Any:
+    if isinstance(r, int | tuple):
+        return r
+    if type(r) is not _SCHEDULES.get(type(r).__name__):
+        raise TypeError(f"r is {r!r}: only {', '.join(_SCHEDULES)}, ints and lists of ints can be saved")
+    return {"schedule": type(r).__name__, **dataclasses.asdict(r)}
+
+
+def _reducer_from_json(entry: Mapping[str, Any]) -> Reducer:
+    methods = _methods(Reducer)
+    fields = dict(entry)
+    name = fields.pop("method")
+    if name not in methods:
+        raise ValueError(
+            f"the saved method {name!r} is not known here: import the module that defines it. Known: {sorted(methods)}"
+        )
+    fields["r"] = _schedule_from_json(fields["r"])
+    return methods[name](**fields)
+
+
+def _schedule_from_json(r: Any) -> int | tuple[int, ...] | Schedule:
+    if isinstance(r, int):
+        return r
+    if isinstance(r, list):
+        return tuple(r)
+    fields = dict(r)
+    schedule: Schedule = _SCHEDULES[fields.pop("schedule")](**fields)
+    return schedule
+
+
+def _methods(base: type[Reducer]) -> dict[str, type[Reducer]]:
+    """Every method that is defined in this process, by name: reading a file imports nothing."""
+    found = {}
+    for cls in base.__subclasses__():
+        found.update({cls.__name__: cls, **_methods(cls)})
+    return found

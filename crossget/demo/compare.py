@@ -1,0 +1,681 @@
+"""`crossget demo`: a backbone dense, and reduced by Ward, as ToMe does it and by CrossGET, side by side.
+
+The story from top to bottom: photographs, a backbone, a look at it dense and one per method (`Row`), and what is shown
+of them: a table, a JSON file, and one picture. Ward comes first, with the setting that is best where nothing was
+trained (docs/training_free.md): a rising share of the tokens that costs what `r` in every block costs ToMe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from crossget.core.adapters import find_towers
+from crossget.core.attachment import Attachment, attach
+from crossget.demo import figures
+from crossget.demo.backbones import DEFAULT, Backbone, make
+from crossget.measure.fit import fit_schedule
+from crossget.measure.flops import count_flops, count_once
+from crossget.measure.speed import DENSE, BenchmarkReport, benchmark, environment
+from crossget.methods.reducers import CrossGET, Reducer, ToMe, Ward
+from crossget.methods.schedules import Ratio, Schedule, as_schedule
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+WARD, TOME, CROSSGET = METHODS = "Ward", "ToMe-style", "CrossGET"
+VISUAL, TEXT = "visual", "text"
+Reduction = int | Sequence[int] | Schedule
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MOST_IMAGES = 32  # of a folder: enough for a mean, and soon over
+MOST_SHOWN = 4  # in the picture
+MEASURING_SECONDS = 30.0
+# Captions of nothing in sight, so that choosing the right one means something.
+DISTRACTORS = ("a photo of a dog", "a photo of a street full of cars", "a photo of a bowl of fruit", "a map of a city")
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A picture to show the model.
+
+    Attributes:
+        name: short, for tables.
+        caption: what is in it, as CLIP likes it said.
+        credit: who made it, and its terms; empty for the user's own.
+        image: read when the demo starts.
+    """
+
+    name: str
+    caption: str
+    credit: str
+    image: Image
+
+
+# In scikit-image's wheel (skimage/data); authors and terms as its documentation states them.
+SHIPPED = (
+    ("chelsea.png", "a photo of a cat", "Stefan van der Walt, CC0"),
+    ("coffee.png", "a photo of a cup of coffee", "Rachel Michetti, Pikolo Espresso Bar, CC0"),
+    ("rocket.jpg", "a photo of a rocket launch", "SpaceX (DSCOVR on Falcon 9), public domain"),
+    ("astronaut.png", "a photo of an astronaut", "NASA (Eileen Collins), public domain"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        model: a name of open_clip or timm.
+        r, text_r: tokens to remove per block of the vision and of the text tower; Ward removes what costs as much.
+        checkpoint, pretrained: where weights come from, see `crossget.demo.backbones.make`.
+        images: a folder of the user's own.
+        batch, rounds: of the speed measurement; 0 rounds leave it out, None takes as many as half a minute allows.
+        out, json: files to write; None writes none.
+        device: where the model runs.
+        seed: of random weights.
+    """
+
+    model: str = "ViT-B-16"
+    r: Reduction = 16
+    text_r: Reduction = 0
+    checkpoint: Path | None = None
+    pretrained: str = DEFAULT
+    images: Path | None = None
+    batch: int = 8
+    rounds: int | None = None
+    out: Path | None = Path("crossget_demo.png")
+    json: Path | None = None
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("rounds", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"--{name} {value}: expected {least} or more")
+        for name in ("checkpoint", "images"):
+            path = getattr(self, name)
+            if path is not None and not path.exists():
+                raise ValueError(f"--{name} {path}: no such file or folder")
+        for name in ("out", "json"):
+            path = getattr(self, name)
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"--{name} {path}: there is no folder {path.parent}")
+
+
+@dataclass
+class Row:
+    """One look at the model: dense, or reduced in one way.
+
+    Attributes:
+        name: of the method.
+        tokens: per tower, entering each block.
+        gflops: of one image, or of one image with its caption where the text is reduced too.
+        parameters: that the method adds.
+        cosine: per kind of feature, mean cosine with the dense model's.
+        captions: [photographs, captions] probabilities, as nested lists; empty without meaning.
+        images_per_second, speed, speed_quartiles, peak_memory: measured, speed as a ratio to dense, memory in bytes on
+            top of weights and inputs; None if not.
+        sources: [B, T0] after the middle block and after the last one, for the picture.
+    """
+
+    name: str
+    tokens: dict[str, list[int]]
+    gflops: float
+    parameters: int
+    cosine: dict[str, float]
+    captions: list[list[float]] = field(default_factory=list)
+    images_per_second: float | None = None
+    speed: float | None = None
+    speed_quartiles: tuple[float, float] | None = None
+    peak_memory: int | None = None
+    sources: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class Demo:
+    """All that was found out, ready to be shown.
+
+    Attributes:
+        options, backbone, photographs, rows: what ran on what, and what came out; the first row is the dense model's.
+        notes: what the reader should know besides.
+        pixels: [B, H, W, 3] in 0 to 1, the photographs as the model saw them.
+        prefix: tokens before the first patch.
+        grid: rows and columns of patches; None where they have none, and no merges can be drawn.
+        seconds: that all of it took.
+    """
+
+    options: Options
+    backbone: Backbone
+    photographs: list[Photograph]
+    rows: list[Row]
+    notes: list[str]
+    pixels: Tensor
+    prefix: int
+    grid: tuple[int, int] | None
+    seconds: float = 0.0
+
+    @property
+    def pairs(self) -> bool:
+        """The text is reduced too, so an item is an image with its caption."""
+        return TEXT in self.rows[0].tokens
+
+    def table(self) -> str:
+        """What a person reads."""
+        parts = [self._heading(), self._costs(), self._tokens(), self._captions(), *(f"note: {n}" for n in self.notes)]
+        return "\n\n".join(part for part in parts if part)
+
+    def to_json(self) -> str:
+        """The same for programs, with what it was measured on."""
+        backbone = {
+            "name": self.backbone.name, "host": self.backbone.host, "weights": self.backbone.weights,
+            "random_weights": self.backbone.random,
+        }  # fmt: skip
+        names = [f.name for f in dataclasses.fields(Row) if f.name != "sources"]
+        rows = [{name: getattr(row, name) for name in names} for row in self.rows]
+        options = dataclasses.asdict(self.options)
+        content = {
+            "command": shlex.join(["crossget", *sys.argv[1:]]),
+            "backbone": backbone, "options": options, "methods": rows, "notes": self.notes,
+            "photographs": [{"name": p.name, "caption": p.caption, "credit": p.credit} for p in self.photographs],
+            "environment": environment(self.options.device), "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+        return json.dumps(content, indent=2, default=str) + "\n"
+
+    def picture(self) -> Any:
+        """A matplotlib figure."""
+        curves = [
+            figures.Curve(row.name, row.tokens[VISUAL], row.gflops, row.cosine["image"], row.speed) for row in self.rows
+        ]
+        name = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
+        title = f"crossget demo: {name}, {r_text(self.options.r)} tokens removed per block (Ward: at ToMe-style's cost)"
+        rows = self._panels()
+        shown = self.photographs[: len(rows)]
+        credits = "; ".join(f"{p.name}: {p.credit}" for p in shown if p.credit)
+        footer = [
+            *(["Right: patches that have become one token are outlined and drawn in their mean colour (they need not "
+               "touch); patches that are still on their own are left as they are."] if rows else []),
+            *([f"Photographs: {credits}"] if credits else []),
+        ]  # fmt: skip
+        item = "image-caption pair" if self.pairs else "image"
+        return figures.draw_summary(figures.Summary(title, self._weights(), curves, rows, item, footer))
+
+    def _weights(self) -> str:
+        if self.backbone.random:
+            return (
+                "Random weights: the costs are real; the merged patches and the cosine say nothing of a trained model."
+            )
+        name = self.backbone.weights if self.options.checkpoint is None else self.options.checkpoint.name
+        return f"Weights: {name}; the cross tokens are untrained."
+
+    def _heading(self) -> str:
+        backbone, options = self.backbone, self.options
+        text = f", {r_text(options.text_r)} per text block" if self.pairs else ""
+        return (
+            f"{backbone.title}, {r_text(options.r)} tokens removed per block{text} (Ward: at ToMe-style's cost); "
+            f"{len(self.photographs)} photographs, {options.device}, batch {options.batch}"
+        )
+
+    def _costs(self) -> str:
+        unit = "image + caption" if self.pairs else "image"
+        kinds = list(self.rows[0].cosine)
+        headers = ["method", f"GFLOPs per {unit}", "parameters added", "speed to dense", "images/s", "peak memory",
+                   *(f"{kind} cosine to dense" for kind in kinds)]  # fmt: skip
+        dense = self.rows[0].gflops
+        body = [
+            [
+                row.name,
+                f"{row.gflops:.2f}" + ("" if row is self.rows[0] else f" ({row.gflops / dense - 1:+.0%})"),
+                f"{row.parameters:,}",
+                _speed(row),
+                "-" if row.images_per_second is None else f"{row.images_per_second:.1f}",
+                "-" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f} MiB",
+                *(f"{row.cosine[kind]:.3f}" for kind in kinds),
+            ]
+            for row in self.rows
+        ]
+        headers = [_two_lines(header) for header in headers]
+        table = tabulate(body, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
+        if self.rows[0].speed is None:
+            return table
+        return f"{table}\nspeed: median of the rounds [quartiles]; memory: of one batch, on top of weights and inputs"
+
+    def _tokens(self) -> str:
+        body = [
+            [row.name if len(row.tokens) == 1 else f"{row.name}, {tower}", " ".join(f"{n:3d}" for n in counts)]
+            for tower in self.rows[0].tokens
+            for row in self.rows
+            for counts in [row.tokens[tower]]
+        ]
+        return tabulate(body, ["", "tokens entering each block"], disable_numparse=True)
+
+    def _captions(self) -> str:
+        if not self.rows[0].captions:
+            return ""
+        body = []
+        for i, photograph in enumerate(self.photographs):
+            body.append([photograph.name, photograph.caption, *(_verdict(row.captions[i], i) for row in self.rows)])
+        headers = ["zero-shot", "its caption", *(row.name for row in self.rows)]
+        choices = len(self.photographs) + len(DISTRACTORS)
+        rows = body[: 2 * MOST_SHOWN]
+        return tabulate(rows, headers) + f"\nprobability of the photograph's own caption among {choices}"
+
+    def _panels(self) -> list[list[figures.Panel]]:
+        if self.grid is None:
+            return []
+        return [self._row_of_panels(i, self.grid) for i in range(min(len(self.photographs), MOST_SHOWN))]
+
+    def _row_of_panels(self, i: int, grid: tuple[int, int]) -> list[figures.Panel]:
+        image, reduced = self.pixels[i], self.rows[1:]
+        panels = [figures.Panel(image, _shorten(self.photographs[i].name, 28))]
+        for depth in reduced[0].sources:
+            for row in reduced:
+                source = row.sources[depth][i]
+                colour = figures.colour_of(row.name)
+                left = len(source[self.prefix :].unique())
+                # The first row's captions head the columns: every photograph loses as many tokens.
+                head = f"{row.name}, after block {depth}:\n{left} tokens for {grid[0] * grid[1]} patches"
+                drawn = figures.merge_map(image, source, grid, self.prefix, outline=colour)
+                panels.append(figures.Panel(drawn, head if i == 0 else "", colour))
+        return panels
+
+
+def run(options: Options, say: Callable[[str], None] = print) -> Demo:
+    """Find out everything, and write the files that are asked for.
+
+    Args:
+        options: see there.
+        say: told, in single lines, what the user should know at once.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what is asked for cannot be done; the message says what can.
+    """
+    start = time.perf_counter()
+    if options.out is not None:
+        figures.require_matplotlib()
+    photographs = load_photographs(options.images)
+    with _steps(3 + 2 * len(METHODS) + (options.rounds != 0) + (options.out is not None)) as step:
+        step(f"making {options.model}")
+        backbone = make(options.model, pretrained=options.pretrained, checkpoint=options.checkpoint,
+                        device=options.device, seed=options.seed)  # fmt: skip
+        if backbone.why_random:
+            say(f"{backbone.why_random}: going on with random weights")
+        demo = _Looks(options, backbone, photographs).demo(step)
+        demo.seconds = time.perf_counter() - start
+        if options.out is not None:
+            step("drawing")
+            demo.picture().savefig(options.out)
+    if options.json is not None:
+        options.json.write_text(demo.to_json())
+    return demo
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photographs
+
+
+def load_photographs(folder: Path | None) -> list[Photograph]:
+    """The user's photographs, or those that scikit-image ships.
+
+    Raises:
+        ValueError: there is no image in the folder.
+        RuntimeError: scikit-image is not installed, or ships them no more.
+    """
+    if folder is None:
+        return [_read(_shipped_folder() / name, caption, credit) for name, caption, credit in SHIPPED]
+    if not folder.is_dir():
+        raise ValueError(f"--images {folder}: expected a folder of images")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"--images {folder}: no image in it; looked for {', '.join(SUFFIXES)}")
+    return [_read(path, f"a photo of {_words(path.stem)}", "") for path in paths[:MOST_IMAGES]]
+
+
+def load_photograph(name: Path | None) -> Photograph:
+    """One photograph: a file, or one of scikit-image's by its name; the first of these if None.
+
+    Raises:
+        ValueError: there is no such file or name, or Pillow cannot read it.
+        RuntimeError: scikit-image is not installed, or ships them no more.
+    """
+    if name is not None and name.is_file():
+        return _read(name, f"a photo of {_words(name.stem)}", "")
+    shipped = {Path(file).stem: (file, caption, credit) for file, caption, credit in SHIPPED}
+    chosen = next(iter(shipped)) if name is None else str(name)
+    if chosen not in shipped:
+        raise ValueError(f"no image {chosen}: expected a file, or one of {', '.join(shipped)} (from scikit-image)")
+    file, caption, credit = shipped[chosen]
+    return _read(_shipped_folder() / file, caption, credit)
+
+
+def _words(stem: str) -> str:
+    return stem.replace("_", " ").replace("-", " ")
+
+
+def _read(path: Path, caption: str, credit: str) -> Photograph:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(path).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that Pillow can read") from error
+    return Photograph(path.stem, caption, credit, image)
+
+
+def _shipped_folder() -> Path:
+    # find_spec does not import the package: its files are all that is needed.
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError('no photographs: pip install "crossget[demo]", or give your own with --images FOLDER')
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    missing = [name for name, _, _ in SHIPPED if not (folder / name).is_file()]
+    if missing:
+        raise RuntimeError(f"{folder} lacks {', '.join(missing)}: give photographs of your own with --images FOLDER")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looks at one model
+
+
+class _Looks:
+    """Runs one model dense and reduced on the same inputs."""
+
+    def __init__(self, options: Options, backbone: Backbone, photographs: list[Photograph]) -> None:
+        self.options, self.backbone, self.photographs = options, backbone, photographs
+        self.notes: list[str] = []
+        self.r = schedules(backbone, options.r, options.text_r)
+        (self.tower,) = (tower for tower in find_towers(backbone.model) if tower.name == VISUAL)
+        self.images = torch.stack([backbone.preprocess(p.image) for p in photographs]).to(options.device)
+        self.ids = self._caption_ids()
+
+    def demo(self, step: Callable[[str], None]) -> Demo:
+        """Everything but the files."""
+        step("dense")
+        rows = [self._dense()]
+        step(f"{WARD}: fitting")
+        self.methods = reducers(self.backbone, self.r, self._inputs(1), self.notes.append)
+        for name in METHODS:
+            step(name)
+            rows.append(self._reduced(name))
+            step(f"{name}: counting")
+            rows[-1].gflops = self._gflops(name)
+        if self.options.rounds != 0:
+            step("measuring")
+            self._measure(rows)
+        if self.backbone.random:
+            self.notes.append("random weights: the costs are real; the cosines say nothing of a trained model")
+        pixels, prefix, grid = as_seen(self.images, self.backbone.preprocess), self.tower.prefix, self._grid(rows[1])
+        return Demo(self.options, self.backbone, self.photographs, rows, self.notes, pixels, prefix, grid)
+
+    def _grid(self, row: Row) -> tuple[int, int] | None:
+        patches = int(next(iter(row.sources.values())).shape[1]) - self.tower.prefix
+        try:
+            return figures.patch_grid(patches, *(int(n) for n in self.images.shape[2:]))
+        except ValueError as error:
+            self.notes.append(f"no picture of merged patches: {error}")
+            return None
+
+    @property
+    def _kinds(self) -> list[str]:
+        """The features that a reduced tower makes."""
+        return ["image", *(["text"] if TEXT in self.r else [])]
+
+    def _dense(self) -> Row:
+        self.dense = self._features()
+        # Nothing removed, no cross token: the model as it is, with its tokens counted.
+        with attach(self.backbone.model, {tower: ToMe(r=0) for tower in self.r}) as attached, torch.no_grad():
+            self.backbone.model(*self._inputs(1))
+            tokens = attached.tokens
+        gflops = count_once(self.backbone.model, self._inputs(1)).total / 1e9
+        return Row(DENSE, tokens, gflops, 0, dict.fromkeys(self._kinds, 1.0), self._choices(self.dense))
+
+    def _reduced(self, name: str) -> Row:
+        with attach(self.backbone.model, self.methods[name]) as attached:
+            features = self._features()
+            cosine = {kind: _cosine(features[kind], self.dense[kind]) for kind in self._kinds}
+            parameters = sum(p.numel() for p in attached.parameters())
+            row = Row(name, attached.tokens, 0.0, parameters, cosine, self._choices(features))
+            row.sources = self._sources(attached)
+        return row
+
+    @torch.no_grad()
+    def _features(self) -> dict[str, Tensor]:
+        features = {"image": self.backbone.image_features(self.images)}
+        if self.ids is not None:
+            features["text"] = self.backbone.text_features(self.ids)
+        return features
+
+    def _inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """The photographs as often as the batch needs them; with their captions where the text is reduced too."""
+        repeat = -(-batch // len(self.images))
+        images = self.images.repeat(repeat, 1, 1, 1)[:batch]
+        if TEXT not in self.r or self.ids is None:
+            return (images,)
+        return images, self.ids[: len(self.images)].repeat(repeat, 1)[:batch]
+
+    def _caption_ids(self) -> Tensor | None:
+        if not self.backbone.reads_text or (self.backbone.random and TEXT not in self.r):
+            return None  # captions would serve for nothing but a classification by chance
+        captions = [p.caption for p in self.photographs] + list(DISTRACTORS)
+        try:
+            return self.backbone.tokenize(captions)
+        except ConnectionError as error:
+            if TEXT in self.r:
+                raise
+            self.notes.append(f"no zero-shot classification: {error}")
+            return None
+
+    def _choices(self, features: Mapping[str, Tensor]) -> list[list[float]]:
+        """Zero-shot classification; with random weights it would say nothing."""
+        if self.backbone.random or "text" not in features:
+            return []
+        scale = getattr(self.backbone.model, "logit_scale", None)
+        images, texts = (F.normalize(features[kind].float(), dim=-1) for kind in ("image", "text"))
+        logits = images @ texts.T * (100.0 if scale is None else float(scale.detach().exp()))
+        return [[float(p) for p in row] for row in logits.softmax(-1)]
+
+    def _gflops(self, name: str) -> float:
+        """Of the model reduced."""
+        with attach(self.backbone.model, self.methods[name]) as attached:
+            return count_once(self.backbone.model, self._inputs(1), attached.parameters()).total / 1e9
+
+    @torch.no_grad()
+    def _sources(self, attached: Attachment) -> dict[int, Tensor]:
+        """Where each token went: behind the middle block, and behind the last one in the forward just past."""
+        depth, whole = len(self.tower.blocks), attached.reducers
+        sources = {depth: attached.source[VISUAL][:MOST_SHOWN].cpu()}
+        middle = max(1, depth // 2)
+        attached.reducer = {
+            **whole,
+            VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(as_schedule(whole[VISUAL].r), middle)),
+        }
+        self.backbone.image_features(self.images[:MOST_SHOWN])
+        return {middle: attached.source[VISUAL].cpu(), **sources}
+
+    def _measure(self, rows: Sequence[Row]) -> None:
+        report = measure(self.backbone.model, self._inputs(self.options.batch), self.methods, self.options.rounds)
+        for row in rows:
+            measured = report[row.name]
+            row.images_per_second, row.peak_memory = measured.images_per_second, measured.peak_memory
+            row.speed, row.speed_quartiles = measured.median_speed, measured.speed_quartiles
+
+
+def schedules(backbone: Backbone, r: Reduction, text_r: Reduction) -> dict[str, Reduction]:
+    """What each tower loses; the text is left alone where it loses nothing.
+
+    Raises:
+        ValueError: there is no such tower.
+    """
+    wanted = {VISUAL: r}
+    if any(text_r) if isinstance(text_r, Sequence) else text_r != 0:
+        wanted[TEXT] = text_r
+    found = [tower.name for tower in find_towers(backbone.model)]
+    who = f"{backbone.host} {backbone.name}"
+    for name, option in ((VISUAL, "--r"), (TEXT, "--text-r")):
+        if name in wanted and name not in found:
+            raise ValueError(
+                f"{option} is for a {name} tower, and of {who} only {' and '.join(found)} can be reduced: "
+                "choose another model (`crossget models`)" + (" or leave it out" if name == TEXT else "")
+            )
+    return wanted
+
+
+def reducers(
+    backbone: Backbone, wanted: Mapping[str, Reduction], inputs: tuple[Tensor, ...], note: Callable[[str], None]
+) -> dict[str, dict[str, Reducer]]:
+    """The methods that are compared, each a reducer per tower, at about the same cost.
+
+    ToMe-style and CrossGET remove `r` tokens in every block, Ward a share of them that rises, so that it takes no more
+    multiply-adds than ToMe-style does.
+
+    Args:
+        backbone: the model.
+        wanted: what each tower loses, see `schedules`.
+        inputs: one example of what the model gets.
+        note: told, in a line, where Ward could not be fitted.
+    """
+    return {
+        WARD: {tower: _ward(backbone.model, tower, r, inputs, note) for tower, r in wanted.items()},
+        TOME: {tower: ToMe(r) for tower, r in wanted.items()},
+        CROSSGET: {tower: CrossGET(r) for tower, r in wanted.items()},
+    }
+
+
+def _ward(
+    model: nn.Module, tower: str, r: Reduction, inputs: tuple[Tensor, ...], note: Callable[[str], None]
+) -> Reducer:
+    """Ward at the cost of ToMe-style with `r`; both reduce this tower alone, so the costs of towers add up."""
+    with attach(model, {tower: ToMe(r)}):
+        report = count_flops(model, inputs)
+    share = min(1.0, report.total / report.dense.total)  # a matching may cost more than it saves
+    try:
+        found = fit_schedule(model, inputs, flops=share, reducer=Ward(r=0), tower=tower, distribution="rising")
+    except ValueError as error:
+        note(f"Ward removes as many tokens per block of the {tower} tower as ToMe-style, at another cost: {error}")
+        return Ward(r)
+    return Ward(found.schedule)
+
+
+def measure(
+    model: nn.Module, inputs: tuple[Tensor, ...], methods: Mapping[str, Mapping[str, Reducer]], rounds: int | None
+) -> BenchmarkReport:
+    """`crossget.benchmark` with a progress bar, which moves at every call of the model.
+
+    Args:
+        model: see there.
+        inputs: see there.
+        methods: see there.
+        rounds: None takes as many as half a minute allows, at least 3.
+    """
+    on_cpu = inputs[0].device.type == "cpu"
+    rounds = _rounds_in_time(model, inputs, len(methods) + 1) if rounds is None else rounds
+    warmup = 0 if on_cpu else 2  # every timed call has an untimed one before it; GPUs want more to choose their kernels
+    calls = (len(methods) + 1) * (2 * (rounds + warmup) + 2)
+    with tqdm(total=calls, disable=None, leave=False, desc="measuring speed", unit=" calls") as bar:
+
+        def count(*_: object) -> None:
+            bar.update()
+
+        hook = model.register_forward_hook(count)
+        try:
+            return benchmark(model, inputs, rounds=rounds, warmup=warmup, methods=methods)
+        finally:
+            hook.remove()
+
+
+@torch.no_grad()
+def _rounds_in_time(model: nn.Module, inputs: tuple[Tensor, ...], turns: int) -> int:
+    start = time.perf_counter()
+    model(*inputs)
+    if inputs[0].device.type != "cpu":
+        torch.get_device_module(inputs[0].device).synchronize()
+    elapsed = time.perf_counter() - start
+    return int(min(max(MEASURING_SECONDS / (2 * turns * elapsed), 3), 20))
+
+
+@dataclass(frozen=True)
+class _Until:
+    """A schedule that stops behind a block."""
+
+    schedule: Schedule
+    blocks: int
+
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
+        return self.schedule.removed(layer, depth, tokens) if layer < self.blocks else 0
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a.float(), b.float()).mean())
+
+
+def as_seen(images: Tensor, preprocess: Any) -> Tensor:
+    """[B, H, W, 3] in 0 to 1: what the model saw, without the normalisation."""
+    for transform in getattr(preprocess, "transforms", ()):
+        if hasattr(transform, "mean") and hasattr(transform, "std"):
+            mean, std = (torch.as_tensor(v).to(images).reshape(-1, 1, 1) for v in (transform.mean, transform.std))
+            images = images * std + mean
+    return images.permute(0, 2, 3, 1).clamp(0, 1).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def _verdict(probabilities: Sequence[float], right: int) -> str:
+    best = max(range(len(probabilities)), key=lambda i: probabilities[i])
+    return f"{probabilities[right]:.0%}" + ("" if best == right else " (another wins)")
+
+
+def _shorten(name: str, most: int) -> str:
+    """A long file name without its middle."""
+    return name if len(name) <= most else f"{name[: most - 9]}...{name[-6:]}"
+
+
+def _speed(row: Row) -> str:
+    if row.speed is None or row.speed_quartiles is None:
+        return "-"
+    low, high = row.speed_quartiles
+    return f"{row.speed:.2f}x" + (f" [{low:.2f}, {high:.2f}]" if row.name != DENSE else "")
+
+
+def r_text(r: object) -> str:
+    """How `r` is written on the command line."""
+    if isinstance(r, Ratio):
+        return f"{100 * r.share:g}%"
+    return ",".join(map(str, r)) if isinstance(r, tuple | list) else str(r)
+
+
+def _two_lines(header: str) -> str:
+    """Break a long column title in the middle."""
+    words = header.split()
+    if len(header) < 10 or len(words) == 1:
+        return header
+    middle = (len(words) + 1) // 2
+    return " ".join(words[:middle]) + "\n" + " ".join(words[middle:])
+
+
+@contextmanager
+def _steps(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal, nothing elsewhere; call it with what is done next."""
+    with tqdm(total=total, disable=None, leave=False, bar_format="{desc:<28} {bar:20} {n}/{total} {elapsed}") as bar:
+
+        def step(what: str) -> None:
+            bar.set_description_str(what)
+            bar.update()
+
+        yield step

@@ -1,0 +1,1 @@
+"""What tells costs: multiply-adds, speed, stages of generation, schedules that keep a budget, and checks."""

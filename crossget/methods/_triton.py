@@ -1,0 +1,257 @@
+# mypy: ignore-errors
+# Written in Triton's language, which shares Python's grammar and not its types. `crossget.methods.kernels` imports this file
+# where Triton exists, and nothing else does.
+"""The kernels themselves: three for complete-graph matching, two for the ensemble and its gradient.
+
+Shapes and meaning are told in `crossget.methods.kernels`. Strides are in numbers; what is multiplied by one is 64 bits wide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Matching -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _cosines(
+    row, column, row_norm, column_norm, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Cosines [BLOCK_M, BLOCK_N] of the keys that start at `row` and at `column`.
+
+    The keys are scaled after the product, so that bfloat16 enters it as it is. S_ij and S_ji are equal to the last
+    bit, which makes mutual nearest neighbours tie: both sums run over the channels in the same order, and the two
+    scales are multiplied with each other first. (tf32x3 would be faster than ieee, and breaks this.) Where they
+    differed, the one with the larger maximum would rank higher, and no worse would happen.
+    """
+    k = tl.arange(0, BLOCK_K)
+    dot = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, C, BLOCK_K):
+        if C % BLOCK_K == 0:
+            a = tl.load(row[:, None] + (start + k)[None, :])
+            b = tl.load(column[None, :] + (start + k)[:, None])
+        else:
+            inside = start + k < C
+            a = tl.load(row[:, None] + (start + k)[None, :], mask=inside[None, :], other=0.0)
+            b = tl.load(column[None, :] + (start + k)[:, None], mask=inside[:, None], other=0.0)
+        dot = tl.dot(a, b, dot, input_precision="ieee")
+    # As torch.nn.functional.normalize does: a key of length zero is similar to nothing.
+    row_scale = 1.0 / tl.maximum(row_norm, 1e-12)
+    column_scale = 1.0 / tl.maximum(column_norm, 1e-12)
+    return dot * (row_scale[:, None] * column_scale[None, :])
+
+
+@triton.jit
+def _groups(protected, valid, protected_t, valid_t, t, T):
+    """Which tokens may be matched with which: those of equal number, and -1 with none."""
+    blocked = tl.load(protected + t * protected_t, mask=t < T, other=1).to(tl.int32)
+    group = -blocked
+    if valid is not None:
+        good = tl.load(valid + t * valid_t, mask=t < T, other=0).to(tl.int32)
+        group = tl.where(blocked != 0, -1, good)
+    return group
+
+
+@triton.jit
+def _read(keys, norms, group, keys_t, t, T):
+    """Where the keys of some tokens start, how long they are, and their groups."""
+    start = keys + tl.minimum(t, T - 1).to(tl.int64) * keys_t
+    return start, tl.load(norms + t, mask=t < T, other=1.0), tl.load(group + t, mask=t < T, other=-1).to(tl.int32)
+
+
+def row_max(
+    keys, norms, protected, valid, best, group, leaves, T, bucket, keys_b, keys_t, protected_b, protected_t, valid_b,
+    valid_t, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """best [B, T]: largest similarity. Also `group` for the later kernels, and `leaves` set to zero."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    i = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys += b * keys_b
+    norms += b * T
+    protected += b * protected_b
+    if valid is not None:
+        valid += b * valid_b
+    # Beyond the end the last token is read again, without a mask in the inner loop; its group says it is nobody's.
+    row = keys + tl.minimum(i, T - 1).to(tl.int64) * keys_t
+    row_norm = tl.load(norms + i, mask=i < T, other=1.0)
+    row_group = _groups(protected, valid, protected_t, valid_t, i, T)
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    for start in range(0, T, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        column = keys + tl.minimum(j, T - 1).to(tl.int64) * keys_t
+        column_norm = tl.load(norms + j, mask=j < T, other=1.0)
+        column_group = _groups(protected, valid, protected_t, valid_t, j, T)
+        s = _cosines(row, column, row_norm, column_norm, C, BLOCK_M, BLOCK_N, BLOCK_K)
+        allowed = (row_group[:, None] == column_group[None, :]) & (row_group[:, None] >= 0)
+        allowed = allowed & (i[:, None] != j[None, :])
+        top = tl.maximum(top, tl.max(tl.where(allowed, s, float("-inf")), 1))
+    tl.store(best + b * T + i, top, mask=i < T)
+    tl.store(group + b * T + i, row_group.to(tl.int8), mask=i < T)
+    tl.store(leaves + b * T + i, tl.zeros((BLOCK_M,), dtype=tl.int8), mask=i < T)
+
+
+def priority(
+    keys, norms, best, group, importance, out, T, bucket, keys_b, keys_t, importance_b, importance_t, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [B, T]: importance minus the largest similarity to a token that ranks below."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    i = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys += b * keys_b
+    norms += b * T
+    best += b * T
+    group += b * T
+    row, row_norm, row_group = _read(keys, norms, group, keys_t, i, T)
+    row_best = tl.load(best + i, mask=i < T, other=0.0)
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    for start in range(0, T, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        column, column_norm, column_group = _read(keys, norms, group, keys_t, j, T)
+        column_best = tl.load(best + j, mask=j < T, other=0.0)
+        s = _cosines(row, column, row_norm, column_norm, C, BLOCK_M, BLOCK_N, BLOCK_K)
+        below = column_best[None, :] < row_best[:, None]
+        # Two nearest neighbours of each other have the same largest similarity. The earlier one ranks higher.
+        below = below | ((column_best[None, :] == row_best[:, None]) & (j[None, :] > i[:, None]))
+        allowed = (row_group[:, None] == column_group[None, :]) & (row_group[:, None] >= 0) & below
+        top = tl.maximum(top, tl.max(tl.where(allowed, s, float("-inf")), 1))
+    value = -top
+    if importance is not None:
+        at = importance + b * importance_b + i * importance_t
+        value = tl.load(at, mask=i < T, other=0.0).to(tl.float32) - top
+    tl.store(out + b * T + i, value, mask=i < T)
+
+
+def nearest(
+    keys, norms, group, leaves, source, out, T, R, bucket, r_bucket, keys_b, keys_t, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [B, R]: the most similar token of those that stay, the first of equals."""
+    tiles = tl.cdiv(R, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    a = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys += b * keys_b
+    norms += b * T
+    group += b * T
+    leaves += b * T
+    i = tl.load(source + b * R + a, mask=a < R, other=0).to(tl.int32)
+    row, row_norm, row_group = _read(keys, norms, group, keys_t, i, T)
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    at = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    for start in range(0, T, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        column, column_norm, column_group = _read(keys, norms, group, keys_t, j, T)
+        stays = tl.load(leaves + j, mask=j < T, other=1) == 0
+        s = _cosines(row, column, row_norm, column_norm, C, BLOCK_M, BLOCK_N, BLOCK_K)
+        allowed = (row_group[:, None] == column_group[None, :]) & (row_group[:, None] >= 0) & stays[None, :]
+        value, place = tl.max(tl.where(allowed, s, float("-inf")), 1, return_indices=True)
+        at = tl.where(value > top, start + place, at)
+        top = tl.maximum(top, value)
+    tl.store(out + b * R + a, at.to(tl.int64), mask=a < R)
+
+
+# Ensemble -------------------------------------------------------------------------------------------------------------
+
+
+# Every output row looks through all r arrivals for its own: one read of r numbers that lie in the cache, while the
+# row itself has hundreds of channels. On average fewer than one arrives (r / N), so the loop over them mostly does not
+# run. Sorting by arrival would spare the look and cost two more launches, which is more than these few reads.
+
+# Not specialised: tokens get fewer from block to block, and a new number must not mean a new kernel.
+_VARYING = ["N", "R", "kept_b", "source_b", "arrived_b", "take_b", "give_b"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def pull(
+    tokens, kept, source, arrived, take, give, out, N, R, tokens_b, tokens_t, kept_b, source_b, arrived_b, take_b,
+    give_b, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out [B, N, C]: one program per row and part of the channels. Sources are added in their order."""
+    b = (tl.program_id(0) // N).to(tl.int64)
+    n = tl.program_id(0) % N
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tokens += b * tokens_b
+    t = tl.load(kept + b * kept_b + n)
+    itself = tl.load(tokens + t * tokens_t + c, mask=c < C, other=0.0).to(tl.float32)
+    gain = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    share = 1.0
+    a = tl.arange(0, BLOCK_R)
+    for start in range(0, R, BLOCK_R):
+        mine = tl.load(arrived + b * arrived_b + start + a, mask=start + a < R, other=-1) == n
+        share -= tl.sum(tl.load(give + b * give_b + start + a, mask=mine, other=0.0), 0)
+        last = -1
+        for _ in range(tl.sum(mine.to(tl.int32), 0)):
+            last = tl.min(tl.where(mine & (a > last), a, BLOCK_R), 0)
+            t = tl.load(source + b * source_b + start + last)
+            x = tl.load(tokens + t * tokens_t + c, mask=c < C, other=0.0).to(tl.float32)
+            gain += tl.load(take + b * take_b + start + last) * x
+    total = share * itself + gain
+    tl.store(out + (b * N + n) * C + c, total.to(out.dtype.element_ty), mask=c < C)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def push(
+    grad, kept, source, arrived, take, give, out, N, R, grad_b, grad_n, kept_b, source_b, arrived_b, take_b, give_b,
+    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out [B, N + R, C], the gradient of `pull`: first the programs of the kept tokens, then those of the sources.
+
+    A token is one or the other, so every row is written once.
+    """
+    slot = tl.program_id(0) % (N + R)
+    b = (tl.program_id(0) // (N + R)).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if slot < N:
+        n = slot.to(tl.int64)
+        t = tl.load(kept + b * kept_b + n)
+        share = 1.0
+        a = tl.arange(0, BLOCK_R)
+        for start in range(0, R, BLOCK_R):
+            mine = tl.load(arrived + b * arrived_b + start + a, mask=start + a < R, other=-1) == n
+            share -= tl.sum(tl.load(give + b * give_b + start + a, mask=mine, other=0.0), 0)
+    else:
+        n = tl.load(arrived + b * arrived_b + slot - N)
+        t = tl.load(source + b * source_b + slot - N)
+        share = tl.load(take + b * take_b + slot - N)
+    row = tl.load(grad + b * grad_b + n * grad_n + c, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(out + (b * (N + R) + t) * C + c, (share * row).to(out.dtype.element_ty), mask=c < C)
+
+
+# Choice of tiles ------------------------------------------------------------------------------------------------------
+
+
+def _tiles(*sizes):
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in sizes
+    ]
+
+
+def _suited(configs, named_args, **others):
+    """Outside the tensor cores a product is unrolled: float32 gets the small tiles, the others the large ones."""
+    full = named_args["keys"].dtype == torch.float32
+    return [config for config in configs if (config.kwargs["BLOCK_K"] == 32) == full]
+
+
+# Few, since every one is timed for every key; what does not fit a device's shared memory drops out by itself.
+_SQUARE = _tiles((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4),
+                 (64, 64, 32, 8, 2), (32, 64, 32, 4, 3))  # fmt: skip
+# Only r rows: an image is one program or two, so short tiles, and wide ones to have few steps.
+_FLAT = _tiles((16, 128, 64, 4, 4), (32, 128, 64, 4, 3), (64, 64, 64, 4, 4), (16, 64, 32, 4, 3), (32, 64, 32, 4, 3))
+
+
+def _tuned(function, configs, key):
+    # As with _VARYING.
+    names = ["T", "R", "bucket", "r_bucket", "protected_b", "valid_b", "importance_b"]
+    kernel = triton.jit(do_not_specialize=[name for name in names if name in function.__code__.co_varnames])(function)
+    if not isinstance(kernel, triton.JITFunction):
+        # Triton's interpreter, which has nothing to time: tiles that make small inputs cross their borders.
+        return triton.autotune(_tiles((16, 32, 32, 1, 1)), key=key)(kernel)
+    return triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": _suited})(kernel)
+
+
+row_max = _tuned(row_max, _SQUARE, ["bucket", "C"])
+priority = _tuned(priority, _SQUARE, ["bucket", "C"])
+nearest = _tuned(nearest, _FLAT, ["bucket", "r_bucket", "C"])
