@@ -22,7 +22,7 @@ from experiments import common
 from experiments.speed import llava, towers
 from experiments.speed.towers import SETUPS, placed, reducers
 
-TESTS = ("-m", "pytest", "-q", "-m", "gpu", "tests/test_kernels.py")
+TESTS = ("-m", "pytest", "-q", "-m", "gpu", "tests/methods/test_kernels.py")
 
 
 @dataclass(frozen=True)

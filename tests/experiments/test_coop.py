@@ -694,7 +694,7 @@ def test_bad_photographs_stop_the_program_unless_they_are_to_be_skipped(
     assert len(result(tmp_path, "zero_shot")["result"]["correct"]) == 4
 
 
-@pytest.mark.slow  # tests/test_sharding.py has two processes in the default run
+@pytest.mark.slow  # tests/core/test_sharding.py has two processes in the default run
 def test_two_processes_are_one_with_the_same_batch(
     photos: Path, tmp_path: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ import crossget
 
 pytest.importorskip("accelerate")
 
-import test_reference_llava as reference
+import test_authors_llava as reference
 import tyro
 from accelerate.state import AcceleratorState
 

@@ -389,7 +389,7 @@ def launched(arguments: list[str], processes: int, config: str, folder: Path) ->
 FSDP2 = hasattr(torch.distributed.fsdp, "fully_shard")  # public from torch 2.6 on
 
 
-@pytest.mark.slow  # tests/test_sharding.py has two processes in the default run
+@pytest.mark.slow  # tests/core/test_sharding.py has two processes in the default run
 @pytest.mark.parametrize("config", ["ddp.yaml", *["fsdp2.yaml"] * FSDP2])
 def test_two_processes_are_one_with_the_same_batch(
     folder: Path, clip_folder: Path, tmp_path: Path, config: str

@@ -30,7 +30,7 @@ from crossget.methods.reducers import Host, View
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EXAMPLES = int(os.environ.get("CROSSGET_TEST_EXAMPLES", "30"))  # of matching; the interpreter is slow
 DEVICE = "cpu" if INTERPRETED else "cuda"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
 needs_triton = pytest.mark.skipif(kernels._kernels() is None, reason="needs triton 3.4")
