@@ -192,7 +192,7 @@ def _kernels() -> Any:
     major, minor, *_ = importlib.import_module("triton").__version__.split(".")
     if (int(major), int(minor)) < OLDEST_TRITON:
         return None
-    return importlib.import_module("crossget._triton")
+    return importlib.import_module("crossget.methods._triton")
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import crossget
 from contract import COMPILES
-from crossget.core.state import Step
+from crossget.core.state import BlockRecord
 from crossget.methods.importance import by_text
 from crossget.methods.matching import MergePlan
 from crossget.methods.merging import ENSEMBLES
@@ -49,7 +49,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[MergePlan]:
     return made
 
 
-def record(model: nn.Module, attached: crossget.Attachment, *inputs: Tensor) -> dict[str, list[Step]]:
+def record(model: nn.Module, attached: crossget.Attachment, *inputs: Tensor) -> dict[str, list[BlockRecord]]:
     with torch.no_grad(), attached.recording():
         model(*inputs)
     return attached.records
