@@ -464,7 +464,7 @@ def test_a_process_without_triton() -> None:
         import sys
         sys.modules["triton"] = None
         import crossget.methods.kernels
-        assert "crossget._triton" not in sys.modules
+        assert "crossget.methods._triton" not in sys.modules
         assert _kernels() is None
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -488,7 +488,7 @@ def compiled_to(capability: int, name: str, dtype: torch.dtype, which: int = 0, 
 
     if "constexprs" not in inspect.signature(ASTSource).parameters:
         pytest.skip("this Triton is asked in another way")
-    kernel = getattr(importlib.import_module("crossget._triton"), name)
+    kernel = getattr(importlib.import_module("crossget.methods._triton"), name)
     options = {"num_warps": 4}
     if name in ("pull", "push"):
         constants = {"BLOCK_R": 16, "BLOCK_C": 1024, **constants}
