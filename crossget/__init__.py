@@ -5,8 +5,7 @@
 
 from crossget.checkpoints.authors import load_reference
 from crossget.core.adapters import Tower, find_towers, register, unregister
-from crossget.core.attachment import Attachment, attach, attachment
-from crossget.core.saving import load
+from crossget.core.attachment import Attachment, attach, attachment, load
 from crossget.measure.doctor import doctor
 from crossget.measure.fit import fit_schedule
 from crossget.measure.flops import count_flops

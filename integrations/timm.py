@@ -17,7 +17,7 @@ import torch
 from timm.models import _features
 from torch import Tensor, nn
 
-from crossget.core.adapters import IntermediatesHook, SingleTokenOutput, Tower, find_towers, register
+from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, Tower, find_towers, register
 from crossget.core.state import TokenState
 from crossget.integrations._support import NumbersOnCPU, SupportRow, rows_left, support_row
 
@@ -61,7 +61,7 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
     mixed = getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False)
     return Tower(
         "visual",
-        blocks=list(model.blocks),
+        blocks=Blocks(model, "blocks"),
         width=int(model.embed_dim),
         prefix=prefix,
         class_token=class_token,

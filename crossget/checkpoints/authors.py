@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from crossget.checkpoints import llava_format
 from crossget.core.adapters import find_towers
-from crossget.core.attachment import Attachment, find_attachment
-from crossget.core.saving import attach_with
+from crossget.core.attachment import Attachment, attach_with, find_attachment
 from crossget.methods.reducers import CrossGET, Reducer
 
 _CLIP_CROSS = {"visual": "visual.transformer.cross_image", "text": "transformer.cross_text"}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -44,20 +44,51 @@ FAMILIES = {
 }
 
 
+class Blocks(Sequence[nn.Module]):
+    """The blocks of a tower, looked up each time: a host's list may be cut or replaced while it is attached.
+
+    Args:
+        owner: the module that has the list.
+        path: of the list below it, "encoder.layers" for instance.
+    """
+
+    def __init__(self, owner: nn.Module, path: str) -> None:
+        self.owner, self.path = owner, path
+
+    @property
+    def _now(self) -> Any:
+        found: Any = self.owner
+        for name in self.path.split("."):
+            found = getattr(found, name)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._now)
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[nn.Module]: ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+        return list(self._now)[index]
+
+
 @dataclass
 class TextInput:
     """How a text tower learns where its texts end.
 
     Attributes:
         embedding: the module that is called with the token ids [B, T] before the blocks run.
-        read: ids [B, T] -> the position [B] of the token that is read out in the end (None: the mean of all is), and
-            which tokens are real [B, T] (None: padding is treated like text, as CLIP does).
-        pools_one: `read` gives a position. That token guides then, and the cross token copies it before every block;
+        locate: ids [B, T] -> the position [B] of the token that the tower pools in the end (None: it pools the mean of
+            all), and which tokens are real [B, T] (None: padding is treated like text, as CLIP does).
+        pools_one: `locate` gives a position. That token guides then, and the cross token copies it before every block;
             otherwise the cross token starts as the mean of the real tokens, and guides.
     """
 
     embedding: nn.Module
-    read: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+    locate: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
     pools_one: bool = True
 
 
@@ -169,7 +200,7 @@ class Tower:
 
     Attributes:
         name: what users call it: "visual" or "text".
-        blocks: in the order they run.
+        blocks: in the order they run. `Blocks(model, "blocks")` follows a list that is cut or replaced later.
         width: C.
         prefix: leading tokens that are never merged: class token, registers, start of text.
         class_token: the first token is a class token.

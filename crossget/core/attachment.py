@@ -1,16 +1,15 @@
 """Attach a reducer to a model in place, and take it off again without a trace.
 
-`attach` puts every block into a seat (swap.py) where an `AttachedTower` (attached.py) runs the host's own `forward`
-under a `BlockWatch` (watch.py). Nothing is added to the module tree: state dicts, `named_modules`, `isinstance` and
-`repr` stay as they were. The tokens carry their own history (state.py), so no forward leaves anything behind.
+`attach` swaps the class of every block (block_class.py), so that an `AttachedTower` (tower.py) runs the host's own
+`forward` under a `Merge` (reduction.py), and wraps the entry points of the host (hooks.py). Nothing is added to the
+module tree: state dicts, `named_modules`, `isinstance` and `repr` stay as they were.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossget.core.adapters import Prompt, SingleTokenOutput, Tower, absent_towers, find_towers
-from crossget.core.block_class import (
-    argument_names,
-    has_own_forward,
-    is_intact,
-    owner_of,
-    swap_in,
-    swap_out,
-    unwrap,
-    wrap,
-)
-from crossget.core.decoder_tower import AttachedDecoder, cached_tokens, first_token
-from crossget.core.image_prompts import around_generate, before_forward, image_tokens
+from crossget.core import saving
+from crossget.core.adapters import Tower, absent_towers, find_towers
+from crossget.core.block_class import is_intact, owner_of, swap_in, swap_out
+from crossget.core.decoder_tower import AttachedDecoder
+from crossget.core.hooks import Undo, check_free, note_text_ids, wrap_host
+from crossget.core.image_prompts import image_tokens
 from crossget.core.state import BlockRecord
-from crossget.core.tower import AttachedTower, generating, note, read_between, read_it, read_one, reading_one
+from crossget.core.tower import AttachedTower
 from crossget.methods.alignment import Divergence, alignment_loss
 from crossget.methods.reducers import Reducer
 
 _HOLDER = "crossget"
+_SETTABLE = {"reducer"}
 
 
 class Attachment:
     """A model's reduction: the handle that `attach` returns.
 
-    A context manager that detaches at its end, also after an exception.
+    A context manager that detaches at its end, also after an exception. Entered again after it has been detached, it
+    attaches again, with the cross tokens that it has.
     """
 
     def __init__(self, towers: dict[str, AttachedTower]) -> None:
         self._towers = towers
-        self._undo: list[Callable[[], Any]] = []
-        self._inside = False
+        self._blocks: list[nn.Module] = []
+        self._undo: list[Undo] = []
+        self._pauses = 0
         self._registered: nn.Module | None = None
 
     def __repr__(self) -> str:
-        return f"Attachment({', '.join(f'{name}={tower.reducer}' for name, tower in self._towers.items())})"
+        towers = ", ".join(f"{name}={tower.reducer}" for name, tower in self._towers.items())
+        return f"Attachment({towers}{'' if self.is_attached else ', detached'})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in _SETTABLE:
+            given = "dataclasses.replace(attached.reducer, r=8)" if name == "r" else "crossget.ToMe(r=8)"
+            raise AttributeError(
+                f"an Attachment has no attribute {name!r} that could be set: set its reducer, as in "
+                f"`attached.reducer = {given}`"
+            )
+        super().__setattr__(name, value)
 
     def __enter__(self) -> Attachment:
+        if not self.is_attached:
+            self._attach()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -65,8 +72,17 @@ class Attachment:
 
     @property
     def tokens(self) -> dict[str, list[int]]:
-        """Per tower, how many tokens entered each block in the last forward (the cross token counts)."""
-        return {name: [t.last.tokens[i] for i in sorted(t.last.tokens)] for name, t in self._towers.items()}
+        """Per tower, how many tokens entered each block in the last forward (the cross token counts).
+
+        A tower that has not run has none, nor has a language model without cross token.
+
+        Raises:
+            RuntimeError: no forward came before.
+        """
+        found = {name: t.last.tokens for name, t in self._towers.items()}
+        if not any(found.values()):
+            raise RuntimeError("no tower has run since crossget.attach: run a forward of the model first")
+        return {name: [tokens[layer] for layer in sorted(tokens)] for name, tokens in found.items()}
 
     @property
     def source(self) -> dict[str, Tensor]:
@@ -74,8 +90,14 @@ class Attachment:
 
         `crossget.unmerge` brings features of those tokens back to the input's grid with it. How much of each input
         token is in that token, and the same behind every block, is in the `records` of a forward that is recorded.
+
+        Raises:
+            RuntimeError: no forward of a reduced tower came before.
         """
-        return {name: t.last.source for name, t in self._towers.items() if t.last.source is not None}
+        found = {name: t.last.source for name, t in self._towers.items() if t.last.source is not None}
+        if not found:
+            raise RuntimeError("no reduced tower has run since crossget.attach: run a forward of the model first")
+        return found
 
     @property
     def records(self) -> dict[str, list[BlockRecord]]:
@@ -84,16 +106,16 @@ class Attachment:
         Raises:
             RuntimeError: no tower's last forward was recorded.
         """
-        steps = {name: t.last.steps for name, t in self._towers.items() if t.last.steps is not None}
-        if not steps:
+        found = {name: t.last.blocks for name, t in self._towers.items() if t.last.blocks is not None}
+        if not found:
             raise RuntimeError(
                 "the last forward was not recorded: run it inside `with attached.recording():`, and not compiled"
             )
-        return {name: [found[layer] for layer in sorted(found)] for name, found in steps.items()}
+        return {name: [blocks[layer] for layer in sorted(blocks)] for name, blocks in found.items()}
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, forwards leave `records`, which keeps every block's tokens in memory until the next forward.
+        """Inside, forwards leave `records`, which keep every block's tokens in memory until the next forward.
 
         Compiled forwards leave none, nor do language models that generate, whose tokens are not reduced.
         """
@@ -124,22 +146,27 @@ class Attachment:
             tower, record = attached.tower, attached.last
             if not attached.reducer.cross_token or tower.project is None:
                 continue
-            if len(record.cross_tokens) != len(tower.blocks):
+            depth = len(tower.blocks)
+            if len(record.cross_tokens) != depth:
                 raise RuntimeError(
-                    f"tower {name!r} has {len(record.cross_tokens)} cross tokens of {len(tower.blocks)} blocks: run a "
+                    f"tower {name!r} has {len(record.cross_tokens)} cross tokens of {depth} blocks: run a "
                     "forward of both towers with gradients enabled before alignment_loss()"
                 )
-            sides.append(torch.stack([tower.project(record.cross_tokens[i]) for i in range(len(tower.blocks))]))
+            sides.append(torch.stack([tower.project(record.cross_tokens[layer]) for layer in range(depth)]))
             if tower.prompt is not None and rows is None:
                 rows = attached.rows
         if len(sides) != 2:
             raise RuntimeError(
                 f"alignment_loss() needs two towers with cross tokens in one space, found {len(sides)}"
-                f"{_why_not(self)}: attach CrossGET to a model with an image and a text tower"
+                f"{self._without_projection()}: attach CrossGET to a model with an image and a text tower"
             )
         if rows is not None:  # prompts and classes may have several images, or none
             sides[1] = sides[1].index_select(1, rows.to(sides[1].device))
         return alignment_loss(sides[0], sides[1], divergence)
+
+    def _without_projection(self) -> str:
+        names = [name for name, tower in self.towers.items() if tower.project is None]
+        return f" (no projection of single tokens is known for: {', '.join(names)})" if names else ""
 
     # What is attached ------------------------------------------------------------------------------------------------
 
@@ -155,13 +182,16 @@ class Attachment:
 
     @property
     def reducer(self) -> Reducer | dict[str, Reducer]:
-        """The reducer, or one per tower when there are several. May be set, to a reducer or a dict, in place."""
+        """The reducer, or one per tower when there are several. May be set, to a reducer or a dict, in place.
+
+        A forward that runs in another thread meanwhile ends with the reducer that it began with.
+        """
         reducers = self.reducers
         return next(iter(reducers.values())) if len(reducers) == 1 else reducers
 
     @reducer.setter
     def reducer(self, value: Reducer | Mapping[str, Reducer]) -> None:
-        towers = {name: attached.tower for name, attached in self._towers.items()}
+        towers = self.towers
         chosen = _choose(towers, value)
         for name, reducer in chosen.items():  # refuse before anything changes
             _attached(towers[name], reducer)
@@ -212,8 +242,10 @@ class Attachment:
             RuntimeError: they are registered already, or the model is detached.
             ValueError: the module has a `crossget` of its own.
         """
-        if self._registered is not None or not self._inside:
-            state = "registered already: call .unregister_parameters() first" if self._inside else "detached: attach"
+        if self._registered is not None or not self.is_attached:
+            state = (
+                "registered already: call .unregister_parameters() first" if self.is_attached else "detached: attach"
+            )
             raise RuntimeError(f"cannot register the cross tokens: they are {state}")
         if hasattr(module, _HOLDER):
             raise ValueError(f"{type(module).__name__} has an attribute {_HOLDER!r} already")
@@ -250,11 +282,14 @@ class Attachment:
         Args:
             ids: [B, T] token ids, as the model's tokenizer gives them.
             tower: which tower will run.
+
+        Raises:
+            ValueError: there is no such tower, or it takes no text.
         """
-        attached = self._towers[tower]
+        attached = self._tower(tower)
         if attached.tower.text is None:
-            raise ValueError(f"tower {tower!r} reads no text")
-        note(attached, (int(ids.shape[0]), *attached.tower.text.read(ids)))
+            raise ValueError(f"tower {tower!r} takes no text")
+        note_text_ids(attached, ids)
 
     def set_text_features(self, features: Tensor | None, tower: str = "visual") -> None:
         """Say what `importance="text"` compares the tokens of images with, from the next forward on.
@@ -267,9 +302,7 @@ class Attachment:
             ValueError: there is no such tower, its tokens cannot be compared with texts, or `features` are not in
                 their space.
         """
-        if tower not in self._towers:
-            raise ValueError(f"set_text_features({tower=}): attached are the towers {sorted(self._towers)}")
-        attached = self._towers[tower]
+        attached = self._tower(tower)
         if features is None:
             attached.target = None
             return
@@ -285,18 +318,25 @@ class Attachment:
             raise ValueError(f"features of shape {list(features.shape)}: expected [{width}] or [images, {width}]")
         attached.target = F.normalize(features.detach().float(), dim=-1).reshape(-1, width)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the cross tokens and the reducers to `folder`, see `crossget.load`."""
-        from crossget.core.saving import save
+    def _tower(self, name: str) -> AttachedTower:
+        if name not in self._towers:
+            raise ValueError(f"tower={name!r}: attached are the towers {sorted(self._towers)}")
+        return self._towers[name]
 
-        save(self, folder)
+    def save(self, folder: str | Path) -> None:
+        """Write the cross tokens and the reducers to `folder`, see `crossget.load`.
+
+        Raises:
+            TypeError: a reducer has a schedule or field that JSON cannot hold.
+        """
+        saving.write(folder, self.reducers, self.cross_tokens)
 
     # On and off ------------------------------------------------------------------------------------------------------
 
     @property
     def is_attached(self) -> bool:
         """Whether the model is reduced now."""
-        return self._inside
+        return bool(self._blocks)
 
     def detach(self) -> None:
         """Give the model back as it was.
@@ -307,47 +347,54 @@ class Attachment:
         self._leave()
         self.unregister_parameters()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the model is the dense one. May be entered again inside.
+
+        Raises:
+            RuntimeError: the model is detached.
+        """
+        if self._pauses == 0:
+            self._leave()
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            if self._pauses == 0:
+                self._attach()
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, forwards run as in the host's `generate`: blocks whose output nobody looks at are left out."""
+        with contextlib.ExitStack() as stack:
+            for attached in self._towers.values():
+                stack.enter_context(attached.in_generate())
+            yield
+
+    def _attach(self) -> None:
+        for tower in self.towers.values():
+            check_free(tower)
+        for attached in self._towers.values():
+            for number, block in enumerate(attached.tower.blocks):
+                if owner_of(block) is not self:
+                    swap_in(block, self, attached, number)
+                    self._blocks.append(block)
+            self._undo += wrap_host(attached)
+
     def _leave(self) -> None:
-        if not self._inside:
-            raise RuntimeError("already detached: attach again with crossget.attach(model, reducer)")
-        blocks = [block for tower in self.towers.values() for block in tower.blocks]
-        for block in blocks:
+        if not self.is_attached:
+            raise RuntimeError("already detached: attach again with crossget.attach(model, reducer), or enter `with`")
+        for block in self._blocks:
             if not is_intact(block):
                 raise RuntimeError(
                     f"a block's class is {type(block).__name__} now, not the one attach gave it: undo first what "
                     "wrapped or subclassed it since (FSDP, for instance), then detach"
                 )
-        for block in blocks:
-            swap_out(block)
+        while self._blocks:
+            swap_out(self._blocks.pop())
         while self._undo:
             self._undo.pop()()
-        self._inside = False
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, the model is the dense one."""
-        self._leave()
-        try:
-            yield
-        finally:
-            self._enter()
-
-    @contextlib.contextmanager
-    def generating(self) -> Iterator[None]:
-        """Inside, forwards run as in the host's `generate`: blocks that nobody reads are left out."""
-        with contextlib.ExitStack() as stack:
-            for attached in self._towers.values():
-                stack.enter_context(generating(attached))
-            yield
-
-    def _enter(self) -> None:
-        for tower in self.towers.values():
-            _check_free(tower)
-        for attached in self._towers.values():
-            for layer, block in enumerate(attached.tower.blocks):
-                swap_in(block, self, attached, layer)
-            self._undo += _open_doors(attached)
-        self._inside = True
 
 
 def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer]) -> Attachment:
@@ -375,7 +422,7 @@ def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer]) -> Attach
     towers = {tower.name: tower for tower in find_towers(model)}
     chosen = _choose(towers, reducer, absent_towers(model))
     attachment = Attachment({name: _attached(towers[name], value) for name, value in chosen.items()})
-    attachment._enter()
+    attachment._attach()
     return attachment
 
 
@@ -401,8 +448,66 @@ def attachment(model: nn.Module) -> Attachment:
     return found
 
 
+def load(model: nn.Module, folder: str | Path) -> Attachment:
+    """Attach to `model` what `Attachment.save` wrote.
+
+    Args:
+        model: of the architecture that was saved, not attached.
+        folder: a local folder, or the id of a repository on the Hugging Face hub.
+
+    Returns:
+        The attachment.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: the file was written by a newer version, names an unknown method, or does not fit the model.
+    """
+    reducers, weights, where = saving.open_folder(folder)
+    return attach_with(model, reducers, weights, where)
+
+
+def attach_with(
+    model: nn.Module,
+    reducer: Reducer | Mapping[str, Reducer],
+    cross_tokens: Mapping[str, Tensor],
+    where: str,
+    previous: Attachment | None = None,
+) -> Attachment:
+    """Attach, with these cross tokens; a model that they do not fit stays as it was.
+
+    Args:
+        model: to be reduced.
+        reducer: as for `crossget.attach`.
+        cross_tokens: per tower [L, C].
+        where: they come from.
+        previous: the model's attachment, which is kept then.
+
+    Raises:
+        ValueError: a tower has no cross tokens, or of another shape, or they are for a tower that is not attached.
+    """
+    attached = previous or attach(model, reducer)
+    try:
+        _set_cross_tokens(attached, cross_tokens, where)
+    except ValueError:
+        if previous is None:
+            attached.detach()
+        raise
+    return attached
+
+
+def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where: str) -> None:
+    expected = {name: tuple(p.shape) for name, p in attached.cross_tokens.items()}
+    found = {name: tuple(value.shape) for name, value in weights.items() if name in expected or name in attached.towers}
+    unknown = sorted(set(weights) - set(attached.towers))
+    if unknown or any(found.get(name) != shape for name, shape in expected.items()):
+        raise ValueError(f"{where} has cross tokens {found} {unknown or ''}: this attachment needs {expected}")
+    with torch.no_grad():
+        for name, parameter in attached.cross_tokens.items():
+            parameter.copy_(weights[name])
+
+
 def main_tower(names: Iterable[str]) -> str:
-    """Which tower one reducer, or one strength, is for."""
+    """Which tower one reducer is for."""
     found = list(names)
     return "visual" if "visual" in found else found[0]
 
@@ -433,95 +538,3 @@ def _choose(
         if not isinstance(value, Reducer):
             raise TypeError(f"reducer[{name!r}] is {value!r}: give a reducer such as crossget.CrossGET(r=16)")
     return dict(reducer)
-
-
-def _why_not(attachment: Attachment) -> str:
-    blind = [name for name, tower in attachment.towers.items() if tower.project is None]
-    return f" (no projection of single tokens is known for: {', '.join(blind)})" if blind else ""
-
-
-def _check_free(tower: Tower) -> None:
-    """Refuse what somebody else has put a forward or a method of his own on."""
-    for layer, block in enumerate(tower.blocks):
-        if has_own_forward(block):
-            raise ValueError(
-                f"block {layer} of tower {tower.name!r} has a forward of its own on the instance (another patch): "
-                "remove it before attaching"
-            )
-    for module, method in _methods(tower):
-        if method in module.__dict__:
-            raise ValueError(
-                f"{type(module).__name__}.{method} is patched on the instance: remove that before attaching"
-            )
-
-
-def _methods(tower: Tower) -> list[tuple[nn.Module, str]]:
-    """The host's methods that get something around them."""
-    found = [(reader.module, reader.method) for reader in tower.intermediates]
-    found += [(readout.module, readout.method) for readout in tower.single_token_outputs if readout.method != "forward"]
-    if tower.prompt is not None and hasattr(tower.prompt.models[0], "generate"):
-        found.append((tower.prompt.models[0], "generate"))
-    return found
-
-
-# The host's entry points ---------------------------------------------------------------------------------------------
-
-
-def _open_doors(attached: AttachedTower) -> list[Callable[[], Any]]:
-    """Be there where the host's methods know what its blocks do not; returns what undoes it."""
-    tower, undo = attached.tower, []
-    for reader in tower.intermediates:
-        names = argument_names(getattr(type(reader.module), reader.method))
-        wrap(reader.module, reader.method, partial(read_between, attached, reader, names))
-    for readout in tower.single_token_outputs:
-        if readout.method == "forward":  # which others wrap, too (Accelerate)
-            before, behind = partial(_read_one, attached, readout), partial(_read_it, attached)
-            undo.append(readout.module.register_forward_pre_hook(before).remove)
-            undo.append(readout.module.register_forward_hook(behind, always_call=True).remove)
-        else:
-            wrap(readout.module, readout.method, partial(reading_one, attached, readout))
-    if tower.text is not None:
-        undo.append(tower.text.embedding.register_forward_pre_hook(partial(_note_ids, attached)).remove)
-    if tower.decoder is not None:
-        hook = partial(_note_first_token, attached, argument_names(type(tower.decoder).forward))
-        undo.append(tower.decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
-    if tower.prompt is not None:
-        undo += _await_prompts(attached, tower.prompt)
-    for holder, attribute, value in tower.overrides:
-        undo.append(partial(setattr, holder, attribute, getattr(holder, attribute)))
-        setattr(holder, attribute, value)
-    return undo + [partial(unwrap, module, method) for module, method in _methods(tower)]
-
-
-def _await_prompts(attached: AttachedTower, prompt: Prompt) -> list[Callable[[], Any]]:
-    undo = []
-    for model in prompt.models:
-        hook = partial(before_forward, prompt, attached, argument_names(type(model).forward))
-        undo.append(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
-    outer: Any = prompt.models[0]
-    if hasattr(outer, "generate"):
-        wrap(outer, "generate", partial(around_generate, prompt, attached, argument_names(type(outer).generate)))
-    return undo
-
-
-def _read_one(attached: AttachedTower, readout: SingleTokenOutput, module: nn.Module, args: tuple[Any, ...]) -> None:
-    read_one(attached, readout)
-
-
-def _read_it(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-    read_it(attached)
-
-
-def _note_ids(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...]) -> None:
-    if attached.tower.text is not None:
-        note(attached, (int(args[0].shape[0]), *attached.tower.text.read(args[0])))
-
-
-def _note_first_token(
-    attached: AttachedTower, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    given = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-    tokens = given.get("inputs_embeds")
-    cache = given.get("cache", given.get("past_key_values"))
-    seen = given["input_ids"] if tokens is None else tokens
-    note(attached, first_token(seen, given.get("attention_mask"), cached_tokens(cache)), tokens)

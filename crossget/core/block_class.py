@@ -1,7 +1,8 @@
-"""Taking a module's place without touching the module tree: a block's class, and methods of one instance.
+"""Swapping a block's class, and wrapping a method of one module, without touching the module tree.
 
-`swap_in` gives a block a subclass of its own class whose `forward` asks whoever sits in the block's seat. `wrap` puts
-something around one method of one module. Both are undone exactly; neither changes parameters, names or `isinstance`.
+`swap_in` gives a block a subclass of its own class. Its `__call__` and its `forward` ask the block's `Runner`, outside
+and inside of the block's hooks. `wrap` puts something around one method of one module. Both are undone exactly; neither
+changes parameters, names or `isinstance`.
 """
 
 from __future__ import annotations
@@ -9,50 +10,77 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import nn
 
-_SEAT = "_crossget_seat"
+_ATTACHED = "_crossget_attached"
 _BASE = "_crossget_base"
+_RUN = "crossget_run"
 # Where a bound forward may lie on the instance: transformers 4.57 to 5.1 leaves one there after it has recorded hidden
 # states, accelerate keeps one behind its hook. Both are to run the class that the block has now.
 _BOUND = ("forward", "_old_forward")
 
 
-class Sitter(Protocol):
-    """Runs a block in its own way."""
+class Runner(Protocol):
+    """Runs a block in its own way, in two steps."""
 
     def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call the block, with all hooks on it: between here and `run` they may exchange its arguments."""
+        """Call the block, with all hooks on it: `call(*args, run=what run() is to get, **kwargs)`."""
         ...
 
-    def run(self, block: nn.Module, layer: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run `forward`, the block's own, or not."""
+    def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, run: Any) -> Any:
+        """Run `forward`, the block's own, with the arguments that its hooks have left."""
         ...
 
 
-def swap_in(block: nn.Module, owner: object, sitter: Sitter, layer: int) -> None:
-    """Let `sitter` run the block, as number `layer`; `owner` is what `owner_of` finds there."""
-    block.__dict__[_SEAT] = (owner, sitter, layer)
+class Attached(NamedTuple):
+    """What a swapped block knows.
+
+    Attributes:
+        owner: who swapped it.
+        runner: who runs it.
+        key: its number among the blocks of its tower, when it was swapped.
+    """
+
+    owner: object
+    runner: Runner
+    key: int
+
+
+def swap_in(block: nn.Module, owner: object, runner: Runner, key: int) -> None:
+    """Let `runner` run the block, which is number `key` of its tower."""
+    block.__dict__[_ATTACHED] = Attached(owner, runner, key)
     _become(block, _subclass(type(block)))
 
 
 def swap_out(block: nn.Module) -> None:
     """Give the block its class back."""
     _become(block, base_of(block))
-    del block.__dict__[_SEAT]
+    del block.__dict__[_ATTACHED]
 
 
 def owner_of(block: nn.Module) -> Any:
     """Who swapped the block; None if nobody did."""
-    return block.__dict__.get(_SEAT, (None,))[0]
+    found = block.__dict__.get(_ATTACHED)
+    return None if found is None else found.owner
+
+
+def runner_of(block: nn.Module) -> Any:
+    """Who runs the block; None if nobody but itself."""
+    found = block.__dict__.get(_ATTACHED)
+    return None if found is None else found.runner
+
+
+def key_of(block: nn.Module) -> int:
+    """The number that a swapped block got; -1 for any other."""
+    found = block.__dict__.get(_ATTACHED)
+    return -1 if found is None else found.key
 
 
 def is_intact(block: nn.Module) -> bool:
     """Whether a swapped block still has the class it was given."""
-    return _SEAT in block.__dict__ and _SUBCLASSES.get(base_of(block)) is type(block)
+    return _ATTACHED in block.__dict__ and _SUBCLASSES.get(base_of(block)) is type(block)
 
 
 def base_of(block: nn.Module) -> Any:
@@ -88,16 +116,30 @@ def _subclass(base: type) -> Any:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # `swapped`, not type(self): others (FSDP2) may subclass the block again.
-            if _SEAT not in self.__dict__:  # swapped out, but a host that broke off while it recorded still calls this
-                return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-            _, sitter, layer = self.__dict__[_SEAT]
-            return sitter.run(self, layer, super(swapped, self).forward, args, kwargs)
+            own: Callable[..., Any] = super(swapped, self).forward
+            found = self.__dict__.get(_ATTACHED)
+            if found is None:  # swapped out, but a host that broke off while it recorded still calls this
+                return own(*args, **kwargs)
+            run = kwargs.pop(_RUN, None)
+            if run is not None:
+                return found.runner.run(self, own, args, kwargs, run)
 
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            whole = super(swapped, self).__call__
-            if _SEAT not in self.__dict__ or torch.compiler.is_compiling():
-                return whole(*args, **kwargs)
-            return self.__dict__[_SEAT][1].call(self, whole, args, kwargs)
+            # Called without `__call__`: by Dynamo, or by a host.
+            def call(*args: Any, run: Any, **kwargs: Any) -> Any:
+                return found.runner.run(self, own, args, kwargs, run)
+
+            return found.runner.call(self, call, args, kwargs)
+
+        def whole(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            hooked: Callable[..., Any] = super(swapped, self).__call__
+            found = self.__dict__.get(_ATTACHED)
+            if found is None:
+                return hooked(*args, **kwargs)
+
+            def call(*args: Any, run: Any, **kwargs: Any) -> Any:
+                return hooked(*args, **kwargs, **{_RUN: run})
+
+            return found.runner.call(self, call, args, kwargs)
 
         def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
             # The subclass cannot be imported by name: pickle its base, and swap again while unpickling.
@@ -105,7 +147,7 @@ def _subclass(base: type) -> Any:
             return _blank, (base,), state
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, _BASE: base, **names}
+        body = {"forward": forward, "__call__": whole, "__reduce_ex__": reduce, _BASE: base, **names}
         swapped: Any = type(base.__name__, (base,), body)
         _SUBCLASSES[base] = swapped
     return _SUBCLASSES[base]

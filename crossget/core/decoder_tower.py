@@ -7,16 +7,47 @@ cache, and in the part of a prefill that it lies in. A decoding step, with that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from crossget.core.block_class import base_of
+from crossget.core.block_class import key_of
+from crossget.core.carried import Notes, leave_notes, left_notes, pass_on, passed_with, recomputing
+from crossget.core.masks import visible
 from crossget.core.state import Record
-from crossget.core.tower import AttachedTower, state_of, take_note, take_tokens
-from crossget.core.watch import visible
+from crossget.core.tower import AttachedTower, split_tokens
 from crossget.methods.reducers import Reducer
+
+
+class FirstToken:
+    """Where a decoder's cross tokens are, in one forward.
+
+    Attributes:
+        position: [B] index of each row's first real token among the tokens of this call, outside of them if it was
+            in an earlier call; None if it is so for every row: a decoding step.
+        owner: whose forward it is.
+        layer: of the block that comes next.
+        record: what the user will see.
+    """
+
+    def __init__(
+        self, position: Tensor | None, owner: Any = None, layer: int = 0, record: Record | None = None
+    ) -> None:
+        self.position, self.owner, self.layer = position, owner, layer
+        self.record = record or Record()
+
+
+class Replacement(NamedTuple):
+    """What one block of a decoder is to do.
+
+    Attributes:
+        position: [B] of the first real token of each row.
+        token: [B, C] what takes its place; None: it stays.
+    """
+
+    position: Tensor | None
+    token: Tensor | None
 
 
 class AttachedDecoder(AttachedTower):
@@ -27,51 +58,66 @@ class AttachedDecoder(AttachedTower):
     """
 
     def set_reducer(self, reducer: Reducer) -> None:
-        removed = [reducer.schedule.removed(layer, self.depth, 1 << 20) for layer in range(self.depth)]
-        if any(removed):
+        depth = self.depth
+        if any(reducer.schedule.removed(layer, depth, 1 << 20) for layer in range(depth)):
             raise ValueError(
                 f"tower {self.tower.name!r} is a language model that generates: its tokens are not reduced, so it "
                 f"takes a reducer with r = 0, not {reducer}"
             )
         super().set_reducer(reducer)
 
-    def run(self, block: nn.Module, layer: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run `forward` with the cross token in the place of the first real token, if that is among the tokens."""
+    def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the block with the cross token in the place of the first real token, if that is among the tokens."""
         if not self.reducer.cross_token:
-            return forward(*args, **kwargs)
-        tokens, args, kwargs = take_tokens(self.inputs[base_of(block)], args, kwargs)
-        state: FirstToken | None = take_note(self, tokens) if layer == 0 else None
-        if state is None:
-            state = state_of(self.bearers(tokens), layer, self.tower)
-        if state.position is not None:
-            tokens = self._renewed(tokens, state, state.position, layer)
-        out = forward(tokens, *args, **kwargs)
-        self.leave(out[0] if isinstance(out, tuple) else out, state)
-        if state.position is not None and (layer > 0 or self.depth == 1):
-            self.last = state.record
+            return call(*args, run=Replacement(None, None), **kwargs)
+        tokens = args[0] if args else kwargs[self._names_of(block)[0]]
+        state: FirstToken | None = passed_with(tokens)
+        if state is None or state.owner is not self:
+            state = self._begin(block, tokens)
+        record, layer, position = state.record, state.layer, state.position
+        token = None
+        if position is not None:
+            record.tokens[layer] = tokens.shape[1]
+            token = self.cross_token(tokens.gather(1, _at(position, tokens)).squeeze(1), record, layer)
+        out = call(*args, run=Replacement(position, token), **kwargs)
+        if layer < self.depth - 1:
+            left = FirstToken(position, self, layer + 1, record)
+            pass_on(out[0] if isinstance(out, tuple) else out, left)
+        if position is not None and (layer > 0 or self.depth == 1):
+            self.last = record
         return out
 
-    def _renewed(self, tokens: Tensor, state: FirstToken, position: Tensor, layer: int) -> Tensor:
-        state.record.tokens[layer] = int(tokens.shape[1])
-        here = position.clamp(0, tokens.shape[1] - 1)[:, None, None].expand(-1, 1, tokens.shape[2])
-        old = tokens.gather(1, here)
-        new = self.cross_token(old.squeeze(1), state.record, layer)[:, None]
+    def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, run: Any) -> Any:
+        """Run `forward`, the block's own, with another token in the place of the first real one."""
+        if run.token is None:
+            return forward(*args, **kwargs)
+        tokens, args, kwargs = split_tokens(self._names_of(block), args, kwargs)
+        position = run.position.to(tokens.device)
+        here = _at(position, tokens)
         inside = (position >= 0) & (position < tokens.shape[1])
-        return tokens.scatter(1, here, torch.where(inside[:, None, None], new, old))
+        new = torch.where(
+            inside[:, None, None], run.token[:, None].to(tokens.device, tokens.dtype), tokens.gather(1, here)
+        )
+        return forward(tokens.scatter(1, here, new), *args, **kwargs)
+
+    def _begin(self, block: nn.Module, tokens: Tensor) -> FirstToken:
+        if recomputing():
+            found = left_notes(tokens).input
+        else:
+            found = self.noted.get()
+            self.noted.set(None)
+            leave_notes(tokens, Notes(found))
+        if found is None or key_of(block) != key_of(self.tower.blocks[0]):
+            raise RuntimeError(
+                f"block {key_of(block)} of tower {self.tower.name!r} got tokens {list(tokens.shape)} without their "
+                "state: something made a new tensor between two blocks, or the block was called on its own"
+            )
+        return FirstToken(found.position, self)
 
 
-class FirstToken:
-    """Where a decoder's cross tokens are, in one forward.
-
-    Attributes:
-        position: [B] index of each row's first real token among the tokens of this call, outside of them if it was
-            in an earlier call; None if it is so for every row: a decoding step.
-        record: what the user will see.
-    """
-
-    def __init__(self, position: Tensor | None) -> None:
-        self.position = position
-        self.record = Record()
+def _at(position: Tensor, tokens: Tensor) -> Tensor:
+    """[B, 1, C] the index of the token of each row at `position` [B], or of the nearest one that there is."""
+    return position.clamp(0, tokens.shape[1] - 1)[:, None, None].expand(-1, 1, tokens.shape[2])
 
 
 def first_token(tokens: Tensor, mask: Any, cached: Any) -> FirstToken:

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from crossget.core.adapters import Prompt
 from crossget.core.decoder_tower import cached_tokens
-from crossget.core.tower import AttachedTower, generating
+from crossget.core.tower import AttachedTower
 
 # What goes along with the tokens [B, T, ..] of a prompt, and what a row is filled up with.
 _FILL = {"inputs_embeds": 0, "attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
-def fit(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any], *, generates: bool) -> dict[str, Any]:
+def shorten(
+    prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any], *, generates: bool
+) -> dict[str, Any]:
     """The arguments of a call with as many placeholders as features will come.
 
     Args:
@@ -57,7 +59,7 @@ def fit(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any], *
             f"as the processor writes them (they are cut to {reduced} here), or {reduced}. Give every image of the "
             "batch whole, with its pixel values, in the call that has its tokens"
         )
-    return _Change(is_image, _padding(arguments, is_image), dense, reduced).apply(prompt, arguments, generates)
+    return _Shortening(is_image, _padding(arguments, is_image), dense, reduced).apply(prompt, arguments, generates)
 
 
 def image_tokens(prompt: Prompt, attached: AttachedTower, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -102,7 +104,7 @@ def _padding(arguments: Mapping[str, Any], is_image: Tensor) -> Tensor:
     return torch.as_tensor((real.cumsum(1) == 0) | (real.flip(1).cumsum(1).flip(1) == 0))
 
 
-class _Change:
+class _Shortening:
     """From a row with `dense` placeholders per image to one with `reduced`: which tokens, and where they go.
 
     A batch keeps as much padding as its longest row had.
@@ -187,7 +189,7 @@ def before_forward(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook with keyword arguments."""
     named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-    return (), fit(prompt, attached, named, generates=False)
+    return (), shorten(prompt, attached, named, generates=False)
 
 
 def around_generate(
@@ -198,11 +200,11 @@ def around_generate(
     arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
     if arguments.get("inputs") is not None and arguments.get("input_ids") is None:
         arguments["input_ids"] = arguments.pop("inputs")
-    fitting = fit(prompt, attached, arguments, generates=True)
+    fitting = shorten(prompt, attached, arguments, generates=True)
     given, now = (_first_given(these, "input_ids", "inputs_embeds") for these in (arguments, fitting))
     if now is not given:
         _move_limits(fitting, int(now.shape[1]) - int(given.shape[1]))
-    with generating(attached):
+    with attached.in_generate():
         out = original(**fitting)
     if now is given or arguments.get("input_ids") is None:  # from embeddings, the output has no prompt
         return out

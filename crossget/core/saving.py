@@ -1,4 +1,4 @@
-"""Save and load attachments.
+"""The files of a saved attachment.
 
 A saved attachment is a folder with `crossget.safetensors` (the cross tokens) and `crossget_config.json` (the
 reducers): tens of kilobytes. Nothing here unpickles code.
@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from crossget.core.attachment import Attachment, attach
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import Constant, Linear, PerLayer, RampedRatio, Ratio, Schedule
 
@@ -24,21 +22,8 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, PerLayer, Ratio, RampedRatio)}
 
 
-def save(attachment: Attachment, folder: str | Path) -> None:
-    """Write an attachment's reducers and cross tokens.
-
-    Args:
-        attachment: to be saved.
-        folder: made if it is not there.
-
-    Raises:
-        TypeError: a reducer has a schedule or field that JSON cannot hold.
-    """
-    write(folder, attachment.reducers, attachment.cross_tokens)
-
-
 def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Mapping[str, Tensor]) -> None:
-    """Write what `load` reads.
+    """Write what `crossget.load` loads.
 
     Args:
         folder: made if it is not there.
@@ -46,7 +31,7 @@ def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Map
         cross_tokens: per tower [L, C].
 
     Raises:
-        TypeError: as for `save`.
+        TypeError: a reducer has a schedule or field that JSON cannot hold.
     """
     from safetensors.torch import save_file
 
@@ -58,19 +43,18 @@ def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Map
     (path / CONFIG_FILE).write_text(config + "\n")
 
 
-def load(model: nn.Module, folder: str | Path) -> Attachment:
-    """Attach to `model` what `Attachment.save` wrote.
+def open_folder(folder: str | Path) -> tuple[dict[str, Reducer], dict[str, Tensor], str]:
+    """What `write` wrote.
 
     Args:
-        model: of the architecture that was saved, not attached.
         folder: a local folder, or the id of a repository on the Hugging Face hub.
 
     Returns:
-        The attachment.
+        The reducers and the cross tokens [L, C], per tower, and the path of the latter.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: the file was written by a newer version, names an unknown method, or does not fit the model.
+        ValueError: the file was written by a newer version, or names an unknown method.
     """
     from safetensors.torch import load_file
 
@@ -79,37 +63,7 @@ def load(model: nn.Module, folder: str | Path) -> Attachment:
     if config.get("version") != _VERSION:
         raise ValueError(f"{path / CONFIG_FILE} has version {config.get('version')!r}: this crossget reads {_VERSION}")
     reducers = {name: _reducer_from_json(entry) for name, entry in config["towers"].items()}
-    weights = load_file(path / WEIGHTS_FILE)
-    return attach_with(model, reducers, weights, str(path / WEIGHTS_FILE))
-
-
-def attach_with(
-    model: nn.Module,
-    reducer: Reducer | Mapping[str, Reducer],
-    cross_tokens: Mapping[str, Tensor],
-    where: str,
-    previous: Attachment | None = None,
-) -> Attachment:
-    """Attach, with these cross tokens; a model that they do not fit stays as it was.
-
-    Args:
-        model: to be reduced.
-        reducer: as for `crossget.attach`.
-        cross_tokens: per tower [L, C].
-        where: they come from.
-        previous: the model's attachment, which is kept then.
-
-    Raises:
-        ValueError: a tower has no cross tokens, or of another shape, or they are for a tower that is not attached.
-    """
-    attached = previous or attach(model, reducer)
-    try:
-        _set_cross_tokens(attached, cross_tokens, where)
-    except ValueError:
-        if previous is None:
-            attached.detach()
-        raise
-    return attached
+    return reducers, load_file(path / WEIGHTS_FILE), str(path / WEIGHTS_FILE)
 
 
 def _local(folder: str | Path) -> Path:
@@ -126,17 +80,6 @@ def _local(folder: str | Path) -> Path:
         return Path(snapshot_download(str(folder), allow_patterns=list(FILES)))
     except HFValidationError as error:
         raise FileNotFoundError(f"{folder} is neither a folder here nor the id of a hub repository ({error})") from None
-
-
-def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where: str) -> None:
-    expected = {name: tuple(p.shape) for name, p in attached.cross_tokens.items()}
-    found = {name: tuple(value.shape) for name, value in weights.items() if name in expected or name in attached.towers}
-    unknown = sorted(set(weights) - set(attached.towers))
-    if unknown or any(found.get(name) != shape for name, shape in expected.items()):
-        raise ValueError(f"{where} has cross tokens {found} {unknown or ''}: this attachment needs {expected}")
-    with torch.no_grad():
-        for name, parameter in attached.cross_tokens.items():
-            parameter.copy_(weights[name])
 
 
 def _reducer_to_json(reducer: Reducer) -> dict[str, Any]:

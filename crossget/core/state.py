@@ -1,14 +1,17 @@
-"""What travels with the tokens from block to block: sizes, where they came from, which are protected.
+"""What the blocks of a tower know of their tokens in one forward.
 
-The state is an attribute of the very tensor that the host passes on. Nothing is kept on modules between blocks, so
-gradient checkpointing, threads, copies and interrupted forwards need no care and no reset.
+`Forward` is what all blocks of one forward share. `TokenState` is what changes when tokens are merged; it is never
+changed in place, so that a block which is computed again (gradient checkpointing) begins with what it began with.
+`Record` is what a forward leaves behind for the user.
+
+Shapes: B batch, T tokens that a block has, T0 tokens of the host, C channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +19,10 @@ from torch.nn import functional as F
 
 from crossget.methods.matching import MergePlan, shares
 from crossget.methods.merging import unmerge
+from crossget.methods.reducers import Reducer
 
-_ATTRIBUTE = "_crossget_state"
+Visible = Literal["tokens", "without_cross_token", "grid"]
+"""What the host sees behind a block: the reduced tokens; these without the cross token; or its own grid [B, T0, C]."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,32 @@ class BlockRecord:
     features: Tensor
 
 
-@dataclass(frozen=True)
-class Relevance:
-    """How near tokens are to what the user looks for.
+class Record:
+    """What one forward through one tower leaves behind for its user to look at.
 
     Attributes:
-        embed: tokens [B, T, C] in the space of texts: [B, T, E].
+        tokens: layer -> how many tokens entered the block.
+        cross_tokens: layer -> [B, C] the cross token as it entered the block, with its graph.
+        source: [B, T0] output token of each input token.
+        blocks: layer -> what its block did; None in a forward that is not recorded.
+        class_token_only: the last block computed one token alone, see `Reducer.class_token_only`.
+    """
+
+    # No dataclass: not every Dynamo knows default factories.
+    def __init__(self) -> None:
+        self.tokens: dict[int, int] = {}
+        self.cross_tokens: dict[int, Tensor] = {}
+        self.source: Tensor | None = None
+        self.blocks: dict[int, BlockRecord] | None = None
+        self.class_token_only = False
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """How near tokens are to the text features that the user gave.
+
+    Attributes:
+        embed: tokens [B, T, C] -> [B, T, E] in the space of texts.
         target: [B or 1, E] of unit length.
     """
 
@@ -61,149 +86,192 @@ class Relevance:
         return (F.normalize(self.embed(tokens).float(), dim=-1) * self.target[:, None].to(tokens.device)).sum(-1)
 
 
-class Record:
-    """What one forward through one tower leaves behind for its user to look at.
+class Shown(NamedTuple):
+    """What the host sees of a tower's blocks in one forward.
 
     Attributes:
-        tokens: layer -> how many tokens entered the block.
-        cross_tokens: layer -> [B, C] the cross token as it entered the block, with its graph.
-        source: [B, T0] output token of each input token.
-        steps: layer -> what its block did; None in a forward that is not recorded.
-        read_one: of the last block one token alone was read, and nothing merged there, see `Reducer.class_token_only`.
+        between: behind every block but the last.
+        behind: behind the last block.
+        last: the last block whose output anybody looks at.
+        class_token_only: of the last block's output one token alone is looked at.
     """
 
-    def __init__(self) -> None:
-        self.steps: dict[int, BlockRecord] | None = None
-        self.tokens: dict[int, int] = {}
-        self.cross_tokens: dict[int, Tensor] = {}
-        self.source: Tensor | None = None
-        self.read_one = False
+    between: Visible
+    behind: Visible
+    last: int
+    class_token_only: bool = False
 
 
-class TokenState:
-    """The tokens' history in one forward. Never changed in place, except by the block that made it.
+class Forward:
+    """What all blocks of one forward share. Nothing in it changes while the forward runs, except the record.
 
     Attributes:
+        owner: whose forward it is.
+        reducer: the method, with all fields resolved. A forward has one, whatever is set meanwhile.
+        depth: how many blocks the tower has.
         length: T0, the host's own number of tokens, without cross token.
         cross: a cross token stands at the end.
         prefix: leading protected tokens.
-        sizes: [B, T] float32, None while all are one.
-        norm_correction: [B, T] float32, see `crossget.methods.merging.norm_correction`; None while all are one, or nobody asks.
-        positions: [B, T] the input position of each token (a merged token keeps that of its destination).
-        source: [B, T0 + cross] the current token of each input token, -1 if dropped.
-        protected: [B, T] bool.
         n_protected: protected tokens in a row, at most.
-        valid: [B, T] false for padding, or None.
-        end: [B] current position of the end of text, or None.
-        weights: [B, T0 + cross] see `BlockRecord`; None unless the forward is recorded.
-        dropped: some token may have been dropped.
-        changed: tokens were removed since the first block.
-        reading: what the host reads of the tower's blocks in this forward; None: only the last one's output.
-        relevance: [B, T, C] tokens -> [B, T] cosines with what the user looks for; None: with nothing.
-        compact: the reduced tokens, where the tensor that carries this state shows the full grid; else None.
+        causal: tokens see earlier tokens only.
+        class_token: the first token is a class token, of which the cross token is a copy.
+        padding: a mask given to the attention may hide padding.
+        shown: what the host sees.
+        relevance: how near tokens are to a text; None: no text was given.
         record: what the user will see.
     """
 
-    def __init__(self, length: int, cross: bool, prefix: int, record: Record) -> None:
-        self.length, self.cross, self.prefix, self.record = length, cross, prefix, record
-        self.sizes: Tensor | None = None
-        self.norm_correction: Tensor | None = None
-        self.positions: Tensor
-        self.source: Tensor
-        self.protected: Tensor
-        self.n_protected = 0
-        self.valid: Tensor | None = None
-        self.end: Tensor | None = None
-        self.weights: Tensor | None = None
-        self.dropped = False
-        self.changed = False
-        self.reading: Any = None
-        self.relevance: Relevance | None = None
-        self.compact: Tensor | None = None
+    def __init__(
+        self, owner: Any, reducer: Reducer, depth: int, length: int, *, prefix: int, causal: bool, class_token: bool,
+        padding: bool, has_end: bool, shown: Shown, relevance: Relevance | None = None,
+    ) -> None:  # fmt: skip
+        self.owner, self.reducer, self.depth, self.length = owner, reducer, depth, length
+        self.cross = bool(reducer.cross_token)
+        self.prefix, self.causal, self.class_token, self.padding = prefix, causal, class_token, padding
+        self.n_protected = prefix + int(self.cross) + int(has_end)
+        self.shown = shown
+        self.relevance = relevance
+        self.record = Record()
 
-    @classmethod
+
+@dataclass(frozen=True)
+class TokenState:
+    """The tokens' history in one forward.
+
+    Attributes:
+        forward: what does not change.
+        positions: [B, T] the input position of each token (a merged token keeps that of its destination).
+        source: [B, T0 + cross] the current token of each input token, -1 if dropped.
+        protected: [B, T] bool.
+        valid: [B, T] false for padding, or None.
+        end: [B] current position of the end of text, or None.
+        sizes: [B, T] float32 input tokens per token, None while all are one.
+        norms: [B, T] float32, see `crossget.methods.merging.norm_correction`; None while all are one, or not asked for.
+        weights: [B, T0 + cross] see `BlockRecord`; None unless the forward is recorded.
+        dropped: some token may have been dropped.
+        changed: tokens were removed since the first block.
+    """
+
+    forward: Forward
+    positions: Tensor
+    source: Tensor
+    protected: Tensor
+    valid: Tensor | None = None
+    end: Tensor | None = None
+    sizes: Tensor | None = None
+    norms: Tensor | None = None
+    weights: Tensor | None = None
+    dropped: bool = False
+    changed: bool = False
+
+    @staticmethod
     def start(
-        cls, batch: int, length: int, device: torch.device, *, cross: bool, prefix: int, end: Tensor | None,
-        valid: Tensor | None,
-    ) -> TokenState:  # fmt: skip
+        forward: Forward, batch: int, device: torch.device, *, end: Tensor | None = None, valid: Tensor | None = None
+    ) -> TokenState:
         """The state in front of the first block.
 
         Args:
+            forward: that begins.
             batch: B.
-            length: T0.
             device: where the tokens are.
-            cross: a cross token is appended.
-            prefix: leading tokens to protect.
-            end: [B] position of the end of text, protected too.
+            end: [B] position of the end of text, which is protected.
             valid: [B, T0] false for padding.
         """
-        self = cls(length, cross, prefix, Record())
-        total = length + int(cross)
+        total = forward.length + int(forward.cross)
         order = torch.arange(total, device=device)
-        self.positions = self.source = order.expand(batch, total)
-        fixed = (order < prefix) | (order >= length)
-        self.protected = fixed.expand(batch, total)
-        self.n_protected = prefix + int(cross)
+        positions = order.expand(batch, total)
+        protected = ((order < forward.prefix) | (order >= forward.length)).expand(batch, total)
         if end is not None:
-            self.protected = self.protected | (order == end[:, None])
-            self.n_protected += 1
-            self.end = end
-        self.valid = valid
-        if valid is not None and cross:
-            self.valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
-        return self
+            protected = protected | (order == end[:, None])
+        if valid is not None and forward.cross:
+            valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
+        weights = None if forward.record.blocks is None else torch.ones_like(positions, dtype=torch.float32)
+        return TokenState(forward, positions, positions, protected, valid, end, weights=weights)
+
+    @property
+    def length(self) -> int:
+        """T0, see `Forward`."""
+        return self.forward.length
+
+    @property
+    def cross(self) -> bool:
+        """Whether a cross token stands at the end."""
+        return self.forward.cross
 
     @property
     def pristine(self) -> bool:
         """The tokens are still exactly the host's."""
-        return not self.changed and not self.cross
+        return not self.changed and not self.forward.cross
 
-    def advance(self, plan: MergePlan, sizes: Tensor | None, norm_correction: Tensor | None = None) -> TokenState:
-        """The state behind a reduction."""
-        new = TokenState(self.length, self.cross, self.prefix, self.record)
-        new.sizes, new.norm_correction = sizes, norm_correction
-        new.positions = self.positions.gather(1, plan.kept)
-        source = self.source.clamp(min=0) if self.dropped else self.source
-        new.source = plan.index.gather(1, source)
-        new.dropped = self.dropped or plan.destination is None
-        if self.dropped:
-            new.source = torch.where(self.source < 0, self.source, new.source)
-        if self.weights is not None:
-            share = shares(plan)
-            new.weights = None if share is None else self.weights * share.gather(1, source)
-        new.protected = self.protected.gather(1, plan.kept)
-        new.n_protected = self.n_protected
-        new.valid = None if self.valid is None else self.valid.gather(1, plan.kept)
-        new.end = None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1)
-        new.changed = True
-        new.reading, new.relevance = self.reading, self.relevance
-        return new
+    def with_padding(self, valid: Tensor) -> TokenState:
+        """The same tokens, of which some [B, T] are known to be padding."""
+        return TokenState(
+            self.forward, self.positions, self.source, self.protected, valid, self.end, self.sizes, self.norms,
+            self.weights, self.dropped, self.changed,
+        )  # fmt: skip
 
-    def note_step(self, layer: int, tokens: Tensor, score: Tensor | None) -> None:
-        """Put into the record what block `layer` did, if the forward is recorded.
+    def advance(self, plan: MergePlan, sizes: Tensor | None, norms: Tensor | None = None) -> TokenState:
+        """The state behind a reduction.
 
         Args:
-            layer: of the block, which this is the state behind.
-            tokens: [B, T', C] that leave it.
+            plan: which tokens left, and where to.
+            sizes: [B, T'] of the tokens that are left.
+            norms: [B, T'] of the tokens that are left.
+        """
+        known = self.source.clamp(min=0) if self.dropped else self.source
+        source = plan.index.gather(1, known)
+        share = None if self.weights is None else shares(plan)
+        return TokenState(
+            self.forward,
+            positions=self.positions.gather(1, plan.kept),
+            source=torch.where(self.source < 0, self.source, source) if self.dropped else source,
+            protected=self.protected.gather(1, plan.kept),
+            valid=None if self.valid is None else self.valid.gather(1, plan.kept),
+            end=None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1),
+            sizes=sizes,
+            norms=norms,
+            weights=None if self.weights is None or share is None else self.weights * share.gather(1, known),
+            dropped=self.dropped or plan.destination is None,
+            changed=True,
+        )
+
+    def to(self, device: torch.device) -> TokenState:
+        """The same state on another device."""
+        if self.positions.device == device:
+            return self
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return TokenState(
+            self.forward, self.positions.to(device), self.source.to(device), self.protected.to(device),
+            moved(self.valid), moved(self.end), moved(self.sizes), moved(self.norms), moved(self.weights),
+            self.dropped, self.changed,
+        )  # fmt: skip
+
+    def record_of(self, tokens: Tensor, score: Tensor | None) -> BlockRecord:
+        """What a block did that this is the state behind.
+
+        Args:
+            tokens: [B, T', C] that left it.
             score: [B, T] see `BlockRecord`.
         """
-        if self.record.steps is None:
-            return
+        length = self.forward.length
         sizes = torch.ones_like(self.positions, dtype=torch.float32) if self.sizes is None else self.sizes
-        weights = None if self.weights is None else self.weights[:, : self.length]
+        weights = None if self.weights is None else self.weights[:, :length]
         # A copy of the tokens: the next block writes another cross token among them while it runs.
-        step = BlockRecord(self.source[:, : self.length], sizes, weights, score, tokens.detach().clone())
-        self.record.steps[layer] = step
+        return BlockRecord(self.source[:, :length], sizes, weights, score, tokens.detach().clone())
 
     def restored(self, tokens: Tensor) -> Tensor:
         """Reduced tokens [B, T, C] on the host's grid [B, T0, C], without the cross token."""
-        source = self.source[:, : self.length]
+        cross, length = self.forward.cross, self.forward.length
         if not self.changed:
-            return tokens[:, : self.length] if self.cross else tokens
+            return tokens[:, :length] if cross else tokens
+        source = self.source[:, :length]
         if not self.dropped:
             return unmerge(tokens, source)
-        last = int(tokens.shape[1]) - int(self.cross)
-        return unmerge(tokens, source, tokens[:, self.prefix : last].mean(1, keepdim=True))
+        last = tokens.shape[1] - int(cross)
+        return unmerge(tokens, source, tokens[:, self.forward.prefix : last].mean(1, keepdim=True))
 
 
 def token_at(tokens: Tensor, position: Tensor | None) -> Tensor:
@@ -218,14 +286,3 @@ def with_token(tokens: Tensor, token: Tensor, position: Tensor | None) -> Tensor
     if position is None:
         return torch.cat([token, tokens[:, 1:]], 1)
     return tokens.scatter(1, position[:, None, None].expand(-1, 1, tokens.shape[2]), token)
-
-
-def carry(tokens: Tensor, state: Any) -> Tensor:
-    """`tokens`, with the state on it."""
-    setattr(tokens, _ATTRIBUTE, state)
-    return tokens
-
-
-def carried(tokens: Tensor) -> Any:
-    """The state that `tokens` carry; None if they carry none."""
-    return getattr(tokens, _ATTRIBUTE, None)

@@ -1,79 +1,68 @@
-"""A tower with the reducer that works on it: what happens when one of its blocks is called.
+"""One tower in one forward: its cross token, its schedule, and what the host sees of its blocks.
 
-Its blocks run on fewer and fewer tokens, under a `BlockWatch`. (A language model that generates is not reduced:
-decoder.py.) Below stands what the host's entry points tell the blocks.
+A block is called in two steps (block_class.py). `AttachedTower.call` runs outside of the block's hooks: it finds the
+tokens' state, asks the schedule, renews the cross token and writes the record, and so knows the layer. `AttachedTower.run`
+runs inside of them: it runs the block's own forward under a `Merge`, and knows no layer, so that a compiler that
+compiles blocks one by one shares one graph among them. The two exchange a `BlockRun`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from crossget.core.adapters import IntermediatesHook, SingleTokenOutput, Tower
-from crossget.core.block_class import argument_names, base_of
-from crossget.core.state import Record, Relevance, TokenState, carried, carry, token_at, with_token
-from crossget.core.watch import BlockWatch, visible
+from crossget.core.adapters import Tower
+from crossget.core.block_class import argument_names, base_of, key_of, runner_of
+from crossget.core.carried import Notes, Passed, ThreadValue, leave_notes, left_notes, pass_on, passed_with, recomputing
+from crossget.core.masks import visible
+from crossget.core.reduction import ClassTokenOnly, Merge
+from crossget.core.state import Forward, Record, Relevance, Shown, TokenState, Visible, token_at, with_token
+from crossget.methods.matching import take
 from crossget.methods.reducers import Reducer
-from crossget.methods.schedules import planned_tokens
+from crossget.methods.schedules import RampedRatio, Ratio, planned_tokens
 
-T = TypeVar("T")
-_NOTED, _READING = "_crossget_noted", "_crossget_reading"
 # How many texts, where each ends (None: nowhere in particular), and which of their tokens are real (None: all).
 TextEnds = tuple[int, "Tensor | None", "Tensor | None"]
 
 
-class ByThread(Generic[T]):
-    """A value, or None, for each thread; copies start with none.
-
-    While a graph is traced the value is an attribute: Dynamo follows that, but neither threading.local nor, in every
-    host, changes of a dict. A graph is traced by one thread at a time, and what is set while tracing is used up then.
-    """
-
-    def __init__(self) -> None:
-        self.values: dict[int, T] = {}
-        self.traced: T | None = None
-
-    def get(self) -> T | None:
-        """The value of this thread."""
-        return self.traced if torch.compiler.is_compiling() else self.values.get(threading.get_ident())
-
-    def set(self, value: T | None) -> None:
-        """Another value for this thread; None forgets it."""
-        if torch.compiler.is_compiling():
-            self.traced = value
-        elif value is None:
-            self.values.pop(threading.get_ident(), None)
-        else:
-            self.values[threading.get_ident()] = value
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ByThread, ()
-
-
-class Reading(NamedTuple):
-    """What a host method that runs now looks at.
+class BlockRun:
+    """One call of one block: what it is to do, and what it did.
 
     Attributes:
-        layers: behind which blocks; None: behind any.
-        grid: on the full grid.
-        last: the block behind which nobody looks.
-        one: behind that, at one token alone.
+        state: of the tokens in front of the block.
+        r: tokens to remove.
+        on_grid: the block gets the host's grid, of which its tokens are some rows.
+        cross_token: [B, C] what takes the cross token's place; None without cross token.
+        appends: the cross token is not among the tokens that the block gets.
+        shows: what the host sees behind the block.
+        class_token_only: the block computes one token alone.
+        after: the state behind the block.
+        score: [B, T] what the reducer scored the tokens with, or None.
+        tokens: [B, T', C] the tokens behind the block, if the forward is recorded.
+        left_cross_token: [B, C] the cross token behind the block, where the host does not see it.
     """
 
-    layers: frozenset[int] | None
-    grid: bool
-    last: int
-    one: bool = False
+    after: TokenState
+    score: Tensor | None = None
+    tokens: Tensor | None = None
+    left_cross_token: Tensor | None = None
+
+    def __init__(
+        self, state: TokenState, r: int, shows: Visible, *, on_grid: bool = False, cross_token: Tensor | None = None,
+        appends: bool = False, class_token_only: bool = False,
+    ) -> None:  # fmt: skip
+        self.state, self.r, self.shows = state, r, shows
+        self.on_grid, self.cross_token, self.appends = on_grid, cross_token, appends
+        self.class_token_only = class_token_only
 
 
 class AttachedTower:
-    """A tower together with the reducer that works on it: what its blocks consult.
+    """A tower together with the reducer that works on it.
 
     Attributes:
         tower: where the blocks are.
@@ -81,28 +70,34 @@ class AttachedTower:
         holder: the module whose parameter the cross tokens are, by the tower's name; None: nobody's.
         last: record of the last forward.
         recording: forwards that begin now are recorded, see `Attachment.recording`.
-        target: [B or 1, E] what the user looks for, of unit length; None: nothing.
+        target: [B or 1, E] text features of unit length, see `Attachment.set_text_features`; None: none.
         rows: [N] the prompt that each image of the last forward belongs to; None if each has one of its own.
+        noted: what the host's entry points found out for the first block.
+        shown: what the host sees of the blocks in the forward that comes now.
+        generating: the host's `generate` runs.
     """
 
     def __init__(self, tower: Tower, reducer: Reducer) -> None:
         self.tower = tower
-        self.inputs = {type(block): argument_names(base_of(block).forward) for block in tower.blocks}
         self.last = Record()
         self.recording = False
         self.target: Tensor | None = None
         self.rows: Tensor | None = None
         self.holder: nn.Module | None = None
         self._own_cross: nn.Parameter | None = None
-        self.outputs = 1  # how many things a block returns, if it returns a tuple
-        # What the host's entry points know and its blocks do not.
-        self.noted: ByThread[Any] = ByThread()
-        self.reading: ByThread[Reading] = ByThread()
-        self.generating: ByThread[bool] = ByThread()
-        self.arrived: ByThread[Tensor] = ByThread()
-        self.left: ByThread[Any] = ByThread()
+        self._names: dict[type, list[str]] = {}
+        self._outputs = 1  # how many things a block returns, if it returns a tuple; 0 if it does not
+        self._warned = False
+        self.noted: ThreadValue[Any] = ThreadValue()
+        self.shown: ThreadValue[Shown] = ThreadValue()
+        self.generating: ThreadValue[bool] = ThreadValue()
         self.reducer = reducer
         self.set_reducer(reducer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": Record(), "rows": None}
+
+    # Cross tokens -----------------------------------------------------------------------------------------------
 
     @property
     def cross(self) -> nn.Parameter | None:
@@ -123,9 +118,21 @@ class AttachedTower:
             self._own_cross = None
             holder.register_parameter(self.tower.name, cross)
 
+    def cross_token(self, origin: Tensor, record: Record, layer: int) -> Tensor:
+        """[B, C] the cross token in front of block `layer`: a copy of `origin` [B, C] plus the block's vector."""
+        cross = self.cross
+        if cross is None:
+            raise RuntimeError(f"tower {self.tower.name!r} lost its cross tokens")
+        token = origin.detach() + cross[layer].to(origin.device, origin.dtype)
+        if torch.is_grad_enabled():
+            record.cross_tokens[layer] = token
+        return token
+
+    # The reducer ------------------------------------------------------------------------------------------------
+
     @property
     def depth(self) -> int:
-        """How many blocks."""
+        """How many blocks the tower has now."""
         return len(self.tower.blocks)
 
     @property
@@ -134,22 +141,27 @@ class AttachedTower:
         return self.tower.keeps_cross_token and bool(self.reducer.cross_token) and not self.reducer.strip_cross_token
 
     def set_reducer(self, reducer: Reducer) -> None:
-        """Use another reducer from the next forward on; cross tokens that exist are kept."""
-        resolved = reducer.resolved(self.tower.host)
-        for layer in range(self.depth):
-            resolved.schedule.removed(layer, self.depth, 1)
+        """Use another reducer from the next forward on; cross tokens that exist are kept.
+
+        Raises:
+            ValueError: the reducer cannot work on this tower.
+        """
+        resolved, depth = reducer.resolved(self.tower.host), self.depth
+        for layer in range(depth):
+            resolved.schedule.removed(layer, depth, 1)
         if resolved.cross_token and self.cross is None:
             # The first of floating point: quantised weights are integers.
             like = next(p for p in self.tower.blocks[0].parameters() if p.is_floating_point())
-            cross = nn.Parameter(torch.zeros((self.depth, self.tower.width), dtype=like.dtype, device=like.device))
+            cross = nn.Parameter(torch.zeros((depth, self.tower.width), dtype=like.dtype, device=like.device))
             if self.holder is None:
                 self._own_cross = cross
             else:
                 self.holder.register_parameter(self.tower.name, cross)
         self.reducer = resolved
+        self._warned = False
 
     def tokens_behind(self, layer: int, tokens: int) -> int:
-        """How many of `tokens` the host sees behind block `layer`, where it reads them reduced."""
+        """How many of `tokens` the host sees behind block `layer`, where it takes them reduced."""
         if layer < 0:
             return tokens
         cross = int(bool(self.reducer.cross_token))
@@ -157,153 +169,246 @@ class AttachedTower:
         left = planned_tokens(self.reducer.schedule, self.depth, tokens + cross, reserved)[layer + 1]
         return left - (cross - int(self.keeps_cross_token))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": Record(), "rows": None}
-
-    # One block ------------------------------------------------------------------------------------------------------
+    # A call of a block, outside of its hooks ----------------------------------------------------------------------
 
     def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call the block, and keep what is left on its tokens though hooks put other tensors in their place.
+        """Call the block, with all hooks on it.
 
-        FSDP2's hooks exchange what a block gets, DeepSpeed's also what it returns.
+        Args:
+            block: to be called.
+            call: takes the block's arguments and a `BlockRun`, and comes to `run` in the end.
+            args, kwargs: of the call.
         """
-        outer = self.arrived.get()
-        self.left.set(None)
-        self.arrived.set(take_tokens(self.inputs[base_of(block)], args, kwargs)[0])
-        try:
-            out = call(*args, **kwargs)
-        finally:
-            self.arrived.set(outer)
-        left = self.left.get()
-        self.left.set(None)
-        if left is not None:
-            carry(out[0] if isinstance(out, tuple) else out, left)
+        names = self._names_of(block)
+        tokens = args[0] if args else kwargs[names[0]]
+        passed: Passed | None = passed_with(tokens)
+        if passed is None or passed.state.forward.owner is not self:
+            layer, run = 0, self._first(block, tokens, {**dict(zip(names[1:], args[1:])), **kwargs})  # noqa: B905
+        else:
+            layer, run = passed.layer, self._next(tokens, passed)
+        state, forward = run.state, run.state.forward
+        forward.record.tokens[layer] = state.positions.shape[1]
+        if self._is_looked_at(forward, layer):
+            out = call(*args, run=run, **kwargs)
+        else:
+            out = self._left_out(tokens, run)
+        self._leave(out, run, layer)
         return out
 
-    def bearers(self, tokens: Tensor) -> list[Tensor]:
-        """The tensors of a block's tokens: as it got them, and as the host gave them if hooks have exchanged them.
-
-        What is left on them is left on both: the recomputation of a checkpoint may begin on either side of the hooks.
-        """
-        arrived = self.arrived.get()
-        if arrived is None or arrived is tokens or arrived.shape != tokens.shape:
-            return [tokens]
-        return [tokens, arrived]
-
-    def leave(self, tokens: Tensor, state: Any) -> None:
-        """Leave a state on a block's output, for the next one."""
-        carry(tokens, state)
-        if self.arrived.get() is not None:
-            self.left.set(state)
-
-    def run(self, block: nn.Module, layer: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run `forward`, the host's own, on fewer tokens."""
-        names = self.inputs[base_of(block)]
-        tokens, args, kwargs = take_tokens(names, args, kwargs)
-        if layer == 0:
-            tokens, state = self._start(tokens, {**dict(zip(names[1:], args)), **kwargs})  # noqa: B905
+    def _first(self, block: nn.Module, tokens: Tensor, arguments: Mapping[str, Any]) -> BlockRun:
+        """The run of the first block."""
+        self._check_first(block, tokens)
+        batch, length = tokens.shape[0], tokens.shape[1]
+        if recomputing():
+            notes = left_notes(tokens)
         else:
-            tokens, state = self._continue(tokens, layer)
-        out, state = self._run(block, layer, forward, tokens, state, args, kwargs)
-        return self._leave(out, state, layer)
+            notes = Notes(self.noted.get(), self.shown.get())
+            self.noted.set(None)
+            leave_notes(tokens, notes)
+        end, valid = self._text_ends(tokens, notes.input)
+        if self.tower.padding and valid is None:
+            candidates = ("attn_mask", *self.tower.masks)
+            mask = next((arguments[name] for name in candidates if arguments.get(name) is not None), None)
+            if mask is not None and mask.dim() == 4:  # otherwise, the attention's mask is looked at when it is seen
+                valid = visible(mask[:, :, -1:] if self.tower.causal else mask, batch)
+        tower = self.tower
+        forward = Forward(
+            self, self.reducer, self.depth, length, prefix=tower.prefix, causal=tower.causal,
+            class_token=tower.class_token, padding=tower.padding, has_end=end is not None,
+            shown=notes.shown or self.shown_by_default(), relevance=self._relevance(batch),
+        )  # fmt: skip
+        if self.recording and not torch.compiler.is_compiling():
+            forward.record.blocks = {}
+        state = TokenState.start(forward, batch, tokens.device, end=end, valid=valid)
+        token = None
+        if forward.cross:
+            origin = self._origin(tokens, valid) if end is None else token_at(tokens, end)
+            token = self.cross_token(origin.squeeze(1), forward.record, 0)
+        return self._run_of(state, 0, cross_token=token, appends=True)
 
-    def _run(
-        self, block: nn.Module, layer: int, forward: Callable[..., Any], tokens: Tensor, state: TokenState, args: Any,
-        kwargs: Any,
-    ) -> tuple[Any, TokenState]:  # fmt: skip
-        """Run `forward` on tokens that all have this state; the cross token is renewed."""
-        state.record.tokens[layer] = int(tokens.shape[1])
-        renewed = layer > 0 and bool(self.reducer.cross_token)
-        if self._is_read_by_nobody(state.reading, layer):
-            if renewed and torch.is_grad_enabled():
-                self._next_cross_token(tokens, state, layer)  # the alignment loss wants it
-            state.note_step(layer, tokens, None)
-            return tokens if self.outputs == 0 else (tokens,), state
-        if not renewed:
-            return self._reduced(block, layer, forward, tokens, state, args, kwargs)
-        token = self._next_cross_token(tokens, state, layer)
-        if not _may_be_lent(tokens):
-            tokens = torch.cat([tokens[:, :-1], token[:, None]], 1)
-            return self._reduced(block, layer, forward, tokens, state, args, kwargs)
-        # Written over for the time of this block alone: the host may have kept what the block before returned.
-        place = tokens[:, -1]
-        before = place.clone()
-        place.copy_(token)
+    def _next(self, tokens: Tensor, passed: Passed) -> BlockRun:
+        """The run of any other block."""
+        state, layer = passed.state, passed.layer
+        forward, token = state.forward, None
+        if layer >= forward.depth:
+            raise RuntimeError(
+                f"tower {self.tower.name!r} has {forward.depth} blocks, and one is called after the last: its host "
+                "runs them in another order than the tower lists them"
+            )
+        if forward.cross:
+            origin = passed.cross_token
+            if state.end is not None:
+                place = state.positions.gather(1, state.end[:, None]).squeeze(1) if passed.on_grid else state.end
+                origin = token_at(tokens, place).squeeze(1)
+            token = self.cross_token(tokens[:, -1] if origin is None else origin, forward.record, layer)
+        hidden = passed.cross_token is not None
+        return self._run_of(state, layer, cross_token=token, appends=hidden, on_grid=passed.on_grid)
+
+    def _run_of(self, state: TokenState, layer: int, **given: Any) -> BlockRun:
+        forward = state.forward
+        last = layer == forward.depth - 1
+        shows = forward.shown.behind if last else forward.shown.between
+        one = last and forward.shown.class_token_only
+        if one:
+            forward.record.class_token_only = True
+        tokens = state.positions.shape[1]
+        r = 0 if one else forward.reducer.schedule.removed(layer, forward.depth, tokens)
+        return BlockRun(state, r, shows, class_token_only=one, **given)
+
+    def _leave(self, out: Any, run: BlockRun, layer: int) -> None:
+        """Write the record, and leave the state on what the block returns."""
+        state, forward = run.after, run.after.forward
+        record, last = forward.record, layer == forward.depth - 1
+        self._outputs = len(out) if isinstance(out, tuple) else 0
+        record.source = state.source[:, : forward.length]
+        if record.blocks is not None and run.tokens is not None:
+            record.blocks[layer] = state.record_of(run.tokens, run.score)
+        if layer > 0 or last:  # the first block alone may be the recomputation of a checkpoint
+            self.last = record
+        if last:
+            self._warn_of_unspent(record, forward)
+        else:
+            shown = out[0] if isinstance(out, tuple) else out
+            passed = Passed(state, layer + 1, run.shows == "grid" and state.changed, run.left_cross_token)
+            pass_on(shown, passed)
+
+    def _left_out(self, tokens: Tensor, run: BlockRun) -> Any:
+        """What a block would return that nobody looks at: its tokens as they came."""
+        run.after = run.state
+        if run.cross_token is not None and run.appends:
+            run.left_cross_token = run.cross_token
+        # As it came: what is on the tokens now belongs to the block in front.
+        tokens = tokens.view_as(tokens)
+        run.tokens = tokens if run.state.forward.record.blocks is not None else None
+        return tokens if self._outputs == 0 else (tokens,)
+
+    def _is_looked_at(self, forward: Forward, layer: int) -> bool:
+        """Whether block `layer` has to run: it, or one behind it, is looked at.
+
+        In training the last cross tokens are wanted too: then only a block behind which there is none is left out.
+        """
+        if layer == 0 or layer <= forward.shown.last or self._outputs > 1:
+            return True
+        return layer < forward.depth - 1 and forward.cross and torch.is_grad_enabled()
+
+    def shown_by_default(self) -> Shown:
+        """What the host sees where no method of it that has a say runs."""
+        return Shown("tokens", "grid" if self.tower.restore else self.reduced, self.depth - 1)
+
+    @contextlib.contextmanager
+    def in_generate(self) -> Iterator[None]:
+        """Inside, the host's `generate` runs, which returns nothing of what a tower computes on the way."""
+        outer = self.generating.get()
+        self.generating.set(True)
         try:
-            return self._reduced(block, layer, forward, tokens, state, args, kwargs)
+            yield
         finally:
-            place.copy_(before)
+            self.generating.set(outer)
+
+    @property
+    def reduced(self) -> Visible:
+        """How the host sees reduced tokens."""
+        return "tokens" if self.keeps_cross_token or not self.reducer.cross_token else "without_cross_token"
+
+    # A call of a block, inside of its hooks -----------------------------------------------------------------------
+
+    def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, run: BlockRun) -> Any:
+        """Run `forward`, the block's own, on fewer tokens. Nothing here depends on the layer."""
+        names = self._names_of(block)
+        tokens, args, kwargs = split_tokens(names, args, kwargs)
+        state = run.state.to(tokens.device)
+        if run.on_grid:
+            tokens = take(tokens, state.positions[:, : state.positions.shape[1] - int(run.appends)])
+        if run.cross_token is None:
+            return self._reduced(block, forward, tokens, state, args, kwargs, run)
+        token = run.cross_token.to(tokens.device, tokens.dtype)
+        if run.appends:
+            tokens = torch.cat([tokens, token[:, None]], 1)
+        elif _may_be_lent(tokens):
+            # Written over for the time of this block alone: the host may have kept what the block before returned.
+            place = tokens[:, -1]
+            before = place.clone()
+            place.copy_(token)
+            try:
+                return self._reduced(block, forward, tokens, state, args, kwargs, run)
+            finally:
+                place.copy_(before)
+        else:
+            tokens = torch.cat([tokens[:, :-1], token[:, None]], 1)
+        return self._reduced(block, forward, tokens, state, args, kwargs, run)
 
     def _reduced(
-        self, block: nn.Module, layer: int, forward: Callable[..., Any], tokens: Tensor, state: TokenState, args: Any,
-        kwargs: Any,
-    ) -> tuple[Any, TokenState]:  # fmt: skip
-        """Run `forward` on these tokens, the cross token among them."""
-        names = self.inputs[base_of(block)]
-        count = int(tokens.shape[1])
-        one = layer == self.depth - 1 and state.reading is not None and state.reading.one
-        r = 0 if one else self.reducer.schedule.removed(layer, self.depth, count)
-        watch = BlockWatch(
-            tokens, state, self.reducer, r, causal=self.tower.causal, cross_like_first=self.tower.class_token,
-            find_padding=self.tower.padding, one=one,
-        )  # fmt: skip
+        self, block: nn.Module, forward: Callable[..., Any], tokens: Tensor, state: TokenState, args: Any, kwargs: Any,
+        run: BlockRun,
+    ) -> Any:  # fmt: skip
+        watch = ClassTokenOnly(tokens, state) if run.class_token_only else Merge(tokens, state, run.r)
         if not state.pristine:
-            args = tuple(self._refit(block, name, value, watch) for name, value in zip(names[1:], args))  # noqa: B905
-            kwargs = {name: self._refit(block, name, value, watch) for name, value in kwargs.items()}
+            names = self._names_of(block)
+            args = tuple(self._fit(block, name, value, watch) for name, value in zip(names[1:], args))  # noqa: B905
+            kwargs = {name: self._fit(block, name, value, watch) for name, value in kwargs.items()}
         with watch:
             out = forward(tokens, *args, **kwargs)
         if not watch.done:
-            raise RuntimeError(_not_seen(block, layer, self.tower, watch))
-        self.outputs = len(out) if isinstance(out, tuple) else 0
-        state, first = watch.state, out[0] if isinstance(out, tuple) else out
-        if watch.around is not None:
-            state.record.read_one = True
-            first = with_token(watch.around, first, state.end)
-            out = (first, *out[1:]) if isinstance(out, tuple) else first
-        state.note_step(layer, first, watch.score)
-        return out, state
+            raise RuntimeError(self._not_seen(block, watch))
+        first = out[0] if isinstance(out, tuple) else out
+        if isinstance(watch, ClassTokenOnly) and watch.others is not None:
+            first = with_token(watch.others, first, watch.state.end)
+        run.after, run.score = watch.state, watch.score
+        if state.forward.record.blocks is not None:
+            run.tokens = first
+        shown = self._shown(first, watch.state, run)
+        if isinstance(out, tuple):
+            return (shown, *out[1:])
+        return shown
 
-    def _refit(self, block: nn.Module, name: str, value: Any, watch: BlockWatch) -> Any:
+    def _fit(self, block: nn.Module, name: str, value: Any, watch: Merge) -> Any:
         """An argument of the block for the tokens that are left."""
         if name in self.tower.masks and value is not None:
-            return watch.fit(value)
-        return value if self.tower.fit_arguments is None else self.tower.fit_arguments(block, name, value, watch.state)
+            return watch.fit_argument(value)
+        fit = self.tower.fit_arguments
+        return value if fit is None else fit(block, name, value, watch.state)
 
-    def _start(self, tokens: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, TokenState]:
+    def _shown(self, tokens: Tensor, state: TokenState, run: BlockRun) -> Tensor:
+        """What the host sees of the tokens behind the block."""
+        if run.shows == "tokens" or state.pristine:
+            return tokens
+        if state.cross:
+            run.left_cross_token = tokens[:, -1].detach().clone()
+        return state.restored(tokens) if run.shows == "grid" else tokens[:, :-1]
+
+    # The first block's input ----------------------------------------------------------------------------------------
+
+    def _check_first(self, block: nn.Module, tokens: Tensor) -> None:
+        name = self.tower.name
         if tokens.dim() != 3:
+            raise RuntimeError(f"tower {name!r} got tokens of shape {list(tokens.shape)}: expected [B, T, C]")
+        if key_of(block) != key_of(self.tower.blocks[0]):
             raise RuntimeError(
-                f"tower {self.tower.name!r} got tokens of shape {list(tokens.shape)}: expected one sequence [B, T, C]"
+                f"block {key_of(block)} of tower {name!r} got tokens {list(tokens.shape)} without their state: "
+                "something made a new tensor between two blocks (re-entrant checkpointing, for instance: use "
+                "use_reentrant=False), or the block was called on its own"
             )
-        batch, length = int(tokens.shape[0]), int(tokens.shape[1])
-        end, valid = self._end_of_text(tokens)
-        if self.tower.padding and valid is None:
-            names = ("attn_mask", *self.tower.masks)
-            mask = next((arguments[name] for name in names if arguments.get(name) is not None), None)
-            if mask is not None and mask.dim() == 4:  # otherwise, the attention's mask is looked at when it is seen
-                valid = visible(mask[:, :, -1:] if self.tower.causal else mask, batch)
-        cross = bool(self.reducer.cross_token)
-        state = TokenState.start(
-            batch, length, tokens.device, cross=cross, prefix=self.tower.prefix, end=end, valid=valid
-        )
-        state.reading = _left_on(self.bearers(tokens), _READING, self.reading.get())
-        if self.recording and not torch.compiler.is_compiling():
-            state.record.steps = {}
-            state.weights = torch.ones_like(state.source, dtype=torch.float32)
-        if self.target is not None:
-            state.relevance = self._relevance(self.target, batch)
-        if cross:
-            origin = self._origin(tokens, valid) if end is None else token_at(tokens, end)
-            tokens = torch.cat([tokens, self.cross_token(origin.squeeze(1), state.record, 0)[:, None]], 1)
-        return tokens, state
+        if torch.compiler.is_compiling():
+            return
+        strangers = [i for i, one in enumerate(self.tower.blocks) if runner_of(one) is None]
+        if strangers:
+            raise RuntimeError(
+                f"blocks {strangers} of tower {name!r} came after crossget.attach and are not attached: detach, and "
+                "attach again"
+            )
 
-    def _relevance(self, target: Tensor, batch: int) -> Relevance:
-        embed = self.tower.embed
-        if embed is None or int(target.shape[0]) not in (1, batch):
+    def _text_ends(self, tokens: Tensor, found: TextEnds | None) -> tuple[Tensor | None, Tensor | None]:
+        """Where the texts end, and which of their tokens are real."""
+        if self.tower.text is None:
+            return None, None
+        batch, length, _ = tokens.shape
+        if found is None or found[0] != batch:
+            seen = "no token ids" if found is None else f"token ids of {found[0]} texts"
             raise RuntimeError(
-                f"tower {self.tower.name!r} got {batch} images and looks for {int(target.shape[0])} texts: give "
-                "Attachment.set_text_features one for all of them, or one each"
+                f"tower {self.tower.name!r} got {batch} texts of {length} tokens, and its embedding saw {seen} before: "
+                "call the model's own encode_text (or forward) with token ids, or Attachment.set_text_ids(ids) first"
             )
-        return Relevance(embed, target)
+        return found[1:]
 
     def _origin(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         """What the cross token of a tower without ends of text starts as: [B, 1, C]."""
@@ -316,197 +421,60 @@ class AttachedTower:
             tokens, real = tokens[:, self.tower.prefix :], real[:, self.tower.prefix :]
         return (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
 
-    def _end_of_text(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.tower.text is None:
-            return None, None
-        found: TextEnds | None = take_note(self, tokens)
-        batch, length, _ = tokens.shape
-        if found is None or found[0] != batch:
-            seen = "no token ids" if found is None else f"token ids of {found[0]} texts"
+    def _relevance(self, batch: int) -> Relevance | None:
+        target, embed = self.target, self.tower.embed
+        if target is None:
+            return None
+        if embed is None or target.shape[0] not in (1, batch):
             raise RuntimeError(
-                f"tower {self.tower.name!r} got {batch} texts of {length} tokens, and its embedding saw {seen} before: "
-                "call the model's own encode_text (or forward) with token ids, or Attachment.set_text_ids(ids) first"
+                f"tower {self.tower.name!r} got {batch} images and text features of {target.shape[0]} texts: give "
+                "Attachment.set_text_features one for all images, or one each"
             )
-        return found[1:]
+        return Relevance(embed, target)
 
-    def _continue(self, tokens: Tensor, layer: int) -> tuple[Tensor, TokenState]:
-        state = state_of(self.bearers(tokens), layer, self.tower)
-        if state.compact is not None:
-            tokens = state.compact
-        return tokens, state
+    # Messages -----------------------------------------------------------------------------------------------------
 
-    def _next_cross_token(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
-        """[B, C] what takes the cross token's place in front of block `layer`."""
-        origin = tokens[:, -1] if state.end is None else token_at(tokens, state.end).squeeze(1)
-        return self.cross_token(origin, state.record, layer)
+    def _names_of(self, block: nn.Module) -> list[str]:
+        """The names of the block's arguments."""
+        cls = base_of(block)
+        if cls not in self._names:
+            self._names[cls] = argument_names(cls.forward)
+        return self._names[cls]
 
-    def cross_token(self, origin: Tensor, record: Record, layer: int) -> Tensor:
-        """[B, C] the cross token in front of block `layer`."""
-        cross = self.cross
-        if cross is None:
-            raise RuntimeError(f"tower {self.tower.name!r} lost its cross tokens")
-        token = origin.detach() + cross[layer].to(origin.device, origin.dtype)
-        if torch.is_grad_enabled():
-            record.cross_tokens[layer] = token
-        return token
+    def _warn_of_unspent(self, record: Record, forward: Forward) -> None:
+        """Say once that the schedule asks for more tokens than the blocks could remove."""
+        depth, schedule = forward.depth, forward.reducer.schedule
+        if self._warned or torch.compiler.is_compiling() or isinstance(schedule, Ratio | RampedRatio):
+            return
+        self._warned = True
+        counts = [record.tokens[layer] for layer in sorted(record.tokens)]
+        if len(counts) < depth:
+            return
+        wishes = [schedule.removed(layer, depth, count) for layer, count in enumerate(counts)]
+        short = [
+            layer
+            for layer, (wish, count) in enumerate(zip(wishes, counts, strict=True))
+            if layer < depth - 1 and count - counts[layer + 1] < wish
+        ]
+        if short:
+            asked, removed = sum(wishes[:-1]), counts[0] - counts[-1]
+            warnings.warn(
+                f"r of {forward.reducer} asks tower {self.tower.name!r} to remove {asked} tokens, and its blocks "
+                f"remove {removed} of {counts[0]}: from block {short[0]} on there are fewer tokens left than r needs "
+                "(a block removes at most half of its unprotected tokens). Give a smaller r",
+                stacklevel=2,
+            )
 
-    def _is_read_by_nobody(self, reading: Reading | None, layer: int) -> bool:
-        """Whether block `layer` lies behind all that are read, so that it need not run.
-
-        In training the last cross tokens are wanted too: then only a block behind which there is none is left out.
-        """
-        if layer == 0 or reading is None or layer <= reading.last or self.outputs > 1:
-            return False
-        return layer == self.depth - 1 or not (self.reducer.cross_token and torch.is_grad_enabled())
-
-    def _leave(self, out: Any, state: TokenState, layer: int) -> Any:
-        tokens = out[0] if isinstance(out, tuple) else out
-        last = layer == self.depth - 1
-        state.record.source = state.source[:, : state.length]
-        shown = self._shown(tokens, state, layer)
-        if layer > 0 or last:  # the first block alone may be the recomputation of a checkpoint
-            self.last = state.record
-        if not last:
-            if shown is not tokens:
-                # A state of its own: where nothing was removed this is still that of the block's input, which the
-                # recomputation of a gradient checkpoint begins with.
-                state = copy.copy(state)
-                state.compact = tokens
-            self.leave(shown, state)
-        return (shown, *out[1:]) if isinstance(out, tuple) else shown
-
-    def _shown(self, tokens: Tensor, state: TokenState, layer: int) -> Tensor:
-        """What the host sees behind block `layer`."""
-        reading: Reading | None = state.reading
-        read, grid = layer == self.depth - 1, self.tower.restore
-        if reading is not None:
-            read, grid = read or reading.layers is None or layer in reading.layers, reading.grid
-        if not read:
-            return tokens
-        if grid:
-            return state.restored(tokens)
-        return tokens[:, :-1] if state.cross and not self.keeps_cross_token else tokens
-
-
-# What the host's entry points know --------------------------------------------------------------------------------
-
-
-def note(attached: AttachedTower, what: Any, tokens: Tensor | None = None) -> None:
-    """Keep something for the first block of the forward that comes now.
-
-    Args:
-        attached: whose.
-        what: it is.
-        tokens: what the first block will get, if that is known. What it was noted for earlier is forgotten.
-    """
-    if tokens is not None:
-        setattr(tokens, _NOTED, None)
-    attached.noted.set(what)
-
-
-def take_note(attached: AttachedTower, tokens: Tensor) -> Any:
-    """What was noted, or None."""
-    bearers = attached.bearers(tokens)
-    known = _left_on(bearers, _NOTED, None)
-    if known is not None:
-        return known
-    found = attached.noted.get()
-    attached.noted.set(None)
-    return _left_on(bearers, _NOTED, found)
-
-
-def _left_on(bearers: list[Tensor], name: str, value: Any) -> Any:
-    """A value that is left on the first block's input, where the recomputation of a checkpoint finds it again."""
-    if value is None:
-        value = next((found for one in bearers if (found := getattr(one, name, None)) is not None), None)
-    if value is not None:
-        for one in bearers:
-            setattr(one, name, value)
-    return value
-
-
-def read_between(
-    attached: AttachedTower, reader: IntermediatesHook, names: list[str], original: Callable[..., Any], args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:  # fmt: skip
-    """Run a host method that looks at the tokens between the blocks, and show it what it expects there."""
-    if attached.reading.get() is not None:  # from inside another such method, which has said what it wants
-        return original(*args, **kwargs)
-    layers = None if reader.layers is None else reader.layers({**dict(zip(names, args)), **kwargs})  # noqa: B905
-    skips = layers is not None and (reader.hides_rest or bool(attached.generating.get()))
-    last = max(layers) if layers is not None and skips else attached.depth
-    attached.reading.set(Reading(None if layers is None else frozenset(layers), reader.grid, last))
-    try:
-        return original(*args, **kwargs)
-    finally:
-        attached.reading.set(None)
-
-
-def read_one(attached: AttachedTower, readout: SingleTokenOutput) -> bool:
-    """Say that the host method that runs from now on looks at one token; returns whether it does.
-
-    Not if another one that has said what it wants calls it.
-    """
-    if (
-        not attached.reducer.class_token_only
-        or attached.reading.get() is not None
-        or not readout.applies(readout.module)
-    ):
-        return False
-    attached.reading.set(Reading(frozenset(), True, attached.depth, one=True))
-    return True
-
-
-def read_it(attached: AttachedTower) -> None:
-    """Such a method has ended."""
-    reading = attached.reading.get()
-    if reading is not None and reading.one:
-        attached.reading.set(None)
-
-
-def reading_one(
-    attached: AttachedTower, readout: SingleTokenOutput, original: Callable[..., Any], args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:  # fmt: skip
-    """Run such a method."""
-    if not read_one(attached, readout):
-        return original(*args, **kwargs)
-    try:
-        return original(*args, **kwargs)
-    finally:
-        read_it(attached)
-
-
-@contextlib.contextmanager
-def generating(attached: AttachedTower) -> Iterator[None]:
-    """Inside, the host's `generate` runs, which returns nothing of what a tower computes on the way."""
-    outer = attached.generating.get()
-    attached.generating.set(True)
-    try:
-        yield
-    finally:
-        attached.generating.set(outer)
-
-
-def state_of(bearers: list[Tensor], layer: int, tower: Tower) -> Any:
-    """What block `layer - 1` left on the tokens, of which these are the tensors.
-
-    Raises:
-        RuntimeError: it is lost.
-    """
-    tokens, state = bearers[0], next((found for one in bearers if (found := carried(one)) is not None), None)
-    if state is None:
-        raise RuntimeError(
-            f"block {layer} of tower {tower.name!r} got tokens {list(tokens.shape)} without their state: something "
-            "made a new tensor between two blocks (re-entrant checkpointing, for instance: use use_reentrant=False; or "
-            "a model spread over several devices), or the block was called on its own"
+    def _not_seen(self, block: nn.Module, watch: Merge) -> str:
+        what = "no residual addition behind its attention" if watch.attended else "no attention over its tokens"
+        return (
+            f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r} showed {what} ({watch.tokens} tokens): "
+            "expected F.scaled_dot_product_attention, nn.MultiheadAttention or matmul and softmax over [.., T, T], "
+            "then an addition to the block's own input. See docs/backbones.md for what can be watched"
         )
-    for one in bearers:
-        carry(one, state)
-    return state
 
 
-def take_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+def split_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
     """A block's first argument, and the others."""
     if args:
         return args[0], args[1:], kwargs
@@ -519,12 +487,3 @@ def _may_be_lent(tokens: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens.requires_grad:
         return False
     return tokens.is_inference() == torch.is_inference_mode_enabled()
-
-
-def _not_seen(block: nn.Module, layer: int, tower: Tower, watch: BlockWatch) -> str:
-    what = "no attention over its tokens" if watch.keys is None else "no residual addition behind its attention"
-    return (
-        f"block {layer} ({type(block).__name__}) of tower {tower.name!r} showed {what} ({watch.tokens} tokens): "
-        "expected F.scaled_dot_product_attention, nn.MultiheadAttention or matmul and softmax over [.., T, T], then an "
-        "addition to the block's own input. See docs/adapters.md for what can be watched"
-    )

@@ -246,7 +246,7 @@ class _Search:
         cross = int(bool(attached.reducer.cross_token))
         reserved = self.reserved(tower.n_reserved(bool(cross)), trial.entered[0])
         # Where one token of the last block is read, nothing is merged there.
-        layer, self.others = depth - 1 - int(attached.last.read_one), tower.prefix + cross
+        layer, self.others = depth - 1 - int(attached.last.class_token_only), tower.prefix + cross
         if tower.prompt is not None:
             features = tower.prompt.features(as_call(trial.inputs).kwargs)
             layer, self.others = features.layer, features.dropped + cross - int(attached.keeps_cross_token)

@@ -38,7 +38,7 @@ class View:
         tokens: [B, T, C] after the attention's residual.
         queries, keys: [B, H, T, D] as the attention compared them.
         received: [B, T] attention received, see `crossget.methods.importance.by_attention`, averaged over heads; of the class
-            token alone if the reducer wants that (`reads_class_token`); None unless it asks (`needs_attention`).
+            token alone if the reducer wants that (`needs_class_attention`); None unless it asks (`needs_attention`).
         sizes: [B, T] float32 input tokens per token; None while all are one.
         protected: [B, T] true for tokens that must stay as they are.
         n_protected: an upper bound of the protected tokens in a row.
@@ -124,7 +124,7 @@ class Reducer:
         return False
 
     @property
-    def reads_class_token(self) -> bool:
+    def needs_class_attention(self) -> bool:
         """Whether the attention in `View.received` is to be that of token 0 alone."""
         return False
 
@@ -200,7 +200,7 @@ class Merging(Reducer):
         return self._needs_importance and self.importance in ("attention", "class_attention")
 
     @property
-    def reads_class_token(self) -> bool:
+    def needs_class_attention(self) -> bool:
         return self.importance == "class_attention"
 
     def check(self, host: Host) -> None:
@@ -316,7 +316,7 @@ class TopK(Reducer):
         return self.importance in ("attention", "class_attention")
 
     @property
-    def reads_class_token(self) -> bool:
+    def needs_class_attention(self) -> bool:
         return self.importance == "class_attention"
 
     def check(self, host: Host) -> None:

@@ -389,7 +389,7 @@ def test_equals_the_tower_written_out(name: str, r: Any, cross_token: bool) -> N
         encode(model, ids)
         for hook in hooks:
             hook.remove()
-        end = None if tower.text is None else tower.text.read(ids)[0]
+        end = None if tower.text is None else tower.text.locate(ids)[0]
         cross = attached.cross_tokens.get("text")
         start = seen["start"]
         masked_from = CONTEXT if name == "coca" and not PAD_MASKS else 0
