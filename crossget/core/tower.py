@@ -41,6 +41,7 @@ class BlockRun:
         appends: the cross token is not among the tokens that the block gets.
         shows: what the host sees behind the block.
         class_token_only: the block computes one token alone.
+        left_out: nobody looks at the block's output, so that it gives its tokens back as they came.
         after: the state behind the block.
         score: [B, T] what the reducer scored the tokens with, or None.
         tokens: [B, T', C] the tokens behind the block, if the forward is recorded.
@@ -48,6 +49,7 @@ class BlockRun:
     """
 
     after: TokenState
+    left_out: bool = False
     score: Tensor | None = None
     tokens: Tensor | None = None
     left_cross_token: Tensor | None = None
@@ -188,10 +190,8 @@ class AttachedTower:
             layer, run = passed.layer, self._next(tokens, passed)
         state, forward = run.state, run.state.forward
         forward.record.tokens[layer] = state.positions.shape[1]
-        if self._is_looked_at(forward, layer):
-            out = call(*args, run=run, **kwargs)
-        else:
-            out = self._left_out(tokens, run)
+        run.left_out = not self._is_looked_at(forward, layer)
+        out = call(*args, run=run, **kwargs)
         self._leave(out, run, layer)
         return out
 
@@ -272,16 +272,6 @@ class AttachedTower:
             passed = Passed(state, layer + 1, run.shows == "grid" and state.changed, run.left_cross_token)
             pass_on(shown, passed)
 
-    def _left_out(self, tokens: Tensor, run: BlockRun) -> Any:
-        """What a block would return that nobody looks at: its tokens as they came."""
-        run.after = run.state
-        if run.cross_token is not None and run.appends:
-            run.left_cross_token = run.cross_token
-        # As it came: what is on the tokens now belongs to the block in front.
-        tokens = tokens.view_as(tokens)
-        run.tokens = tokens if run.state.forward.record.blocks is not None else None
-        return tokens if self._outputs == 0 else (tokens,)
-
     def _is_looked_at(self, forward: Forward, layer: int) -> bool:
         """Whether block `layer` has to run: it, or one behind it, is looked at.
 
@@ -317,6 +307,8 @@ class AttachedTower:
         names = self._names_of(block)
         tokens, args, kwargs = split_tokens(names, args, kwargs)
         state = run.state.to(tokens.device)
+        if run.left_out:
+            return self._as_they_came(tokens, state, run)
         if run.on_grid:
             tokens = take(tokens, state.positions[:, : state.positions.shape[1] - int(run.appends)])
         if run.cross_token is None:
@@ -360,6 +352,16 @@ class AttachedTower:
         if isinstance(out, tuple):
             return (shown, *out[1:])
         return shown
+
+    def _as_they_came(self, tokens: Tensor, state: TokenState, run: BlockRun) -> Any:
+        """What a block returns that nobody looks at."""
+        run.after = state
+        if run.appends:
+            run.left_cross_token = run.cross_token
+        tokens = tokens.view_as(tokens)  # what is on the tensor itself belongs to the block in front
+        if state.forward.record.blocks is not None:
+            run.tokens = tokens
+        return tokens if self._outputs == 0 else (tokens,)
 
     def _fit(self, block: nn.Module, name: str, value: Any, watch: Merge) -> Any:
         """An argument of the block for the tokens that are left."""

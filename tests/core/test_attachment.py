@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain_host import ATTENTIONS, RESIDUALS, TOKENS, Plain, registered
+from plain_host import ATTENTIONS, RESIDUALS, TOKENS, Block, Plain, registered
 from torch import Tensor, nn
 
 import contract
 import crossget
+from crossget.core.adapters import Blocks
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import planned_tokens
 
@@ -512,3 +514,86 @@ def test_the_cross_token_is_renewed_without_a_copy_of_the_tokens() -> None:
         assert torch.equal(given[2], before[0])
         for hook in hooks:
             hook.remove()
+
+
+def test_more_tokens_asked_for_than_there_are_is_a_warning_once() -> None:
+    model = Plain().eval()
+    with torch.no_grad(), crossget.attach(model, crossget.ToMe(9)) as attached:
+        with pytest.warns(UserWarning, match="asks tower 'visual' to remove 18 tokens.* remove 14 of 20.*block 1 on"):
+            model(TOKENS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(TOKENS)
+            attached.reducer = crossget.ToMe(crossget.Ratio(0.5))  # a share is of what there is
+            model(TOKENS)
+
+
+def test_the_handle_says_what_it_has_and_takes_nothing_else() -> None:
+    model = Plain().eval()
+    attached = crossget.attach(model, crossget.ToMe(3))
+    for what in ("tokens", "source", "records"):
+        with pytest.raises(RuntimeError, match="forward"):
+            getattr(attached, what)
+    with pytest.raises(
+        AttributeError, match=r"'r'.*attached\.reducer = dataclasses\.replace\(attached\.reducer, r=8\)"
+    ):
+        attached.r = 20
+    attached.detach()
+    dense = contract.run(model, (TOKENS,))
+    with attached:  # entered again, it attaches again
+        reduced = contract.run(model, (TOKENS,))
+        assert not contract.all_equal(reduced, dense)
+        with attached.paused():
+            with attached.paused():
+                assert contract.all_equal(contract.run(model, (TOKENS,)), dense)
+            assert contract.all_equal(contract.run(model, (TOKENS,)), dense)
+        assert contract.all_equal(contract.run(model, (TOKENS,)), reduced)
+    assert not attached.is_attached
+    with pytest.raises(RuntimeError, match="already detached"):
+        attached.paused().__enter__()
+
+
+def test_a_list_of_blocks_that_is_cut_or_replaced() -> None:
+    """Who is first and last is asked in the forward."""
+
+    class Live(Plain):
+        pass
+
+    @crossget.register(Live)
+    def live(model: Live) -> list[crossget.Tower]:
+        return [crossget.Tower("visual", Blocks(model, "stages"), 32, prefix=1, class_token=True)]
+
+    torch.manual_seed(0)
+    model = Live(depth=4).eval()
+    with torch.no_grad(), crossget.attach(model, crossget.CrossGET(3)) as attached:
+        whole = model.stages
+        for kept in (slice(0, 3), slice(1, 4), slice(2, 3)):
+            model.stages = whole[kept]
+            out = model.stages[0](TOKENS)
+            for stage in model.stages[1:]:
+                out = stage(out)
+            assert out.shape == TOKENS.shape
+            assert attached.tokens["visual"] == [21, 18, 15][: len(model.stages)]
+        model.stages = nn.ModuleList([*whole[:2], Block()])
+        with pytest.raises(RuntimeError, match=r"blocks \[2\] of tower 'visual' came after crossget.attach"):
+            model(TOKENS)
+        model.stages = whole
+        model(TOKENS)
+    crossget.unregister(Live)
+
+
+def test_a_forward_has_one_reducer() -> None:
+    """Another one that is set while a forward runs is for the next."""
+    model = Plain().eval()
+    with torch.no_grad(), crossget.attach(model, crossget.ToMe(3)) as attached:
+        expected = contract.run(model, (TOKENS,))
+
+        def change(*_: Any) -> None:
+            attached.reducer = crossget.ToMe(5)
+
+        hook = model.stages[1].register_forward_pre_hook(change)
+        assert contract.all_equal(contract.run(model, (TOKENS,)), expected)
+        assert attached.tokens["visual"] == [20, 17, 14]
+        hook.remove()
+        model(TOKENS)
+        assert attached.tokens["visual"] == [20, 15, 10]

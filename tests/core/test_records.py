@@ -337,7 +337,7 @@ class TestLookFor:
             (
                 torch.ones(24),
                 "vision",
-                r"set_text_features\(tower='vision'\): attached are the towers \['text', 'visual'\]",
+                r"tower='vision': attached are the towers \['text', 'visual'\]",
             ),
             (torch.ones(24), "text", "tower 'text' has no known way of single tokens to the space of texts"),
         ],
@@ -353,7 +353,7 @@ class TestLookFor:
     def test_another_number_of_texts_than_images(self, clip: Any) -> None:
         with crossget.attach(clip, {"visual": crossget.CrossGET(1, importance="text")}) as attached:
             attached.set_text_features(torch.randn(3, 24))
-            with pytest.raises(RuntimeError, match="got 2 images and looks for 3 texts"):
+            with pytest.raises(RuntimeError, match="got 2 images and text features of 3 texts"):
                 clip.encode_image(torch.rand(2, 3, 32, 32))
 
     def test_a_tower_without_a_way_to_texts_is_refused_when_attached(self, vit: nn.Module) -> None:
