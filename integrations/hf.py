@@ -11,7 +11,7 @@ from typing import Any
 import transformers.utils.generic
 from torch import Tensor, nn
 
-from crossget.core.adapters import Features, IntermediatesHook, Prompt, Tower, find_towers
+from crossget.core.adapters import Blocks, Features, IntermediatesHook, Prompt, Tower, find_towers
 
 # Where a tower's blocks are, below the module that runs them; the names have changed between versions.
 _STACKS = ("encoder.layers", "encoder.layer", "layers", "layer")
@@ -43,14 +43,14 @@ def backbone(model: nn.Module) -> list[IntermediatesHook]:
     return [IntermediatesHook(model, "forward")]
 
 
-def blocks(tower: nn.Module) -> list[nn.Module]:
+def blocks(tower: nn.Module) -> Blocks:
     """The blocks of a tower, in the order they run."""
     for path in _STACKS:
         found: Any = tower
         for name in path.split("."):
             found = getattr(found, name, None)
         if isinstance(found, nn.ModuleList):
-            return list(found)
+            return Blocks(tower, path)
     raise RuntimeError(
         f"{type(tower).__name__} has its blocks in none of {', '.join(_STACKS)}: a version not known here"
     )

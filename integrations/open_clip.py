@@ -21,7 +21,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossget.core.adapters import IntermediatesHook, SingleTokenOutput, TextInput, Tower, find_towers, register
+from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, TextInput, Tower, find_towers, register
 from crossget.core.state import TokenState
 from crossget.integrations import timm as timm_towers
 from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, project, support_row
@@ -202,7 +202,7 @@ def _hf_text(text: Any) -> Any:
     own_pooler = getattr(encoder, "pooler", None) is not None
     return Tower(
         "text",
-        blocks=list(encoder.get_submodule(names[1])),
+        blocks=Blocks(encoder, names[1]),
         width=int(embedding.weight.shape[1]),
         prefix=0 if pools_one else 1,
         padding=True,
@@ -235,13 +235,13 @@ def _refit_mask(block: nn.Module, name: str, value: Any, state: TokenState) -> A
 # Both ---------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(transformer: Any) -> list[nn.Module]:
+def _blocks(transformer: Any) -> Blocks:
     if not getattr(transformer, "batch_first", True):
         raise ValueError(
             "cannot reduce an open_clip tower made with batch_first=False: its blocks pass [T, B, C]; make the model "
             "with batch_first=True"
         )
-    return list(transformer.resblocks)
+    return Blocks(transformer, "resblocks")
 
 
 def _readers(transformer: nn.Module) -> list[IntermediatesHook]:
