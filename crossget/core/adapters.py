@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crossget.core.state import TokenState
-from crossget.methods.reducers import Host, ImportanceName, KeysName
+from crossget.methods.reducers import ImportanceName, KeysName, TowerFacts
 
 # A host's package -> the module of crossget.integrations that knows it.
 _HOSTS = ("timm", "open_clip", "transformers")
@@ -251,10 +251,18 @@ class Tower:
     overrides: Sequence[tuple[Any, str, Any]] = ()
 
     @property
-    def host(self) -> Host:
-        """What a reducer needs to know of this tower."""
-        name = f"tower {self.name!r}"
-        return Host(name, self.class_token, self.has_end, self.importance, self.keys, self.embed is not None)
+    def facts(self) -> TowerFacts:
+        """What a reducer has to know of this tower."""
+        return TowerFacts(
+            f"tower {self.name!r}",
+            self.class_token,
+            self.has_end,
+            self.importance,
+            self.keys,
+            self.embed is not None,
+            keeps_cross_token=self.keeps_cross_token,
+            single_token_output=bool(self.single_token_outputs),
+        )
 
     @property
     def reducible(self) -> bool:

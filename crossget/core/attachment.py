@@ -524,7 +524,7 @@ def _choose(
                 f"towers instead, of {sorted(towers)}, as in {{{next(iter(towers))!r}: {reducer}}}"
             )
         main = main_tower(towers)
-        others = [name for name in towers if name != main and reducer.resolved(towers[name].host).cross_token]
+        others = [name for name in towers if name != main and reducer.resolved(towers[name].facts).cross_token]
         return {main: reducer, **{name: replace(reducer, r=0) for name in others}}
     if not isinstance(reducer, Mapping):
         raise TypeError(

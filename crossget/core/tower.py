@@ -148,7 +148,7 @@ class AttachedTower:
         Raises:
             ValueError: the reducer cannot work on this tower.
         """
-        resolved, depth = reducer.resolved(self.tower.host), self.depth
+        resolved, depth = reducer.resolved(self.tower.facts), self.depth
         for layer in range(depth):
             resolved.schedule.removed(layer, depth, 1)
         if resolved.cross_token and self.cross is None:

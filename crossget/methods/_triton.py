@@ -1,9 +1,10 @@
 # mypy: ignore-errors
-# Written in Triton's language, which shares Python's grammar and not its types. `crossget.methods.kernels` imports this file
-# where Triton exists, and nothing else does.
+# Written in Triton's language, which shares Python's grammar but not its types. Only `crossget.methods.kernels` imports
+# this file, where Triton exists.
 """The kernels themselves: three for complete-graph matching, two for the ensemble and its gradient.
 
-Shapes and meaning are told in `crossget.methods.kernels`. Strides are in numbers; what is multiplied by one is 64 bits wide.
+`crossget.methods.kernels` describes shapes and meaning. Strides count numbers, not bytes; what is multiplied by a
+stride is 64 bits wide.
 """
 
 import torch

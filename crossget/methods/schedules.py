@@ -1,23 +1,23 @@
-"""How many tokens each block gives up: constant, per layer, linear, by ratio, rising.
+"""How many tokens each block removes: constant, per layer, linear, by ratio, by a ratio that rises.
 
 A schedule answers one question, in plain integers: of the `tokens` that enter block `layer` of `depth`, how many
-should leave? The answer is a wish: the matching never removes more than half of what may be touched.
+should be removed? A block removes fewer where the answer is more than half of the tokens that are not protected.
 """
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What `r` may be, besides an int or a sequence of ints.
+    """What `r` may be, besides an int or a sequence of ints."""
 
-    The method is not called `remove`: a list has one, and would pass for a schedule.
-    """
-
+    # Not called `remove`: a list has a method of that name, and would pass for a schedule.
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         """Tokens that block `layer` (counted from 0) of `depth` blocks should remove from `tokens`."""
         ...
@@ -25,12 +25,12 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """The same number in every block: the reference's schedule."""
+    """The same number in every block, as in the reference. `r=16` stands for `Constant(16)`."""
 
     r: int
 
     def __post_init__(self) -> None:
-        _check_count("r", self.r)
+        object.__setattr__(self, "r", _count("r", self.r))
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         return self.r
@@ -38,14 +38,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class PerLayer:
-    """One number per block, first block first."""
+    """One number per block, first block first. `r=(8, 4, 0)` stands for `PerLayer((8, 4, 0))`."""
 
     r: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "r", tuple(self.r))
-        for layer, count in enumerate(self.r):
-            _check_count(f"r[{layer}]", count)
+        object.__setattr__(self, "r", tuple(_count(f"r[{layer}]", count) for layer, count in enumerate(self.r)))
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         if len(self.r) != depth:
@@ -68,8 +66,8 @@ class Linear:
     end: int = 0
 
     def __post_init__(self) -> None:
-        _check_count("start", self.start)
-        _check_count("end", self.end)
+        object.__setattr__(self, "start", _count("start", self.start))
+        object.__setattr__(self, "end", _count("end", self.end))
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         if depth == 1:
@@ -82,13 +80,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A share of the tokens that enter each block, rounded down: `Ratio(0.1)` removes a tenth."""
+    """A share of the tokens that enter each block, rounded down: `Ratio(0.1)` removes a tenth.
+
+    Args:
+        share: between 0 and 0.5, since a block removes at most half of its tokens.
+    """
 
     share: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 0.5:
-            raise ValueError(f"share is {self.share}: a block can remove between 0 and 0.5 of its tokens")
+        object.__setattr__(self, "share", _share(self.share, most=0.5))
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         return int(self.share * tokens)
@@ -98,17 +99,19 @@ class Ratio:
 class RampedRatio:
     """A share of the tokens that enter each block, rounded down, which rises over the first third of the blocks.
 
-    `RampedRatio(0.1)` removes a tenth in every block behind the first third, and in block l of those, counted from 0, a
-    tenth times (l + 1/2) / (third of the blocks but the last). What is merged early is read by all blocks that follow,
-    and what tokens look like there says little yet of what they will mean; what is merged in the last block is read by
-    none. Above 0.5 the later blocks remove all they can, half of their tokens, and the first ones still rise.
+    `RampedRatio(0.1)` removes a tenth in every block behind the first third. In block l of that third, counted from 0,
+    it removes a tenth times 3 (l + 1/2) / (number of blocks - 1). Tokens that are merged early stay merged in all
+    blocks that follow, and the features of early blocks say less about which tokens can be merged without loss.
+
+    Args:
+        share: between 0 and 1. Above 0.5, later blocks remove half of their tokens, the most they can, and a larger
+            share makes the first ones remove more.
     """
 
     share: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"share is {self.share}: the share of tokens to remove is between 0 and 1")
+        object.__setattr__(self, "share", _share(self.share, most=1.0))
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         return int(min(0.5, self.share * min(1.0, 3 * (layer + 0.5) / max(1, depth - 1))) * tokens)
@@ -121,30 +124,35 @@ def as_schedule(r: int | Sequence[int] | Schedule) -> Schedule:
         TypeError: `r` is none of an int, a sequence of ints, a schedule.
         ValueError: a count is negative.
     """
-    if isinstance(r, int) and not isinstance(r, bool):
-        return Constant(r)
-    if isinstance(r, Schedule):  # which takes Python a while to find out
+    if as_int(r) is not None:
+        return Constant(r)  # type: ignore[arg-type]  # anything that Python takes for an index
+    if isinstance(r, Schedule):  # slow, so asked second
         return r
-    if isinstance(r, Sequence) and not isinstance(r, str):
+    if isinstance(r, Sequence) and not isinstance(r, str | bytes):
         return PerLayer(tuple(r))
-    raise TypeError(f"r is {r!r}: give an int, one int per block, or a schedule such as crossget.Linear(16, 0)")
+    raise TypeError(f"r is {r!r}: {_instead(r)}")
 
 
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}: the number of tokens to remove is an int")
-    if value < 0:
-        raise ValueError(f"{name} is {value}: the number of tokens to remove cannot be negative")
+def as_int(value: Any) -> int | None:
+    """`value` as a plain int where it is an integer, NumPy's and others' included; None for others and for booleans."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def planned_tokens(schedule: Schedule, depth: int, tokens: int, n_protected: int, first: int = 0) -> list[int]:
     """Tokens entering each block, and those behind the last one.
 
     Args:
-        schedule: the wish.
+        schedule: how many tokens each block should remove.
         depth: number of blocks.
         tokens: entering block `first`, the cross token included.
-        n_protected: tokens that must stay as they are; of the others, at most half leave in one block.
+        n_protected: tokens that are never removed; of the others, at most half are removed in one block.
         first: the block to begin with.
 
     Returns:
@@ -152,6 +160,36 @@ def planned_tokens(schedule: Schedule, depth: int, tokens: int, n_protected: int
     """
     counts = [tokens]
     for layer in range(first, depth):
-        wish = schedule.removed(layer, depth, counts[-1])
-        counts.append(counts[-1] - max(0, min(wish, (counts[-1] - n_protected) // 2)))
+        wanted = schedule.removed(layer, depth, counts[-1])
+        counts.append(counts[-1] - max(0, min(wanted, (counts[-1] - n_protected) // 2)))
     return counts
+
+
+def _count(name: str, value: Any) -> int:
+    count = as_int(value)
+    if count is None:
+        raise TypeError(f"{name} is {value!r}: {_instead(value)}")
+    if count < 0:
+        raise ValueError(f"{name} is {count}: the number of tokens to remove cannot be negative; 0 removes none")
+    return count
+
+
+def _instead(value: Any) -> str:
+    """What to give instead of a value that is no number of tokens."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if number.is_integer():
+            return f"the number of tokens to remove is an int, so write {int(number)}"
+        if 0 < number < 1:
+            share = min(number, 0.5)
+            return f"the number of tokens to remove is an int; for a share of them give crossget.Ratio({share:g})"
+    return "give an int, one int per block, or a schedule such as crossget.Ratio(0.1) or crossget.Linear(16, 0)"
+
+
+def _share(share: Any, most: float) -> float:
+    if isinstance(share, bool | str) or not hasattr(share, "__float__"):
+        raise TypeError(f"share is {share!r}: give a number between 0 and {most:g}")
+    number = float(share)
+    if not 0.0 <= number <= most:
+        raise ValueError(f"share is {number:g}: a block can remove between 0 and {most:g} of its tokens")
+    return number

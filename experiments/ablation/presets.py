@@ -12,8 +12,9 @@ REDUCTIONS = (2, 4, 8, 12, 16)
 
 # The whole method with the host's reference values. Untrained, its cross token is a copy of the class token.
 FULL = CrossGET(r=0)
-# Without what needs training: no cross token, the class token scores the tokens, and scores do not choose sources.
-UNTRAINED = replace(FULL, guided_matching=False, importance="class_token", cross_token=False)
+# Without what needs training: no cross token, so that the class token scores the tokens, and scores do not choose
+# sources.
+UNTRAINED = replace(FULL, guided_matching=False, cross_token=False)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def part(label: str, base: CrossGET, **fields: object) -> Preset:
     """Return the row of `base` with some of its parts exchanged."""
     method = replace(base, **fields)  # type: ignore[arg-type]
     seeded = method.matching == "random"
-    return Preset(label, lambda r, seed: replace(method, r=r, seed=seed if seeded else 0), seeded)
+    return Preset(label, lambda r, seed: replace(method, r=r, seed=seed if seeded else None), seeded)
 
 
 # The baselines, and the way from ToMe to CrossGET, each row adding one part to the row above it.

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import crossget
 from crossget.measure.speed import calling, peak_memory, quartiles
-from crossget.methods.matching import BAND, BUDGET, Candidates, complete_graph
+from crossget.methods.matching import Candidates, complete_graph
+from crossget.methods.pairs import BAND, BUDGET
 from experiments import common
 from experiments.speed.towers import CROSSGET, DENSE, SETUPS, TOME, TowerName, placed, variants
 from experiments.speed.towers import Options as TowerOptions

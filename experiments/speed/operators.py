@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossget
 from crossget.measure.speed import calling, quartiles, take_turns
-from crossget.methods.matching import bound_of, symmetric, take
-from crossget.methods.reducers import Host, Reducer, View
+from crossget.methods.indexing import take
+from crossget.methods.pairs import bound_of, symmetric
+from crossget.methods.reducers import Reducer, TowerFacts, View
 from experiments import common
 
 RESULTS = Path(__file__).parent / "results"
@@ -158,7 +159,7 @@ def reduce(reducer: Reducer, x: Tensor, q: Tensor, k: Tensor) -> Any:
     place = torch.arange(tokens)
     protected = ((place == 0) | (place == tokens - 1)).expand(len(x), tokens)
     view = View(x, q, k, None, torch.ones(len(x), tokens), protected, 2, None, tokens - 1)
-    return reducer.resolved(Host("a tower")).reduce(view, REMOVED)
+    return reducer.resolved(TowerFacts("a tower")).reduce(view, REMOVED)
 
 
 class Count(TorchDispatchMode):

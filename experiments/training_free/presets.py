@@ -100,13 +100,13 @@ AWAY: dict[str, Preset] = {
     "ward_ratio": Preset("Ratio instead of RampedRatio", WARD, ratio, 0.5),
     "ward_two_sets": Preset(
         "two sets, all channels, instead of a graph, half of them",
-        replace(WARD, matching="ward", keys="tokens"),
+        replace(WARD, matching="ward", key_stride=1),
         rising,
         1.0,
     ),
-    "ward_all_channels": Preset("all channels instead of half", replace(WARD, keys="tokens"), rising, 1.0),
+    "ward_all_channels": Preset("all channels instead of half", replace(WARD, key_stride=1), rising, 1.0),
     "ward_cosine": Preset("cosines instead of Ward's criterion", replace(WARD, matching="complete_graph"), like="ward"),
-    "ward_keys": Preset("keys instead of tokens", replace(WARD, keys="all_heads"), like="ward"),
+    "ward_keys": Preset("keys instead of tokens", replace(WARD, keys="all_heads", key_stride=1), like="ward"),
 }
 
 PRESETS: dict[str, Preset] = {**METHODS, **ALONE, **AWAY}

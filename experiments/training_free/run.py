@@ -96,7 +96,7 @@ class Meter:
         """Return what every schedule of a method costs."""
         method = replace(reducer, r=0)
         if method not in self.known:
-            cross = bool(method.resolved(self.tower.host).cross_token)
+            cross = bool(method.resolved(self.tower.facts).cross_token)
             frame = Frame(self.depth, self.tokens + cross, self.tower.n_reserved(cross), self.depth - 1)
             with crossget.attach(self.model, method) as attached, torch.no_grad():
                 self.known[method] = derive(Trial(self.model, self.image, attached, self.tower.name), frame)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import crossget
 from crossget.methods.importance import by_attention, by_guide
 from crossget.methods.matching import Ties
-from crossget.methods.reducers import Host, View
+from crossget.methods.reducers import TowerFacts, View
 from experiments.retrieval.models import Clip
 from experiments.retrieval.task import RetrievalTask
 
@@ -52,7 +52,7 @@ def view_of(case: dict[str, Any]) -> View:
 
 def reducer_of(case: dict[str, Any], ties: Ties = "torch") -> crossget.CrossGET:
     importance = "attention" if "h" in case else "cross_token"
-    return crossget.CrossGET(case["r"], ties=ties).resolved(Host("golden", importance=importance))
+    return crossget.CrossGET(case["r"], ties=ties).resolved(TowerFacts("golden", importance=importance))
 
 
 def importance_of(view: View) -> Tensor:

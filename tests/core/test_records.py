@@ -80,7 +80,7 @@ class TestHistory:
             for step, places in zip(steps, followed(plans, image, 17), strict=True):
                 assert step.source[image].tolist() == places
                 counts = [places.count(token) for token in range(step.features.shape[1])]
-                if method.resolved(attached.towers["visual"].host).cross_token:
+                if method.resolved(attached.towers["visual"].facts).cross_token:
                     counts[-1] = 1  # it is no token of the host's
                 assert step.sizes[image].tolist() == counts
         assert torch.equal(steps[-1].source, attached.source["visual"])

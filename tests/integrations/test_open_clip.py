@@ -378,7 +378,7 @@ def test_equals_the_tower_written_out(name: str, r: Any, cross_token: bool) -> N
     model, (_, host, padding) = prepared(name), TEXTS[name]
     reducer = crossget.CrossGET(r=r, cross_token=cross_token, ties="stable")
     if not cross_token and not crossget.find_towers(model)[-1].has_end:  # nothing guides
-        reducer = dataclasses.replace(reducer, importance="attention", guided_matching=False, ensemble="size")
+        reducer = dataclasses.replace(reducer, guided_matching=False, ensemble="size")
     ids, seen = texts(), {}
     with randomised(model, reducer) as attached:
         tower = attached.towers["text"]

@@ -90,7 +90,7 @@ class Host:
 
 CROSS, TOME = crossget.CrossGET(r=0), crossget.ToMe(r=0)
 BY_ATTENTION = crossget.CrossGET(r=0, cross_token=False, importance="attention")
-WARD, IN_TWO_SETS = crossget.Ward(r=0), crossget.Ward(r=0, matching="ward", keys="tokens")
+WARD, IN_TWO_SETS = crossget.Ward(r=0), crossget.Ward(r=0, matching="ward", key_stride=1)
 GRAPH = crossget.CrossGET(r=0, cross_token=False, guided_matching=False, ensemble="size")
 VIT = Host("timm", vit, lambda: images(2))
 TEXTS = Host("text", clip, lambda: {"text": torch.randint(1, 60, (3, 12))}, "text")

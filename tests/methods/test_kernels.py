@@ -25,12 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossget import CrossGET
 from crossget.methods import kernels
-from crossget.methods.reducers import Host, View
+from crossget.methods.reducers import TowerFacts, View
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EXAMPLES = int(os.environ.get("CROSSGET_TEST_EXAMPLES", "30"))  # of matching; the interpreter is slow
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ROOT = Path(__file__).parents[2]
+TRITON = ROOT / "crossget" / "methods" / "_triton.py"
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
 needs_triton = pytest.mark.skipif(kernels._kernels() is None, reason="needs triton 3.4")
@@ -427,7 +428,7 @@ def test_the_library_asks_for_what_the_kernels_answer(
     protected = torch.zeros(2, 20, dtype=torch.bool)
     protected[:, [0, -1]] = True
     view = View(x, keys.flip(2), keys, None, torch.randint(1, 5, (2, 20)).float(), protected, 2, None, 19)
-    reducer = CrossGET(6, ensemble=ensemble, ties="stable").resolved(Host("tower"))
+    reducer = CrossGET(6, ensemble=ensemble, ties="stable").resolved(TowerFacts("tower"))
     expected = reducer.reduce(view, 6)
     asked = []
 
@@ -582,7 +583,9 @@ class TestCompilation:
 
         dtype = torch.bfloat16
         # Kernels of its own, since they remember what they were compiled for.
-        spec = importlib.util.spec_from_file_location("crossget_triton_copy", ROOT / "crossget" / "_triton.py")
+        spec = importlib.util.spec_from_file_location(
+            "crossget_triton_copy", ROOT / "crossget" / "methods" / "_triton.py"
+        )
         copy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copy)
         for kernel in (copy.row_max, copy.priority, copy.nearest):

@@ -1,4 +1,4 @@
-"""Coherence: what it is, by loops, and that a block says and adds as much less as its tokens are incoherent."""
+"""Norm correction against loops, and that values and MLP outputs are multiplied by it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_host import ATTENTIONS, RESIDUALS, TOKENS, Block, Plain, registered
+from plain_host import ATTENTIONS, RESIDUALS, TOKENS, Block, Plain, merge, registered
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
-from crossget.core.state import TokenState
-from crossget.core.watch import BlockWatch
 from crossget.methods.matching import MergePlan
 from crossget.methods.merging import ENSEMBLES, norm_correction
-from crossget.methods.reducers import Host
+from crossget.methods.reducers import TowerFacts
 
 plain = pytest.fixture(autouse=True)(registered)
 
@@ -52,7 +50,7 @@ def test_it_is_the_length_of_a_group_s_mean_direction(seed: int, ensemble: str, 
     assert joined.shape == (2, 5, 8)
 
 
-def test_what_is_dropped_takes_its_coherence_along() -> None:
+def test_dropping_tokens_keeps_the_corrections_of_the_others() -> None:
     plan = MergePlan(torch.tensor([[1]]), None, 3)
     found = norm_correction(torch.randn(1, 3, 4), torch.tensor([[1.0, 0.5, 0.7]]), plan)
     assert found.tolist() == [[1.0, pytest.approx(0.7)]]
@@ -65,17 +63,15 @@ def test_values_and_what_the_mlp_adds_are_scaled(attention: str, residual: str) 
     block = Block(attention=attention, residual="plus" if residual == "onto" else residual)
     block.mha.in_proj_weight, block.mha.in_proj_bias = block.qkv.weight, block.qkv.bias
     block.mha.out_proj.weight, block.mha.out_proj.bias = block.proj.weight, block.proj.bias
-    state = TokenState.start(2, 20, TOKENS.device, cross=False, prefix=1, end=None, valid=None)
-    state.sizes = torch.randint(1, 4, (2, 20), generator=torch.Generator().manual_seed(1)).float()
+    sizes = torch.randint(1, 4, (2, 20), generator=torch.Generator().manual_seed(1)).float()
     factor = torch.rand(2, 20, generator=torch.Generator().manual_seed(2))
-    state.norm_correction = factor
     x = TOKENS.clone()
     q, k, v = (z.unflatten(-1, (4, -1)).transpose(1, 2) for z in block.qkv(block.norm(x)).chunk(3, -1))
-    weights = (q @ k.mT * 8**-0.5 + state.sizes.log()[:, None, None]).softmax(-1)
+    weights = (q @ k.mT * 8**-0.5 + sizes.log()[:, None, None]).softmax(-1)
     attended = x + block.proj((weights @ (v * factor[:, None, :, None])).transpose(1, 2).flatten(2))
     expected = attended + factor[:, :, None] * block.mlp(attended)
-    reducer = crossget.Ward(0).resolved(Host("tower"))
-    with torch.no_grad(), BlockWatch(x, state, reducer, 0, causal=False, cross_like_first=True, find_padding=False):
+    reducer = crossget.Ward(0).resolved(TowerFacts("tower"))
+    with torch.no_grad(), merge(x, reducer, 0, sizes=sizes, norms=factor):
         torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -89,18 +85,15 @@ def test_in_place_the_second_residual_is_scaled_as_well(in_place: str) -> None:
 
     torch.manual_seed(0)
     block = InPlace()
-    state = TokenState.start(2, 20, TOKENS.device, cross=False, prefix=1, end=None, valid=None)
     results = []
     for run in (block.forward, lambda x: Block.forward(block, x)):
-        state.norm_correction = torch.full((2, 20), 0.5)
-        reducer = crossget.Ward(0).resolved(Host("tower"))
-        watch = BlockWatch(TOKENS, state, reducer, 0, causal=False, cross_like_first=True, find_padding=False)
-        with torch.no_grad(), watch:
+        reducer = crossget.Ward(0).resolved(TowerFacts("tower"))
+        with torch.no_grad(), merge(TOKENS, reducer, 0, norms=torch.full((2, 20), 0.5)):
             results.append(run(TOKENS))
     assert torch.equal(*results)
 
 
-def test_a_merged_token_says_what_its_members_said_together() -> None:
+def test_a_merged_token_gives_what_its_tokens_gave_together() -> None:
     """Exactly so where tokens have one length, attention is even and nothing else happens to them."""
     torch.manual_seed(0)
     model = Plain(depth=2).eval()
@@ -117,27 +110,27 @@ def test_a_merged_token_says_what_its_members_said_together() -> None:
     seen = {}
     for name, method in {
         "dense": crossget.ToMe(0),
-        "coherent": crossget.ToMe((3, 0), norm_correction=True),
+        "corrected": crossget.ToMe((3, 0), norm_correction=True),
         "plain": crossget.ToMe((3, 0)),
     }.items():
         with torch.no_grad(), crossget.attach(model, method) as attached, attached.recording():
             model(tokens)
             seen[name] = attached.records["visual"][-1].features[:, 0]
-    torch.testing.assert_close(seen["coherent"], seen["dense"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["corrected"], seen["dense"], rtol=1e-5, atol=1e-5)
     assert (seen["plain"] - seen["dense"]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.TopK, crossget.Random])
-def test_any_method_may_use_it(method: Any) -> None:
+@pytest.mark.parametrize("method", [crossget.CrossGET, crossget.ToMe, crossget.Random])
+def test_any_method_that_merges_may_use_it(method: Any) -> None:
     torch.manual_seed(0)
     model = Plain().eval()
     outputs = []
     with torch.no_grad():
-        for coherent in (False, True):
-            with crossget.attach(model, method(3, norm_correction=coherent)):
+        for corrected in (False, True):
+            with crossget.attach(model, method(3, norm_correction=corrected)):
                 outputs.append(model(TOKENS))
     assert torch.isfinite(outputs[1]).all()
-    assert torch.equal(*outputs) == (method is crossget.TopK)  # which joins nothing
+    assert not torch.equal(*outputs)
 
 
 def test_gradients_flow_through_what_is_scaled() -> None:
@@ -152,3 +145,9 @@ def test_gradients_flow_through_what_is_scaled() -> None:
         if not name.startswith("mha")
     )
     assert isinstance(model, nn.Module)
+
+
+def test_an_ensemble_that_does_not_set_its_weights_is_refused() -> None:
+    plan = MergePlan(torch.tensor([[1]]), torch.tensor([[2]]), 3)
+    with pytest.raises(ValueError, match="MergePlan.taken"):
+        norm_correction(torch.randn(1, 3, 4), None, plan)
