@@ -17,6 +17,7 @@ from crossget.core.carried import Notes, leave_notes, left_notes, pass_on, passe
 from crossget.core.masks import visible
 from crossget.core.state import Record
 from crossget.core.tower import AttachedTower, split_tokens
+from crossget.methods.indexing import size_of
 from crossget.methods.reducers import Reducer
 
 
@@ -77,7 +78,7 @@ class AttachedDecoder(AttachedTower):
         record, layer, position = state.record, state.layer, state.position
         token = None
         if position is not None:
-            record.tokens[layer] = tokens.shape[1]
+            record.tokens[layer] = size_of(tokens, 1)
             token = self.cross_token(tokens.gather(1, _at(position, tokens)).squeeze(1), record, layer)
         out = call(*args, run=Replacement(position, token), **kwargs)
         if layer < self.depth - 1:

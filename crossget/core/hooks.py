@@ -27,6 +27,7 @@ from crossget.core.decoder_tower import cached_tokens, first_token
 from crossget.core.image_prompts import around_generate, before_forward
 from crossget.core.state import Shown
 from crossget.core.tower import AttachedTower
+from crossget.methods.indexing import size_of
 
 Undo = Callable[[], Any]
 
@@ -169,7 +170,7 @@ def _behind_single_token(attached: AttachedTower, module: nn.Module, args: tuple
 def note_text_ids(attached: AttachedTower, ids: Tensor) -> None:
     """Keep for the tower's next forward where the texts with these token ids [B, T] end."""
     if attached.tower.text is not None:
-        attached.noted.set((ids.shape[0], *attached.tower.text.locate(ids)))
+        attached.noted.set((size_of(ids, 0), *attached.tower.text.locate(ids)))
 
 
 def _note_ids(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crossget.methods.indexing import size_of
 from crossget.methods.matching import MergePlan, shares
 from crossget.methods.merging import unmerge
 from crossget.methods.reducers import Reducer
@@ -270,7 +271,7 @@ class TokenState:
         source = self.source[:, :length]
         if not self.dropped:
             return unmerge(tokens, source)
-        last = tokens.shape[1] - int(cross)
+        last = size_of(tokens, 1) - int(cross)
         return unmerge(tokens, source, tokens[:, self.forward.prefix : last].mean(1, keepdim=True))
 
 

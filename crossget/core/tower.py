@@ -22,7 +22,7 @@ from crossget.core.carried import Notes, Passed, ThreadValue, leave_notes, left_
 from crossget.core.masks import visible
 from crossget.core.reduction import ClassTokenOnly, Merge
 from crossget.core.state import Forward, Record, Relevance, Shown, TokenState, Visible, token_at, with_token
-from crossget.methods.matching import take
+from crossget.methods.indexing import size_of, take
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import RampedRatio, Ratio, planned_tokens
 
@@ -189,7 +189,7 @@ class AttachedTower:
         else:
             layer, run = passed.layer, self._next(tokens, passed)
         state, forward = run.state, run.state.forward
-        forward.record.tokens[layer] = state.positions.shape[1]
+        forward.record.tokens[layer] = size_of(state.positions, 1)
         run.left_out = not self._is_looked_at(forward, layer)
         out = call(*args, run=run, **kwargs)
         self._leave(out, run, layer)
@@ -198,7 +198,7 @@ class AttachedTower:
     def _first(self, block: nn.Module, tokens: Tensor, arguments: Mapping[str, Any]) -> BlockRun:
         """The run of the first block."""
         self._check_first(block, tokens)
-        batch, length = tokens.shape[0], tokens.shape[1]
+        batch, length = size_of(tokens, 0), size_of(tokens, 1)
         if recomputing():
             notes = left_notes(tokens)
         else:
@@ -251,7 +251,7 @@ class AttachedTower:
         one = last and forward.shown.class_token_only
         if one:
             forward.record.class_token_only = True
-        tokens = state.positions.shape[1]
+        tokens = size_of(state.positions, 1)
         r = 0 if one else forward.reducer.schedule.removed(layer, forward.depth, tokens)
         return BlockRun(state, r, shows, class_token_only=one, **given)
 
@@ -310,7 +310,7 @@ class AttachedTower:
         if run.left_out:
             return self._as_they_came(tokens, state, run)
         if run.on_grid:
-            tokens = take(tokens, state.positions[:, : state.positions.shape[1] - int(run.appends)])
+            tokens = take(tokens, state.positions[:, : size_of(state.positions, 1) - int(run.appends)])
         if run.cross_token is None:
             return self._reduced(block, forward, tokens, state, args, kwargs, run)
         token = run.cross_token.to(tokens.device, tokens.dtype)
