@@ -117,16 +117,7 @@ class SupportRow:
 
 def support_row(name: str, model: nn.Module, towers: Sequence[Tower], reason: str = "") -> SupportRow:
     """The row of a model with these towers, or with none for this reason."""
-    return SupportRow(name, type(model).__name__, bool(towers), tuple(map(describe, towers)), "" if towers else reason)
-
-
-def describe(tower: Tower) -> str:
-    """A tower in one line."""
-    kinds = ", ".join(sorted({type(block).__name__ for block in tower.blocks}))
-    parts = [f"{len(tower.blocks)} blocks ({kinds})", f"prefix {tower.prefix}"]
-    parts += [label for label in ("class token", "causal") if getattr(tower, label.replace(" ", "_"))]
-    parts += [] if tower.reducible else ["generates: cross token only"]
-    return f"{tower.name}: {', '.join(parts)}"
+    return SupportRow(name, type(model).__name__, bool(towers), tuple(map(str, towers)), "" if towers else reason)
 
 
 class NumbersOnCPU(TorchFunctionMode):

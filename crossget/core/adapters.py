@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from crossget.core.block_class import base_of
 from crossget.core.state import TokenState
 from crossget.methods.reducers import ImportanceName, KeysName, TowerFacts
 
@@ -249,6 +250,15 @@ class Tower:
     prompt: Prompt | None = None
     decoder: nn.Module | None = None
     overrides: Sequence[tuple[Any, str, Any]] = ()
+
+    def __str__(self) -> str:
+        """The tower in one line: "visual: 12 blocks (Block), prefix 1, class token"."""
+        kinds = ", ".join(sorted({base_of(block).__name__ for block in self.blocks}))
+        parts = [f"{len(self.blocks)} blocks ({kinds})", f"prefix {self.prefix}"]
+        parts += ["class token"] if self.class_token else []
+        parts += ["causal"] if self.causal else []
+        parts += [] if self.reducible else ["generates: cross token only"]
+        return f"{self.name}: {', '.join(parts)}"
 
     @property
     def facts(self) -> TowerFacts:

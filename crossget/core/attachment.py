@@ -47,8 +47,8 @@ class Attachment:
         self._registered: nn.Module | None = None
 
     def __repr__(self) -> str:
-        towers = ", ".join(f"{name}={tower.reducer}" for name, tower in self._towers.items())
-        return f"Attachment({towers}{'' if self.is_attached else ', detached'})"
+        towers = "; ".join(f"{attached.tower}: {attached.reducer}" for attached in self._towers.values())
+        return f"Attachment({towers}{'' if self.is_attached else '; detached'})"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and name not in _SETTABLE:

@@ -531,6 +531,7 @@ def test_more_tokens_asked_for_than_there_are_is_a_warning_once() -> None:
 def test_the_handle_says_what_it_has_and_takes_nothing_else() -> None:
     model = Plain().eval()
     attached = crossget.attach(model, crossget.ToMe(3))
+    assert repr(attached).startswith("Attachment(visual: 3 blocks (Block), prefix 1, class token: ToMe(3")
     for what in ("tokens", "source", "records"):
         with pytest.raises(RuntimeError, match="forward"):
             getattr(attached, what)

@@ -14,7 +14,7 @@ from torch import nn
 import contract
 import crossget
 from crossget.integrations import open_clip as adapter
-from crossget.integrations._support import describe, markdown
+from crossget.integrations._support import markdown
 from crossget.methods.schedules import planned_tokens
 
 pytestmark = pytest.mark.slow
@@ -77,4 +77,4 @@ def test_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
         page = (Path(__file__).parents[2] / "docs" / "models_open_clip.md").read_text()
         assert page.endswith(markdown(rows.values())), "write markdown(support_matrix()) to its end again"
     made: nn.Module = build("mt5-base-ViT-B-32", monkeypatch)
-    assert rows["mt5-base-ViT-B-32"].towers == tuple(map(describe, crossget.find_towers(made)))
+    assert rows["mt5-base-ViT-B-32"].towers == tuple(map(str, crossget.find_towers(made)))
