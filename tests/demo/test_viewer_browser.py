@@ -256,7 +256,8 @@ class TestTexts:
             ]
             assert opened.fills("CrossGET") != plain
             assert (
-                f"{run['blocks'][1]['regrouped']} of 64 patches" in opened.panel("CrossGET").locator(".legend").inner_text()
+                f"{run['blocks'][1]['regrouped']} of 64 patches"
+                in opened.panel("CrossGET").locator(".legend").inner_text()
             )
             assert "no text guides" in opened.panel("ToMe-style").locator(".legend").inner_text()
         assert f"“{NASTY}”" in opened.panel("CrossGET").locator(".head").inner_text()

@@ -577,7 +577,7 @@ def test_answers_and_scores(tmp_path: Path, plain: Path, trained: Path) -> None:
     assert score < 0.5  # which is that of "r"
     log = done.stdout + done.stderr
     assert "llava_crossget: the dense model" in log
-    assert f"llava_crossget: Attachment(visual=CrossGET(r={SAVED_R}," in log
+    assert f"llava_crossget: Attachment(visual=CrossGET({SAVED_R}," in log
 
 
 @pytest.mark.slow
