@@ -7,7 +7,7 @@ cache, and in the part of a prefill that it lies in. A decoding step, with that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,16 @@ class FirstToken:
         self.record = record or Record()
 
 
-class Replacement(NamedTuple):
-    """What one block of a decoder is to do.
+class Replacement:
+    """What one block of a decoder is to do. No tuple: hooks map those to others, with other tensors inside.
 
     Attributes:
         position: [B] of the first real token of each row.
         token: [B, C] what takes its place; None: it stays.
     """
 
-    position: Tensor | None
-    token: Tensor | None
+    def __init__(self, position: Tensor | None = None, token: Tensor | None = None) -> None:
+        self.position, self.token = position, token
 
 
 class AttachedDecoder(AttachedTower):
@@ -70,7 +70,7 @@ class AttachedDecoder(AttachedTower):
     def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the block with the cross token in the place of the first real token, if that is among the tokens."""
         if not self.reducer.cross_token:
-            return call(*args, run=Replacement(None, None), **kwargs)
+            return call(*args, run=Replacement(), **kwargs)
         tokens = args[0] if args else kwargs[self._names_of(block)[0]]
         state: FirstToken | None = passed_with(tokens)
         if state is None or state.owner is not self:

@@ -21,10 +21,10 @@ def _cosines(
 ):  # fmt: skip
     """Cosines [BLOCK_M, BLOCK_N] of the keys that start at `row` and at `column`.
 
-    The keys are scaled after the product, so that bfloat16 enters it as it is. S_ij and S_ji are equal to the last
+    The products are scaled, not the keys, so that bfloat16 is multiplied unrounded. S_ij and S_ji are equal to the last
     bit, which makes mutual nearest neighbours tie: both sums run over the channels in the same order, and the two
-    scales are multiplied with each other first. (tf32x3 would be faster than ieee, and breaks this.) Where they
-    differed, the one with the larger maximum would rank higher, and no worse would happen.
+    scales are multiplied with each other first. (tf32x3 would be faster than ieee, and breaks this.) If they differed,
+    the token with the larger maximum would rank higher; nothing else depends on it.
     """
     k = tl.arange(0, BLOCK_K)
     dot = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -37,7 +37,7 @@ def _cosines(
             a = tl.load(row[:, None] + (start + k)[None, :], mask=inside[None, :], other=0.0)
             b = tl.load(column[None, :] + (start + k)[:, None], mask=inside[:, None], other=0.0)
         dot = tl.dot(a, b, dot, input_precision="ieee")
-    # As torch.nn.functional.normalize does: a key of length zero is similar to nothing.
+    # As in torch.nn.functional.normalize: a key of norm zero has a cosine of 0 with every other.
     row_scale = 1.0 / tl.maximum(row_norm, 1e-12)
     column_scale = 1.0 / tl.maximum(column_norm, 1e-12)
     return dot * (row_scale[:, None] * column_scale[None, :])
@@ -45,7 +45,7 @@ def _cosines(
 
 @triton.jit
 def _groups(protected, valid, protected_t, valid_t, t, T):
-    """Which tokens may be matched with which: those of equal number, and -1 with none."""
+    """The group of each token: tokens match within a group, and those of group -1 not at all."""
     blocked = tl.load(protected + t * protected_t, mask=t < T, other=1).to(tl.int32)
     group = -blocked
     if valid is not None:
@@ -55,8 +55,8 @@ def _groups(protected, valid, protected_t, valid_t, t, T):
 
 
 @triton.jit
-def _read(keys, norms, group, keys_t, t, T):
-    """Where the keys of some tokens start, how long they are, and their groups."""
+def _load(keys, norms, group, keys_t, t, T):
+    """Addresses of the keys of some tokens, their norms and their groups."""
     start = keys + tl.minimum(t, T - 1).to(tl.int64) * keys_t
     return start, tl.load(norms + t, mask=t < T, other=1.0), tl.load(group + t, mask=t < T, other=-1).to(tl.int32)
 
@@ -74,7 +74,7 @@ def row_max(
     protected += b * protected_b
     if valid is not None:
         valid += b * valid_b
-    # Beyond the end the last token is read again, without a mask in the inner loop; its group says it is nobody's.
+    # Rows beyond the end load the last token, so that the inner loop needs no mask; their group -1 excludes them.
     row = keys + tl.minimum(i, T - 1).to(tl.int64) * keys_t
     row_norm = tl.load(norms + i, mask=i < T, other=1.0)
     row_group = _groups(protected, valid, protected_t, valid_t, i, T)
@@ -105,12 +105,12 @@ def priority(
     norms += b * T
     best += b * T
     group += b * T
-    row, row_norm, row_group = _read(keys, norms, group, keys_t, i, T)
+    row, row_norm, row_group = _load(keys, norms, group, keys_t, i, T)
     row_best = tl.load(best + i, mask=i < T, other=0.0)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     for start in range(0, T, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        column, column_norm, column_group = _read(keys, norms, group, keys_t, j, T)
+        column, column_norm, column_group = _load(keys, norms, group, keys_t, j, T)
         column_best = tl.load(best + j, mask=j < T, other=0.0)
         s = _cosines(row, column, row_norm, column_norm, C, BLOCK_M, BLOCK_N, BLOCK_K)
         below = column_best[None, :] < row_best[:, None]
@@ -138,12 +138,12 @@ def nearest(
     group += b * T
     leaves += b * T
     i = tl.load(source + b * R + a, mask=a < R, other=0).to(tl.int32)
-    row, row_norm, row_group = _read(keys, norms, group, keys_t, i, T)
+    row, row_norm, row_group = _load(keys, norms, group, keys_t, i, T)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     at = tl.zeros((BLOCK_M,), dtype=tl.int32)
     for start in range(0, T, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        column, column_norm, column_group = _read(keys, norms, group, keys_t, j, T)
+        column, column_norm, column_group = _load(keys, norms, group, keys_t, j, T)
         stays = tl.load(leaves + j, mask=j < T, other=1) == 0
         s = _cosines(row, column, row_norm, column_norm, C, BLOCK_M, BLOCK_N, BLOCK_K)
         allowed = (row_group[:, None] == column_group[None, :]) & (row_group[:, None] >= 0) & stays[None, :]
@@ -156,11 +156,11 @@ def nearest(
 # Ensemble -------------------------------------------------------------------------------------------------------------
 
 
-# Every output row looks through all r arrivals for its own: one read of r numbers that lie in the cache, while the
-# row itself has hundreds of channels. On average fewer than one arrives (r / N), so the loop over them mostly does not
-# run. Sorting by arrival would spare the look and cost two more launches, which is more than these few reads.
+# Every output row searches all r sources for its own: r numbers from the cache, while the row itself has hundreds of
+# channels. On average it has r / N sources, fewer than one, so the loop over them mostly does not run. Sorting the
+# sources by destination would save the search and cost two more launches, which is more.
 
-# Not specialised: tokens get fewer from block to block, and a new number must not mean a new kernel.
+# Not specialised: the number of tokens falls from block to block, and a new number must not compile a new kernel.
 _VARYING = ["N", "R", "kept_b", "source_b", "arrived_b", "take_b", "give_b"]
 
 
@@ -231,15 +231,15 @@ def _tiles(*sizes):
 
 
 def _suited(configs, named_args, **others):
-    """Outside the tensor cores a product is unrolled: float32 gets the small tiles, the others the large ones."""
+    """Without tensor cores a product is unrolled, so float32 gets the small tiles, the others the large ones."""
     full = named_args["keys"].dtype == torch.float32
     return [config for config in configs if (config.kwargs["BLOCK_K"] == 32) == full]
 
 
-# Few, since every one is timed for every key; what does not fit a device's shared memory drops out by itself.
+# Few, since each is timed for every tuning key; what does not fit a device's shared memory is left out by Triton.
 _SQUARE = _tiles((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4),
                  (64, 64, 32, 8, 2), (32, 64, 32, 4, 3))  # fmt: skip
-# Only r rows: an image is one program or two, so short tiles, and wide ones to have few steps.
+# Only r rows, one or two programs per image: so tiles are short, and wide to need few steps.
 _FLAT = _tiles((16, 128, 64, 4, 4), (32, 128, 64, 4, 3), (64, 64, 64, 4, 4), (16, 64, 32, 4, 3), (32, 64, 32, 4, 3))
 
 
@@ -248,7 +248,7 @@ def _tuned(function, configs, key):
     names = ["T", "R", "bucket", "r_bucket", "protected_b", "valid_b", "importance_b"]
     kernel = triton.jit(do_not_specialize=[name for name in names if name in function.__code__.co_varnames])(function)
     if not isinstance(kernel, triton.JITFunction):
-        # Triton's interpreter, which has nothing to time: tiles that make small inputs cross their borders.
+        # Triton's interpreter, where timing means nothing: small tiles, so that small inputs need several.
         return triton.autotune(_tiles((16, 32, 32, 1, 1)), key=key)(kernel)
     return triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": _suited})(kernel)
 

@@ -1,4 +1,4 @@
-"""The cross tokens' loss: what the two towers' cross tokens say about the joint space should agree."""
+"""The alignment loss: the cross tokens of the two towers, projected to their joint space, should agree."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def alignment_loss(first: Tensor, second: Tensor, divergence: Divergence = "refe
 
     Args:
         first: [L1, B, E] projected cross tokens of each block.
-        second: [L2, B, E]. The shorter side's layers are repeated to meet the longer one's.
+        second: [L2, B, E]. Layers of the tower that has fewer are repeated to match the other's number.
         divergence: "reference" is (KL(m||a) + KL(m||b)) / 2 with m the mean of the two distributions a and b (softmax
             over E), as the released checkpoints were trained with; "jensen_shannon" is (KL(a||m) + KL(b||m)) / 2,
-            as the paper says.
+            as in the paper.
 
     Returns:
         The loss, summed over E and averaged over layers and batch.
@@ -51,9 +51,9 @@ def alignment_loss(first: Tensor, second: Tensor, divergence: Divergence = "refe
 
 
 def _repeat(side: Tensor, layers: int) -> Tensor:
-    """Repeat layers evenly: layer i stands floor((i+1) L / l) - floor(i L / l) times among L."""
-    few = side.shape[0]
-    if few == layers:
+    """Repeat l layers evenly to get L of them: layer i comes floor((i+1) L / l) - floor(i L / l) times."""
+    given = side.shape[0]
+    if given == layers:
         return side
-    counts = [(i + 1) * layers // few - i * layers // few for i in range(few)]
+    counts = [(i + 1) * layers // given - i * layers // given for i in range(given)]
     return side.repeat_interleave(torch.tensor(counts, device=side.device), 0)

@@ -1,6 +1,7 @@
-"""Triton kernels that stand in for the many small ones of `matching.complete_graph` and of the ensembles, on CUDA.
+"""Triton kernels that replace the many small ones of `matching.complete_graph` and of the ensembles, on CUDA.
 
-Whether they may is asked by `usable`. Everything is deterministic, and once tile sizes are chosen nothing waits.
+`usable` says whether they can. All results are deterministic. Once tile sizes are chosen, the host never waits for the
+device.
 
 Shapes: B batch, T tokens, C channels, r removed, N = T - r left.
 """
@@ -22,21 +23,21 @@ from torch.autograd.function import once_differentiable
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _lock = threading.Lock()
-_launching = threading.Lock()  # Triton's tuner keeps the arguments of a call in itself.
+_launching = threading.Lock()  # Triton's tuner stores the arguments of a call on itself.
 _disabled = 0
 
-OLDEST_TRITON = (3, 4)  # on the interpreter of 3.0 the kernels come out wrong; between the two nothing was tried
+OLDEST_TRITON = (3, 4)  # In the interpreter of 3.0 the kernels compute wrong results; 3.1 to 3.3 are not tested.
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the kernels may compute with `tensor`: otherwise plain tensor operators have to.
+    """Whether the kernels can compute with `tensor`; otherwise plain tensor operators are used.
 
-    They need CUDA (compute capability 8.0), Triton, and float32, float16 or bfloat16. They also step back where
-    somebody looks at the operators, to which a kernel says nothing: while tracing, compiling or exporting, inside
-    `torch.func` and dispatch modes (which count FLOPs, for one), and for tensors that hold no data. And they can be
-    switched off, by `disabled` or by the environment variable CROSSGET_TRITON=0.
+    They need CUDA (compute capability 8.0), Triton, and float32, float16 or bfloat16. They are not used where operators
+    are observed, which does not see kernels: while tracing, compiling or exporting, inside `torch.func` and dispatch
+    modes (such as those that count FLOPs), and for tensors that hold no data. They are switched off by `disabled`
+    and by the environment variable CROSSGET_TRITON=0.
     """
-    # Compilation first: nothing below it is then traced.
+    # Compilation is asked first, so that nothing below it is traced.
     return (
         not torch.compiler.is_compiling()
         and not _disabled
@@ -50,7 +51,7 @@ def usable(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Inside, `usable` is False, in all threads: a backward pass that computes blocks again has one of its own."""
+    """Inside, `usable` is False, in all threads: a backward pass that recomputes blocks runs in another one."""
     global _disabled
     with _lock:
         _disabled += 1
@@ -66,24 +67,24 @@ def complete_graph(
 ) -> tuple[Tensor, Tensor]:
     """`matching.complete_graph` with `ties="stable"`, without any [T, T] matrix in memory.
 
-    The similarities are computed three times, tile by tile (row maxima, priorities, and the r rows of the sources).
-    Twice the products on tensor cores weigh about as much as writing a [B, T, T] matrix and reading it again would,
-    by count of operations and bytes, and the memory is left to the model.
+    The similarities are computed three times, tile by tile: for row maxima, for priorities, and for the r rows of the
+    sources. By count of operations and bytes, the second set of products on tensor cores costs about as much as writing
+    a [B, T, T] matrix and loading it again, and it needs no memory.
 
-    The first call with a new C, dtype or size of T and r times a few tile sizes, and waits for them.
+    The first call with a new C, dtype, or power of two above T or r times a few tile sizes, and waits for them.
 
     Args:
-        keys: [B, T, C] float32, float16 or bfloat16, of any length; any strides, best with the channels side by side.
+        keys: [B, T, C] float32, float16 or bfloat16, of any norm and strides; copied unless channels are contiguous.
         protected: [B, T] true for tokens that are neither source nor destination.
         valid: [B, T] tokens of different value are not matched; None when all are alike.
-        r: how many sources, at most `Candidates.limit`.
+        r: how many sources, at most `Candidates.limit(r)`.
         importance: [B, T]; None leaves importance out of the choice.
 
     Returns:
-        sources [B, r] in the order they were picked, and destinations [B, r].
+        sources [B, r] in the order in which they were picked, and destinations [B, r].
     """
     kernels = _kernels()
-    keys = _side_by_side(keys.detach())
+    keys = _contiguous_channels(keys.detach())
     batch, tokens, channels = keys.shape
     source = torch.empty(batch, r, dtype=torch.long, device=keys.device)
     if source.numel() == 0:
@@ -119,19 +120,19 @@ def complete_graph(
 def pull(
     tokens: Tensor, kept: Tensor, source: Tensor, destination: Tensor, arrived: Tensor, take: Tensor, give: Tensor
 ) -> Tensor:
-    """Every token that stays pulls its sources in; sums in float32, rounded once.
+    """The tokens that stay, each with its sources merged in; summed in float32, rounded once.
 
     out[b, n] = tokens[b, kept[b, n]] + sum over sources a with arrived[b, a] == n of
     take[b, a] * tokens[b, source[b, a]] - give[b, a] * tokens[b, destination[b, a]]
 
     Args:
-        tokens: [B, T, C] float32, float16 or bfloat16; the only one that carries a gradient, and that only once.
+        tokens: [B, T, C] float32, float16 or bfloat16; the only input with a gradient, which is differentiable once.
         kept: [B, N] tokens that stay; together with `source` every token exactly once.
         source: [B, r] tokens that leave.
-        destination: [B, r] the token each source joins: `kept` at `arrived`, and therefore not read.
-        arrived: [B, r] the new position of the destination.
-        take: [B, r] float32, what each source adds.
-        give: [B, r] float32, what its destination loses.
+        destination: [B, r] the token each source joins. It is `kept` at `arrived`, and therefore not used.
+        arrived: [B, r] the position of each destination among the tokens that stay.
+        take: [B, r] float32, the weight of each source.
+        give: [B, r] float32, the weight that its destination loses.
 
     Returns:
         [B, N, C] in the dtype of `tokens`.
@@ -145,7 +146,7 @@ class _Pull(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: Tensor, kept: Tensor, source: Tensor, arrived: Tensor, take: Tensor, give: Tensor
     ) -> Tensor:
-        plan = [_side_by_side(x) for x in (kept, source, arrived, take, give)]
+        plan = [_contiguous_channels(x) for x in (kept, source, arrived, take, give)]
         ctx.save_for_backward(*plan)
         return _move("pull", tokens, plan, rows=int(kept.shape[1]))
 
@@ -157,7 +158,7 @@ class _Pull(torch.autograd.Function):
 
 
 def _move(kernel: str, x: Tensor, plan: list[Tensor], rows: int) -> Tensor:
-    x = _side_by_side(x)
+    x = _contiguous_channels(x)
     kept, source = plan[:2]
     batch, _, channels = x.shape
     out = torch.empty(batch, rows, channels, dtype=x.dtype, device=x.device)
@@ -177,7 +178,7 @@ def _runs_on(tensor: Tensor) -> bool:
     return (
         tensor.is_cuda
         and tensor.dtype in _DTYPES
-        and type(tensor) in (Tensor, torch.nn.Parameter)  # not a fake, functional or distributed one
+        and type(tensor) in (Tensor, torch.nn.Parameter)  # no fake, functional or distributed tensor
         and torch.version.hip is None
         and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
         and _kernels() is not None
@@ -186,7 +187,7 @@ def _runs_on(tensor: Tensor) -> bool:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module of the kernels, None without Triton: it comes with some builds of torch only."""
+    """The module of the kernels; None without Triton, which only some builds of torch bring along."""
     if importlib.util.find_spec("triton") is None:
         return None
     major, minor, *_ = importlib.import_module("triton").__version__.split(".")
@@ -200,7 +201,7 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _side_by_side(x: Tensor) -> Tensor:
+def _contiguous_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -68,7 +68,7 @@ def test_who_asks_for_features_gets_them(name: str) -> None:
 )
 def test_other_heads_read_all_tokens(change: dict[str, Any]) -> None:
     model = small(**change, **({"global_pool": "avg"} if "class_token" in change else {}))
-    with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, class_token_only=True)):
+    with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, class_token_only=None)):
         assert rows_in_last_mlp(model, lambda: model(IMAGE)) > 1
 
 

@@ -18,7 +18,10 @@ plain = pytest.fixture(autouse=True)(registered)
 @pytest.mark.skipif(not COMPILES, reason="torch 2.8 is the first that traces a block which is watched")
 @pytest.mark.parametrize(
     "reducer",
-    [crossget.ToMe(2), crossget.CrossGET(2), pytest.param(crossget.Ward(2), marks=pytest.mark.slow)],
+    [
+        crossget.ToMe(2),
+        *(pytest.param(method(2), marks=pytest.mark.slow) for method in (crossget.CrossGET, crossget.Ward)),
+    ],
     ids=lambda reducer: type(reducer).__name__,
 )
 def test_a_stack_has_at_most_three_graphs(reducer: Reducer) -> None:

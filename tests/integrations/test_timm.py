@@ -12,6 +12,7 @@ import pytest
 import timm
 import timm.models
 import torch
+from plain_host import merge
 from timm.models import vision_transformer as vt
 from timm.models import vision_transformer_relpos as relpos
 from timm.models._features import FeatureGetterNet
@@ -21,7 +22,6 @@ from torch.nn import functional as F
 import contract
 import crossget
 from contract import Case
-from crossget.core.state import TokenState
 from crossget.integrations import timm as adapter
 from crossget.integrations._support import markdown
 from crossget.methods.importance import by_attention
@@ -342,8 +342,9 @@ def test_equals_the_forward_written_out(case: Case, cross_token: bool) -> None:
 
 def test_rotary_rows_follow_their_tokens() -> None:
     batch, heads, rows, width, prefix = 2, 3, 9, 8, 2
-    state = TokenState.start(batch, prefix + rows, torch.device("cpu"), cross=True, prefix=prefix, end=None, valid=None)
-    state.positions = torch.stack([torch.tensor([0, 1, 2, 5, 6, 10, 11]), torch.tensor([0, 1, 3, 4, 8, 9, 11])])
+    positions = torch.stack([torch.tensor([0, 1, 2, 5, 6, 10, 11]), torch.tensor([0, 1, 3, 4, 8, 9, 11])])
+    watch = merge(torch.zeros(batch, prefix + rows, 4), crossget.ToMe(1, cross_token=True), 1, positions=positions)
+    state = watch.state
     layouts = {
         ("rope", True): [(heads, rows, width)],
         ("rope", False): [(rows, width), (batch, 1, rows, width), (batch, heads, rows, width), (batch, rows, width)],

@@ -539,7 +539,7 @@ def test_the_table_shows_both_counts_and_their_ratio() -> None:
     report = reduced_report()
     lines = report.table(depth=2).splitlines()
     assert lines[0] == f"ToyViT, inputs [2, 3, {SIDE}, {SIDE}]: multiply-adds"
-    assert lines[1].startswith("visual: CrossGET(r=4")
+    assert lines[1].startswith("visual: CrossGET(4")
     assert lines[3].split() == ["module", "dense", "reduced", "ratio"]
     cells = {line.split()[0]: line.split()[1:] for line in lines[5:] if line.startswith(("total", "blocks", "norm"))}
     expected = [f"{report.dense.total:,}", f"{report.total:,}", f"{report.ratio:.1%}"]
@@ -571,7 +571,7 @@ def test_json_holds_everything() -> None:
     assert loaded["reduced"]["total"] == 2 * toy_formula(r=4, cross=1)
     assert loaded["reduced"]["by_module"] == report.by_module
     assert loaded["ratio"] == report.ratio
-    assert loaded["reducers"]["visual"].startswith("CrossGET(r=4")
+    assert loaded["reducers"]["visual"].startswith("CrossGET(4")
 
 
 def test_reports_are_frozen() -> None:

@@ -94,7 +94,7 @@ def test_an_attached_model_is_compared_with_itself_paused() -> None:
         assert attached.is_attached
     assert [m.name for m in report.measurements] == ["dense", "attached"]
     assert {state for _, _, state in model.calls} == {"dense", "reduced"}
-    assert report["attached"].method.startswith("CrossGET(r=2")
+    assert report["attached"].method.startswith("CrossGET(2")
 
 
 def test_a_failing_model_is_left_as_it_was() -> None:

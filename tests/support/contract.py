@@ -158,7 +158,9 @@ def what_is_unread_may_be_skipped(case: Case) -> None:
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     outs, work = [], []
     for skip in (False, True):
-        with crossget.attach(model, everywhere(model, crossget.ToMe(r=case.r, class_token_only=skip))):
+        with crossget.attach(
+            model, everywhere(model, crossget.ToMe(r=case.r, class_token_only=None if skip else False))
+        ):
             seen.clear()
             outs.append(run(model, inputs))
             work.append(sum(seen))
