@@ -31,7 +31,8 @@ from crossget.demo import figures
 from crossget.demo.backbones import DEFAULT, Backbone, make
 from crossget.measure.fit import fit_schedule
 from crossget.measure.flops import count_flops, count_once
-from crossget.measure.speed import DENSE, BenchmarkReport, benchmark, environment
+from crossget.measure.environment import environment
+from crossget.measure.speed import DENSE, BenchmarkReport, benchmark
 from crossget.methods.reducers import CrossGET, Reducer, ToMe, Ward
 from crossget.methods.schedules import Ratio, Schedule, as_schedule
 
