@@ -378,7 +378,7 @@ def _row(m: Measurement) -> list[str]:
 
 
 def _dtype(model: nn.Module, device: torch.device) -> str:
-    """The type that the model computes in: inside autocast autocast's, else that of its first floating parameter."""
+    """The type that the model computes in: that of autocast inside it, else that of the first floating parameter."""
     if torch.is_autocast_enabled(device.type):
         return f"autocast {torch.get_autocast_dtype(device.type)}".replace("torch.", "")
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
