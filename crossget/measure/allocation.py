@@ -106,7 +106,7 @@ class RampedFamily(Family):
         for step in range(steps + 1):
             schedule = RampedRatio(step / steps)
             tokens = planned_tokens(schedule, space.depth, space.n_tokens, space.n_reserved)[: space.last_layer + 2]
-            found[(*tokens, *tokens[-1:] * (space.depth - space.last_layer - 1))] = None
+            found[tuple(tokens + tokens[-1:] * (space.depth - space.last_layer - 1))] = None
         self.tokens = torch.tensor(list(found))
 
 

@@ -104,7 +104,7 @@ def _least_squares(terms: Tensor, seconds: Tensor) -> Tensor:
 
 
 def _time_parts(model: ScheduledModel) -> list[float]:
-    """Seconds of each block in one forward, then of the rest. Of two forwards the second is timed, as in `benchmark`."""
+    """Seconds of each block in one forward, then of the rest. Of two forwards the second is timed."""
     device = model.call.device
     stamps: list[Any] = []
 

@@ -139,7 +139,7 @@ def fit_schedule(
         tower: name of the tower; None: the tower that `attach` reduces if it gets one reducer.
         distribution: how the tokens are shared out among the blocks. "constant": the same number in every block.
             "ramped": as by `crossget.RampedRatio`. "measured": with the least loss of the output on the inputs, or
-            constant where that is not clearly worse.
+            "constant" where that is not clearly better.
         output: a function from what the model returns to the tensor [B, ...] that is compared for "measured", such as
             `lambda out: out.pooler_output`. None: its `logits`, or else all its tensors.
         rounds: timed calls of dense and of reduced model, for a latency.
@@ -168,8 +168,8 @@ def fit_schedule(
                 "on the meta device nothing can be measured: set distribution='constant' or 'ramped', and give one "
                 "reducer"
             )
-    if not call.tensors:
-        raise ValueError("inputs hold no tensor: expected at least one")
+    if budget == "latency" and not call.tensors:
+        raise ValueError("inputs hold no tensor: expected at least one, which tells the device")
     results: list[FittedSchedule] = []
     with in_eval_mode(model), torch.no_grad():
         for method in methods:
