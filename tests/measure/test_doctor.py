@@ -1,10 +1,17 @@
+"""The doctor checks the reducer that it is given, and finds what is wrong."""
+
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
+import small_clip
 import torch
 from torch import nn
 
 import crossget
+from crossget.core.attachment import find_attachment
 
 timm = pytest.importorskip("timm")
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -17,13 +24,65 @@ def vit() -> nn.Module:
     return VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3, num_classes=5).eval()
 
 
-def test_a_healthy_model() -> None:
+def failed(diagnosis: Any) -> list[str]:
+    return [check.question for check in diagnosis.checks if not check.ok]
+
+
+def test_the_default_is_ward() -> None:
     diagnosis = crossget.doctor(vit(), IMAGE)
     assert diagnosis.ok
     text = str(diagnosis)
-    assert "r = 0 is the untouched model: largest difference 0.0e+00" in text
-    assert "visual 66 62 58" in text
+    assert "r = 0 is the untouched model: Ward, largest difference 0.0e+00" in text
+    assert "visual 65 61 57" in text
     assert "FAIL" not in text
+
+
+@pytest.mark.parametrize(
+    ("reducer", "tokens"),
+    [
+        (crossget.CrossGET(4), "66 62 58"),
+        (crossget.CrossGET(4, importance="cross_token"), "66 62 58"),
+        (crossget.ToMe((9, 0, 3)), "65 56 56"),
+        (crossget.TopK(crossget.Ratio(0.25)), "65 49 37"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_healthy_model(reducer: Any, tokens: str) -> None:
+    diagnosis = crossget.doctor(vit(), IMAGE, reducer)
+    assert diagnosis.ok
+    assert f"visual {tokens}" in str(diagnosis)
+    assert f"{type(reducer).__name__}, largest difference 0.0e+00" in str(diagnosis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rounding(crossget.ToMe):
+    """Changes the tokens even with r = 0: it claims that each of them stands for two."""
+
+    proportional_attention: bool | None = True
+
+    def resolved(self, host: Any) -> Any:
+        found = super().resolved(host)
+        for parameter in PARAMETERS:
+            with torch.no_grad():
+                parameter += 1e-3
+        return found
+
+
+PARAMETERS: list[nn.Parameter] = []
+
+
+def test_a_reducer_that_changes_the_model_without_merging_is_found() -> None:
+    model = vit()
+    PARAMETERS[:] = [model.head.bias]
+    diagnosis = crossget.doctor(model, IMAGE, Rounding(4))
+    assert failed(diagnosis) == ["r = 0 is the untouched model", "detaching leaves no trace"]
+
+
+def test_towers_by_name() -> None:
+    model = small_clip.build()
+    diagnosis = crossget.doctor(model, small_clip.inputs(), {"text": crossget.ToMe(1)})
+    assert diagnosis.ok
+    assert "visual" not in str(diagnosis)
 
 
 def test_a_model_that_changes_with_every_run() -> None:
@@ -31,11 +90,11 @@ def test_a_model_that_changes_with_every_run() -> None:
     model.head.register_forward_hook(lambda module, args, out: out + torch.rand(()))
     diagnosis = crossget.doctor(model, IMAGE)
     assert not diagnosis.ok
-    assert next(check.question for check in diagnosis.checks if not check.ok) == "the model repeats itself"
+    assert failed(diagnosis)[0] == "the model repeats itself"
 
 
 def test_a_wrong_adapter_is_found() -> None:
-    """An adapter that leaves out a block: no error, but the plan is not met by what the model does."""
+    """The adapter names a block that the model does not call. That raises no error, but the plan is not met."""
     model = vit()
 
     class Lazy(nn.Module):
@@ -51,16 +110,40 @@ def test_a_wrong_adapter_is_found() -> None:
 
     crossget.register(Lazy)(lambda m: [crossget.Tower("visual", list(m.inner.blocks), 48)])
     try:
-        diagnosis = crossget.doctor(Lazy().eval(), IMAGE)
+        diagnosis = crossget.doctor(Lazy().eval(), IMAGE, crossget.CrossGET(4))
     finally:
         crossget.unregister(Lazy)
-    assert not diagnosis.ok
+    assert "r > 0 reaches the planned tokens" in failed(diagnosis)
     assert "(planned [65, 61, 57])" in str(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "error", "message"),
+    [
+        (crossget.Ward(0), ValueError, r"removes no token from the towers \['visual'\]: give one with r > 0"),
+        ({"visual": crossget.ToMe((0, 0, 0))}, ValueError, "removes no token"),
+        ({"text": crossget.ToMe(4)}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
+        (4, TypeError, "reducer is 4: give a reducer"),
+        (crossget.CrossGET((4, 4)), ValueError, "r lists 2 layers but the tower has 3 blocks"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(reducer: Any, error: type[Exception], message: str) -> None:
+    model = vit()
+    with pytest.raises(error, match=message):
+        crossget.doctor(model, IMAGE, reducer)
+    assert find_attachment(model) is None
 
 
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match=r"training mode.*model.eval\(\) first"):
         crossget.doctor(vit().train(), IMAGE)
+
+
+def test_a_model_without_tensors_in_its_output_is_refused() -> None:
+    model = vit()
+    model.register_forward_hook(lambda module, args, out: "a text")
+    with pytest.raises(ValueError, match="returned no tensor"):
+        crossget.doctor(model, IMAGE)
 
 
 def test_an_attached_model_is_refused_and_stays_attached() -> None:

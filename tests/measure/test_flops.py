@@ -1,4 +1,4 @@
-"""The meter: every number here is a formula or somebody else's published count, equal to the last multiply-add."""
+"""`count_flops`: every number is a formula or a count that others published, and equal to the last digit."""
 
 import dataclasses
 import json
