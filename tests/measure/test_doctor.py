@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+import open_clip
 import pytest
-import small_clip
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import crossget
 from crossget.core.attachment import find_attachment
 
-timm = pytest.importorskip("timm")
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SIZES: dict[str, Any] = {
+    "img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5,
+}  # fmt: skip
 
 
-def vit() -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
+def vit() -> Any:
     torch.manual_seed(0)
-    return VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3, num_classes=5).eval()
+    return VisionTransformer(**SIZES).eval()
 
 
 def failed(diagnosis: Any) -> list[str]:
@@ -54,33 +54,37 @@ def test_a_healthy_model(reducer: Any, tokens: str) -> None:
     assert f"{type(reducer).__name__}, largest difference 0.0e+00" in str(diagnosis)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rounding(crossget.ToMe):
-    """Changes the tokens even with r = 0: it claims that each of them stands for two."""
+class Greedy(crossget.ToMe):
+    """Removes one token more than it is asked for."""
 
-    proportional_attention: bool | None = True
-
-    def resolved(self, host: Any) -> Any:
-        found = super().resolved(host)
-        for parameter in PARAMETERS:
-            with torch.no_grad():
-                parameter += 1e-3
-        return found
+    def reduce(self, view: Any, r: int) -> Any:
+        return super().reduce(view, r + 1)
 
 
-PARAMETERS: list[nn.Parameter] = []
+def test_a_reducer_that_does_not_keep_to_its_schedule_is_found() -> None:
+    diagnosis = crossget.doctor(vit(), IMAGE, Greedy(4))
+    assert failed(diagnosis) == ["r > 0 reaches the planned tokens"]
+    assert "visual 65 60 55 (planned [65, 61, 57])" in str(diagnosis)
 
 
-def test_a_reducer_that_changes_the_model_without_merging_is_found() -> None:
-    model = vit()
-    PARAMETERS[:] = [model.head.bias]
-    diagnosis = crossget.doctor(model, IMAGE, Rounding(4))
-    assert failed(diagnosis) == ["r = 0 is the untouched model", "detaching leaves no trace"]
+def test_an_adapter_that_changes_the_model_is_found() -> None:
+    class Changed(VisionTransformer):
+        pass
+
+    crossget.register(Changed)(
+        lambda m: [crossget.Tower("visual", m.blocks, 48, prefix=1, class_token=True, overrides=[(m.norm, "eps", 0.1)])]
+    )
+    try:
+        diagnosis = crossget.doctor(Changed(**SIZES).eval(), IMAGE)
+    finally:
+        crossget.unregister(Changed)
+    assert failed(diagnosis) == ["r = 0 is the untouched model"]
 
 
 def test_towers_by_name() -> None:
-    model = small_clip.build()
-    diagnosis = crossget.doctor(model, small_clip.inputs(), {"text": crossget.ToMe(1)})
+    vision = open_clip.CLIPVisionCfg(layers=2, width=24, head_width=12, patch_size=8, image_size=32)
+    model = open_clip.CLIP(16, vision, open_clip.CLIPTextCfg(12, 60, width=24, heads=2, layers=2)).eval()
+    diagnosis = crossget.doctor(model, (IMAGE, torch.randint(1, 60, (2, 12))), {"text": crossget.ToMe(1)})
     assert diagnosis.ok
     assert "visual" not in str(diagnosis)
 

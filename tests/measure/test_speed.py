@@ -223,7 +223,7 @@ def test_an_attached_model_does_not_take_methods() -> None:
     [
         (X, {}, "nothing to compare with"),
         (X, {"methods": {}}, "nothing to compare with"),
-        (X, {"methods": {"dense": crossget.CrossGET(2)}}, "that name is the model's without a reducer"),
+        (X, {"methods": {"dense": crossget.CrossGET(2)}}, "the name 'dense', which stands for"),
         (X, {"methods": METHODS, "rounds": 0}, "rounds=0"),
         (X, {"methods": METHODS, "warmup": -1}, "warmup=-1"),
         ((3,), {"methods": METHODS}, "no tensor"),
