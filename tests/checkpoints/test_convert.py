@@ -647,7 +647,7 @@ def test_where_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for home in (folder, tmp_path / "clip"):
         before = {path.name: path.read_bytes() for path in home.iterdir()}
         assert convert(folder, home, "--overwrite") == 2
-        assert f"{home} is a folder that is read from: give another one" in capsys.readouterr().err
+        assert f"{home} is one of the folders to read from" in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in home.iterdir()} == before
     assert convert(folder, out / "notes.txt") == 2
     assert "notes.txt is a file: give a folder" in capsys.readouterr().err

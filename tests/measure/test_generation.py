@@ -91,8 +91,9 @@ def on(device: str, model: Any, r: int | None) -> tuple[GenerationCost, Generati
 
 
 @pytest.mark.skipif(hf_models.VERSION < (5, 0), reason="transformers runs no language model on meta before 5.0")
-@pytest.mark.parametrize("r", [pytest.param(None, marks=SLOW), R], ids=str)
-@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("r", [None, R], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_meta_device_counts_the_same(r: Any, attention: str, llava_report: StageReport) -> None:
     if r == R and attention == "sdpa":
         real: Any = llava_report.dense, llava_report.reduced
@@ -108,6 +109,7 @@ def test_old_versions_on_the_meta_device() -> None:
         count_stages(hf_models.llava().to("meta"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((4, 53) <= hf_models.VERSION < (5, 0), reason="these make masks by vmap, which jit cannot trace")
 def test_the_stages_are_what_the_model_does(llava_report: StageReport) -> None:
     """Together they cost what one forward of the model costs, but for the logits of all tokens but the last."""
@@ -155,7 +157,7 @@ def other_tower(tokens: list[int], plain: bool) -> int:
 
 
 @pytest.mark.parametrize(
-    ("make", "images"), [(blip, 2), *[pytest.param(*case, marks=SLOW) for case in ((blip, 1), (blip2, 1), (blip2, 2))]]
+    ("make", "images"), [pytest.param(*case, marks=SLOW) for case in ((blip, 1), (blip, 2), (blip2, 1), (blip2, 2))]
 )
 def test_blip_by_formula(make: Callable[[], Any], images: int) -> None:
     report = counted(make(), 5, images)
