@@ -80,7 +80,7 @@ def environment(device: str = "cpu") -> Json:
         device: where the model runs.
 
     Returns:
-        `crossget.measure.environment.environment` and `commit` (None: not in a repository, or nothing committed), `dirty`
+        `crossget.measure.environment.environment`, `commit` (None: not in a repository, or nothing committed), `dirty`
         (whether the code differs from that commit; None: no repository) and `source_sha256`.
     """
     import crossget
