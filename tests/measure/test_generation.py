@@ -268,10 +268,10 @@ class CountBytes(TorchDispatchMode):
 
 @pytest.mark.slow
 @pytest.mark.skipif(hf_models.VERSION < (5, 0), reason="transformers runs no language model on meta before 5.0")
-@pytest.mark.parametrize("name", PRESETS)
-def test_counting_on_meta_allocates_next_to_nothing(name: str) -> None:
-    with CountBytes() as count:
-        model = build(name)
-        with crossget.attach(model, crossget.CrossGET(r=3)):
-            assert count_stages(model).speedup > 1
-    assert count.allocated < 2**28  # the smallest model has 2^30 bytes of weights
+def test_counting_on_meta_allocates_next_to_nothing() -> None:
+    model = hf_models.llava()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.to("meta")
+    with CountBytes() as count, crossget.attach(model, crossget.CrossGET(r=R)):
+        count_stages(model, 5, 2)
+    assert count.allocated < weights / 100
