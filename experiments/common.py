@@ -80,11 +80,11 @@ def environment(device: str = "cpu") -> Json:
         device: where the model runs.
 
     Returns:
-        `crossget.measure.speed.environment` and `commit` (None: not in a repository, or nothing committed), `dirty`
+        `crossget.measure.environment.environment`, `commit` (None: not in a repository, or nothing committed), `dirty`
         (whether the code differs from that commit; None: no repository) and `source_sha256`.
     """
     import crossget
-    from crossget.measure.speed import environment as machine
+    from crossget.measure.environment import environment as machine
 
     changes = git("status", "--porcelain", "--", *CODE)
     return {

@@ -29,9 +29,10 @@ from crossget.core.adapters import find_towers
 from crossget.core.attachment import Attachment, attach
 from crossget.demo import figures
 from crossget.demo.backbones import DEFAULT, Backbone, make
+from crossget.measure.environment import environment
 from crossget.measure.fit import fit_schedule
 from crossget.measure.flops import count_flops, count_once
-from crossget.measure.speed import DENSE, BenchmarkReport, benchmark, environment
+from crossget.measure.speed import DENSE, BenchmarkReport, benchmark
 from crossget.methods.reducers import CrossGET, Reducer, ToMe, Ward
 from crossget.methods.schedules import Ratio, Schedule, as_schedule
 
@@ -564,7 +565,7 @@ def _ward(
         report = count_flops(model, inputs)
     share = min(1.0, report.total / report.dense.total)  # a matching may cost more than it saves
     try:
-        found = fit_schedule(model, inputs, flops=share, reducer=Ward(r=0), tower=tower, distribution="rising")
+        found = fit_schedule(model, inputs, flops=share, reducer=Ward(r=0), tower=tower, distribution="ramped")
     except ValueError as error:
         note(f"Ward removes as many tokens per block of the {tower} tower as ToMe-style, at another cost: {error}")
         return Ward(r)

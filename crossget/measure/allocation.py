@@ -1,228 +1,269 @@
-"""Which schedule of all that cost no more than they may: families of schedules, and sharing tokens out among blocks.
+"""Search for schedules: families of schedules, and the one that loses least among those within a budget.
 
-A price says what a schedule costs, a loss what it costs the model's output, both as sums over the blocks; where they
-come from is not asked here (costs.py and timing.py have prices, budget.py measures losses).
+A `Cost` says what a schedule costs, in multiply-adds or seconds, and an `OutputLoss` how far it moves the model's
+output. Both are sums over the blocks. This module knows no model: cost_model.py and block_times.py make costs, fit.py
+measures losses.
+
+A schedule is written as tokens: a list of `depth + 1` numbers, those that enter each block and those behind the last.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from crossget.measure.cost_model import Frame, Tokens
-from crossget.methods.schedules import RampedRatio, planned_tokens
+from crossget.methods.schedules import PerLayer, RampedRatio, planned_tokens
+
+Tokens = Sequence[int]
+"""The tokens that enter each block, and those behind the last one."""
+
+
+@dataclass(frozen=True)
+class ScheduleSpace:
+    """The schedules that are possible in one tower.
+
+    Attributes:
+        depth: number of blocks.
+        n_tokens: tokens that enter the first block, the cross token included.
+        n_reserved: how many of them are never merged.
+        last_layer: the last block that may remove tokens. The model takes the tower's tokens behind it, so that later
+            removals would be of no use.
+    """
+
+    depth: int
+    n_tokens: int
+    n_reserved: int
+    last_layer: int
+
+    def tokens(self, r: Sequence[int]) -> list[int]:
+        """The tokens of each block if `r[i]` are to be removed in block i; no block removes more than it can."""
+        return planned_tokens(PerLayer(tuple(r)), self.depth, self.n_tokens, self.n_reserved)
+
+    def strongest(self) -> list[int]:
+        """The tokens of each block if every block removes as many as it can."""
+        return self.tokens([self.n_tokens] * self.depth)
+
+
+def removed_tokens(tokens: Tokens) -> list[int]:
+    """How many tokens each block removes."""
+    return [entering - left for entering, left in pairwise(tokens)]
+
 
 # Families of schedules ------------------------------------------------------------------------------------------------
 
 
 class Family:
-    """Schedules that differ in strength only: number n removes n tokens, shared out among the blocks by weights.
+    """Schedules that share the tokens out among the blocks by the same weights: number n removes n tokens in all.
 
-    Never is more removed than half of what a block may touch. A stronger schedule leaves no block with more tokens.
+    No block removes more than half of the tokens that may be merged in it. A higher number leaves no block with more
+    tokens.
 
     Args:
-        frame: the tower's schedules.
+        space: the tower's schedules.
         weights: one per block, not negative.
     """
 
-    def __init__(self, frame: Frame, weights: Sequence[float]) -> None:
-        self.frame = frame
+    def __init__(self, space: ScheduleSpace, weights: Sequence[float]) -> None:
+        self.space = space
         share = torch.tensor(weights, dtype=torch.float64).cumsum(0)
         share = share / share[-1]
-        strongest = frame.depth * frame.start
-        n = torch.arange(strongest + 1, dtype=torch.float64)
-        until = (n[:, None] * share + 1e-6).floor().long()  # [N, L] tokens that the blocks up to each should remove
-        tokens = [torch.full_like(until[:, 0], frame.start)]
-        for layer in range(frame.depth):
-            most = ((tokens[-1] - frame.reserved) // 2).clamp(min=0) * (weights[layer] > 0)
-            # What was too much for a block is left to those behind it.
-            wish = torch.minimum(frame.start - until[:, layer], tokens[-1])
-            tokens.append(torch.maximum(wish, tokens[-1] - most))
-        every = torch.stack(tokens, 1)
-        self.tokens = torch.unique_consecutive(every, dim=0)
-        """[N, L + 1] tokens entering each block and behind the last one, the weakest first."""
+        n = torch.arange(space.depth * space.n_tokens + 1, dtype=torch.float64)
+        wanted = (n[:, None] * share + 1e-6).floor().long()  # [N, L] tokens to remove up to and in each block
+        tokens = [torch.full_like(wanted[:, 0], space.n_tokens)]
+        for layer in range(space.depth):
+            most = ((tokens[-1] - space.n_reserved) // 2).clamp(min=0) * (weights[layer] > 0)
+            # Where a block cannot remove its share, the blocks behind it remove the difference.
+            left = torch.minimum(space.n_tokens - wanted[:, layer], tokens[-1])
+            tokens.append(torch.maximum(left, tokens[-1] - most))
+        self.tokens = torch.unique_consecutive(torch.stack(tokens, 1), dim=0)
+        """[N, L + 1] the tokens of each schedule, the weakest schedule first."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, n: int) -> list[int]:
-        """Number n."""
+        """The tokens of schedule `n`."""
         return [int(count) for count in self.tokens[n]]
 
 
-class Rises(Family):
-    """Schedules as `crossget.RampedRatio` makes them, up to the block that is read.
+class RampedFamily(Family):
+    """The schedules that `crossget.RampedRatio` gives, up to the last block that may remove tokens.
 
     Args:
-        frame: the tower's schedules.
+        space: the tower's schedules.
     """
 
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
-        plans: dict[tuple[int, ...], None] = {}
-        for step in range(2 * frame.depth * frame.start + 1):  # fine enough for every number of tokens in every block
-            share = step / (2 * frame.depth * frame.start)
-            tokens = planned_tokens(RampedRatio(share), frame.depth, frame.start, frame.reserved)[: frame.read + 2]
-            tokens += tokens[-1:] * (frame.depth - frame.read - 1)
-            plans[tuple(tokens)] = None
-        self.tokens = torch.tensor(list(plans))
+    def __init__(self, space: ScheduleSpace) -> None:
+        self.space = space
+        steps = 2 * space.depth * space.n_tokens  # fine enough for every number of tokens in every block
+        found: dict[tuple[int, ...], None] = {}
+        for step in range(steps + 1):
+            schedule = RampedRatio(step / steps)
+            tokens = planned_tokens(schedule, space.depth, space.n_tokens, space.n_reserved)[: space.last_layer + 2]
+            found[tuple(tokens + tokens[-1:] * (space.depth - space.last_layer - 1))] = None
+        self.tokens = torch.tensor(list(found))
 
 
-def even(frame: Frame) -> list[float]:
-    """The same weight for every block up to the one that is read."""
-    return [1.0 if layer <= frame.read else 0.0 for layer in range(frame.depth)]
+def constant_weights(space: ScheduleSpace) -> list[float]:
+    """The same weight for every block that may remove tokens."""
+    return [1.0 if layer <= space.last_layer else 0.0 for layer in range(space.depth)]
 
 
-def removed(tokens: Tokens) -> list[int]:
-    """Tokens that each block removes."""
-    return [a - b for a, b in pairwise(tokens)]
+# Costs ----------------------------------------------------------------------------------------------------------------
 
 
-class Price(Protocol):
+class Cost(Protocol):
     """What schedules cost, as a sum over the blocks."""
 
     def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
-        """What block `layer` costs for each of many pairs, as float64."""
+        """What block `layer` costs that `tokens` enter and `left` leave: float64, elementwise for many pairs."""
         ...
 
 
-def prices(price: Price, tokens: Tensor) -> Tensor:
-    """[N] of schedules [N, L + 1]."""
+class FewestTokens:
+    """Prefers schedules with fewer tokens, by so little that it decides only where everything else is equal."""
+
+    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
+        return (0 * tokens + left).double() * 1e-12
+
+
+def total_cost(cost: Cost, tokens: Tensor) -> Tensor:
+    """[N] the cost of each schedule in `tokens` [N, L + 1]."""
     depth = tokens.shape[1] - 1
-    return torch.stack([price.block(i, tokens[:, i], tokens[:, i + 1]) for i in range(depth)]).sum(0)
+    return torch.stack([cost.block(i, tokens[:, i], tokens[:, i + 1]) for i in range(depth)]).sum(0)
 
 
-def nearest(price: Price, family: Family, most: float) -> list[int] | None:
-    """The schedule that costs as much as possible, but at most `most`; None if there is none.
+def closest_within(cost: Cost, family: Family, limit: float) -> list[int] | None:
+    """The schedule that costs as much as possible, but at most `limit`; None if all cost more.
 
-    It is the member of the family that is nearest, and then blocks get single tokens back as long as that is within the
-    price: in the end there is no block that could keep one more.
+    It starts from the closest member of the family. Then blocks get single tokens back, as long as the cost stays
+    within the limit. In the end no block could keep one more token.
     """
-    cost = prices(price, family.tokens)
-    cost = torch.where(cost <= most, cost, -math.inf)
-    best = int(cost.argmax())
-    if not math.isfinite(float(cost[best])):
+    costs = total_cost(cost, family.tokens)
+    costs = torch.where(costs <= limit, costs, -math.inf)
+    best = int(costs.argmax())
+    if not math.isfinite(float(costs[best])):
         return None
-    tokens, frame = family[best], family.frame
+    tokens, space = family[best], family.space
     while True:
-        r = removed(tokens)
-        more = [frame.plan([*r[:i], r[i] - 1, *r[i + 1 :]]) for i in range(frame.depth) if r[i]]
-        if not more:
+        r = removed_tokens(tokens)
+        weaker = [space.tokens([*r[:i], r[i] - 1, *r[i + 1 :]]) for i in range(space.depth) if r[i]]
+        if not weaker:
             return tokens
-        cost = prices(price, torch.tensor(more))
-        cost = torch.where(cost <= most, cost, -math.inf)
-        best = int(cost.argmax())
-        if not math.isfinite(float(cost[best])):
+        costs = total_cost(cost, torch.tensor(weaker))
+        costs = torch.where(costs <= limit, costs, -math.inf)
+        best = int(costs.argmax())
+        if not math.isfinite(float(costs[best])):
             return tokens
-        tokens = more[best]
+        tokens = weaker[best]
 
 
-# Sharing out by what it costs the output ------------------------------------------------------------------------------
+# Allocation by what it costs the output -------------------------------------------------------------------------------
 
 
-class Loss:
-    """What the output loses when one block alone leaves fewer tokens, as a function of how few: a u^b.
+class OutputLoss:
+    """What the output loses if one block alone leaves fewer tokens, as a power law a u^b.
 
-    u is the logarithm of the factor by which the tokens that may be merged have become fewer. If tokens were lost in
-    earlier blocks already, what block l adds is the difference: the redundancy that they used is gone.
+    u is the logarithm of n / m, if m of the n tokens that may be merged are left. A block that gets tokens which were
+    merged before adds the difference of two points on its curve: their redundancy is used up.
 
     Args:
-        frame: the tower's schedules.
-        points: of each block, (tokens left, what the output lost), from many tokens to few.
-        least: the smallest b. What was measured says little about fewer tokens than half, and a larger b expects more
-            of a loss there.
+        space: the tower's schedules.
+        points: for each block, pairs of the tokens left and the loss that was measured, from many tokens to few.
+        least_power: the smallest b. The measurements go down to half of the tokens only, and a larger b expects more
+            loss below that.
     """
 
-    def __init__(self, frame: Frame, points: Sequence[Sequence[tuple[int, float]]], least: float = 1.0) -> None:
-        self.frame, self.least = frame, least
+    def __init__(
+        self, space: ScheduleSpace, points: Sequence[Sequence[tuple[int, float]]], least_power: float = 1.0
+    ) -> None:
+        self.space, self.least_power = space, least_power
         self.laws = [self._law(of_block) for of_block in points]
 
     def _law(self, points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-        (left, little), (fewer, most) = points[0], points[-1]
-        u1, u2 = (float(self._u(torch.tensor(count))) for count in (left, fewer))
-        if most <= 0 or u2 <= 0:
-            return 0.0, self.least
-        steep = math.log(most / little) / math.log(u2 / u1) if little > 0 and u2 > u1 else self.least
-        steep = min(4.0, max(self.least, steep))
-        return most / u2**steep, steep
+        """a and b: the law goes through the last point, and as steeply as the first one says."""
+        (many, little), (few, much) = points[0], points[-1]
+        u1, u2 = (float(self._u(torch.tensor(count))) for count in (many, few))
+        if much <= 0 or u2 <= 0:
+            return 0.0, self.least_power
+        power = math.log(much / little) / math.log(u2 / u1) if little > 0 and u2 > u1 else self.least_power
+        power = min(4.0, max(self.least_power, power))
+        return much / u2**power, power
 
     def _u(self, left: Tensor) -> Tensor:
-        free = self.frame.start - self.frame.reserved
-        return (math.log(free) - torch.log((left - self.frame.reserved).double())).clamp_min(0)
+        free = self.space.n_tokens - self.space.n_reserved
+        return (math.log(free) - torch.log((left - self.space.n_reserved).double())).clamp_min(0)
 
     def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
-        """What block `layer` adds, for each of many pairs."""
+        """What block `layer` adds to the loss, elementwise for many pairs."""
         if layer >= len(self.laws):
             return torch.zeros(torch.broadcast_shapes(tokens.shape, left.shape), dtype=torch.float64)
         factor, power = self.laws[layer]
         return factor * (self._u(left) ** power - self._u(tokens) ** power)
 
 
-def allocate(frame: Frame, loss: Price, price: Price, most: float, out: int | None = None) -> list[int] | None:
-    """The schedule that loses least among those that cost at most `most`; None: there is none.
+def allocate(
+    space: ScheduleSpace, loss: Cost, cost: Cost, limit: float, tokens_out: int | None = None
+) -> list[int] | None:
+    """The schedule that loses least among those that cost at most `limit`; None if there is none.
 
-    Of all schedules on a grid of token numbers the least sum of loss + c * cost, by dynamic programming from the last
-    block to the first; c is the smallest with which the cost is low enough.
+    Dynamic programming from the last block to the first finds, on a grid of token counts, the schedule with the least
+    sum of loss + w * cost. w is the smallest with which the cost is within the limit, by bisection.
 
     Args:
-        frame: the tower's schedules.
+        space: the tower's schedules.
         loss: what a schedule loses.
-        price: what it costs.
-        most: see above.
-        out: tokens that the block that is read has to leave; None: any number.
+        cost: what it costs.
+        limit: the most that it may cost.
+        tokens_out: how many tokens are to be left behind `space.last_layer`; None: any number.
     """
-    step = max(1, (frame.start - frame.reserved) // 200)
-    counts = {*range(frame.start, frame.reserved, -step), *([] if out is None else [out])}
+    step = max(1, (space.n_tokens - space.n_reserved) // 200)
+    counts = {*range(space.n_tokens, space.n_reserved, -step), *([] if tokens_out is None else [tokens_out])}
     grid = torch.tensor(sorted(counts, reverse=True))
-    into, left = grid[:, None], grid[None, :]
-    removed = into - left
-    allowed = (removed >= 0) & (2 * removed <= into - frame.reserved)
+    entering, left = grid[:, None], grid[None, :]
+    removed = entering - left
+    allowed = (removed >= 0) & (2 * removed <= entering - space.n_reserved)
     losses, costs = [], []
-    for layer in range(frame.depth):
-        ok = allowed if layer <= frame.read else removed == 0
-        if layer == frame.read and out is not None:
-            ok = ok & (left == out)
-        hidden = torch.zeros(ok.shape, dtype=torch.float64).masked_fill(~ok, math.inf)
-        losses.append(loss.block(layer, into, left) + hidden)
-        costs.append(price.block(layer, into, left))
+    for layer in range(space.depth):
+        possible = allowed if layer <= space.last_layer else removed == 0
+        if layer == space.last_layer and tokens_out is not None:
+            possible = possible & (left == tokens_out)
+        barrier = torch.zeros(possible.shape, dtype=torch.float64).masked_fill(~possible, math.inf)
+        losses.append(loss.block(layer, entering, left) + barrier)
+        costs.append(cost.block(layer, entering, left))
     scale = float(losses[0][losses[0].isfinite()].abs().max()) + 1e-30
 
-    def path(weight: float) -> tuple[list[int], float] | None:
-        value, steps = torch.zeros(len(grid), dtype=torch.float64), []
-        for one, cost in zip(reversed(losses), reversed(costs), strict=True):
-            value, choice = (one + weight * cost + value).min(1)
-            steps.append(choice)
+    def best_path(weight: float) -> tuple[list[int], float] | None:
+        """The tokens with the least loss + weight * cost, and their cost."""
+        value, choices = torch.zeros(len(grid), dtype=torch.float64), []
+        for block_loss, block_cost in zip(reversed(losses), reversed(costs), strict=True):
+            value, choice = (block_loss + weight * block_cost + value).min(1)
+            choices.append(choice)
         if not math.isfinite(float(value[0])):
             return None
-        at, tokens, total = 0, [frame.start], 0.0
-        for choice, cost in zip(reversed(steps), costs, strict=True):
-            total += float(cost[at, choice[at]])
+        at, tokens, total = 0, [space.n_tokens], 0.0
+        for choice, block_cost in zip(reversed(choices), costs, strict=True):
+            total += float(block_cost[at, choice[at]])
             at = int(choice[at])
             tokens.append(int(grid[at]))
         return tokens, total
 
-    unit = scale / (float(costs[0][0, 0]) + 1e-30) if out is None else 0.0
+    unit = scale / (float(costs[0][0, 0]) + 1e-30) if tokens_out is None else 0.0
     low, high = -20.0, 20.0  # of the weight, as a power of ten
-    best = path(unit * 10**high)
-    if best is None or best[1] > most:
+    best = best_path(unit * 10**high)
+    if best is None or best[1] > limit:
         return None
     for _ in range(50):
         middle = (low + high) / 2
-        found = path(unit * 10**middle)
-        if found is not None and found[1] <= most:
+        found = best_path(unit * 10**middle)
+        if found is not None and found[1] <= limit:
             high, best = middle, found
         else:
             low = middle
     return best[0]
-
-
-class Free:
-    """Costs nothing to speak of: the fewer tokens, the less, so that equals are told apart."""
-
-    def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
-        return (0 * tokens + left).double() * 1e-12

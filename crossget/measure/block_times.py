@@ -1,4 +1,4 @@
-"""What a schedule takes in time: seconds of every block, fitted to a few measured schedules."""
+"""The time of a forward by schedule: seconds of every block, fitted to a few schedules that are timed."""
 
 from __future__ import annotations
 
@@ -13,79 +13,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossget.measure.allocation import Family, even, removed
-from crossget.measure.cost_model import Frame, Trial, alike
-from crossget.measure.flops import as_call
+from crossget.measure.allocation import Family, ScheduleSpace, constant_weights, removed_tokens
+from crossget.measure.cost_model import ScheduledModel, alike_blocks
 
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds of each block, fitted to measured ones.
+class BlockTimes:
+    """Predicted seconds of each block, for every schedule.
 
     Attributes:
-        frame: the tower's schedules.
-        laws: of each block, [7] one factor for each of `_time_terms`.
+        space: the tower's schedules.
+        blocks: for each block, [7] a coefficient for each of `_block_terms`.
         rest: [3] the same for what is outside the blocks.
-        dense: seconds of the dense model's forward.
-        totals: schedule -> seconds of the whole forward, as measured.
+        dense: seconds of a forward of the dense model.
+        measured: tokens that each block removes -> seconds of the whole forward, for the schedules that were timed.
     """
 
-    frame: Frame
-    laws: Sequence[Tensor]
+    space: ScheduleSpace
+    blocks: Sequence[Tensor]
     rest: Tensor
     dense: float
-    totals: Mapping[tuple[int, ...], float]
+    measured: Mapping[tuple[int, ...], float]
 
     def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
-        cost = (_time_terms(self.frame, tokens, left) @ self.laws[layer]).clamp_min(0)
-        if layer == self.frame.read:
-            cost = cost + (_rest_terms(self.frame, left) @ self.rest).clamp_min(0)
+        """Seconds of block `layer`, see `Cost`; those of `space.last_layer` include what is outside the blocks."""
+        cost = (_block_terms(self.space, tokens, left) @ self.blocks[layer]).clamp_min(0)
+        if layer == self.space.last_layer:
+            cost = cost + (_rest_terms(self.space, left) @ self.rest).clamp_min(0)
         return cost
 
 
-def _time_terms(frame: Frame, tokens: Tensor, left: Tensor) -> Tensor:
-    """[.., 7] what a block's time is a sum of."""
-    t, r = torch.broadcast_tensors(tokens.double() / frame.start, (tokens - left).double() / frame.start)
-    m = (r > 0).double()
-    return torch.stack([torch.ones_like(t), t, t * t, r, m, m * t, m * t * t], -1)
+def _block_terms(space: ScheduleSpace, tokens: Tensor, left: Tensor) -> Tensor:
+    """[.., 7] the terms of a block's time, which is their sum with a coefficient each."""
+    t, r = torch.broadcast_tensors(tokens.double() / space.n_tokens, (tokens - left).double() / space.n_tokens)
+    merges = (r > 0).double()
+    return torch.stack([torch.ones_like(t), t, t * t, r, merges, merges * t, merges * t * t], -1)
 
 
-def _rest_terms(frame: Frame, left: Tensor) -> Tensor:
-    t = left.double() / frame.start
+def _rest_terms(space: ScheduleSpace, left: Tensor) -> Tensor:
+    """[.., 3] the same for what is outside the blocks."""
+    t = left.double() / space.n_tokens
     return torch.stack([torch.ones_like(t), t, t * t], -1)
 
 
-def time_blocks(trial: Trial, frame: Frame, rounds: int) -> Times:
-    """Time the blocks at some token counts, in turns with the dense model, and fit their times by least squares."""
-    family, front = Family(frame, even(frame)), Family(frame, [1.0] + [0.0] * (frame.depth - 1))
-    wanted = [front[len(front) // 2], front[len(front) - 1], frame.plan([0] * frame.depth)]
+def time_blocks(model: ScheduledModel, space: ScheduleSpace, rounds: int) -> BlockTimes:
+    """Time the blocks with eight schedules, in turns with the dense model, and fit their times by least squares.
+
+    Args:
+        model: the attached model.
+        space: the schedules of its tower.
+        rounds: as in `crossget.fit_schedule`; every schedule is timed half as often, at least 3 times.
+
+    Raises:
+        RuntimeError: the blocks do not run once each in a forward.
+    """
+    constant = Family(space, constant_weights(space))
+    first = Family(space, [1.0] + [0.0] * (space.depth - 1))
+    chosen = [first[len(first) // 2], first[len(first) - 1], space.tokens([0] * space.depth)]
     for share in (0.8, 0.6, 0.4, 0.2, 0.0):
-        left = frame.reserved + share * (frame.start - frame.reserved)
-        wanted.append(family[int((family.tokens[:, -1] - left).abs().argmin())])
-    plans = {tuple(removed(plan)): plan for plan in wanted}
-    spent: dict[tuple[int, ...], list[list[float]]] = {r: [] for r in plans}
+        left = space.n_reserved + share * (space.n_tokens - space.n_reserved)
+        chosen.append(constant[int((constant.tokens[:, -1] - left).abs().argmin())])
+    tokens = {tuple(removed_tokens(schedule)): schedule for schedule in chosen}
+    seconds: dict[tuple[int, ...], list[list[float]]] = {r: [] for r in tokens}
     dense = []
     for _ in range(max(3, rounds // 2)):
-        with trial.attachment.paused():
-            dense.append(math.fsum(_stamped(trial)))
-        for r in plans:
-            trial.use(r)
-            spent[r].append(_stamped(trial))
-    medians = {r: [statistics.median(part) for part in zip(*spent[r], strict=True)] for r in plans}
-    laws: list[Tensor] = [torch.zeros(7, dtype=torch.float64)] * frame.depth
-    for group in alike(trial.tower.blocks, [i > frame.read for i in range(frame.depth)]):
-        pairs = [(plans[r][i], plans[r][i + 1], medians[r][i]) for r in plans for i in group]
-        entered, behind, took = (torch.tensor(column) for column in zip(*pairs, strict=True))
-        law = _least_squares(_time_terms(frame, entered, behind), took)
+        with model.attachment.paused():
+            dense.append(math.fsum(_time_parts(model)))
+        for r in tokens:
+            model.set_removed(r)
+            seconds[r].append(_time_parts(model))
+    medians = {r: [statistics.median(part) for part in zip(*seconds[r], strict=True)] for r in tokens}
+    blocks: list[Tensor] = [torch.zeros(7, dtype=torch.float64)] * space.depth
+    for group in alike_blocks(model.tower.blocks, [i > space.last_layer for i in range(space.depth)]):
+        measured = [(tokens[r][i], tokens[r][i + 1], medians[r][i]) for r in tokens for i in group]
+        entering, leaving, took = (torch.tensor(column) for column in zip(*measured, strict=True))
+        coefficients = _least_squares(_block_terms(space, entering, leaving), took)
         for i in group:
-            laws[i] = law
-    handed = torch.tensor([plan[frame.read + 1] for plan in plans.values()])
-    terms = _rest_terms(frame, handed)
-    if trial.tower.restore:
+            blocks[i] = coefficients
+    terms = _rest_terms(space, torch.tensor([schedule[space.last_layer + 1] for schedule in tokens.values()]))
+    if model.tower.restore:  # the model gets all tokens back: the rest takes the same time for every schedule
         terms = terms * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    rest = _least_squares(terms, torch.tensor([medians[r][-1] for r in plans]))
-    totals = {r: statistics.median(math.fsum(seconds) for seconds in spent[r]) for r in plans}
-    return Times(frame, laws, rest, statistics.median(dense), totals)
+    rest = _least_squares(terms, torch.tensor([medians[r][-1] for r in tokens]))
+    totals = {r: statistics.median(math.fsum(parts) for parts in seconds[r]) for r in tokens}
+    return BlockTimes(space, blocks, rest, statistics.median(dense), totals)
 
 
 def _least_squares(terms: Tensor, seconds: Tensor) -> Tensor:
@@ -93,39 +103,42 @@ def _least_squares(terms: Tensor, seconds: Tensor) -> Tensor:
     return found[:, 0]
 
 
-def _stamped(trial: Trial) -> list[float]:
-    """Seconds of each block in one forward, and of the rest; the second of two, as in `crossget.benchmark`."""
-    given, device = as_call(trial.inputs), trial.device
+def _time_parts(model: ScheduledModel) -> list[float]:
+    """Seconds of each block in one forward, then of the rest. Of two forwards the second is timed."""
+    device = model.call.device
     stamps: list[Any] = []
 
     def stamp(*_: Any) -> None:
-        if device.type == "cuda":  # on the device's own clock: waiting for it would change what is measured
+        if device.type == "cuda":  # an event, because waiting for the device would change what is measured
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             stamps.append(event)
         else:
             stamps.append(time.perf_counter())
 
-    trial.model(*given.args, **given.kwargs)
-    # Hooks behind blocks would make the reducer more careful than it is without: all but the last stand in front.
-    hooks = [block.register_forward_pre_hook(stamp) for block in trial.tower.blocks]
-    hooks.append(trial.tower.blocks[-1].register_forward_hook(stamp))
+    model.run()
+    # A hook behind a block may look at its tokens, so that a reducer has to show them all. Hence hooks in front of the
+    # blocks, and only one behind the last.
+    hooks = [block.register_forward_pre_hook(stamp) for block in model.tower.blocks]
+    hooks.append(model.tower.blocks[-1].register_forward_hook(stamp))
     try:
         stamp()
-        trial.model(*given.args, **given.kwargs)
+        model.run()
         stamp()
     finally:
         for hook in hooks:
             hook.remove()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    if len(stamps) != len(trial.tower.blocks) + 3:
+    if len(stamps) != len(model.tower.blocks) + 3:
         raise RuntimeError(
-            f"the blocks of tower {trial.name!r} did not run once each in a forward, so they cannot be timed one by one"
+            f"the blocks of tower {model.name!r} did not run once each in a forward, so they cannot be timed one by "
+            "one: give flops or tokens_out instead of latency"
         )
     seconds = [_between(a, b) for a, b in pairwise(stamps)]
     return [*seconds[1:-1], seconds[0] + seconds[-1]]
 
 
 def _between(a: Any, b: Any) -> float:
+    """Seconds between two stamps."""
     return float(b - a) if isinstance(a, float) else float(a.elapsed_time(b)) / 1e3

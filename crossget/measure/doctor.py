@@ -1,25 +1,25 @@
-"""Proof, on the user's own model and input, that attaching is exact, takes effect and leaves no trace."""
+"""Checks on a user's own model and input: r = 0 changes nothing, r > 0 takes effect, detaching leaves no trace."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from crossget.core.adapters import find_towers
-from crossget.core.attachment import attach
-from crossget.methods.reducers import CrossGET, Reducer, ToMe
+from crossget.core.adapters import Tower, find_towers
+from crossget.core.attachment import Attachment, attach
+from crossget.measure.inputs import Call, Inputs, as_call, tensors_in
+from crossget.methods.reducers import Reducer, Ward
 from crossget.methods.schedules import planned_tokens
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was asked, whether it holds, and the numbers behind it."""
+    """One check: what is claimed, whether it holds, and the numbers."""
 
     question: str
     ok: bool
@@ -28,14 +28,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings. `ok` when every one of them holds; printing it gives one line each."""
+    """All checks of one model. Printed, it has one line per check."""
 
     model: str
     checks: tuple[Check, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds."""
+        """Whether all checks hold."""
         return all(check.ok for check in self.checks)
 
     def __str__(self) -> str:
@@ -43,46 +43,96 @@ class Diagnosis:
         return "\n".join([f"crossget doctor: {self.model}", *lines])
 
 
-def doctor(model: nn.Module, inputs: Any, reducer: Reducer | None = None) -> Diagnosis:
-    """Check a model: is r = 0 the untouched model, does r > 0 take effect, does detaching leave no trace?
+def doctor(model: nn.Module, inputs: Inputs, reducer: Reducer | Mapping[str, Reducer] | None = None) -> Diagnosis:
+    """Check that a reducer works on a model.
+
+    With r = 0 and without a cross token the reducer's class gives the dense model's output, bit for bit. With r > 0
+    every block gets the planned number of tokens, and the output is finite. Detached, the model gives the dense output
+    again, and has the classes, hooks, state dict keys and repr that it had before.
 
     Args:
-        model: not attached, in eval mode (dropout would differ from run to run).
-        inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model.
-        reducer: the method to try; CrossGET(r=4) if None.
+        model: the model, not attached, in eval mode (with dropout no output could be compared).
+        inputs: the model's arguments: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        reducer: the method to check, on every tower whose tokens can be merged; or a dict by tower name.
+            `crossget.Ward(r=4)` if None, which needs no training.
 
     Raises:
-        TypeError: the model is not supported.
-        ValueError: the model is attached, or in training mode.
+        TypeError: the model is not supported, or `inputs` has a wrong type.
+        ValueError: the model is attached or in training mode, the reducer removes nothing, or cannot work on a tower,
+            or the model returns no tensor.
     """
     if model.training:
         raise ValueError("the model is in training mode, so its outputs are random: call model.eval() first")
-    reducer = CrossGET(r=4) if reducer is None else reducer
-    towers = find_towers(model)
-    with torch.no_grad(), _one_kernel():
-        dense = _run(model, inputs)
-        before = _identity(model)  # only now: hosts set things up in their first forward
-        checks = [_repeatable(dense, _run(model, inputs))]
-        with attach(model, {tower.name: ToMe(r=0) for tower in towers}):
-            checks.append(_exact(dense, _run(model, inputs)))
-        with attach(model, {t.name: reducer if t.reducible else replace(reducer, r=0) for t in towers}) as attached:
-            reduced = _run(model, inputs)
-            checks += [_effect(attached.tokens, attached.reducers, attached.towers), _finite(reduced)]
-        checks.append(_no_trace(dense, _run(model, inputs), before, _identity(model)))
+    towers = {tower.name: tower for tower in find_towers(model)}
+    reducers = _by_tower(towers, Ward(r=4) if reducer is None else reducer)
+    call = as_call(inputs)
+    with torch.no_grad(), _one_attention_kernel():
+        dense = _outputs(model, call)
+        before = _structure(model)  # after a forward, because some models create attributes in their first one
+        checks = [_repeatable(dense, _outputs(model, call))]
+        with attach(model, {name: _without_effect(one) for name, one in reducers.items()}):
+            checks.append(_exact(dense, _outputs(model, call), reducers))
+        with attach(model, reducers) as attached:
+            reduced = _outputs(model, call)
+            checks += [_effect(attached), _finite(reduced)]
+        checks.append(_no_trace(dense, _outputs(model, call), before, _structure(model)))
     return Diagnosis(type(model).__qualname__, tuple(checks))
 
 
-def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
-    if isinstance(inputs, dict):
-        out = model(**inputs)
+def _by_tower(towers: Mapping[str, Tower], reducer: Reducer | Mapping[str, Reducer]) -> dict[str, Reducer]:
+    """Tower name -> reducer; language models that generate get one with r = 0, because their tokens are not merged.
+
+    Raises:
+        TypeError: a reducer is none.
+        ValueError: there is no such tower, or no tower is to lose a token.
+    """
+    given = list(reducer.values()) if isinstance(reducer, Mapping) else [reducer]
+    if not all(isinstance(one, Reducer) for one in given):
+        raise TypeError(f"reducer is {reducer!r}: give a reducer such as crossget.Ward(r=4), or a dict by tower name")
+    if isinstance(reducer, Reducer):
+        reducers = {name: reducer if tower.reducible else replace(reducer, r=0) for name, tower in towers.items()}
     else:
-        out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        reducers = dict(reducer)
+    unknown = sorted(set(reducers) - set(towers))
+    if unknown:
+        raise ValueError(f"reducer names the towers {unknown}: this model has {sorted(towers)}")
+    if not any(_removes_tokens(one, towers[name]) for name, one in reducers.items()):
+        raise ValueError(
+            f"the reducer removes no token from the towers {sorted(towers)}: give one with r > 0, such as "
+            "crossget.Ward(r=4)"
+        )
+    return reducers
+
+
+def _removes_tokens(reducer: Reducer, tower: Tower) -> bool:
+    """Whether some block is to remove tokens."""
+    depth = len(tower.blocks)
+    return tower.reducible and any(reducer.schedule.removed(layer, depth, 1000) for layer in range(depth))
+
+
+def _without_effect(reducer: Reducer) -> Reducer:
+    """A reducer of the same class that changes no bit: r = 0, no cross token, and all tokens in the last block."""
+    changes: dict[str, Any] = {"r": 0, "cross_token": False, "class_token_only": False}
+    if getattr(reducer, "importance", None) == "cross_token":
+        changes["importance"] = None
+    return replace(reducer, **{field.name: changes[field.name] for field in fields(reducer) if field.name in changes})
+
+
+def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
+    """The tensors that the model returns.
+
+    Raises:
+        ValueError: there are none.
+    """
+    tensors = list(tensors_in(call.run(model)))
+    if not tensors:
+        raise ValueError(f"{type(model).__name__} returned no tensor, so that no outputs can be compared")
+    return tensors
 
 
 @contextlib.contextmanager
-def _one_kernel() -> Iterator[None]:
-    """Without the fused inference kernel of nn.MultiheadAttention, which rounds differently from attention proper."""
+def _one_attention_kernel() -> Iterator[None]:
+    """Without the fused inference kernel of nn.MultiheadAttention, which rounds differently from its other kernels."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -91,12 +141,17 @@ def _one_kernel() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _identity(model: nn.Module) -> tuple[Any, ...]:
-    classes = tuple((name, type(module), tuple(module.__dict__)) for name, module in model.named_modules())
-    return classes, tuple(model.state_dict()), repr(model)
+def _structure(model: nn.Module) -> tuple[Any, ...]:
+    """Classes, attributes, hooks, state dict keys and repr of a model, for comparison."""
+    modules = tuple(
+        (name, type(module), tuple(module.__dict__), len(module._forward_pre_hooks), len(module._forward_hooks))
+        for name, module in model.named_modules()
+    )
+    return modules, tuple(model.state_dict()), repr(model)
 
 
 def _difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest difference of two lists of tensors; infinite where shapes differ."""
     if [x.shape for x in a] != [x.shape for x in b]:
         return float("inf")
     return max(
@@ -109,21 +164,24 @@ def _repeatable(first: list[Tensor], second: list[Tensor]) -> Check:
     return Check("the model repeats itself", gap == 0.0, f"largest difference between two runs {gap:.1e}")
 
 
-def _exact(dense: list[Tensor], still: list[Tensor]) -> Check:
-    gap = _difference(dense, still)
-    return Check("r = 0 is the untouched model", gap == 0.0, f"largest difference {gap:.1e}")
+def _exact(dense: list[Tensor], unmerged: list[Tensor], reducers: Mapping[str, Reducer]) -> Check:
+    gap = _difference(dense, unmerged)
+    names = ", ".join(dict.fromkeys(type(reducer).__name__ for reducer in reducers.values()))
+    return Check("r = 0 is the untouched model", gap == 0.0, f"{names}, largest difference {gap:.1e}")
 
 
-def _effect(tokens: Mapping[str, list[int]], reducers: Mapping[str, Reducer], towers: Mapping[str, Any]) -> Check:
+def _effect(attached: Attachment) -> Check:
     details, ok = [], True
-    for name, seen in tokens.items():
-        tower, reducer = towers[name], reducers[name]
+    for name, seen in attached.tokens.items():
+        tower, reducer = attached.towers[name], attached.reducers[name]
         if not tower.reducible:
             continue
-        reserved = tower.n_reserved(bool(reducer.cross_token))
-        plan = planned_tokens(reducer.schedule, len(tower.blocks), seen[0] if seen else 0, reserved)
-        ok = ok and seen == plan[:-1] and plan[-1] < plan[0]
-        details.append(f"{name} {' '.join(map(str, seen))}" + ("" if seen == plan[:-1] else f" (planned {plan[:-1]})"))
+        n_reserved = tower.n_reserved(bool(reducer.cross_token))
+        planned = planned_tokens(reducer.schedule, len(tower.blocks), seen[0] if seen else 0, n_reserved)
+        removes = _removes_tokens(reducer, tower)
+        ok = ok and seen == planned[:-1] and (planned[-1] < planned[0] or not removes)
+        mismatch = "" if seen == planned[:-1] else f" (planned {planned[:-1]})"
+        details.append(f"{name} {' '.join(map(str, seen)) or 'did not run'}{mismatch}")
     return Check("r > 0 reaches the planned tokens", ok, "; ".join(details))
 
 
@@ -134,5 +192,5 @@ def _finite(reduced: list[Tensor]) -> Check:
 
 def _no_trace(dense: list[Tensor], again: list[Tensor], before: tuple[Any, ...], after: tuple[Any, ...]) -> Check:
     gap, same = _difference(dense, again), before == after
-    detail = f"largest difference {gap:.1e}, classes, keys and repr {'unchanged' if same else 'CHANGED'}"
+    detail = f"largest difference {gap:.1e}, classes, hooks, keys and repr {'unchanged' if same else 'CHANGED'}"
     return Check("detaching leaves no trace", gap == 0.0 and same, detail)

@@ -1,10 +1,10 @@
-"""Budgets: which schedule makes a model cost what it may cost.
+"""Schedules for a budget: `fit_schedule(model, images, flops=0.58)`.
 
-`fit_schedule(model, inputs, flops=0.58)` finds how many tokens each block has to give up so that a forward costs 58 % of the
-dense model's multiply-adds; the other budgets are tokens handed on and time. What a schedule costs is known
-before it is tried: multiply-adds exactly (costs.py), time from a few timed blocks (timing.py). How the tokens are
-shared out among the blocks (allocation.py) is decided by what the model's output loses on the inputs given.
-docs/budgets.md tells it all.
+It finds how many tokens each block has to remove so that a forward takes 58 % of the dense model's multiply-adds. The
+other budgets are a number of tokens behind the tower, and time. The cost of a schedule is known before it is tried:
+multiply-adds exactly (cost_model.py), time from a few schedules that are timed (block_times.py). How the tokens are
+shared out among the blocks (allocation.py) depends on how far the model's output on the given inputs moves.
+docs/budgets.md explains the search and shows what was measured.
 """
 
 from __future__ import annotations
@@ -15,46 +15,59 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from crossget.core.attachment import attach, find_attachment
-from crossget.measure.allocation import Family, Free, Loss, Price, Rises, allocate, even, nearest, prices, removed
-from crossget.measure.block_times import Times, time_blocks
-from crossget.measure.cost_model import Frame, Tokens, Trial, derive, no_polynomial
-from crossget.measure.flops import Inputs, as_call, count_once, tensors_in
+from crossget.measure.allocation import (
+    Cost,
+    Family,
+    FewestTokens,
+    OutputLoss,
+    RampedFamily,
+    ScheduleSpace,
+    allocate,
+    closest_within,
+    constant_weights,
+    removed_tokens,
+    total_cost,
+)
+from crossget.measure.block_times import BlockTimes, time_blocks
+from crossget.measure.cost_model import ScheduledModel, derive, no_polynomial
+from crossget.measure.flops import count_once
+from crossget.measure.inputs import Inputs, as_call, tensors_in
 from crossget.measure.speed import calling, in_eval_mode, quartiles, take_turns
 from crossget.methods.reducers import CrossGET, Reducer
 from crossget.methods.schedules import PerLayer, planned_tokens
 
 __all__ = ["FittedSchedule", "fit_schedule"]
 
-Distribution = Literal["measured", "constant", "rising"]
+Distribution = Literal["measured", "constant", "ramped"]
 Budget = Literal["flops", "tokens_out", "latency"]
-Read = Callable[[Any], Tensor]
-"""From what the model returns to what counts of it, one row per input: [B, ...]."""
+Output = Callable[[Any], Tensor]
+"""What the model returns -> the tensor [B, ...] that is compared, one row per input."""
 
 
 @dataclass(frozen=True)
 class FittedSchedule:
-    """A reducer that meets a budget: `crossget.attach(model, fitted.reducer)`.
+    """A reducer that keeps a budget: `crossget.attach(model, fitted.reducer)`.
 
     Attributes:
-        reducer: ready to attach; a dict by tower name if a tower was named.
-        tower: whose schedule was fitted.
-        schedule: tokens that each block removes.
-        tokens: entering each block, and behind the last one; the cross token counts.
-        budget: which one was given.
-        asked: its value: a share of the dense model's, or a number of tokens.
-        predicted: what the found schedule should take, in the same unit: for multiply-adds by the closed form, for a
-            latency by the times of the blocks.
-        measured: what it does take, counted or measured in the end.
-        spread: first and third quartile of what was measured; both equal `measured` where it does not vary.
-        distribution: how the tokens are shared out among the blocks in what was found.
-        losses: what the output loses on the inputs, by distribution: squared distance to the dense model's output over
-            its squared norm. Empty if nothing was compared.
+        reducer: the reducer to attach; a dict by tower name if a tower was named.
+        tower: name of the tower whose schedule was fitted.
+        schedule: the tokens that each block removes.
+        tokens: the tokens that enter each block, and those behind the last one, the cross token included.
+        budget: which budget was given.
+        asked: its value: a share of the dense model's cost, or a number of tokens.
+        predicted: what the schedule should take, in the same unit. For multiply-adds it comes from the closed form, for
+            a latency from the times of the blocks.
+        measured: what the schedule takes, counted or timed in the end.
+        spread: first and third quartile of the measurement; both equal `measured` where it does not vary.
+        distribution: how the tokens are shared out among the blocks.
+        losses: distribution -> loss of the output on the inputs: its squared distance from the dense model's output
+            over the squared norm of that. Empty if no outputs were compared.
     """
 
     reducer: Reducer | Mapping[str, Reducer]
@@ -71,7 +84,7 @@ class FittedSchedule:
 
     @property
     def met(self) -> bool:
-        """Whether the budget is kept, as far as the measurement can tell: its first quartile is not above."""
+        """Whether the budget is kept within the precision of the measurement: its first quartile is not above it."""
         return self.spread[0] <= self.asked
 
     def __str__(self) -> str:
@@ -103,42 +116,43 @@ def fit_schedule(
     reducer: Reducer | Sequence[Reducer] | None = None,
     tower: str | None = None,
     distribution: Distribution = "measured",
-    read: Read | None = None,
+    output: Output | None = None,
     rounds: int = 10,
 ) -> FittedSchedule:
-    """Find the schedule with which a model keeps a budget. The model itself is left as it was.
+    """Find a schedule with which the model keeps a budget. The model is left as it was.
 
-    Exactly one budget is given. Shares are of the dense model's whole forward, `model(*inputs)`, in eval mode, on the
-    device that model and inputs are on and with the batch that the inputs are.
+    Give exactly one budget. Shares are of the dense model's whole forward, `model(*inputs)`, in eval mode, on the
+    present device and with the batch of the inputs.
 
     Args:
-        model: not attached.
-        inputs: what to call it with: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. For
-            the distribution, 16 to 32 examples of what the model will see, without labels.
-        flops: share of the multiply-adds that `crossget.count_flops` counts, in (0, 1]. The schedule found takes at
-            most that, and no block could keep one more token within it.
+        model: the model, not attached.
+        inputs: the model's arguments: a tensor, a tuple of positional arguments, or a mapping of keyword arguments. For
+            the distribution "measured" give 16 to 32 typical examples, without labels.
+        flops: share of the multiply-adds that `crossget.count_flops` counts, in (0, 1]. The schedule takes at most this
+            share, and no block could keep one more token within it.
         tokens_out: patch tokens of an image that are left behind the last block, without class token, registers and
-            cross token. Where images go into prompts, behind the block that is read: the image tokens that the
-            language model gets, as `Attachment.image_tokens` counts them.
+            cross token. For a model with images in its prompts: the image tokens that the language model gets, see
+            `Attachment.image_tokens`.
         latency: share of the time, in (0, 1].
-        reducer: the method; its `r` is put in place. `CrossGET(r=0)` if None. Several: each is fitted, and that comes
-            back which the output loses least by on the inputs.
-        tower: whose schedule to find; None: the one that `attach` reduces when it gets one reducer.
-        distribution: "constant" shares the tokens out evenly among the blocks; "rising" as `crossget.RampedRatio` does;
-            "measured" as it costs the output least on the inputs, unless that is not clearly better than evenly.
-        read: from what the model returns to what counts of it for "measured", a tensor [B, ...]; None: its `logits`, or
-            else all that it returns.
-        rounds: timed turns of dense and reduced, for a latency.
+        reducer: the method, whose `r` is replaced; `CrossGET(r=0)` if None. Of several methods each is fitted, and the
+            one with the least loss of the output is returned.
+        tower: name of the tower; None: the tower that `attach` reduces if it gets one reducer.
+        distribution: how the tokens are shared out among the blocks. "constant": the same number in every block.
+            "ramped": as by `crossget.RampedRatio`. "measured": with the least loss of the output on the inputs, or
+            "constant" where that is not clearly better.
+        output: a function from what the model returns to the tensor [B, ...] that is compared for "measured", such as
+            `lambda out: out.pooler_output`. None: its `logits`, or else all its tensors.
+        rounds: timed calls of dense and of reduced model, for a latency.
 
     Raises:
-        TypeError: the model is not supported, or an argument is of a wrong type.
-        ValueError: not exactly one budget, or one that is out of range or cannot be kept (the message names the
-            nearest that can); a model that is attached; inputs on the meta device where something is to be measured.
-        RuntimeError: the model's multiply-adds are no polynomial in its tokens, see `crossget.measure.cost_model.derive`.
+        TypeError: the model is not supported, or an argument has a wrong type.
+        ValueError: not exactly one budget is given; it is out of range or cannot be kept (the message names the nearest
+            one that can); the model is attached; or something is to be measured and the inputs are on the meta device.
+        RuntimeError: the multiply-adds are no polynomial in the tokens, see `crossget.measure.cost_model.derive`.
     """
-    kind, asked = _asked({"flops": flops, "tokens_out": tokens_out, "latency": latency})
+    budget, asked = _chosen_budget({"flops": flops, "tokens_out": tokens_out, "latency": latency})
     if distribution not in get_args(Distribution):
-        raise ValueError(f"distribution is {distribution!r}: choose 'measured', 'constant' or 'rising'")
+        raise ValueError(f"distribution is {distribution!r}: choose 'measured', 'constant' or 'ramped'")
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1 round")
     methods = _methods(reducer)
@@ -147,34 +161,35 @@ def fit_schedule(
         raise ValueError(f"already attached: {previous}. Detach it first: a budget is a share of the dense model")
     call = as_call(inputs)
     if any(tensor.is_meta for tensor in (*call.tensors, *model.parameters())):
-        if kind == "latency":
-            raise ValueError(f"{kind} cannot be measured on the meta device: give flops or tokens_out there")
+        if budget == "latency":
+            raise ValueError("latency cannot be measured on the meta device: give flops or tokens_out there")
         if distribution == "measured" or len(methods) > 1:
             raise ValueError(
-                "on the meta device nothing can be measured: set distribution='constant' or 'rising', and give one "
+                "on the meta device nothing can be measured: set distribution='constant' or 'ramped', and give one "
                 "reducer"
             )
-    if kind == "latency" and not call.tensors:
-        raise ValueError("inputs hold no tensor: the device is read from the first one")
-    fits: list[FittedSchedule] = []
+    if budget == "latency" and not call.tensors:
+        raise ValueError("inputs hold no tensor: expected at least one, which tells the device")
+    results: list[FittedSchedule] = []
     with in_eval_mode(model), torch.no_grad():
         for method in methods:
             with attach(model, method if tower is None else {tower: method}) as attachment:
                 name = next(iter(attachment.towers)) if tower is None else tower
-                search = _Search(Trial(model, inputs, attachment, name), read, distribution, rounds)
-                found, (_, chosen, losses) = getattr(search, kind)(asked)
-                schedule = PerLayer(tuple(removed(found.tokens)))
-                if len(methods) > 1 and chosen not in losses:
-                    losses = {**losses, chosen: float(search.lost(schedule.r).mean())}
+                search = _Search(ScheduledModel(model, inputs, attachment, name), output, distribution, rounds)
+                found = search.run(budget, asked)
+                schedule = PerLayer(tuple(removed_tokens(found.tokens)))
+                losses = found.losses
+                if len(methods) > 1 and found.distribution not in losses:
+                    losses = {**losses, found.distribution: float(search.output_loss(schedule.r).mean())}
             fitted = replace(method, r=schedule)
-            fits.append(FittedSchedule(
-                fitted if tower is None else {tower: fitted}, name, schedule, tuple(found.tokens), kind, asked,
-                found.predicted, found.measured, found.spread, chosen, losses,
+            results.append(FittedSchedule(
+                fitted if tower is None else {tower: fitted}, name, schedule, tuple(found.tokens), budget, asked,
+                found.predicted, found.measured, found.spread, found.distribution, losses,
             ))  # fmt: skip
-    result = fits[0] if len(fits) == 1 else min(fits, key=lambda fit: fit.losses[fit.distribution])
-    if not result.met:
-        warnings.warn(f"the budget was missed. {result}", stacklevel=2)
-    return result
+    best = results[0] if len(results) == 1 else min(results, key=lambda one: one.losses[one.distribution])
+    if not best.met:
+        warnings.warn(f"the budget was missed. {best}", stacklevel=2)
+    return best
 
 
 def _methods(given: Reducer | Sequence[Reducer] | None) -> list[Reducer]:
@@ -187,156 +202,169 @@ def _methods(given: Reducer | Sequence[Reducer] | None) -> list[Reducer]:
     return [replace(method, r=0) for method in methods]
 
 
-def _asked(budgets: Mapping[Budget, float | None]) -> tuple[Budget, float]:
-    """The one budget that is given."""
+def _chosen_budget(budgets: Mapping[Budget, float | None]) -> tuple[Budget, float]:
+    """The one budget that is given, and its value."""
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"give exactly one budget of {', '.join(budgets)}; got {given or 'none'}")
-    ((kind, value),) = given.items()
+    ((budget, value),) = given.items()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{kind} is {value!r}: expected a number")
-    if kind == "tokens_out":
+        raise TypeError(f"{budget} is {value!r}: expected a number")
+    if budget == "tokens_out":
         if not isinstance(value, int):
             raise TypeError(f"tokens_out is {value!r}: the number of tokens is an int")
         if value < 1:
             raise ValueError(f"tokens_out is {value}: expected at least 1")
     elif not 0 < value <= 1:
-        raise ValueError(f"{kind} is {value}: expected a share of the dense model's, in (0, 1]")
-    return kind, value
+        raise ValueError(f"{budget} is {value}: expected a share of the dense model's, in (0, 1]")
+    return budget, value
 
 
-# Searching ------------------------------------------------------------------------------------------------------------
+# The search -----------------------------------------------------------------------------------------------------------
+
+
+class _Choice(NamedTuple):
+    """A schedule, and how it was chosen.
+
+    Attributes:
+        tokens: of each block.
+        distribution: how they are shared out.
+        losses: of the output, by distribution, where it was measured.
+    """
+
+    tokens: list[int]
+    distribution: Distribution
+    losses: Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A schedule, with what it should cost and what it does cost."""
+class _Result:
+    """A schedule with its predicted and its measured cost; the attributes are those of `FittedSchedule`."""
 
-    tokens: Tokens
+    tokens: list[int]
+    distribution: Distribution
+    losses: Mapping[str, float]
     predicted: float
     measured: float
     spread: tuple[float, float]
 
 
-_Choice = tuple[list[int], Distribution, Mapping[str, float]]
-"""Tokens, how they are shared out, and what the output lost by distribution."""
-
-
 class _Search:
-    """What all budgets look for a schedule with.
+    """The search for one reducer's schedule.
 
     Args:
-        trial: the attached model.
-        read: see `fit`.
-        distribution: see `fit`.
-        rounds: see `fit`.
+        model: the attached model.
+        output, distribution, rounds: see `fit_schedule`.
+
+    Raises:
+        ValueError: no token of the tower can be merged, or the inputs do not reach it.
     """
 
-    def __init__(self, trial: Trial, read: Read | None, distribution: Distribution, rounds: int) -> None:
-        self.trial, self.read, self.distribution, self.rounds = trial, read, distribution, rounds
-        tower = trial.tower
+    def __init__(self, model: ScheduledModel, output: Output | None, distribution: Distribution, rounds: int) -> None:
+        self.model, self.output, self.distribution, self.rounds = model, output, distribution, rounds
+        self.dense_output: Any = None
+        tower, reducer = model.tower, model.attachment.reducers[model.name]
         if not tower.reducible:
-            raise ValueError(f"tower {trial.name!r} is a language model that generates: its tokens are not merged")
-        depth = len(tower.blocks)
-        trial.use([0] * depth)
-        self.whole = self.run()
-        if len(trial.entered) != depth:
-            raise ValueError(f"tower {trial.name!r} did not run on these inputs: give some that reach it")
-        attached = trial.attachment._towers[trial.name]
-        cross = int(bool(attached.reducer.cross_token))
-        reserved = self.reserved(tower.n_reserved(bool(cross)), trial.entered[0])
-        # Where one token of the last block is read, nothing is merged there.
-        layer, self.others = depth - 1 - int(attached.last.class_token_only), tower.prefix + cross
-        if tower.prompt is not None:
-            features = tower.prompt.features(as_call(trial.inputs).kwargs)
-            layer, self.others = features.layer, features.dropped + cross - int(attached.keeps_cross_token)
-        self.more = tower.prefix + cross - self.others  # tokens that are handed on besides patches
-        self.frame = Frame(depth, trial.entered[0], reserved, layer)
-        if layer < 0:
+            raise ValueError(f"tower {model.name!r} is a language model that generates: its tokens are not merged")
+        depth, cross_token = len(tower.blocks), int(bool(reducer.cross_token))
+        model.set_removed([0] * depth)
+        self.unmerged_output = self.run_model()
+        if len(model.entered) != depth:
+            raise ValueError(f"tower {model.name!r} did not run on these inputs: give inputs that reach it")
+        n_tokens = model.entered[0]
+        n_reserved = self.count_reserved(tower.n_reserved(bool(cross_token)), n_tokens)
+        if n_tokens - n_reserved < 2:
             raise ValueError(
-                f"tower {trial.name!r} has one block, whose tokens nobody reads but one: nothing can be merged in it "
-                "with class_token_only=True, so no budget can be kept"
-            )
-        if self.frame.start - reserved < 2:
-            raise ValueError(
-                f"tower {trial.name!r} has {self.frame.start} tokens, of which {reserved} always stay: nothing can be "
+                f"tower {model.name!r} has {n_tokens} tokens, of which {n_reserved} always stay: nothing can be "
                 "merged, so no budget can be kept"
             )
-        # What is taken as it is, and what a measured distribution has to be better than.
-        self.plain: Distribution = "rising" if distribution == "rising" else "constant"
-        self.family = Rises(self.frame) if self.plain == "rising" else Family(self.frame, even(self.frame))
+        last, self.besides_patches = depth - 1, tower.prefix + cross_token
+        if tower.prompt is not None:  # the model takes the tokens behind another block, and perhaps the cross token
+            features = tower.prompt.features(model.call.kwargs)
+            passes_cross_token = tower.keeps_cross_token and not reducer.strip_cross_token
+            last, self.besides_patches = features.layer, features.dropped + cross_token * (not passes_cross_token)
+        elif reducer.class_token_only and self.last_block_merges_nothing(n_tokens):
+            last -= 1
+        if last < 0:
+            raise ValueError(
+                f"tower {model.name!r} has one block, which merges nothing with class_token_only=True: no budget can "
+                "be kept; set class_token_only=False"
+            )
+        self.space = ScheduleSpace(depth, n_tokens, n_reserved, last)
+        # The distribution that is used as it is, or that the measured one has to be better than.
+        self.simple: Distribution = "ramped" if distribution == "ramped" else "constant"
+        self.family = (
+            RampedFamily(self.space) if self.simple == "ramped" else Family(self.space, constant_weights(self.space))
+        )
 
-    def reserved(self, least: int, start: int) -> int:
-        """How many tokens always stay. Among padded images, as among padded texts, one more of either kind."""
-        depth = len(self.trial.tower.blocks)
-        self.output([start] * depth)
-        for reserved in (least, least + 2):
-            if planned_tokens(PerLayer((start,) * depth), depth, start, reserved)[:-1] == self.trial.entered:
-                return reserved
-        raise RuntimeError(f"tower {self.trial.name!r} ran its blocks on {self.trial.entered} tokens, unlike planned")
+    def count_reserved(self, least: int, n_tokens: int) -> int:
+        """How many tokens always stay, seen in a forward that removes as many as possible.
 
-    # By multiply-adds
+        Padding adds two to the `least`: one of the padding tokens and one of the others always stay.
+        """
+        depth = len(self.model.tower.blocks)
+        self.run_model([n_tokens] * depth)
+        for n_reserved in (least, least + 2):
+            tokens = planned_tokens(PerLayer((n_tokens,) * depth), depth, n_tokens, n_reserved)
+            if tokens[:-1] == self.model.entered:
+                return n_reserved
+        raise RuntimeError(
+            f"tower {self.model.name!r} ran its blocks on {self.model.entered} tokens, unlike planned: its number of "
+            "tokens depends on more than the schedule"
+        )
 
-    def flops(self, asked: float) -> tuple[_Found, _Choice]:
-        """At most a share of the dense model's multiply-adds."""
-        with self.trial.attachment.paused():
-            dense = count_once(self.trial.model, self.trial.inputs).total
-        costs = derive(self.trial, self.frame)
-        choice = self.within(costs, asked, dense, "flops")
-        blocks, rest = self.trial.count(removed(choice[0]))
+    def last_block_merges_nothing(self, n_tokens: int) -> bool:
+        """Whether the last block keeps all tokens when it is told to remove them."""
+        depth = len(self.model.tower.blocks)
+        self.model.set_removed([0] * (depth - 1) + [n_tokens])
+        return self.model.run_and_count_left() == n_tokens
+
+    def run(self, budget: Budget, asked: float) -> _Result:
+        """Find the schedule for a budget."""
+        if budget == "flops":
+            return self.by_flops(asked)
+        return self.by_tokens(int(asked)) if budget == "tokens_out" else self.by_latency(asked)
+
+    # The budgets
+
+    def by_flops(self, asked: float) -> _Result:
+        """The schedule that takes at most a share of the dense model's multiply-adds."""
+        with self.model.attachment.paused():
+            dense = count_once(self.model.model, self.model.inputs).total
+        cost = derive(self.model, self.space)
+        choice = self.within(cost, asked, dense, "flops")
+        blocks, rest = self.model.count(removed_tokens(choice.tokens))
         counted = sum(blocks) + rest
-        if counted != costs.total(choice[0]):
-            raise no_polynomial(self.trial)
+        if counted != cost.total(choice.tokens):
+            raise no_polynomial(self.model)
         share = counted / dense
-        return _Found(choice[0], share, share, (share, share)), choice
+        return _Result(*choice, share, share, (share, share))
 
-    def within(self, price: Price, asked: float, dense: float, what: Budget) -> _Choice:
-        """The schedule that costs at most the share `asked` of `dense`, and is nearest to it."""
-        most = asked * dense
-        constant = nearest(price, self.family, most)
-        if self.distribution != "measured":
-            if constant is None:
-                raise _impossible(what, asked, float(prices(price, self.family.tokens).min()) / dense)
-            return constant, self.plain, {}
-        if constant is None and allocate(self.frame, Free(), price, most) is None:
-            strongest = allocate(self.frame, price, price, math.inf) or self.frame.strongest()
-            least = min(prices(price, torch.tensor([strongest])).min(), prices(price, self.family.tokens).min())
-            raise _impossible(what, asked, float(least) / dense)
-        found = [allocate(self.frame, loss, price, most) for loss in self.losses()]
-        best = [nearest(price, Family(self.frame, removed(tokens)), most) for tokens in found if tokens]
-        return self.choose(constant, best)
-
-    # By tokens
-
-    def tokens_out(self, asked: float) -> tuple[_Found, _Choice]:
-        """So many patch tokens behind the block that is read."""
-        place, goal = self.frame.read + 1, int(asked) + self.others
+    def by_tokens(self, asked: int) -> _Result:
+        """The schedule that leaves so many patch tokens behind the last block that may remove tokens."""
+        place, goal = self.space.last_layer + 1, asked + self.besides_patches
         left = self.family.tokens[:, place]
         if not left.min() <= goal <= left.max():
             possible = left.min() if goal < left.min() else left.max()
-            raise _impossible("tokens_out", asked, int(possible) - self.others)
-
+            raise _impossible("tokens_out", asked, int(possible) - self.besides_patches)
         tokens = self.family[int((left <= goal).nonzero()[0])]
-        weights, back = removed(tokens), goal - tokens[place]
-        for layer in reversed(range(place)):  # a rising share may step over a number
-            kept = min(back, weights[layer])
-            weights[layer], back = weights[layer] - kept, back - kept
-        constant = self.frame.plan(weights)
-        choice: _Choice = (constant, self.plain, {})
+        r, too_many = removed_tokens(tokens), goal - tokens[place]
+        for layer in reversed(range(place)):  # a family may leave numbers out: the last blocks remove fewer then
+            fewer = min(too_many, r[layer])
+            r[layer], too_many = r[layer] - fewer, too_many - fewer
+        simple = self.space.tokens(r)
+        choice = _Choice(simple, self.simple, {})
         if self.distribution == "measured":
-            found = [allocate(self.frame, loss, Free(), math.inf, goal) for loss in self.losses()]
-            choice = self.choose(constant, found)
-        self.output(removed(choice[0]))
-        source = self.trial.attachment.source[self.trial.name][0, self.trial.tower.prefix :]
-        out = float(len(set(source[source >= 0].tolist())) + self.more)
-        return _Found(choice[0], asked, out, (out, out)), choice
+            found = [allocate(self.space, loss, FewestTokens(), math.inf, goal) for loss in self.block_losses()]
+            choice = self.choose(simple, found)
+        self.model.set_removed(removed_tokens(choice.tokens))
+        measured = float(self.model.run_and_count_left() - self.besides_patches)
+        return _Result(*choice, asked, measured, (measured, measured))
 
-    # By time
-
-    def latency(self, asked: float) -> tuple[_Found, _Choice]:
-        """At most a share of the dense model's time."""
-        times = time_blocks(self.trial, self.frame, self.rounds)
-        least = min(times.totals.values()) / times.dense
+    def by_latency(self, asked: float) -> _Result:
+        """The schedule that takes at most a share of the dense model's time."""
+        times = time_blocks(self.model, self.space, self.rounds)
+        least = min(times.measured.values()) / times.dense
         if least >= 1:
             raise ValueError(
                 f"latency={asked:g} cannot be kept: no schedule is faster than the dense model here, the best takes "
@@ -346,118 +374,126 @@ class _Search:
         if asked < least:
             raise _impossible("latency", asked, least)
         choice = self.within(times, asked, times.dense, "latency")
-        weights = removed(choice[0])
-        found = self.timed(times, choice[0])
-        low, high = found.spread
-        if not low <= asked <= high and any(weights):  # the prediction is off: aim as much to the other side
-            aim = nearest(times, Family(self.frame, weights), asked * times.dense * found.predicted / found.measured)
-            again = None if aim is None else self.timed(times, aim)
-            if again is not None and abs(again.measured - asked) < abs(found.measured - asked):
-                found = again
-        return found, choice
+        result = self.measure_latency(times, choice)
+        low, high = result.spread
+        r = removed_tokens(choice.tokens)
+        if not low <= asked <= high and any(r):  # the prediction is off: correct the aim by the factor it is off
+            aim = asked * times.dense * result.predicted / result.measured
+            tokens = closest_within(times, Family(self.space, r), aim)
+            if tokens is not None:
+                again = self.measure_latency(times, choice._replace(tokens=tokens))
+                if abs(again.measured - asked) < abs(result.measured - asked):
+                    result = again
+        return result
 
-    def timed(self, times: Times, tokens: list[int]) -> _Found:
-        """Measure a schedule against the dense model, in turns."""
-        self.trial.use(removed(tokens))
-        turns = {"dense": partial(calling, self.call, self.trial.attachment.paused), "fit": partial(calling, self.call)}
-        seconds = take_turns(turns, self.trial.device, self.rounds, warmup=1)
-        shares = tuple(fit / dense for fit, dense in zip(seconds["fit"], seconds["dense"], strict=True))
-        predicted = float(prices(times, torch.tensor([tokens]))) / times.dense
-        return _Found(tokens, predicted, statistics.median(shares), quartiles(shares))
+    def measure_latency(self, times: BlockTimes, choice: _Choice) -> _Result:
+        """Time a schedule against the dense model, in turns."""
+        run, model = self.model.run, self.model
+        model.set_removed(removed_tokens(choice.tokens))
+        turns = {"dense": partial(calling, run, model.attachment.paused), "reduced": partial(calling, run)}
+        seconds = take_turns(turns, model.call.device, self.rounds, warmup=1)
+        shares = tuple(a / b for a, b in zip(seconds["reduced"], seconds["dense"], strict=True))
+        predicted = float(total_cost(times, torch.tensor([choice.tokens]))) / times.dense
+        return _Result(*choice, predicted, statistics.median(shares), quartiles(shares))
 
-    # Sharing out
+    def within(self, cost: Cost, asked: float, dense: float, budget: Budget) -> _Choice:
+        """The schedule that costs at most the share `asked` of `dense`, and as much of it as possible."""
+        limit = asked * dense
+        simple = closest_within(cost, self.family, limit)
+        if self.distribution != "measured":
+            if simple is None:
+                raise _impossible(budget, asked, float(total_cost(cost, self.family.tokens).min()) / dense)
+            return _Choice(simple, self.simple, {})
+        if simple is None and allocate(self.space, FewestTokens(), cost, limit) is None:
+            cheapest = allocate(self.space, cost, cost, math.inf) or self.space.strongest()
+            least = min(total_cost(cost, torch.tensor([cheapest])).min(), total_cost(cost, self.family.tokens).min())
+            raise _impossible(budget, asked, float(least) / dense)
+        found = [allocate(self.space, loss, cost, limit) for loss in self.block_losses()]
+        families = [Family(self.space, removed_tokens(tokens)) for tokens in found if tokens]
+        return self.choose(simple, [closest_within(cost, family, limit) for family in families])
 
-    def losses(self) -> list[Loss]:
-        """What each block alone costs the output, beside what a cross token costs that removes nothing.
+    # The measured distribution
 
-        It is measured where half of the tokens and where a quarter of them leave, and continued in some ways.
+    def block_losses(self) -> list[OutputLoss]:
+        """What each block alone costs the output, as three power laws.
+
+        Each block removes a quarter, then half of the tokens. The loss is relative to the output without any removed,
+        so that the effect of a cross token does not count.
         """
-        free = self.frame.start - self.frame.reserved
+        free = self.space.n_tokens - self.space.n_reserved
         points = []
-        for layer in range(self.frame.read + 1):
+        for layer in range(self.space.last_layer + 1):
             of_block = []
             for r in sorted({max(1, free // 4), free // 2}):
-                lost = distance(self.output([r if i == layer else 0 for i in range(self.frame.depth)]), self.whole)
-                of_block.append((self.frame.start - r, float(lost.mean())))
+                moved = self.run_model([r if i == layer else 0 for i in range(self.space.depth)])
+                of_block.append((self.space.n_tokens - r, float(distance(moved, self.unmerged_output).mean())))
             points.append(of_block)
-        return [Loss(self.frame, points, least) for least in (1.0, 2.0, 3.0)]
+        return [OutputLoss(self.space, points, least_power) for least_power in (1.0, 2.0, 3.0)]
 
-    def choose(self, constant: list[int] | None, best: Sequence[list[int] | None]) -> _Choice:
-        """The best of what was allocated, or evenly.
+    def choose(self, constant: list[int] | None, allocated: Sequence[list[int] | None]) -> _Choice:
+        """The best of the allocated schedules on the inputs, or the constant one.
 
-        The inputs say which, and whether that is clearly better than evenly: by more than the standard error of the
-        difference.
+        The constant one stays unless the other is better by more than the standard error of the difference.
         """
-        found = [
-            list(tokens)
-            for tokens in dict.fromkeys(tuple(tokens) for tokens in best if tokens)
-            if list(tokens) != constant
-        ]
-        if not found:
-            return constant or [], "constant", {}
-        lost = [self.lost(removed(tokens)) for tokens in found]
-        chosen = min(range(len(found)), key=lambda i: float(lost[i].mean()))
-        losses = {"measured": float(lost[chosen].mean())}
+        different = dict.fromkeys(tuple(tokens) for tokens in allocated if tokens and tokens != constant)
+        candidates = [list(tokens) for tokens in different]
+        if not candidates:
+            return _Choice(constant or [], "constant", {})
+        losses = [self.output_loss(removed_tokens(tokens)) for tokens in candidates]
+        best = min(range(len(candidates)), key=lambda i: float(losses[i].mean()))
+        measured = float(losses[best].mean())
         if constant is None:
-            return found[chosen], "measured", losses
-        other = self.lost(removed(constant))
-        losses["constant"] = float(other.mean())
-        difference = lost[chosen] - other
-        noise = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        better = float(difference.mean()) < -noise
-        return (found[chosen], "measured", losses) if better else (constant, "constant", losses)
+            return _Choice(candidates[best], "measured", {"measured": measured})
+        of_constant = self.output_loss(removed_tokens(constant))
+        both = {"measured": measured, "constant": float(of_constant.mean())}
+        difference = losses[best] - of_constant
+        error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        if float(difference.mean()) < -error:
+            return _Choice(candidates[best], "measured", both)
+        return _Choice(constant, "constant", both)
 
-    def lost(self, r: Sequence[int]) -> Tensor:
-        """[B] what a schedule costs the output, input by input."""
-        if self.untouched is None:
-            with self.trial.attachment.paused():
-                self.untouched = self.run()
-        return distance(self.output(r), self.untouched)
+    def output_loss(self, r: Sequence[int]) -> Tensor:
+        """[B] distance of the output from the dense model's, for each input, with a schedule."""
+        if self.dense_output is None:
+            with self.model.attachment.paused():
+                self.dense_output = self.run_model()
+        return distance(self.run_model(r), self.dense_output)
 
-    untouched: Any = None
-
-    def output(self, r: Sequence[int]) -> Any:
-        """What counts of what the model returns with a schedule."""
-        self.trial.use(r)
-        return self.run()
-
-    def run(self) -> Any:
-        """What counts of what the model returns as it is."""
-        out = self.call()
-        if self.read is not None:
-            return self.read(out)
-        # Beside its logits, a model of transformers returns features and caches, which nobody decides by.
+    def run_model(self, r: Sequence[int] | None = None) -> Any:
+        """The part of the model's output that is compared, with a schedule; None: the one that is set."""
+        if r is not None:
+            self.model.set_removed(r)
+        out = self.model.run()
+        if self.output is not None:
+            return self.output(out)
+        # Besides logits, models of transformers return features and caches, which no decision depends on.
         logits = getattr(out, "logits", None)
         return logits if isinstance(logits, Tensor) else out
 
-    def call(self) -> Any:
-        """Call the model with its inputs."""
-        given = as_call(self.trial.inputs)
-        return self.trial.model(*given.args, **given.kwargs)
 
-
-def _impossible(what: Budget, asked: float, possible: float) -> ValueError:
-    if what == "tokens_out":
+def _impossible(budget: Budget, asked: float, possible: float) -> ValueError:
+    """The error for a budget that cannot be kept; `possible` is the nearest that can."""
+    if budget == "tokens_out":
         return ValueError(f"tokens_out={asked:g} cannot be kept: the nearest possible is {possible:g}")
     shown = math.ceil(possible * 1e4) / 1e4
     if shown >= 1:
         return ValueError(
-            f"{what}={asked:g} cannot be kept: even the cheapest schedule takes {shown:g} of what dense takes. "
+            f"{budget}={asked:g} cannot be kept: even the cheapest schedule takes {shown:g} of the dense model's. "
             "Here the matching costs more than fewer tokens save"
         )
     return ValueError(
-        f"{what}={asked:g} cannot be kept: the nearest possible is {shown:g}. A block gives up half of its tokens at "
-        "most, and what is not in the blocks stays"
+        f"{budget}={asked:g} cannot be kept: the nearest possible is {shown:g}. A block removes at most half of its "
+        "tokens, and what is outside the blocks is not reduced"
     )
 
 
 def distance(output: Any, dense: Any) -> Tensor:
-    """[B] squared distance of two outputs over the squared norm of the second, row by row, averaged over their tensors.
+    """[B] squared distance of two outputs over the squared norm of the second, for each row, averaged over tensors.
 
-    Of tensors with fewer tokens than the dense model's [B, T, ...] the last ones are compared.
+    Where a tensor [B, T, ...] has another number of tokens than the dense model's, their last tokens are compared.
 
     Raises:
-        ValueError: nothing in them can be compared.
+        ValueError: the outputs hold no tensors that can be compared.
     """
     found = []
     pairs = list(zip(tensors_in(output), tensors_in(dense), strict=False))
@@ -473,6 +509,6 @@ def distance(output: Any, dense: Any) -> Tensor:
     if not found:
         raise ValueError(
             "what the model returns cannot be compared with the dense model's: expected a tensor of floating point "
-            "[B, ...] among it. Give read=, a function that takes one out of it, or distribution='constant'"
+            "[B, ...] among it. Give output=, a function that takes one out of it, or distribution='constant'"
         )
     return torch.stack(found).mean(0)

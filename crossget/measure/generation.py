@@ -1,9 +1,9 @@
-"""What a model of images and text costs to generate with, stage by stage: image tower, prefill, one decoding step.
+"""Multiply-adds of generating text from images, by stage: image tower, prefill, one decoding step.
 
-`count_flops` counts one forward. A generating model runs two kinds: the prefill, over the prompt with its image tokens,
-and a decoding step for each new token, against the cache of keys and values that the prefill left. Both are counted
-here as `generate` runs them, dense and reduced, on any device: on "meta" a model of 13 billion parameters takes seconds
-and no memory.
+`count_flops` counts one forward. A model that generates runs two kinds of forward: the prefill, over the prompt with
+its image tokens, and a decoding step for each new token, with the cache of keys and values that the prefill filled.
+Both are counted as `generate` runs them, dense and reduced, on any device. On the meta device no memory is needed for
+weights, so that models of 13 billion parameters can be counted anywhere.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from crossget.core.attachment import find_attachment
 from crossget.measure.flops import count_once
 
 REST = "language model"
+"""The part that the multiply-adds outside of all other parts belong to."""
 
 
 @dataclass(frozen=True)
-class Cost:
+class GenerationCost:
     """What generating costs.
 
     Attributes:
-        image_tokens: that the language model gets for an image.
+        image_tokens: tokens that the language model gets for one image.
         prompt: tokens of the prefill.
-        parts: multiply-adds of the prefill by part, from the image tower to the language model.
-        step: multiply-adds of one decoding step behind the prompt.
-        cache: numbers in the cache behind the prefill.
+        parts: name of the part -> its multiply-adds in the prefill, from the image tower to the language model.
+        step: multiply-adds of one decoding step after the prompt.
+        cache: numbers (not bytes) in the cache of keys and values after the prefill.
     """
 
     image_tokens: int
@@ -46,7 +47,7 @@ class Cost:
 
     @property
     def prefill(self) -> int:
-        """Multiply-adds until the first new token, the image tower's among them."""
+        """Multiply-adds until the first new token, those of the image tower included."""
         return sum(self.parts.values())
 
 
@@ -56,27 +57,27 @@ class StageReport:
 
     Attributes:
         model: class of the model.
-        images: in the prompt.
-        text_tokens: in the prompt.
-        dense: without any reducer.
-        reduced: with the reducers; None if nothing is attached.
+        images: number of images in the prompt.
+        text_tokens: number of text tokens in the prompt.
+        dense: the cost without any reducer.
+        reduced: the cost with the reducers; None if nothing is attached.
         reducers: tower name -> reducer, as text.
     """
 
     model: str
     images: int
     text_tokens: int
-    dense: Cost
-    reduced: Cost | None
+    dense: GenerationCost
+    reduced: GenerationCost | None
     reducers: Mapping[str, str]
 
     @property
     def speedup(self) -> float:
-        """Predicted for image tower and prefill: multiply-adds of dense over those of reduced."""
+        """Multiply-adds of image tower and prefill, dense over reduced: the speed-up that is to be expected."""
         return 1.0 if self.reduced is None else self.dense.prefill / self.reduced.prefill
 
     def table(self) -> str:
-        """The stages, one a line."""
+        """A table with one stage per line."""
         costs = [self.dense] if self.reduced is None else [self.dense, self.reduced]
         rows = [
             *(_row(part, [cost.parts[part] for cost in costs]) for part in self.dense.parts),
@@ -109,15 +110,15 @@ def _row(name: str, values: Sequence[int]) -> list[str]:
 
 
 def count_stages(model: nn.Module, text_tokens: int = 64, images: int = 1) -> StageReport:
-    """Multiply-adds of generating with a model of images and text.
+    """Multiply-adds of generating text with a model of images and text.
 
     Args:
-        model: one whose adapter knows its stages (LLaVA-1.5, BLIP, BLIP-2), attached or not, on any device.
-        text_tokens: in the prompt.
-        images: in the prompt.
+        model: a model whose integration defines its stages (LLaVA-1.5, BLIP, BLIP-2), attached or not, on any device.
+        text_tokens: number of text tokens in the prompt.
+        images: number of images in the prompt.
 
     Raises:
-        TypeError: nobody knows its stages.
+        TypeError: the model's stages are not defined.
         ValueError: there is no text, or no image.
     """
     if text_tokens < 1 or images < 1:
@@ -136,7 +137,7 @@ def count_stages(model: nn.Module, text_tokens: int = 64, images: int = 1) -> St
 
 
 def has_stages(model: nn.Module) -> bool:
-    """Whether the model generates in stages that its adapter knows."""
+    """Whether the model's integration defines its stages, so that `count_stages` can count them."""
     return _find_stages(model) is not None
 
 
@@ -153,14 +154,14 @@ def _stages(model: nn.Module) -> Stages:
     found = _find_stages(model)
     if found is None:
         raise TypeError(
-            f"how {type(model).__name__} generates is not known here: expected LLaVA-1.5, BLIP (captions) or BLIP-2; "
+            f"the stages of {type(model).__name__} are not defined: expected LLaVA-1.5, BLIP (captions) or BLIP-2; "
             "crossget.count_flops counts one forward of any model"
         )
     return found(model)
 
 
-class _Run(nn.Module):
-    """One stage as a module, so that it can be counted."""
+class _Stage(nn.Module):
+    """One stage as a module, which can be counted."""
 
     def __init__(self, model: nn.Module, stage: Callable[..., Any]) -> None:
         super().__init__()
@@ -173,26 +174,27 @@ class _Run(nn.Module):
 
 def _cost(
     model: nn.Module, stages: Stages, text_tokens: int, images: int, parameters: Sequence[nn.Parameter] = ()
-) -> Cost:
+) -> GenerationCost:
     device = next(model.parameters()).device
     pixels = torch.zeros(images, *stages.pixels, device=device)
     ids = torch.zeros(1, text_tokens, dtype=torch.long, device=device)
     with torch.no_grad():
-        left = stages.prefill(pixels, ids)
-        cache = sum(tensor.numel() for tensor in numbers_in(left.cache))
-    prefill = count_once(_Run(model, stages.prefill), (pixels, ids), parameters)
-    step = count_once(_Run(model, partial(_step, stages, left)), ids[:, -1:], parameters)
-    names = {module: name for name, module in _Run(model, stages.prefill).named_modules()}
+        prefilled = stages.prefill(pixels, ids)
+        cache = sum(tensor.numel() for tensor in numbers_in(prefilled.cache))
+    prefill = count_once(_Stage(model, stages.prefill), (pixels, ids), parameters)
+    step = count_once(_Stage(model, partial(_step, stages, prefilled)), ids[:, -1:], parameters)
+    names = {module: name for name, module in _Stage(model, stages.prefill).named_modules()}
     parts = {part: sum(prefill.by_module.get(names[m], 0) for m in modules) for part, modules in stages.parts.items()}
-    return Cost(left.image_tokens, left.prompt, {**parts, REST: prefill.total - sum(parts.values())}, step.total, cache)
+    parts[REST] = prefill.total - sum(parts.values())
+    return GenerationCost(prefilled.image_tokens, prefilled.prompt, parts, step.total, cache)
 
 
-def _step(stages: Stages, left: Prefilled, token: Tensor) -> Any:
-    return stages.step(token, left)
+def _step(stages: Stages, prefilled: Prefilled, token: Tensor) -> Any:
+    return stages.step(token, prefilled)
 
 
 def numbers_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors in what a model returns, also those in a cache, which every version of a host keeps elsewhere."""
+    """The tensors in what a model returns, those in a cache of keys and values included."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -206,5 +208,6 @@ def numbers_in(tree: Any) -> Iterator[Tensor]:
             yield from numbers_in(getattr(tree, name, ()))
 
 
-# Attributes that hold a cache's tensors: newer caches hold layers, older ones lists; that of an encoder-decoder, two.
+# The attributes of transformers' caches that hold tensors: newer versions hold layers, older ones lists, and the cache
+# of an encoder-decoder holds two caches.
 _IN_A_CACHE = ("layers", "keys", "values", "key_cache", "value_cache", "self_attention_cache", "cross_attention_cache")

@@ -1,18 +1,16 @@
-"""Speed and memory of reducers, always beside the dense model in the same run.
+"""Speed and memory of reducers, measured together with the dense model in the same run.
 
-A machine's speed drifts: other programs, clocks, temperature. So nothing is timed on its own. In every round the dense
-model and each method take one turn, in an order that rotates; the ratio is taken round by round, and the report holds
-its median and quartiles.
+A machine's speed changes with its load, clock rate and temperature. So no method is timed on its own: in every round
+the dense model and each method are called once, in an order that rotates. The ratio of their times is taken round by
+round, and the report holds its median and quartiles.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -28,34 +26,32 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from crossget.core.attachment import attach, find_attachment
-from crossget.measure.flops import Inputs, as_call
+from crossget.measure.environment import environment
+from crossget.measure.inputs import Inputs, as_call
 from crossget.methods.reducers import Reducer
 
-__all__ = ["BenchmarkReport", "Measurement", "benchmark", "environment"]
+__all__ = ["BenchmarkReport", "Measurement", "benchmark"]
 
 Method = Reducer | Mapping[str, Reducer]
 Turn = Callable[[], AbstractContextManager[Callable[[], Any]]]
-"""Makes a context in which a call, which it gives, is one method's."""
+"""Makes a context that gives a function. Inside the context, calling the function runs one method."""
 _Mode = Callable[[], AbstractContextManager[Any]]
+"""Makes a context inside which the model is reduced by one method, or by none."""
 
 DENSE = "dense"
-_LIBRARIES = ("crossget", "timm", "open_clip_torch", "transformers", "fvcore")
-# Of x86, then of ARM, as Linux writes them.
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One method's share of a benchmark.
+    """What was measured of one method.
 
-    Args:
+    Attributes:
         name: as in `methods`; "dense" for the model without a reducer.
         method: the reducer, as text.
-        seconds: time of one call, round by round.
-        speed: dense time over this method's time, round by round: above 1 is faster than dense.
+        seconds: time of one call, for each round.
+        speed: dense time over this method's time, for each round: above 1 is faster than dense.
         batch: images (or texts) per call.
-        peak_memory: bytes that one call needed at most, on top of what was allocated before it (weights, inputs).
+        peak_memory: the most bytes that one call needed at once, besides those allocated before it (weights, inputs).
     """
 
     name: str
@@ -95,13 +91,13 @@ class Measurement:
 class BenchmarkReport:
     """What `benchmark` measured.
 
-    Args:
+    Attributes:
         model: class of the model.
         inputs: shapes of the tensors that it was called with.
-        rounds: timed turns of each method.
-        warmup: untimed rounds before.
+        rounds: timed calls of each method.
+        warmup: untimed rounds before them.
         measurements: dense first, then the methods.
-        environment: see `environment`.
+        environment: see `crossget.measure.environment.environment`; with "dtype" and "batch".
     """
 
     model: str
@@ -123,7 +119,7 @@ class BenchmarkReport:
         raise KeyError(f"no method {name!r}: this report has {[m.name for m in self.measurements]}")
 
     def table(self) -> str:
-        """A table of the methods, with where and how they were measured."""
+        """A table of the methods, below one line on device, precision and versions."""
         headers = ["method", "ms / call", "quartiles", "images / s", "speed", "quartiles", "peak memory"]
         body = tabulate(
             [_row(m) for m in self.measurements], headers, disable_numparse=True, colalign=["left"] + ["right"] * 6
@@ -136,7 +132,7 @@ class BenchmarkReport:
         )
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The whole report, as JSON: every round's time, and the medians."""
+        """The whole report as JSON: the times of every round, and their medians."""
         report = dataclasses.asdict(self)
         for row, measurement in zip(report["measurements"], self.measurements, strict=True):
             row["median_seconds"] = measurement.median_seconds
@@ -159,18 +155,19 @@ def benchmark(
 ) -> BenchmarkReport:
     """Time the dense model and its reduced forms against each other.
 
-    The model runs in eval mode without gradients, with its best dense kernels, and is left as it was. An autocast
+    The model runs in eval mode without gradients, with its fastest dense kernels, and is left as it was. An autocast
     context around the call applies to all methods alike.
 
     Args:
-        model: an attached model (its own reducer is the method), or one that is not attached, with `methods`.
-        inputs: what to call it with: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-            The first tensor's first axis is the batch.
-        rounds: turns that each method takes.
-        warmup: untimed rounds before; besides, every timed call has an untimed one right before it.
-        methods: name -> reducer (or reducers by tower) to attach in turn.
-        call: what is timed, called with the inputs; the model itself if None. For generating, a function that calls
-            `model.generate` (look the method up in every call: attaching puts another in its place).
+        model: an attached model, which is compared with itself without its reducer; or one that is not attached,
+            together with `methods`.
+        inputs: the model's arguments: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+            The first axis of the first tensor is the batch.
+        rounds: timed calls of each method.
+        warmup: untimed rounds before them. Besides, every timed call follows an untimed one.
+        methods: name -> reducer (or reducers by tower), which are attached one after the other.
+        call: the function that is timed, called with the inputs; the model itself if None. To time generation, give a
+            function that calls `model.generate` (and looks the method up in every call, because attaching replaces it).
 
     Raises:
         TypeError: `inputs` is none of the three.
@@ -201,29 +198,6 @@ def benchmark(
     return BenchmarkReport(type(model).__name__, shapes, rounds, warmup, measurements, where)
 
 
-def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Where a number was measured: versions, device, threads. Belongs into every result file.
-
-    Args:
-        device: the one that was used.
-
-    Returns:
-        What JSON can hold, by name. On a CPU, "instructions" are those that matrix products gain from, where the system
-        tells them: processors of one name differ in them, and so do virtual machines on the same one.
-    """
-    device = torch.device(device)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: version for name in _LIBRARIES if (version := _version(name)) is not None},
-        "platform": platform.platform(),
-        "device": _device_name(device),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        **({"instructions": found} if device.type == "cpu" and (found := _instructions()) else {}),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Taking turns
 
@@ -232,20 +206,22 @@ def _check(rounds: int, warmup: int, tensors: tuple[Tensor, ...]) -> None:
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds={rounds}, warmup={warmup}: expected at least 1 round and a warm-up of 0 or more")
     if not tensors:
-        raise ValueError("inputs hold no tensor: the batch and the device are read from the first one")
+        raise ValueError("inputs hold no tensor: expected at least one, which tells the batch and the device")
     if any(tensor.is_meta for tensor in tensors):
-        raise ValueError("inputs are on the meta device, where nothing takes time: use crossget.count_flops there")
+        raise ValueError(
+            "inputs are on the meta device, where no call takes time: use crossget.count_flops, or real inputs"
+        )
 
 
 @contextmanager
 def calling(run: Callable[[], Any], mode: _Mode = contextlib.nullcontext) -> Iterator[Callable[[], Any]]:
-    """A turn of `run`, inside a context that makes it a method's."""
+    """A `Turn` that calls `run` inside the context that `mode` makes."""
     with mode():
         yield run
 
 
 def _modes(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict[str, _Mode], dict[str, str]]:
-    """Name -> a context in which the model is that method; name -> the method as text. Dense comes first."""
+    """Name -> the method's context, and name -> the method as text. Dense comes first."""
     attachment = find_attachment(model)
     if attachment is not None:
         if methods:
@@ -257,7 +233,9 @@ def _modes(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict
     if not methods:
         raise ValueError("nothing to compare with: attach a reducer, or give methods={'mine': crossget.CrossGET(8)}")
     if DENSE in methods:
-        raise ValueError(f"methods names one {DENSE!r}: that name is the model's without a reducer")
+        raise ValueError(
+            f"methods has the name {DENSE!r}, which stands for the model without a reducer: choose another name"
+        )
     modes: dict[str, _Mode] = {DENSE: contextlib.nullcontext}
     for name, method in methods.items():
         modes[name] = partial(attach, model, method)
@@ -265,13 +243,13 @@ def _modes(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict
 
 
 def take_turns(turns: Mapping[str, Turn], device: torch.device, rounds: int, warmup: int = 0) -> dict[str, list[float]]:
-    """Seconds of each method's call, round by round; every round starts with another method.
+    """Seconds of each method's call, for each round. Every round starts with another method.
 
     Args:
         turns: the methods by name.
-        device: that they work on.
-        rounds: timed turns of each method.
-        warmup: untimed rounds before.
+        device: the device that they run on.
+        rounds: timed calls of each method.
+        warmup: untimed rounds before them.
     """
     names = list(turns)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -286,7 +264,7 @@ def take_turns(turns: Mapping[str, Turn], device: torch.device, rounds: int, war
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the second of two calls: the first settles caches that the change of method has upset."""
+    """Seconds of the second of two calls: after a change of method the first one fills the caches again."""
     run()
     _synchronize(device)
     start = time.perf_counter()
@@ -302,7 +280,7 @@ def _synchronize(device: torch.device) -> None:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards every module is in the mode that it was in."""
+    """Inside, the model is in eval mode. Afterwards every module is in its former mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -317,7 +295,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def peak_memory(turn: Turn, device: torch.device) -> int:
-    """Bytes that one call needs at most, on top of what is allocated before it; in a pass of its own, untimed."""
+    """The most bytes that one call needs at once, besides those that are allocated before it.
+
+    Measuring memory takes time, so it has calls of its own, which are not timed.
+    """
     with turn() as call:
         return _peak_on_cuda(call, device) if device.type == "cuda" else _peak_on_cpu(call)
 
@@ -333,14 +314,14 @@ def _peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def _peak_on_cpu(run: Callable[[], Any]) -> int:
-    """From torch's profiler, which notes every allocation of torch's allocator, those inside kernels too.
+    """The peak by torch's profiler, which records every allocation of torch's allocator, also inside kernels.
 
-    The process's own high-water mark would not do: it cannot be reset between methods.
+    (The peak that the operating system reports for a process cannot be reset between methods.)
     """
     measured = "crossget: measured call"
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with _quiet_profiler(), profile:
-        run()  # what this call leaves behind, the measured one replaces
+        run()  # what it leaves allocated, the measured call replaces and frees
         with torch.profiler.record_function(measured):
             run()
     with tempfile.TemporaryDirectory() as folder:
@@ -358,7 +339,7 @@ def _peak_on_cpu(run: Callable[[], Any]) -> int:
 
 @contextmanager
 def _quiet_profiler() -> Iterator[None]:
-    """Without the lines that the profiler's library prints when it starts, stops, or finds no GPU."""
+    """Inside, the profiler's library prints no lines when it starts, stops, or finds no GPU."""
     name = "KINETO_LOG_LEVEL"
     if name in os.environ:
         yield
@@ -371,11 +352,11 @@ def _quiet_profiler() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers and names
+# Reports
 
 
 def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
-    """First and third quartile of some numbers; of one number, that number."""
+    """First and third quartile of some numbers; of a single number, that number twice."""
     if len(values) == 1:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -397,42 +378,8 @@ def _row(m: Measurement) -> list[str]:
 
 
 def _dtype(model: nn.Module, device: torch.device) -> str:
-    """What the model computes in: autocast's type inside autocast, else that of its first floating parameter."""
+    """The type that the model computes in: that of autocast inside it, else that of the first floating parameter."""
     if torch.is_autocast_enabled(device.type):
         return f"autocast {torch.get_autocast_dtype(device.type)}".replace("torch.", "")
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     return str(next(floating, torch.get_default_dtype())).removeprefix("torch.")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _processor() if device.type == "cpu" else device.type
-
-
-def _processor() -> str:
-    """The processor's model where the system tells it, else its architecture."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _instructions() -> list[str]:
-    """Which of `_INSTRUCTIONS` the system lists; none where it lists nothing."""
-    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()  # what x86 and ARM call them
-    return [name for name in _INSTRUCTIONS if name in flags]
-
-
-def _cpuinfo(key: str) -> str:
-    """What Linux says about the first processor; empty where it does not."""
-    if _CPUINFO.exists():
-        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == key and value.strip():
-                return value.strip()
-    return ""

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import crossget
-from crossget.measure.cost_model import Costs, Frame, Trial, derive
+from crossget.measure.allocation import ScheduleSpace
+from crossget.measure.cost_model import FlopModel, ScheduledModel, derive
 from crossget.measure.flops import count_once
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import planned_tokens
@@ -90,28 +91,28 @@ class Meter:
             model(image)
             self.tokens = attached.tokens[self.tower.name][0]
         self.dense = count_once(model, image).total
-        self.known: dict[Reducer, Costs] = {}
+        self.known: dict[Reducer, FlopModel] = {}
 
-    def costs(self, reducer: Reducer) -> Costs:
+    def costs(self, reducer: Reducer) -> FlopModel:
         """Return what every schedule of a method costs."""
         method = replace(reducer, r=0)
         if method not in self.known:
             cross = bool(method.resolved(self.tower.facts).cross_token)
-            frame = Frame(self.depth, self.tokens + cross, self.tower.n_reserved(cross), self.depth - 1)
+            space = ScheduleSpace(self.depth, self.tokens + cross, self.tower.n_reserved(cross), self.depth - 1)
             with crossget.attach(self.model, method) as attached, torch.no_grad():
-                self.known[method] = derive(Trial(self.model, self.image, attached, self.tower.name), frame)
+                self.known[method] = derive(ScheduledModel(self.model, self.image, attached, self.tower.name), space)
         return self.known[method]
 
     def removed(self, reducer: Reducer) -> list[int]:
         """Return how many tokens each block removes."""
-        frame = self.costs(reducer).frame
-        plan = planned_tokens(reducer.schedule, frame.depth, frame.start, frame.reserved)
+        space = self.costs(reducer).space
+        plan = planned_tokens(reducer.schedule, space.depth, space.n_tokens, space.n_reserved)
         return [n - left for n, left in itertools.pairwise(plan)]
 
     def gflops(self, reducer: Reducer) -> common.Json:
         """Return multiply-adds of one image / 10^9, `dense` and `reduced`."""
         costs = self.costs(reducer)
-        return {"dense": self.dense / 1e9, "reduced": costs.total(costs.frame.plan(self.removed(reducer))) / 1e9}
+        return {"dense": self.dense / 1e9, "reduced": costs.total(costs.space.tokens(self.removed(reducer))) / 1e9}
 
     def share(self, reducer: Reducer) -> float:
         """Return what is left of the multiply-adds."""

@@ -1,4 +1,4 @@
-"""The meter: every number here is a formula or somebody else's published count, equal to the last multiply-add."""
+"""`count_flops`: every number is a formula or a count that others published, and equal to the last digit."""
 
 import dataclasses
 import json
@@ -191,13 +191,14 @@ def test_a_batch_of_four_costs_four_times_as_much(kernel: str, reducer: Any) -> 
 @pytest.mark.parametrize(
     ("kernel", "reducer"),
     [
-        *[("fused", reducer) for reducer in METHODS],
-        *[(kernel, METHODS[1]) for kernel in ("eager", "multihead")],
+        ("fused", METHODS[0]),
+        ("fused", METHODS[1]),
+        ("multihead", METHODS[1]),
         *[
             pytest.param(kernel, reducer, marks=pytest.mark.slow)
-            for kernel in ("eager", "multihead")
+            for kernel in ("fused", "eager", "multihead")
             for reducer in METHODS
-            if reducer is not METHODS[1]
+            if not (reducer is METHODS[1] or (kernel, reducer) == ("fused", None)) or kernel == "eager"
         ],
     ],
     ids=lambda value: value if isinstance(value, str) else name(value),
@@ -673,12 +674,14 @@ def differences(r: tuple[int, int] | None) -> dict[str, int]:
 def test_every_multiply_add_of_the_reference_is_accounted_for(r: tuple[int, int] | None) -> None:
     model = clip()
     inputs = (torch.empty(1, 3, 224, 224, device="meta"), captions("meta"))
+    parameters: tuple[nn.Parameter, ...] = ()
     if r is not None:
-        crossget.attach(model, {"visual": crossget.CrossGET(r[0]), "text": crossget.CrossGET(r[1])})
-    report = count_flops(model, inputs)
-    assert report.dense.total == 20567820288
-    assert report.total == REFERENCE[r] + sum(differences(r).values())
-    assert report.unsupported == {}
+        attached = crossget.attach(model, {"visual": crossget.CrossGET(r[0]), "text": crossget.CrossGET(r[1])})
+        parameters = tuple(attached.parameters())
+    count = count_once(model, inputs, parameters)
+    assert count.total == REFERENCE[r] + sum(differences(r).values())
+    assert r is not None or count.total == 20567820288
+    assert count.unsupported == {}
 
 
 def test_tokens_left_in_the_text_tower() -> None:
