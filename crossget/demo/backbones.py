@@ -32,7 +32,7 @@ HOSTS = ("open_clip", "timm")  # in the order names are looked up
 PACKAGES = {"open_clip": "open-clip", "timm": "timm", "transformers": "transformers"}
 DEFAULT = "default"  # --pretrained: whatever the host prefers
 NONE = "none"
-PATIENCE = 5.0  # seconds for the hub's first answer
+HUB_TIMEOUT = 5.0  # seconds for the hub's first answer
 
 # Where training programs put the model in their files.
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -50,7 +50,7 @@ class Backbone:
         name: as the host knows it.
         weights: where they came from: a tag, a file, or "random".
         random: nothing was loaded.
-        why_random: one line on why nothing was; empty if that was asked for.
+        random_reason: one line on why nothing was; empty if that was asked for.
         preprocess: the host's own, PIL image -> [3, H, W].
     """
 
@@ -59,11 +59,11 @@ class Backbone:
     name: str
     weights: str
     random: bool
-    why_random: str
+    random_reason: str
     preprocess: Callable[[Image], Tensor] = field(repr=False)
 
     @property
-    def reads_text(self) -> bool:
+    def has_text_tower(self) -> bool:
         """It has a text tower."""
         return self.host == "open_clip"
 
@@ -85,7 +85,7 @@ class Backbone:
         """Tokens of a text."""
         return int(_text_attribute(self.model, "context_length"))
 
-    def made_up(self, batch: int, *, text: bool) -> tuple[Tensor, ...]:
+    def random_inputs(self, batch: int, *, text: bool) -> tuple[Tensor, ...]:
         """Inputs of the right shape and no meaning, on the model's device.
 
         Args:
@@ -306,7 +306,7 @@ class _Maker:
         return Backbone(model, self.host, self.name, tag or "random", tag is None, why, preprocess)
 
     def from_file(self, path: Path) -> Backbone:
-        weights = read_weights(path)
+        weights = load_weights(path)
         model, preprocess = self._create(None)
         if self.host == "timm":
             _resize_classifier(model, weights)
@@ -392,7 +392,7 @@ def _text_attribute(model: Any, name: str) -> Any:
 # Files
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors or torch file; nothing in it is executed.
 
     Raises:
@@ -400,7 +400,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}: expected a safetensors or torch file")
-    content = _read(path)
+    content = _load_file(path)
     for key in _NESTED:
         if isinstance(content.get(key), Mapping):
             content = content[key]
@@ -411,7 +411,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _load_file(path: Path) -> Mapping[str, Any]:
     import pickle
 
     if path.suffix == ".safetensors":
@@ -477,10 +477,10 @@ def _bounded_network() -> Iterator[str]:
     from huggingface_hub import constants
 
     before, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
-    silent = before or not _hub_answers(PATIENCE)
+    silent = before or not _hub_answers(HUB_TIMEOUT)
     # In offline mode the hub's client reads its cache at once; otherwise it would try again for most of a minute.
     constants.HF_HUB_OFFLINE = silent
-    socket.setdefaulttimeout(timeout or 2 * PATIENCE)  # older hosts download with urllib, which would wait forever
+    socket.setdefaulttimeout(timeout or 2 * HUB_TIMEOUT)  # older hosts download with urllib, which would wait forever
     try:
         if before:
             yield "HF_HUB_OFFLINE is set"

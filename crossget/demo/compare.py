@@ -42,8 +42,8 @@ WARD, TOME, CROSSGET = METHODS = "Ward", "ToMe-style", "CrossGET"
 VISUAL, TEXT = "visual", "text"
 Reduction = int | Sequence[int] | Schedule
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MOST_IMAGES = 32  # of a folder: enough for a mean, and soon over
-MOST_SHOWN = 4  # in the picture
+MAX_IMAGES = 32  # of a folder: enough for a mean, and soon over
+MAX_SHOWN = 4  # in the picture
 MEASURING_SECONDS = 30.0
 # Captions of nothing in sight, so that choosing the right one means something.
 DISTRACTORS = ("a photo of a dog", "a photo of a street full of cars", "a photo of a bowl of fruit", "a map of a city")
@@ -76,7 +76,7 @@ SHIPPED = (
 
 
 @dataclass(frozen=True)
-class Options:
+class CompareOptions:
     """What the command line asks for.
 
     Attributes:
@@ -147,7 +147,7 @@ class Row:
 
 
 @dataclass
-class Demo:
+class Comparison:
     """All that was found out, ready to be shown.
 
     Attributes:
@@ -159,7 +159,7 @@ class Demo:
         seconds: that all of it took.
     """
 
-    options: Options
+    options: CompareOptions
     backbone: Backbone
     photographs: list[Photograph]
     rows: list[Row]
@@ -271,13 +271,13 @@ class Demo:
             body.append([photograph.name, photograph.caption, *(_verdict(row.captions[i], i) for row in self.rows)])
         headers = ["zero-shot", "its caption", *(row.name for row in self.rows)]
         choices = len(self.photographs) + len(DISTRACTORS)
-        rows = body[: 2 * MOST_SHOWN]
+        rows = body[: 2 * MAX_SHOWN]
         return tabulate(rows, headers) + f"\nprobability of the photograph's own caption among {choices}"
 
     def _panels(self) -> list[list[figures.Panel]]:
         if self.grid is None:
             return []
-        return [self._row_of_panels(i, self.grid) for i in range(min(len(self.photographs), MOST_SHOWN))]
+        return [self._row_of_panels(i, self.grid) for i in range(min(len(self.photographs), MAX_SHOWN))]
 
     def _row_of_panels(self, i: int, grid: tuple[int, int]) -> list[figures.Panel]:
         image, reduced = self.pixels[i], self.rows[1:]
@@ -294,7 +294,7 @@ class Demo:
         return panels
 
 
-def run(options: Options, say: Callable[[str], None] = print) -> Demo:
+def run(options: CompareOptions, log: Callable[[str], None] = print) -> Comparison:
     """Find out everything, and write the files that are asked for.
 
     Args:
@@ -312,9 +312,9 @@ def run(options: Options, say: Callable[[str], None] = print) -> Demo:
         step(f"making {options.model}")
         backbone = make(options.model, pretrained=options.pretrained, checkpoint=options.checkpoint,
                         device=options.device, seed=options.seed)  # fmt: skip
-        if backbone.why_random:
-            say(f"{backbone.why_random}: going on with random weights")
-        demo = _Looks(options, backbone, photographs).demo(step)
+        if backbone.random_reason:
+            log(f"{backbone.random_reason}: random weights are used")
+        demo = _Comparer(options, backbone, photographs).demo(step)
         demo.seconds = time.perf_counter() - start
         if options.out is not None:
             step("drawing")
@@ -336,13 +336,13 @@ def load_photographs(folder: Path | None) -> list[Photograph]:
         RuntimeError: scikit-image is not installed, or ships them no more.
     """
     if folder is None:
-        return [_read(_shipped_folder() / name, caption, credit) for name, caption, credit in SHIPPED]
+        return [_open_photograph(_shipped_folder() / name, caption, credit) for name, caption, credit in SHIPPED]
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: expected a folder of images")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"--images {folder}: no image in it; looked for {', '.join(SUFFIXES)}")
-    return [_read(path, f"a photo of {_words(path.stem)}", "") for path in paths[:MOST_IMAGES]]
+    return [_open_photograph(path, f"a photo of {_words(path.stem)}", "") for path in paths[:MAX_IMAGES]]
 
 
 def load_photograph(name: Path | None) -> Photograph:
@@ -353,20 +353,20 @@ def load_photograph(name: Path | None) -> Photograph:
         RuntimeError: scikit-image is not installed, or ships them no more.
     """
     if name is not None and name.is_file():
-        return _read(name, f"a photo of {_words(name.stem)}", "")
+        return _open_photograph(name, f"a photo of {_words(name.stem)}", "")
     shipped = {Path(file).stem: (file, caption, credit) for file, caption, credit in SHIPPED}
     chosen = next(iter(shipped)) if name is None else str(name)
     if chosen not in shipped:
         raise ValueError(f"no image {chosen}: expected a file, or one of {', '.join(shipped)} (from scikit-image)")
     file, caption, credit = shipped[chosen]
-    return _read(_shipped_folder() / file, caption, credit)
+    return _open_photograph(_shipped_folder() / file, caption, credit)
 
 
 def _words(stem: str) -> str:
     return stem.replace("_", " ").replace("-", " ")
 
 
-def _read(path: Path, caption: str, credit: str) -> Photograph:
+def _open_photograph(path: Path, caption: str, credit: str) -> Photograph:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -392,10 +392,10 @@ def _shipped_folder() -> Path:
 # Looks at one model
 
 
-class _Looks:
+class _Comparer:
     """Runs one model dense and reduced on the same inputs."""
 
-    def __init__(self, options: Options, backbone: Backbone, photographs: list[Photograph]) -> None:
+    def __init__(self, options: CompareOptions, backbone: Backbone, photographs: list[Photograph]) -> None:
         self.options, self.backbone, self.photographs = options, backbone, photographs
         self.notes: list[str] = []
         self.r = schedules(backbone, options.r, options.text_r)
@@ -403,7 +403,7 @@ class _Looks:
         self.images = torch.stack([backbone.preprocess(p.image) for p in photographs]).to(options.device)
         self.ids = self._caption_ids()
 
-    def demo(self, step: Callable[[str], None]) -> Demo:
+    def demo(self, step: Callable[[str], None]) -> Comparison:
         """Everything but the files."""
         step("dense")
         rows = [self._dense()]
@@ -419,8 +419,8 @@ class _Looks:
             self._measure(rows)
         if self.backbone.random:
             self.notes.append("random weights: the costs are real; the cosines say nothing of a trained model")
-        pixels, prefix, grid = as_seen(self.images, self.backbone.preprocess), self.tower.prefix, self._grid(rows[1])
-        return Demo(self.options, self.backbone, self.photographs, rows, self.notes, pixels, prefix, grid)
+        pixels, prefix, grid = denormalize(self.images, self.backbone.preprocess), self.tower.prefix, self._grid(rows[1])
+        return Comparison(self.options, self.backbone, self.photographs, rows, self.notes, pixels, prefix, grid)
 
     def _grid(self, row: Row) -> tuple[int, int] | None:
         patches = int(next(iter(row.sources.values())).shape[1]) - self.tower.prefix
@@ -469,7 +469,7 @@ class _Looks:
         return images, self.ids[: len(self.images)].repeat(repeat, 1)[:batch]
 
     def _caption_ids(self) -> Tensor | None:
-        if not self.backbone.reads_text or (self.backbone.random and TEXT not in self.r):
+        if not self.backbone.has_text_tower or (self.backbone.random and TEXT not in self.r):
             return None  # captions would serve for nothing but a classification by chance
         captions = [p.caption for p in self.photographs] + list(DISTRACTORS)
         try:
@@ -498,13 +498,13 @@ class _Looks:
     def _sources(self, attached: Attachment) -> dict[int, Tensor]:
         """Where each token went: behind the middle block, and behind the last one in the forward just past."""
         depth, whole = len(self.tower.blocks), attached.reducers
-        sources = {depth: attached.source[VISUAL][:MOST_SHOWN].cpu()}
+        sources = {depth: attached.source[VISUAL][:MAX_SHOWN].cpu()}
         middle = max(1, depth // 2)
         attached.reducer = {
             **whole,
-            VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(as_schedule(whole[VISUAL].r), middle)),
+            VISUAL: dataclasses.replace(whole[VISUAL], r=_FirstBlocks(as_schedule(whole[VISUAL].r), middle)),
         }
-        self.backbone.image_features(self.images[:MOST_SHOWN])
+        self.backbone.image_features(self.images[:MAX_SHOWN])
         return {middle: attached.source[VISUAL].cpu(), **sources}
 
     def _measure(self, rows: Sequence[Row]) -> None:
@@ -609,7 +609,7 @@ def _rounds_in_time(model: nn.Module, inputs: tuple[Tensor, ...], turns: int) ->
 
 
 @dataclass(frozen=True)
-class _Until:
+class _FirstBlocks:
     """A schedule that stops behind a block."""
 
     schedule: Schedule
@@ -623,7 +623,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.float(), b.float()).mean())
 
 
-def as_seen(images: Tensor, preprocess: Any) -> Tensor:
+def denormalize(images: Tensor, preprocess: Any) -> Tensor:
     """[B, H, W, 3] in 0 to 1: what the model saw, without the normalisation."""
     for transform in getattr(preprocess, "transforms", ()):
         if hasattr(transform, "mean") and hasattr(transform, "std"):

@@ -341,8 +341,8 @@ def _left_boxes(width: float, height: float, foot: float) -> list[tuple[float, f
 
 
 @dataclass(frozen=True)
-class Story:
-    """What `draw_story` puts on one sheet.
+class BlockSheet:
+    """What `draw_block_sheet` puts on one sheet.
 
     Attributes:
         title: one line over everything.
@@ -361,7 +361,7 @@ class Story:
     footer: Sequence[str] = ()
 
 
-def draw_story(story: Story) -> Figure:
+def draw_block_sheet(sheet: BlockSheet) -> Figure:
     """One picture: what each method makes of one photograph, block by block.
 
     Returns:
@@ -371,8 +371,8 @@ def draw_story(story: Story) -> Figure:
         RuntimeError: matplotlib is not installed.
     """
     side, caption, gap, head = 2.6, 0.6, 0.08, 0.85
-    rows, columns, left = max(2, len(story.rows)), len(story.rows[0][1]), side + 0.9
-    foot = 0.25 + _FOOT_LINE * len(story.footer)
+    rows, columns, left = max(2, len(sheet.rows)), len(sheet.rows[0][1]), side + 0.9
+    foot = 0.25 + _FOOT_LINE * len(sheet.footer)
     width, height = left + columns * (side + gap) + 0.15, head + rows * (side + caption) + foot
 
     def box(x: float, row: int, high: float = side) -> tuple[float, float, float, float]:
@@ -381,14 +381,14 @@ def draw_story(story: Story) -> Figure:
         return x / width, (top - high) / height, side / width, high / height
 
     figure = require_matplotlib()(figsize=(width, height), dpi=150)
-    draw_panel(figure.add_axes(box(0.45, 0)), Panel(story.photograph, "as the model sees it"))
-    draw_tokens(figure.add_axes(box(0.45, 1, side - 0.45)), story.curves)  # below it stand the blocks' numbers
-    for i, (title, panels) in enumerate(story.rows):
+    draw_panel(figure.add_axes(box(0.45, 0)), Panel(sheet.photograph, "as the model sees it"))
+    draw_tokens(figure.add_axes(box(0.45, 1, side - 0.45)), sheet.curves)  # below it stand the blocks' numbers
+    for i, (title, panels) in enumerate(sheet.rows):
         x, y = left / width, (height - head - i * (side + caption) - 0.12) / height
         figure.text(x, y, title, va="top", fontsize=10.5, fontweight="bold", color="#222222")
         for j, panel in enumerate(panels):
             draw_panel(figure.add_axes(box(left + j * (side + gap), i)), panel)
-    _frame(figure, story.title, story.subtitle, story.footer)
+    _frame(figure, sheet.title, sheet.subtitle, sheet.footer)
     return figure
 
 

@@ -1,8 +1,8 @@
 """`crossget show`: one photograph, block by block, as a web page in one file.
 
 Each method runs once on the photograph, recorded (`Attachment.recording`), and, of a CLIP, once more for every text
-that is looked for. What was recorded becomes plain numbers (`Story.data`); the page show.html draws them, and
-`Story.picture` draws the same for papers.
+that is looked for. What was recorded becomes plain numbers (`ViewerReport.data`); the page show.html draws them, and
+`ViewerReport.picture` draws the same for papers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,34 +32,35 @@ from crossget.core.attachment import Attachment, attach
 from crossget.core.state import BlockRecord
 from crossget.demo import figures
 from crossget.demo.backbones import DEFAULT, Backbone, make
-from crossget.demo.compare import VISUAL, Photograph, Reduction, as_seen, load_photograph, r_text, schedules
+from crossget.demo.compare import VISUAL, Photograph, Reduction, denormalize, load_photograph, r_text, schedules
 from crossget.measure.flops import Count, count_once
 from crossget.methods.reducers import CrossGET, Random, Reducer, ToMe, TopK, Ward
 
-METHODS: Mapping[str, Callable[[Reduction], Reducer]] = {
+Method = Literal["ward", "crossget", "tome", "random", "topk"]
+METHODS: Mapping[Method, Callable[[Reduction], Reducer]] = {
+    "ward": Ward,
     "crossget": CrossGET,
     "tome": ToMe,
-    "ward": Ward,
     "random": Random,
     "topk": partial(TopK, importance=None),  # by the class token, or by attention in towers that have none
 }
-NAMES = {"crossget": "CrossGET", "tome": "ToMe-style", "ward": "Ward", "random": "Random", "topk": "TopK"}
-ABOUT = {
-    "crossget": "merges, guided by a cross token",
-    "tome": "merges what is most similar",
-    "ward": "merges what changes least",
+NAMES: Mapping[str, str] = {"ward": "Ward", "crossget": "CrossGET", "tome": "ToMe-style", "random": "Random", "topk": "TopK"}
+ABOUT: Mapping[str, str] = {
+    "ward": "merges the tokens whose mean loses least",
+    "crossget": "merges similar tokens, guided by a cross token",
+    "tome": "merges the most similar tokens",
     "random": "merges at random",
-    "topk": "drops the least important",
+    "topk": "drops the least important tokens",
 }
-BY_TEXT = ("crossget", "ward", "topk")  # those that ask for importance, so that a text can give it
-MOST_METHODS, MOST_TEXTS = 4, 6
-MOST_COLUMNS = 4  # blocks in the picture
+TEXT_GUIDED = ("ward", "crossget", "topk")  # methods with a field `importance`, which a text can replace
+MAX_METHODS, MAX_TEXTS = 4, 6
+MAX_COLUMNS = 4  # blocks in the picture
 DIGITS = 4
 _SCRIPT = re.compile(r"<script>\n(.*?)</script>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Options:
+class ViewerOptions:
     """What the command line asks for.
 
     Attributes:
@@ -78,7 +79,7 @@ class Options:
     image: Path | None = None
     model: str = "ViT-B-16"
     r: Reduction = 16
-    methods: Sequence[str] = ("crossget", "tome")
+    methods: Sequence[Method] = ("ward", "crossget")
     text: Sequence[str] = ()
     checkpoint: Path | None = None
     pretrained: str = DEFAULT
@@ -91,7 +92,7 @@ class Options:
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"--methods {name}: choose from {', '.join(METHODS)}")
-        for name, most in (("methods", MOST_METHODS), ("text", MOST_TEXTS)):
+        for name, most in (("methods", MAX_METHODS), ("text", MAX_TEXTS)):
             given: Sequence[str] = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(f"--{name} {shlex.join(given)}: one of them is there twice")
@@ -116,7 +117,7 @@ class Run:
     Attributes:
         text: which text gave the importance; None: the method chose as it does.
         tokens: entering each block, and those behind the last one.
-        steps: what each block did; of one image.
+        records: what each block did; of one image.
         count: what the forward costs.
         features: [E] of the whole image.
         names: [blocks + 1, P] the groups of patches, see `crossget.demo.figures.follow_groups`.
@@ -124,14 +125,14 @@ class Run:
 
     text: int | None
     tokens: list[int]
-    steps: list[BlockRecord]
+    records: list[BlockRecord]
     count: Count
     features: Tensor
     names: Tensor
 
 
 @dataclass
-class Story:
+class ViewerReport:
     """All that was found out about one photograph.
 
     Attributes:
@@ -144,7 +145,7 @@ class Story:
         runs: per method, first the method as it is, then once for each text if it can be guided by one.
     """
 
-    options: Options
+    options: ViewerOptions
     backbone: Backbone
     photograph: Photograph
     tower: Tower
@@ -169,7 +170,7 @@ class Story:
             "command": self._command(),
             "model": {
                 "name": backbone.name, "host": backbone.host, "weights": self._weights(), "random": backbone.random,
-                "why_random": backbone.why_random,
+                "random_reason": backbone.random_reason,
             },
             "image": {
                 "name": self.photograph.name, "credit": self.photograph.credit, "width": int(self.pixels.shape[1]),
@@ -186,7 +187,7 @@ class Story:
                 **self._costs(self.dense),
                 "accent": figures.colour_of("dense"),
                 "similarity": self._similarity(self.dense),
-                "relevance": [self._relevance(step) for step in self.dense.steps],
+                "relevance": [self._relevance(record) for record in self.dense.records],
             },
             "methods": [self._method(name, runs) for name, runs in self.runs.items()],
         }  # fmt: skip
@@ -220,18 +221,18 @@ class Story:
 
     def _run(self, run: Run, plain: Run) -> dict[str, Any]:
         blocks = []
-        for layer, step in enumerate(run.steps):
-            before = None if layer == 0 else run.steps[layer - 1]
-            relevance = self._relevance(step)
-            dense = self._relevance(self.dense.steps[layer])
+        for layer, record in enumerate(run.records):
+            before = None if layer == 0 else run.records[layer - 1]
+            relevance = self._relevance(record)
+            dense = self._relevance(self.dense.records[layer])
             blocks.append(
                 {
                     "group": run.names[layer + 1].tolist(),
-                    "size": [int(s) for s in self._of_patches(step.source, step.sizes)],
-                    "score": None if step.score is None else self._scores(step.score, before),
+                    "size": [int(s) for s in self._of_patches(record.source, record.sizes)],
+                    "score": None if record.score is None else self._scores(record.score, before),
                     "relevance": relevance,
-                    "agreement": [correlation(a, b) for a, b in zip(relevance, dense, strict=True)],
-                    "moved": others_beside(run.names[layer + 1], plain.names[layer + 1]),
+                    "dense_correlation": [correlation(a, b) for a, b in zip(relevance, dense, strict=True)],
+                    "regrouped": count_regrouped(run.names[layer + 1], plain.names[layer + 1]),
                 }
             )
         return {
@@ -263,14 +264,14 @@ class Story:
         places = list(range(first, first + patches)) if before is None else before.source[0, first:].tolist()
         return [_rounded(score[0, place]) if place >= 0 else None for place in places]
 
-    def _relevance(self, step: BlockRecord) -> list[list[float | None]]:
+    def _relevance(self, record: BlockRecord) -> list[list[float | None]]:
         """For each text, the cosine of each patch's token behind the block with it; None for dropped patches."""
         if self.texts is None or self.tower.embed is None:
             return []
         with torch.no_grad():
-            tokens = F.normalize(self.tower.embed(step.features[0]).float(), dim=-1)
+            tokens = F.normalize(self.tower.embed(record.features[0]).float(), dim=-1)
         cosines = self.texts.to(tokens.device) @ tokens.T
-        places = step.source[0, self.tower.prefix :].tolist()
+        places = record.source[0, self.tower.prefix :].tolist()
         return [[_rounded(row[place]) if place >= 0 else None for place in places] for row in cosines]
 
     def _similarity(self, run: Run) -> list[float]:
@@ -305,7 +306,7 @@ class Story:
         if self.photograph.credit:
             footer.append(f"Photograph: {self.photograph.name}, {self.photograph.credit}")
         title = f"{who}, {r_text(self.options.r)} tokens removed per block"
-        return figures.draw_story(figures.Story(title, self._subtitle(), self.pixels, curves, rows, footer))
+        return figures.draw_block_sheet(figures.BlockSheet(title, self._subtitle(), self.pixels, curves, rows, footer))
 
     def _subtitle(self) -> str:
         if self.backbone.random:
@@ -328,7 +329,7 @@ class Story:
         return f"{who}: {gflops:.3g} GFLOPs ({gflops / dense - 1:+.0%})", panels
 
 
-def run(options: Options, say: Callable[[str], None] = print) -> Story:
+def run(options: ViewerOptions, log: Callable[[str], None] = print) -> ViewerReport:
     """Find out everything, and write the files that are asked for.
 
     Args:
@@ -344,24 +345,24 @@ def run(options: Options, say: Callable[[str], None] = print) -> Story:
     photograph = load_photograph(options.image)
     backbone = make(options.model, pretrained=options.pretrained, checkpoint=options.checkpoint, device=options.device,
                     seed=options.seed)  # fmt: skip
-    if backbone.why_random:
-        say(f"{backbone.why_random}: going on with random weights")
-    story = _Teller(options, backbone, photograph).story()
-    options.out.write_text(story.page(), encoding="utf-8")
+    if backbone.random_reason:
+        log(f"{backbone.random_reason}: random weights are used")
+    report = _Recorder(options, backbone, photograph).report()
+    options.out.write_text(report.page(), encoding="utf-8")
     if options.png is not None:
-        story.picture().savefig(options.png)
-    return story
+        report.picture().savefig(options.png)
+    return report
 
 
-class _Teller:
+class _Recorder:
     """Runs one model on one photograph, again and again."""
 
-    def __init__(self, options: Options, backbone: Backbone, photograph: Photograph) -> None:
+    def __init__(self, options: ViewerOptions, backbone: Backbone, photograph: Photograph) -> None:
         self.options, self.backbone, self.photograph = options, backbone, photograph
         self.r = schedules(backbone, options.r, 0)[VISUAL]
         (self.tower,) = (tower for tower in find_towers(backbone.model) if tower.name == VISUAL)
         who = f"{backbone.host} {backbone.name}"
-        if options.text and not backbone.reads_text:
+        if options.text and not backbone.has_text_tower:
             raise ValueError(f"--text is for models that read text, and {who} does not: choose a CLIP of open_clip")
         if options.text and self.tower.embed is None:
             raise ValueError(
@@ -370,14 +371,14 @@ class _Teller:
             )
         self.image = backbone.preprocess(photograph.image)[None].to(options.device)
 
-    def story(self) -> Story:
+    def report(self) -> ViewerReport:
         """Everything but the files."""
         texts = self._texts()
         with attach(self.backbone.model, {VISUAL: ToMe(r=0)}) as attached:
             dense = self._run(attached, None)
         runs = {name: self._runs(name, texts) for name in self.options.methods}
-        pixels = as_seen(self.image, self.backbone.preprocess)[0]
-        return Story(
+        pixels = denormalize(self.image, self.backbone.preprocess)[0]
+        return ViewerReport(
             self.options, self.backbone, self.photograph, self.tower, pixels, self._grid(dense), texts, dense, runs
         )
 
@@ -395,7 +396,7 @@ class _Teller:
         reducer: Reducer = METHODS[name](self.r)
         with attach(self.backbone.model, {VISUAL: reducer}) as attached:
             runs = [self._run(attached, None)]
-            if texts is not None and name in BY_TEXT:
+            if texts is not None and name in TEXT_GUIDED:
                 attached.reducer = {VISUAL: dataclasses.replace(reducer, importance="text")}  # type: ignore[call-arg]
                 for i, text in enumerate(texts):
                     attached.set_text_features(text)
@@ -407,12 +408,12 @@ class _Teller:
     def _run(self, attached: Attachment, text: int | None, count: Count | None = None) -> Run:
         with attached.recording():
             features = self.backbone.image_features(self.image)[0].float()
-        steps = attached.records[VISUAL]
-        tokens = [*attached.tokens[VISUAL], int(steps[-1].features.shape[1])]
-        names = figures.follow_groups([step.source[0, self.tower.prefix :].cpu() for step in steps])
+        records = attached.records[VISUAL]
+        tokens = [*attached.tokens[VISUAL], int(records[-1].features.shape[1])]
+        names = figures.follow_groups([record.source[0, self.tower.prefix :].cpu() for record in records])
         if count is None:
             count = count_once(self.backbone.model, self.image, attached.parameters())
-        return Run(text, tokens, steps, count, features, names)
+        return Run(text, tokens, records, count, features, names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ def correlation(a: Sequence[float | None], b: Sequence[float | None]) -> float |
     return None if scale == 0 else round(float(x @ y) / scale, DIGITS)
 
 
-def others_beside(names: Tensor, others: Tensor) -> int:
+def count_regrouped(names: Tensor, others: Tensor) -> int:
     """Patches whose token stands for another set of patches in one forward than in another.
 
     Args:
@@ -450,7 +451,7 @@ def _rounded(number: Tensor) -> float:
 
 def _columns(depth: int) -> list[int]:
     """Blocks to show in the picture, the last one among them."""
-    return sorted({max(1, round(depth * (i + 1) / MOST_COLUMNS)) for i in range(MOST_COLUMNS)})
+    return sorted({max(1, round(depth * (i + 1) / MAX_COLUMNS)) for i in range(MAX_COLUMNS)})
 
 
 def _patch_colours(pixels: Tensor, grid: tuple[int, int]) -> list[str]:
@@ -473,8 +474,8 @@ def _data_uri(pixels: Tensor) -> str:
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page for `Story.data`: the template with the numbers, and a policy that allows its own script alone."""
-    template = importlib.resources.files("crossget").joinpath("show.html").read_text(encoding="utf-8")
+    """The page for `ViewerReport.data`: the template with the numbers, and a policy that allows its own script alone."""
+    template = importlib.resources.files("crossget.demo").joinpath("show.html").read_text(encoding="utf-8")
     (script,) = _SCRIPT.findall(template)
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     title = f"{data['image']['name']}, {data['model']['name']}: crossget show"

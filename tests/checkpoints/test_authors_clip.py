@@ -50,7 +50,7 @@ def view_of(case: dict[str, Any]) -> View:
     return View(x, queries[:, None], keys[:, None], None, sizes, protected, n_protected, guide=guide)
 
 
-def reducer_of(case: dict[str, Any], ties: Ties = "reference") -> crossget.CrossGET:
+def reducer_of(case: dict[str, Any], ties: Ties = "torch") -> crossget.CrossGET:
     importance = "attention" if "h" in case else "cross_token"
     return crossget.CrossGET(case["r"], ties=ties).resolved(Host("golden", importance=importance))
 
