@@ -18,9 +18,11 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import crossget
-from crossget.checkpoints.hf_sizes import PRESETS
-from crossget.demo.compare import SHIPPED, CompareOptions, Reduction, r_text
-from crossget.demo.viewer import Method, ViewerOptions
+from crossget.checkpoints import convert, hf_sizes
+from crossget.demo import backbones, compare, viewer
+from crossget.demo.compare import CompareOptions, Reduction
+from crossget.demo.viewer import ViewerOptions
+from crossget.measure import generation
 from crossget.methods.schedules import Ratio, as_schedule
 
 HELP = """\
@@ -44,8 +46,8 @@ In Python: crossget.attach(model, crossget.Ward(r=16)).
 MODEL_HELP = "a model name of open_clip or timm; where both have it, host:name"
 R_FORMS = "a number (16), one per block (16,16,8,...) or a share of the tokens (10%)"
 R_HELP = f"tokens to remove in each block: {R_FORMS}"
-SAMPLE_NAMES = ", ".join(Path(name).stem for name, _, _ in SHIPPED)
-SAMPLE_CREDITS = "; ".join(f"{Path(name).stem} by {credit}" for name, _, credit in SHIPPED)
+SAMPLE_NAMES = ", ".join(Path(name).stem for name, _, _ in compare.SHIPPED)
+SAMPLE_CREDITS = "; ".join(f"{Path(name).stem} by {credit}" for name, _, credit in compare.SHIPPED)
 
 
 class ArgumentError(Exception):
@@ -86,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Command:
-    commands = {cls.__name__.lower(): cls for cls in (Demo, Show, Models, Flops, Bench, Doctor, Convert)}
+    classes: tuple[type[Command], ...] = (Demo, Show, Models, Flops, Bench, Doctor, Convert)
+    commands: dict[str, Callable[..., Command]] = {cls.__name__.lower(): cls for cls in classes}
     command: Command = tyro.extras.subcommand_cli_from_dict(
         commands, prog="crossget", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
     )
@@ -158,7 +161,11 @@ def _optional(help_text: str, metavar: str | None = None) -> Any:
     return tyro.conf.arg(help=help_text, metavar=metavar, help_behavior_hint="")
 
 
-_REDUCTION, _COUNT, _DEVICE = _from_word(parse_reduction, r_text), _from_word(_parse_count), _from_word(_parse_device)
+_REDUCTION, _COUNT, _DEVICE = (
+    _from_word(parse_reduction, compare.r_text),
+    _from_word(_parse_count),
+    _from_word(_parse_device),
+)
 
 Model = Annotated[str, tyro.conf.Positional, _option(MODEL_HELP, "MODEL")]
 R = Annotated[Reduction, _REDUCTION, _option(R_HELP, "R")]
@@ -210,9 +217,7 @@ class Demo(Command):
     json: Annotated[Path | None, _optional("where the numbers go", "FILE")] = None
 
     def run(self) -> int:
-        from crossget.demo.compare import run
-
-        print(run(_options(self, CompareOptions), log=_log).table())
+        print(compare.run(_options(self, CompareOptions), log=_log).table())
         _log_written(self.out, self.json)
         return 0
 
@@ -231,11 +236,13 @@ class Show(Command):
     """
 
     image: Annotated[
-        Path | None, tyro.conf.Positional, _optional(f"a file, or a photograph of scikit-image: {SAMPLE_NAMES}", "IMAGE")
+        Path | None,
+        tyro.conf.Positional,
+        _optional(f"a file, or a photograph of scikit-image: {SAMPLE_NAMES}", "IMAGE"),
     ] = None
     model: Annotated[str, _option(MODEL_HELP, "MODEL")] = ViewerOptions.model
     r: R = ViewerOptions.r
-    methods: Annotated[tuple[Method, ...], _option("methods to show side by side")] = tuple(ViewerOptions.methods)
+    methods: Annotated[tuple[viewer.Method, ...], _option("methods to show side by side")] = ("ward", "crossget")
     text: Annotated[tuple[str, ...], _optional("texts to compare the tokens with", "TEXT [TEXT ...]")] = ()
     checkpoint: Checkpoint = None
     pretrained: Pretrained = ViewerOptions.pretrained
@@ -245,9 +252,7 @@ class Show(Command):
     png: Annotated[Path | None, _optional("the same as a picture", "FILE")] = None
 
     def run(self) -> int:
-        from crossget.demo.viewer import run
-
-        report = run(_options(self, ViewerOptions), log=_log)
+        report = viewer.run(_options(self, ViewerOptions), log=_log)
         dense = report.dense.count.total / 1e9
         for name, runs in report.runs.items():
             tokens, gflops = runs[0].tokens, runs[0].count.total / 1e9
@@ -276,7 +281,9 @@ class Models(Command):
         for host in [self.host] if self.host else _installed_hosts():
             rows += [{"host": host, **dataclasses.asdict(row)} for row in _support_matrix(host, self.filter)]
         if self.filter and not rows:
-            raise ValueError(f"--filter {self.filter!r} matches no name: a pattern covers whole names, as '*dino*' does")
+            raise ValueError(
+                f"--filter {self.filter!r} matches no name: a pattern covers whole names, as '*dino*' does"
+            )
         shown = [row for row in rows if row["supported"] or not self.supported]
         if self.json:
             print(json.dumps(shown, indent=2))
@@ -295,7 +302,7 @@ class Flops(Command):
     """
 
     model: Annotated[
-        str, tyro.conf.Positional, _option(f"{MODEL_HELP}; or of transformers: {', '.join(PRESETS)}", "MODEL")
+        str, tyro.conf.Positional, _option(f"{MODEL_HELP}; or of transformers: {', '.join(hf_sizes.PRESETS)}", "MODEL")
     ]
     r: R = 16
     text_r: TextR = 0
@@ -305,13 +312,12 @@ class Flops(Command):
     json: JsonFlag = False
 
     def run(self) -> int:
-        from crossget.demo.backbones import make
-        from crossget.demo.compare import schedules
-
-        if self.model in PRESETS:
+        if self.model in hf_sizes.PRESETS:
             return self._run_transformers()
-        backbone = make(self.model, device="meta")
-        reducers = {tower: crossget.CrossGET(r) for tower, r in schedules(backbone, self.r, self.text_r).items()}
+        backbone = backbones.make(self.model, device="meta")
+        reducers = {
+            tower: crossget.CrossGET(r) for tower, r in compare.schedules(backbone, self.r, self.text_r).items()
+        }
         with crossget.attach(backbone.model, reducers):
             report = crossget.count_flops(
                 backbone.model, backbone.random_inputs(self.batch, text=backbone.has_text_tower)
@@ -321,13 +327,10 @@ class Flops(Command):
 
     def _run_transformers(self) -> int:
         """A model of transformers: by stages where it generates, otherwise one forward."""
-        from crossget.checkpoints.hf_sizes import build
-        from crossget.measure.generation import count_stages, has_stages
-
-        model: Any = build(self.model)
-        if has_stages(model):
+        model: Any = hf_sizes.build(self.model)
+        if generation.has_stages(model):
             with crossget.attach(model, crossget.CrossGET(self.r)):
-                stages = count_stages(model, self.text_tokens, self.batch)
+                stages = generation.count_stages(model, self.text_tokens, self.batch)
             print(stages.to_json() if self.json else stages.table())
             return 0
         text, vision = model.config.text_config, model.config.vision_config
@@ -353,29 +356,26 @@ class Bench(Command):
     json: JsonFlag = False
 
     def run(self) -> int:
-        from crossget.demo.backbones import make
-        from crossget.demo.compare import TEXT, measure, reducers, schedules
-
-        backbone = make(self.model, pretrained="none", device=self.device)
-        reductions = schedules(backbone, self.r, self.text_r)
-        single = backbone.random_inputs(1, text=TEXT in reductions)
-        inputs = backbone.random_inputs(self.batch, text=TEXT in reductions)
-        report = measure(backbone.model, inputs, reducers(backbone, reductions, single, _log), self.rounds)
+        backbone = backbones.make(self.model, pretrained="none", device=self.device)
+        reductions = compare.schedules(backbone, self.r, self.text_r)
+        single = backbone.random_inputs(1, text=compare.TEXT in reductions)
+        inputs = backbone.random_inputs(self.batch, text=compare.TEXT in reductions)
+        report = compare.measure(
+            backbone.model, inputs, compare.reducers(backbone, reductions, single, _log), self.rounds
+        )
         print(report.to_json() if self.json else report.table())
         return 0
 
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Check on one model that attaching Ward is exact, takes effect and can be undone; exit code 1 if it is not so."""
+    """Check on one model that attaching Ward is exact, takes effect and can be undone; exit code 1 if not."""
 
     model: Model
     device: Device = "cpu"
 
     def run(self) -> int:
-        from crossget.demo.backbones import make
-
-        backbone = make(self.model, pretrained="none", device=self.device)
+        backbone = backbones.make(self.model, pretrained="none", device=self.device)
         inputs = backbone.random_inputs(2, text=backbone.has_text_tower)
         diagnosis = crossget.doctor(backbone.model, inputs, crossget.Ward(r=4))
         print(diagnosis)
@@ -386,7 +386,7 @@ class Doctor(Command):
 class Convert(Command):
     """The authors' LLaVA checkpoint as a folder for transformers, with crossget's own file beside it.
 
-    FOLDER is what the authors publish: config.json, the weights, and cross_tokens.bin unless they are among the weights.
+    FOLDER is what the authors publish: config.json, the weights, and cross_tokens.bin (or these among the weights).
 
     LoRA has to be merged first. Without a tokenizer in FOLDER, no processor is written. Afterwards:
 
@@ -409,12 +409,10 @@ class Convert(Command):
     overwrite: Annotated[bool, _optional("replace what an earlier conversion left in OUT")] = False
 
     def run(self) -> int:
-        from crossget.checkpoints.convert import convert
-
         print(
-            convert(
+            convert.convert(
                 self.folder, self.out, r=self.r, vision_tower=self.vision_tower, max_shard_size=self.max_shard_size,
-                dtype=DTYPES.get(self.dtype), cross_tokens=not self.no_cross_tokens, overwrite=self.overwrite,
+                dtype=convert.DTYPES.get(self.dtype), cross_tokens=not self.no_cross_tokens, overwrite=self.overwrite,
             )
         )  # fmt: skip
         return 0
@@ -430,22 +428,17 @@ def _options(command: Command, options: type[Any]) -> Any:
 
 
 def _installed_hosts() -> list[str]:
-    from crossget.demo.backbones import PACKAGES, installed
-
-    found = [host for host in PACKAGES if installed(host)]
+    found = [host for host in backbones.PACKAGES if backbones.installed(host)]
     if not found:
-        raise RuntimeError(
-            f'none of {", ".join(PACKAGES)} is installed: pip install "crossget[{",".join(PACKAGES.values())}]"'
-        )
+        extras = ",".join(backbones.PACKAGES.values())
+        raise RuntimeError(f'none of {", ".join(backbones.PACKAGES)} is installed: pip install "crossget[{extras}]"')
     return found
 
 
 def _support_matrix(host: str, pattern: str | None) -> Iterator[Any]:
     """The rows of a host's support matrix whose names match."""
-    from crossget.demo.backbones import PACKAGES, installed
-
-    if not installed(host):
-        raise RuntimeError(f'{host} is not installed: pip install "crossget[{PACKAGES[host]}]"')
+    if not backbones.installed(host):
+        raise RuntimeError(f'{host} is not installed: pip install "crossget[{backbones.PACKAGES[host]}]"')
     rows = importlib.import_module(f"crossget.integrations.{host}").support_matrix(pattern)
     yield from tqdm(rows, desc=f"building the models of {host}", disable=None, leave=False, unit=" models")
 

@@ -37,9 +37,7 @@ def raising(error: BaseException) -> Any:
 
 class TestHelp:
     @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
-    def test_the_tour_shows_every_command(
-        self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_tour_shows_every_command(self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
         assert call(*arguments) == 0
         tour = capsys.readouterr().out
         assert all(f"  crossget {command}" in tour for command in COMMANDS)

@@ -419,7 +419,11 @@ class _Comparer:
             self._measure(rows)
         if self.backbone.random:
             self.notes.append("random weights: the costs are real; the cosines say nothing of a trained model")
-        pixels, prefix, grid = denormalize(self.images, self.backbone.preprocess), self.tower.prefix, self._grid(rows[1])
+        pixels, prefix, grid = (
+            denormalize(self.images, self.backbone.preprocess),
+            self.tower.prefix,
+            self._grid(rows[1]),
+        )
         return Comparison(self.options, self.backbone, self.photographs, rows, self.notes, pixels, prefix, grid)
 
     def _grid(self, row: Row) -> tuple[int, int] | None:

@@ -37,14 +37,20 @@ from crossget.measure.flops import Count, count_once
 from crossget.methods.reducers import CrossGET, Random, Reducer, ToMe, TopK, Ward
 
 Method = Literal["ward", "crossget", "tome", "random", "topk"]
-METHODS: Mapping[Method, Callable[[Reduction], Reducer]] = {
+METHODS: Mapping[str, Callable[[Reduction], Reducer]] = {
     "ward": Ward,
     "crossget": CrossGET,
     "tome": ToMe,
     "random": Random,
     "topk": partial(TopK, importance=None),  # by the class token, or by attention in towers that have none
 }
-NAMES: Mapping[str, str] = {"ward": "Ward", "crossget": "CrossGET", "tome": "ToMe-style", "random": "Random", "topk": "TopK"}
+NAMES: Mapping[str, str] = {
+    "ward": "Ward",
+    "crossget": "CrossGET",
+    "tome": "ToMe-style",
+    "random": "Random",
+    "topk": "TopK",
+}
 ABOUT: Mapping[str, str] = {
     "ward": "merges the tokens whose mean loses least",
     "crossget": "merges similar tokens, guided by a cross token",
@@ -79,7 +85,7 @@ class ViewerOptions:
     image: Path | None = None
     model: str = "ViT-B-16"
     r: Reduction = 16
-    methods: Sequence[Method] = ("ward", "crossget")
+    methods: Sequence[str] = ("ward", "crossget")
     text: Sequence[str] = ()
     checkpoint: Path | None = None
     pretrained: str = DEFAULT

@@ -49,7 +49,7 @@ from transformers import (
 
 import crossget
 from crossget import cli
-from crossget.checkpoints.convert import plan, size_of
+from crossget.checkpoints.convert import plan_conversion
 
 OUTPUTS = np.load(GOLDEN / "llava.npz")
 
@@ -335,13 +335,13 @@ def test_the_published_models_are_understood(width: int, inner: int, depth: int,
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **config}))
     state = hollow(width, inner, depth)
     write_weights(tmp_path, state)
-    made = plan(tmp_path)
-    assert (made.vocabulary.image, made.vocabulary.pad) == (32000, 32001)
-    assert made.config["text_config"]["vocab_size"] == 32064
-    assert made.config["image_seq_length"] == 576
-    assert made.reducers["visual"].r == 13
-    assert made.bytes == 2 * (sum(value.numel() for value in state.values()) + 2 * 64 * width)
-    assert all(sum(one.bytes for one in shard) <= 4 * 10**9 for shard in made.files.values())
+    plan = plan_conversion(tmp_path)
+    assert (plan.vocabulary.image, plan.vocabulary.pad) == (32000, 32001)
+    assert plan.config["text_config"]["vocab_size"] == 32064
+    assert plan.config["image_seq_length"] == 576
+    assert plan.reducers["visual"].r == 13
+    assert plan.bytes == 2 * (sum(value.numel() for value in state.values()) + 2 * 64 * width)
+    assert all(sum(one.bytes for one in shard) <= 4 * 10**9 for shard in plan.files.values())
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_the_published_models_are_understood(width: int, inner: int, depth: int,
 MEASURE = """
 import contextlib, pathlib, sys, torch
 from crossget import cli
-    from crossget.checkpoints import llava_format as original
+from crossget.checkpoints import llava_format
 
 def pages(kind):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -365,7 +365,7 @@ before = pages("VmRSS")
 with contextlib.suppress(OSError):  # where this is not allowed, the mark may be too high, not too low
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 if how == "at once":
-    every = [tensor.clone() for tensor in original.tensors(original.read_folder(pathlib.Path(folder)).stored.values())]
+    every = [tensor.clone() for tensor in llava_format.load_tensors(llava_format.inspect_folder(pathlib.Path(folder)).stored.values())]
 else:
     assert cli.main(["convert", folder, out + "/big", "--max-shard-size", "60MB", "--dtype", "float16"]) == 0
 print(pages("VmHWM") - before)
@@ -669,18 +669,13 @@ def test_what_was_interrupted_cannot_be_loaded(tmp_path: Path, monkeypatch: pyte
     check_logits_after_load(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 * 10**9), ("500mb", 500 * 10**6), ("1.5 GiB", 3 * 2**29), ("2KB", 2000)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert size_of(text) == size
-
-
 def test_arguments_that_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        convert(tmp_path, tmp_path, "--max-shard-size", "large")
-    assert "'large': expected a size such as 4GB or 500MB" in capsys.readouterr().err
     folder = write_original(tmp_path / "original")
+    assert convert(folder, tmp_path / "out", "--max-shard-size", "large") == 2
+    error = capsys.readouterr().err
+    assert "--max-shard-size" in error
+    assert "'large'" in error
+    assert "GB" in error
     assert convert(folder, tmp_path / "out", "--r", "1,2") == 2
     assert "r lists 2 layers but the tower has 4 blocks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -60,7 +60,9 @@ def told() -> list[str]:
 def vit(folder: Path, told: list[str]) -> ViewerReport:
     """A vision transformer of timm's with random weights, and methods that merge, do not score, and drop."""
     methods = ("crossget", "random", "topk")
-    return run(ViewerOptions(model="test_vit", r=(4, 0, 4, 4, 4, 4), methods=methods, out=folder / "vit.html"), told.append)
+    return run(
+        ViewerOptions(model="test_vit", r=(4, 0, 4, 4, 4, 4), methods=methods, out=folder / "vit.html"), told.append
+    )
 
 
 @pytest.fixture(scope="module")
