@@ -1,8 +1,8 @@
 """`crossget show`: one photograph, block by block, as a web page in one file.
 
-Each method runs once on the photograph, recorded (`Attachment.recording`), and, of a CLIP, once more for every text
-that is looked for. What was recorded becomes plain numbers (`ViewerReport.data`); the page show.html draws them, and
-`ViewerReport.picture` draws the same for papers.
+Each method runs once on the photograph, inside `Attachment.recording`. With a CLIP and texts, methods that a text can
+guide run once more for each text. The records become plain numbers (`ViewerReport.data`), which the page show.html
+draws; `ViewerReport.picture` draws the same as a picture.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ METHODS: Mapping[str, Callable[[Reduction], Reducer]] = {
     "crossget": CrossGET,
     "tome": ToMe,
     "random": Random,
-    "topk": partial(TopK, importance=None),  # by the class token, or by attention in towers that have none
+    "topk": partial(TopK, importance=None),  # importance: class token, or attention where there is none
 }
 NAMES: Mapping[str, str] = {
     "ward": "Ward",
@@ -61,23 +61,24 @@ ABOUT: Mapping[str, str] = {
 TEXT_GUIDED = ("ward", "crossget", "topk")  # methods with a field `importance`, which a text can replace
 MAX_METHODS, MAX_TEXTS = 4, 6
 MAX_COLUMNS = 4  # blocks in the picture
-DIGITS = 4
+DIGITS = 4  # of the numbers in the page
 _SCRIPT = re.compile(r"<script>\n(.*?)</script>", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ViewerOptions:
-    """What the command line asks for.
+    """Options of `crossget show`.
 
     Attributes:
-        image: a file, or the name of one of scikit-image's photographs; None is the first of these.
+        image: a file, or the name of a photograph of scikit-image; None is the first of these.
         model: a name of open_clip or timm.
         r: tokens to remove per block of the image tower.
-        methods: names out of `METHODS`, to stand side by side.
-        text: what to look for in the photograph; for models that read text.
-        checkpoint, pretrained: where weights come from, see `crossget.demo.backbones.make`.
-        out: where the page goes.
-        png: where the picture goes; None writes none.
+        methods: names from `METHODS`, shown side by side.
+        text: texts to compare the tokens with; for models with a text tower.
+        checkpoint: a file of weights, see `crossget.demo.backbones.make`.
+        pretrained: a tag of the host, see there.
+        out: the page to write.
+        png: the picture to write; None writes none.
         device: where the model runs.
         seed: of random weights.
     """
@@ -101,13 +102,13 @@ class ViewerOptions:
         for name, most in (("methods", MAX_METHODS), ("text", MAX_TEXTS)):
             given: Sequence[str] = getattr(self, name)
             if len(set(given)) < len(given):
-                raise ValueError(f"--{name} {shlex.join(given)}: one of them is there twice")
+                raise ValueError(f"--{name} {shlex.join(given)}: one of them is given twice")
             if len(given) > most:
-                raise ValueError(f"--{name}: {len(given)} are more than a page can show; give at most {most}")
+                raise ValueError(f"--{name}: {len(given)} given, a page shows at most {most}")
         if not self.methods:
             raise ValueError(f"--methods: choose at least one of {', '.join(METHODS)}")
         if any(not text.strip() for text in self.text):
-            raise ValueError("--text: a text is empty; give words such as 'a cat'")
+            raise ValueError("--text: a text is empty: give words such as 'a cat'")
         if self.checkpoint is not None and not self.checkpoint.exists():
             raise ValueError(f"--checkpoint {self.checkpoint}: no such file")
         for name in ("out", "png"):
@@ -121,12 +122,12 @@ class Run:
     """One forward of one method.
 
     Attributes:
-        text: which text gave the importance; None: the method chose as it does.
-        tokens: entering each block, and those behind the last one.
-        records: what each block did; of one image.
-        count: what the forward costs.
-        features: [E] of the whole image.
-        names: [blocks + 1, P] the groups of patches, see `crossget.demo.figures.follow_groups`.
+        text: index of the text that guides the method; None if none does.
+        tokens: tokens entering each block, and those after the last one.
+        records: one per block, of one image.
+        count: multiply-adds of the forward.
+        features: [E] the output feature of the image.
+        groups: [blocks + 1, P] the group of each patch, see `crossget.demo.figures.follow_groups`.
     """
 
     text: int | None
@@ -134,21 +135,23 @@ class Run:
     records: list[BlockRecord]
     count: Count
     features: Tensor
-    names: Tensor
+    groups: Tensor
 
 
 @dataclass
 class ViewerReport:
-    """All that was found out about one photograph.
+    """The forwards of all methods on one photograph, and how they are shown.
 
     Attributes:
-        options, backbone, photograph: what ran on what.
-        tower: that was reduced.
-        pixels: [H, W, 3] in 0 to 1, the photograph as the model saw it.
+        options: of the command.
+        backbone: the model.
+        photograph: its input.
+        tower: the image tower.
+        pixels: [H, W, 3] in 0 to 1, the photograph after the model's resizing and cropping.
         grid: rows and columns of patches.
-        texts: [texts, E] features of unit length; None without texts.
-        dense: the untouched model.
-        runs: per method, first the method as it is, then once for each text if it can be guided by one.
+        texts: [texts, E] text features of unit length; None without texts.
+        dense: the forward of the dense model.
+        runs: per method, the forward without text, then one for each text that guides it.
     """
 
     options: ViewerOptions
@@ -166,9 +169,9 @@ class ViewerReport:
     def data(self) -> dict[str, Any]:
         """What the page shows, as plain numbers and strings.
 
-        `methods[m].runs[n].blocks[l]` speaks of the tokens behind block l, for each patch in reading order: `group`
-        (its name, -1: dropped), `size` of its token, `score` of the token that it entered the block in (None: not
-        scored), and for each text `relevance`, the cosine of its token with the text.
+        `methods[m].runs[n].blocks[l]` describes the tokens after block l. For each patch, row by row: `group` (its id;
+        -1 if dropped), `size` (of its token), `score` (importance of the token that it entered the block in; None if
+        not scored), and for each text `relevance` (cosine of its token with the text).
         """
         options, backbone = self.options, self.backbone
         return {
@@ -199,7 +202,7 @@ class ViewerReport:
         }  # fmt: skip
 
     def _command(self) -> str:
-        """What to type for the same page."""
+        """The command that makes the same page."""
         options = self.options
         words = ["crossget", "show", self.photograph.name if options.image is None else str(options.image)]
         words += ["--model", options.model, "--r", r_text(options.r), "--methods", *options.methods]
@@ -228,17 +231,17 @@ class ViewerReport:
     def _run(self, run: Run, plain: Run) -> dict[str, Any]:
         blocks = []
         for layer, record in enumerate(run.records):
-            before = None if layer == 0 else run.records[layer - 1]
+            previous = None if layer == 0 else run.records[layer - 1]
             relevance = self._relevance(record)
             dense = self._relevance(self.dense.records[layer])
             blocks.append(
                 {
-                    "group": run.names[layer + 1].tolist(),
+                    "group": run.groups[layer + 1].tolist(),
                     "size": [int(s) for s in self._of_patches(record.source, record.sizes)],
-                    "score": None if record.score is None else self._scores(record.score, before),
+                    "score": None if record.score is None else self._scores(record.score, previous),
                     "relevance": relevance,
                     "dense_correlation": [correlation(a, b) for a, b in zip(relevance, dense, strict=True)],
-                    "regrouped": count_regrouped(run.names[layer + 1], plain.names[layer + 1]),
+                    "regrouped": count_regrouped(run.groups[layer + 1], plain.groups[layer + 1]),
                 }
             )
         return {
@@ -250,7 +253,7 @@ class ViewerReport:
         }
 
     def _costs(self, run: Run) -> dict[str, Any]:
-        """GFLOPs of each block and of the whole forward, and the tokens."""
+        """Tokens, and GFLOPs of each block and of the whole forward."""
         module_names = {id(module): name for name, module in self.backbone.model.named_modules()}
         blocks = [run.count.by_module[module_names[id(block)]] for block in self.tower.blocks]
         return {
@@ -260,18 +263,18 @@ class ViewerReport:
         }
 
     def _of_patches(self, source: Tensor, values: Tensor) -> list[float]:
-        """The value [1, T] of each patch's token; 0 for dropped patches."""
+        """For each patch the value [1, T] of its token; 0 for dropped patches."""
         places = source[0, self.tower.prefix :]
         return [float(values[0, place]) if place >= 0 else 0.0 for place in places.tolist()]
 
-    def _scores(self, score: Tensor, before: BlockRecord | None) -> list[float | None]:
+    def _scores(self, score: Tensor, previous: BlockRecord | None) -> list[float | None]:
         patches = self.grid[0] * self.grid[1]
         first = self.tower.prefix
-        places = list(range(first, first + patches)) if before is None else before.source[0, first:].tolist()
+        places = list(range(first, first + patches)) if previous is None else previous.source[0, first:].tolist()
         return [_rounded(score[0, place]) if place >= 0 else None for place in places]
 
     def _relevance(self, record: BlockRecord) -> list[list[float | None]]:
-        """For each text, the cosine of each patch's token behind the block with it; None for dropped patches."""
+        """For each text its cosine with the token of each patch after the block; None for dropped patches."""
         if self.texts is None or self.tower.embed is None:
             return []
         with torch.no_grad():
@@ -281,23 +284,23 @@ class ViewerReport:
         return [[_rounded(row[place]) if place >= 0 else None for place in places] for row in cosines]
 
     def _similarity(self, run: Run) -> list[float]:
-        """Of the whole image with each text."""
+        """The cosine of the image's feature with each text."""
         if self.texts is None:
             return []
         return [_rounded(cosine) for cosine in self.texts.to(run.features.device) @ F.normalize(run.features, dim=0)]
 
     def colours(self, name: str) -> dict[int, int]:
-        """The colours of a method's groups, the same whatever text guides it."""
-        return figures.colour_groups(torch.cat([run.names for run in self.runs[name]]), self.grid)
+        """The colours of a method's groups, the same for all its texts."""
+        return figures.colour_groups(torch.cat([run.groups for run in self.runs[name]]), self.grid)
 
     # Files -----------------------------------------------------------------------------------------------------------
 
     def page(self) -> str:
-        """The web page: one file that needs nothing else, and by its own policy may load nothing else."""
+        """The web page: one file, whose content security policy forbids loading anything else."""
         return render(self.data())
 
     def picture(self) -> Any:
-        """A matplotlib figure of the same groups in the same colours."""
+        """A matplotlib figure with the same groups in the same colours."""
         blocks = _columns(len(self.tower.blocks))
         rows = [self._row(name, run, blocks) for name, runs in self.runs.items() for run in runs]
         curves = [figures.Curve("dense", self.dense.tokens[:-1], self.dense.count.total / 1e9, 1.0, None)]
@@ -306,8 +309,8 @@ class ViewerReport:
             curves.append(figures.Curve(NAMES[name], runs[0].tokens[:-1], runs[0].count.total / 1e9, cosine, None))
         who = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
         footer = [
-            "Patches of one colour and outline have become one token; a group keeps its colour from block to block.",
-            "Groups that are apart may share one of the seven colours. Plain patches are alone, dark ones dropped.",
+            "Patches of one colour and outline are merged into one token; a group keeps its colour from block to block.",
+            "Groups that are not adjacent may share a colour. Unmarked patches are not merged; dark ones are dropped.",
         ]
         if self.photograph.credit:
             footer.append(f"Photograph: {self.photograph.name}, {self.photograph.credit}")
@@ -316,17 +319,17 @@ class ViewerReport:
 
     def _subtitle(self) -> str:
         if self.backbone.random:
-            return "Random weights: the costs are real; the merged patches say nothing of a trained model."
+            return "Random weights: the merged patches are not those of a trained model."
         return f"Weights: {self._weights()}; the cross tokens are untrained."
 
     def _row(self, name: str, run: Run, blocks: Sequence[int]) -> tuple[str, list[figures.Panel]]:
         colours, who = self.colours(name), NAMES[name]
         if run.text is not None:
-            who += f", looking for “{self.options.text[run.text]}”"
+            who += f", guided by “{self.options.text[run.text]}”"
         gflops, dense = run.count.total / 1e9, self.dense.count.total / 1e9
         panels = [
             figures.Panel(
-                figures.group_map(self.pixels, run.names[block], colours, self.grid),
+                figures.group_map(self.pixels, run.groups[block], colours, self.grid),
                 f"after block {block}: {run.tokens[block]} tokens",
                 figures.colour_of(NAMES[name]),
             )
@@ -336,15 +339,15 @@ class ViewerReport:
 
 
 def run(options: ViewerOptions, log: Callable[[str], None] = print) -> ViewerReport:
-    """Find out everything, and write the files that are asked for.
+    """Run all methods on the photograph, and write the files that the options name.
 
     Args:
-        options: see there.
-        say: told, in single lines, what the user should know at once.
+        options: of the command.
+        log: called with lines for the user.
 
     Raises:
-        ValueError, TypeError, RuntimeError: what is asked for cannot be done; the message says what can.
-        ConnectionError: of texts, the tokenizer is neither installed nor cached, and the hub does not answer.
+        ValueError, TypeError, RuntimeError: the request cannot be carried out; the message says what can.
+        ConnectionError: with texts, the tokenizer is neither installed nor cached, and the hub does not answer.
     """
     if options.png is not None:
         figures.require_matplotlib()
@@ -361,7 +364,7 @@ def run(options: ViewerOptions, log: Callable[[str], None] = print) -> ViewerRep
 
 
 class _Recorder:
-    """Runs one model on one photograph, again and again."""
+    """Runs a model on one photograph with every method."""
 
     def __init__(self, options: ViewerOptions, backbone: Backbone, photograph: Photograph) -> None:
         self.options, self.backbone, self.photograph = options, backbone, photograph
@@ -369,16 +372,18 @@ class _Recorder:
         (self.tower,) = (tower for tower in find_towers(backbone.model) if tower.name == VISUAL)
         who = f"{backbone.host} {backbone.name}"
         if options.text and not backbone.has_text_tower:
-            raise ValueError(f"--text is for models that read text, and {who} does not: choose a CLIP of open_clip")
+            raise ValueError(
+                f"--text needs a model with a text tower, which {who} does not have: choose a CLIP of open_clip"
+            )
         if options.text and self.tower.embed is None:
             raise ValueError(
-                f"--text: {who} ends in an attention pool, so single patches cannot be compared with a text: choose "
-                "another CLIP, such as ViT-B-16"
+                f"--text: {who} ends in an attention pool, so its patches cannot be compared with a text: choose another "
+                "CLIP, such as ViT-B-16"
             )
         self.image = backbone.preprocess(photograph.image)[None].to(options.device)
 
     def report(self) -> ViewerReport:
-        """Everything but the files."""
+        """The report; no files are written."""
         texts = self._texts()
         with attach(self.backbone.model, {VISUAL: ToMe(r=0)}) as attached:
             dense = self._run(attached, None)
@@ -390,7 +395,7 @@ class _Recorder:
 
     def _grid(self, dense: Run) -> tuple[int, int]:
         height, width = (int(n) for n in self.image.shape[2:])
-        return figures.patch_grid(int(dense.names.shape[1]), height, width)
+        return figures.patch_grid(int(dense.groups.shape[1]), height, width)
 
     @torch.no_grad()
     def _texts(self) -> Tensor | None:
@@ -406,7 +411,7 @@ class _Recorder:
                 attached.reducer = {VISUAL: dataclasses.replace(reducer, importance="text")}  # type: ignore[call-arg]
                 for i, text in enumerate(texts):
                     attached.set_text_features(text)
-                    # What a text costs does not depend on what it says.
+                    # All texts cost the same, so the second and later ones reuse the first one's count.
                     runs.append(self._run(attached, i, runs[1].count if i else None))
         return runs
 
@@ -416,10 +421,10 @@ class _Recorder:
             features = self.backbone.image_features(self.image)[0].float()
         records = attached.records[VISUAL]
         tokens = [*attached.tokens[VISUAL], int(records[-1].features.shape[1])]
-        names = figures.follow_groups([record.source[0, self.tower.prefix :].cpu() for record in records])
+        groups = figures.follow_groups([record.source[0, self.tower.prefix :].cpu() for record in records])
         if count is None:
             count = count_once(self.backbone.model, self.image, attached.parameters())
-        return Run(text, tokens, records, count, features, names)
+        return Run(text, tokens, records, count, features, groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,7 +432,7 @@ class _Recorder:
 
 
 def correlation(a: Sequence[float | None], b: Sequence[float | None]) -> float | None:
-    """Pearson's, over the patches that both have; None where it is not defined."""
+    """Pearson's correlation over the patches where both have a value; None where it is not defined."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     if len(pairs) < 2:
         return None
@@ -437,18 +442,17 @@ def correlation(a: Sequence[float | None], b: Sequence[float | None]) -> float |
     return None if scale == 0 else round(float(x @ y) / scale, DIGITS)
 
 
-def count_regrouped(names: Tensor, others: Tensor) -> int:
-    """Patches whose token stands for another set of patches in one forward than in another.
+def count_regrouped(groups: Tensor, others: Tensor) -> int:
+    """The number of patches whose group has other members in one forward than in another.
 
     Args:
-        names: [P] the group of each patch; -1 for a dropped one.
-        others: [P] in the other forward.
+        groups: [P] the group of each patch; -1 for a dropped one.
+        others: [P] the same in the other forward.
     """
-    # Of two groups with a patch in common, the sets are the same if neither has a patch that the other lacks.
-    same = (names[:, None] == names) == (others[:, None] == others)
-    dropped = (names < 0) | (others < 0)
-    moved = torch.where(dropped, (names < 0) != (others < 0), ~same.all(1))
-    return int(moved.sum())
+    same = (groups[:, None] == groups) == (others[:, None] == others)
+    dropped = (groups < 0) | (others < 0)
+    regrouped = torch.where(dropped, (groups < 0) != (others < 0), ~same.all(1))
+    return int(regrouped.sum())
 
 
 def _rounded(number: Tensor) -> float:
@@ -456,12 +460,12 @@ def _rounded(number: Tensor) -> float:
 
 
 def _columns(depth: int) -> list[int]:
-    """Blocks to show in the picture, the last one among them."""
+    """The blocks in the picture, evenly spaced up to the last one."""
     return sorted({max(1, round(depth * (i + 1) / MAX_COLUMNS)) for i in range(MAX_COLUMNS)})
 
 
 def _patch_colours(pixels: Tensor, grid: tuple[int, int]) -> list[str]:
-    """Mean colour of each patch, as "#rrggbb"."""
+    """The mean colour of each patch as "#rrggbb"."""
     means = F.adaptive_avg_pool2d(pixels.permute(2, 0, 1)[None], grid)[0].flatten(1).T
     return ["#" + "".join(f"{round(float(part) * 255):02x}" for part in patch) for patch in means]
 
@@ -480,18 +484,18 @@ def _data_uri(pixels: Tensor) -> str:
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page for `ViewerReport.data`: the template with the numbers, and a policy that allows its own script alone."""
+    """The page for `ViewerReport.data`: the template with the data, and a policy that allows only its own script."""
     template = importlib.resources.files("crossget.demo").joinpath("show.html").read_text(encoding="utf-8")
     (script,) = _SCRIPT.findall(template)
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     title = f"{data['image']['name']}, {data['model']['name']}: crossget show"
     values = {"TITLE": html.escape(title), "SCRIPT_HASH": f"sha256-{digest}", "DATA": to_script(data)}
-    # In one pass: what is put in is not looked at again.
+    # In one pass, so that placeholders inside the data are not replaced.
     return re.sub(r"\{\{(TITLE|SCRIPT_HASH|DATA)\}\}", lambda match: values[match[1]], template)
 
 
 def to_script(data: Any) -> str:
-    """JSON that may stand in a script element: nothing in it can end the element or begin a comment."""
+    """JSON for a script element: nothing in it can end the element or begin a comment."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     unsafe = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
     return "".join(unsafe.get(char, char) for char in text)
