@@ -212,7 +212,7 @@ def _load_llava(
     own = llava_format.parameters(model)
     if own[llava_format.HEAD] is own[llava_format.EMBEDDING]:
         raise ValueError(
-            f"the model ties its head to its embeddings, but {folder} has both: create it with tie_word_embeddings=False"
+            f"the model ties its head to its embeddings, but {folder} has both: set tie_word_embeddings=False"
         )
     expected = {
         name: _expected_shape(value, source.stored.get(name), name)

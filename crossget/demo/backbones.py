@@ -376,7 +376,7 @@ def _timm_tags(name: str) -> list[str]:
     names = [name] if tag else timm.list_models(architecture, pretrained=True)
     configs = [config for n in names if (config := timm.get_pretrained_cfg(n)) is not None and config.has_weights]
     default = timm.get_pretrained_cfg(name)
-    # Sorting is stable: behind the preferred tag, the order is the host's.
+    # Sorting is stable: after the preferred tag, the order is the host's.
     return sorted((str(c.tag) for c in configs), key=lambda t: default is None or t != default.tag)
 
 

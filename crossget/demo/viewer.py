@@ -309,7 +309,7 @@ class ViewerReport:
             curves.append(figures.Curve(NAMES[name], runs[0].tokens[:-1], runs[0].count.total / 1e9, cosine, None))
         who = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
         footer = [
-            "Patches of one colour and outline are merged into one token; a group keeps its colour from block to block.",
+            "Patches of one colour and outline are merged into one token; a group keeps its colour in later blocks.",
             "Groups that are not adjacent may share a colour. Unmarked patches are not merged; dark ones are dropped.",
         ]
         if self.photograph.credit:
@@ -377,8 +377,8 @@ class _Recorder:
             )
         if options.text and self.tower.embed is None:
             raise ValueError(
-                f"--text: {who} ends in an attention pool, so its patches cannot be compared with a text: choose another "
-                "CLIP, such as ViT-B-16"
+                f"--text: {who} ends in an attention pool, so its patches cannot be compared with a text: choose "
+                "another CLIP, such as ViT-B-16"
             )
         self.image = backbone.preprocess(photograph.image)[None].to(options.device)
 

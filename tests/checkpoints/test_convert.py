@@ -365,7 +365,8 @@ before = pages("VmRSS")
 with contextlib.suppress(OSError):  # where this is not allowed, the mark may be too high, not too low
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 if how == "at once":
-    every = [tensor.clone() for tensor in llava_format.load_tensors(llava_format.inspect_folder(pathlib.Path(folder)).stored.values())]
+    stored = llava_format.inspect_folder(pathlib.Path(folder)).stored
+    every = [tensor.clone() for tensor in llava_format.load_tensors(stored.values())]
 else:
     assert cli.main(["convert", folder, out + "/big", "--max-shard-size", "60MB", "--dtype", "float16"]) == 0
 print(pages("VmHWM") - before)
@@ -450,7 +451,7 @@ def reshape(**changes: Any) -> dict[str, Any]:
 
 CROSS = {CROSS_TEXT: WEIGHTS[CROSS_TEXT], CROSS_IMAGE: WEIGHTS[CROSS_IMAGE]}
 LAYERS = {name: None for name in WEIGHTS if name.startswith("model.layers.") and not name.endswith("inv_freq")}
-# What is wrong -> how the folder is written, what is changed in it then, and what the message contains: F is the folder.
+# What is wrong -> how the folder is written, what is changed in it then, and parts of the message (F is the folder).
 WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, tuple[str, ...]]] = {
     "missing": ({"changes": {NORM: None}}, None, ("missing: ['model.norm.weight']", "Nothing was written")),
     "no embeddings": (
@@ -584,7 +585,7 @@ def test_where_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for home in (folder, tmp_path / "clip"):
         before = {path.name: path.read_bytes() for path in home.iterdir()}
         assert convert(folder, home, "--overwrite") == 2
-        assert f"{home} is a folder that is read from: give another one" in capsys.readouterr().err
+        assert f"{home} is one of the folders to read from" in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in home.iterdir()} == before
     assert convert(folder, out / "notes.txt") == 2
     assert "notes.txt is a file: give a folder" in capsys.readouterr().err
@@ -687,7 +688,7 @@ def test_a_model_of_other_numbers(tmp_path: Path) -> None:
     assert {value.dtype for value in [*model.parameters(), *attached.parameters()]} == {torch.bfloat16}
 
 
-# What does not fit -> how the folder is written, the model's settings, and what the message contains: F is the folder.
+# What does not fit -> how the folder is written, the model's settings, and parts of the message (F is the folder).
 MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "missing": ({"changes": {NORM: None}}, {}, ("F", "missing: ['model.norm.weight'", "Nothing was loaded")),
     "unexpected": ({"changes": {"x": torch.ones(1)}}, {}, ("unexpected: ['x']", "Nothing was loaded")),

@@ -18,7 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from crossget.demo import backbones as hosts
-from crossget.demo.backbones import find, is_offline, make, load_weights
+from crossget.demo.backbones import find, is_offline, load_weights, make
 
 TINY = "test_vit"
 

@@ -19,7 +19,7 @@ from small_clip import registered
 
 import crossget
 from crossget.demo import compare as demo
-from crossget.demo.compare import CROSSGET, SHIPPED, TOME, WARD, Comparison, CompareOptions, load_photographs, run
+from crossget.demo.compare import CROSSGET, SHIPPED, TOME, WARD, CompareOptions, Comparison, load_photographs, run
 
 TINY_CLIP = "tiny-clip"
 R, TEXT_R = 10, 20
@@ -83,9 +83,16 @@ class TestWeights:
     def test_random_weights_are_marked_everywhere(self, untrained: Comparison) -> None:
         assert "timm test_vit (random weights)" in untrained.table()
         assert "note: random weights" in untrained.table()
+        assert "--checkpoint FILE" in untrained.table()
         assert "crossget demo: timm test_vit (random weights)" in printed(untrained)
         assert json.loads(untrained.to_json())["backbone"]["random_weights"] is True
-        assert all(row.captions == [] for row in untrained.rows)  # classification by chance is not shown
+
+    def test_random_weights_have_no_similarity(self, untrained: Comparison, trained: Comparison) -> None:
+        assert all(row.captions == [] and row.cosine == {} for row in untrained.rows)
+        assert "cosine" not in untrained.table() + printed(untrained)
+        assert "cosine" in trained.table()
+        assert "cosine" in "".join(axes.get_title(loc="left") for axes in trained.picture().axes)
+        assert "cosine" not in "".join(axes.get_title(loc="left") for axes in untrained.picture().axes)
 
     def test_a_checkpoint_is_no_random_weights(self, trained: Comparison) -> None:
         assert "random" not in trained.table().lower()
@@ -158,7 +165,7 @@ class TestNumbers:
         found = run(quick(model="test_vit", pretrained="none", r=101), lambda line: None)
         _, ward, tome, _ = found.rows
         assert ward.tokens == tome.tokens == {"visual": [101, 51, 26, 14, 8, 5]}
-        assert "note: Ward removes as many tokens per block of the visual tower as ToMe-style" in found.table()
+        assert "note: Ward is not fitted to ToMe-style's FLOPs in the visual tower" in found.table()
         assert "the nearest possible" in found.table()
 
     def test_the_cosines_are_those_of_the_features(self, trained: Comparison) -> None:
@@ -266,9 +273,7 @@ class TestPicture:
 
 class TestRefusals:
     def test_a_text_tower_that_is_not_there(self) -> None:
-        with pytest.raises(
-            ValueError, match="--text-r is for a text tower, and of timm test_vit only visual can be reduced"
-        ):
+        with pytest.raises(ValueError, match="--text-r is for a text tower.*crossget models.*or leave it out"):
             run(quick(model="test_vit", text_r=2))
 
     def test_a_backbone_without_tokens(self) -> None:

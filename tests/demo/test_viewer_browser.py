@@ -128,13 +128,13 @@ def opened(browser: Any, report: ViewerReport) -> Iterator[Opened]:
 
 
 def expected_info(data: dict[str, Any], method: int, layer: int, patch: int) -> list[str]:
-    """What has to be said of a patch behind a block, from the numbers."""
+    """What the page has to say about a patch after a block, from the numbers."""
     block = data["methods"][method]["runs"][0]["blocks"][layer]
     said = [f"Row {patch // SIDE + 1}, column {patch % SIDE + 1}."]
     if block["group"][patch] >= 0:
         said.append(f"(size {block['size'][patch]}")
     if block["score"] is not None and block["score"][patch] is not None:
-        said.append(f"chose: {block['score'][patch]:.3f}".replace("-", MINUS))
+        said.append(f"Importance in block {layer + 1}: {block['score'][patch]:.3f}".replace("-", MINUS))
     return said
 
 
@@ -256,9 +256,10 @@ class TestTexts:
             ]
             assert opened.fills("CrossGET") != plain
             assert (
-                f"{run['blocks'][1]['moved']} of 64 patches" in opened.panel("CrossGET").locator(".legend").inner_text()
+                f"{run['blocks'][1]['regrouped']} of 64 patches"
+                in opened.panel("CrossGET").locator(".legend").inner_text()
             )
-            assert "looks at no text" in opened.panel("ToMe-style").locator(".legend").inner_text()
+            assert "no text guides" in opened.panel("ToMe-style").locator(".legend").inner_text()
         assert f"“{NASTY}”" in opened.panel("CrossGET").locator(".head").inner_text()
 
     def test_relevance_is_told_and_drawn(self, opened: Opened, data: dict[str, Any]) -> None:
@@ -266,9 +267,9 @@ class TestTexts:
         opened.point("CrossGET", 20)
         block = data["methods"][0]["runs"][0]["blocks"][1]
         assert f"Relevance to “a cat”: {block['relevance'][0][20]:.3f}".replace("-", MINUS) in opened.info("CrossGET")
-        dense = f"dense, behind block 2: {data['dense']['relevance'][1][0][20]:.3f}".replace("-", MINUS)
+        dense = f"dense, after block 2: {data['dense']['relevance'][1][0][20]:.3f}".replace("-", MINUS)
         assert dense in opened.info("Photograph")
-        agreement = f"{block['agreement'][0]:.2f}".replace("-", MINUS)
+        agreement = f"{block['dense_correlation'][0]:.2f}".replace("-", MINUS)
         assert (
             f"correlation with the dense model's map: {agreement}"
             in opened.panel("CrossGET").locator(".legend").inner_text()
