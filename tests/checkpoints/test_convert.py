@@ -140,11 +140,9 @@ def test_it_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
     write_tokenizer(folder)
     convert(folder, out, "--overwrite", "--no-cross-tokens", "--max-shard-size", "1MB")
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        "cross tokens: none, the dense model alone",
-        "processor: crops images to a square, as llava-hf's does; the original pads them (image_aspect_ratio), so for "
-        "its numbers pad yours before",
-    ]
+    cross, images = capsys.readouterr().out.splitlines()[-2:]
+    assert cross == "cross tokens: none, the dense model alone"
+    assert "the original pads them (image_aspect_ratio)" in images
     edit(image_aspect_ratio="square")(folder)
     convert(folder, out, "--overwrite")
     assert capsys.readouterr().out.splitlines()[-1] == "processor: crops images to a square"

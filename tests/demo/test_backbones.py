@@ -118,7 +118,7 @@ class TestMake:
         assert backbone.random_reason == "open_clip has no pretrained weights for ViT-S-16"
 
     def test_the_clip_default_is_openai(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hosts._Maker, "_fetched", lambda self, tag, what: tag)
+        monkeypatch.setattr(hosts._Maker, "_downloaded", lambda self, tag, what: tag)
         assert make("ViT-B-16") == "openai"
         assert make("ViT-B-16-SigLIP") == "webli"
 
@@ -178,19 +178,19 @@ class TestFiles:
         (tmp_path / "w.pt").write_bytes(pickle.dumps(Trap(), protocol=2))
         torch.save({"state_dict": Trap()}, tmp_path / "w2.pt")
         for name in ("w.pt", "w2.pt"):
-            with pytest.raises(ValueError, match="is no file of tensors: .* save the model's state_dict"):
+            with pytest.raises(ValueError, match="weights_only=True.* save the model's state_dict"):
                 load_weights(tmp_path / name)
         assert not (tmp_path / "sprung").exists()
 
     def test_files_without_tensors(self, tmp_path: Path) -> None:
         torch.save({"epoch": 3}, tmp_path / "w.pt")
-        with pytest.raises(ValueError, match=r"w\.pt holds no tensors, only epoch"):
+        with pytest.raises(ValueError, match=r"w\.pt contains no tensors, only epoch"):
             load_weights(tmp_path / "w.pt")
         torch.save([1, 2], tmp_path / "w2.pt")
-        with pytest.raises(ValueError, match=r"w2\.pt holds a list, expected a state dict"):
+        with pytest.raises(ValueError, match=r"w2\.pt contains a list, expected a state dict"):
             load_weights(tmp_path / "w2.pt")
         (tmp_path / "w.safetensors").write_text("no tensors")
-        with pytest.raises(ValueError, match=r"w\.safetensors is no safetensors file"):
+        with pytest.raises(ValueError, match=r"w\.safetensors is not a safetensors file"):
             load_weights(tmp_path / "w.safetensors")
 
 
