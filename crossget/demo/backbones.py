@@ -86,7 +86,7 @@ class Backbone:
         return int(_text_attribute(self.model, "context_length"))
 
     def random_inputs(self, batch: int, *, text: bool) -> tuple[Tensor, ...]:
-        """Random inputs on the model's device: images [B, 3, H, W] and, if asked for, token ids [B, L].
+        """Random inputs on the model's device: images [B, 3, H, W] and, optionally, token ids [B, L].
 
         Args:
             batch: number of images, and of texts.
@@ -187,11 +187,11 @@ def find(name: str) -> tuple[str, str]:
         ValueError: no host has it (the message lists similar names), or both have.
         RuntimeError: the requested host, or every host, is not installed.
     """
-    asked, colon, rest = name.partition(":")
-    if colon and asked in HOSTS:
-        if _import(asked) is None:
-            raise RuntimeError(f'{asked} is not installed: pip install "crossget[{PACKAGES[asked]}]"')
-        hosts, name = [asked], rest
+    host, colon, rest = name.partition(":")
+    if colon and host in HOSTS:
+        if _import(host) is None:
+            raise RuntimeError(f'{host} is not installed: pip install "crossget[{PACKAGES[host]}]"')
+        hosts, name = [host], rest
     else:
         hosts = [host for host in HOSTS if _import(host) is not None]
     if not hosts:

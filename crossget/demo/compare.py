@@ -345,7 +345,7 @@ def load_photographs(folder: Path | None) -> list[Photograph]:
 
     Raises:
         ValueError: there is no image in the folder.
-        RuntimeError: scikit-image is not installed, or ships them no more.
+        RuntimeError: scikit-image is not installed, or lacks them.
     """
     if folder is None:
         return [_open_photograph(_shipped_folder() / name, caption, credit) for name, caption, credit in SHIPPED]
@@ -362,7 +362,7 @@ def load_photograph(name: Path | None) -> Photograph:
 
     Raises:
         ValueError: there is no such file or name, or Pillow cannot read it.
-        RuntimeError: scikit-image is not installed, or ships them no more.
+        RuntimeError: scikit-image is not installed, or lacks them.
     """
     if name is not None and name.is_file():
         return _open_photograph(name, f"a photo of {_words(name.stem)}", "")
