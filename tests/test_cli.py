@@ -23,6 +23,11 @@ def call(*arguments: str) -> int:
     return cli.main(arguments)
 
 
+def flat(text: str) -> str:
+    """What is printed in a box, in one line."""
+    return " ".join(text.replace("│", " ").split())
+
+
 def raising(error: BaseException) -> Any:
     def function(*_: object, **__: object) -> None:
         raise error
@@ -31,41 +36,32 @@ def raising(error: BaseException) -> Any:
 
 
 class TestHelp:
-    def test_the_tour_shows_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as left:
-            call("--help")
-        assert left.value.code == 0
+    @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+    def test_the_tour_shows_every_command(self, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+        assert call(*arguments) == 0
         tour = capsys.readouterr().out
         assert all(f"  crossget {command}" in tour for command in COMMANDS)
-
-    def test_no_command_shows_the_tour(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert call() == 0
-        assert "A tour:" in capsys.readouterr().out
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_every_command_explains_itself(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as left:
             call(command, "--help")
         assert left.value.code == 0
-        assert f"usage: crossget {command}" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert f"usage: crossget {command}" in text
+        assert "--traceback" in text
+        assert ("--r R" in text) == (command not in ("models", "doctor"))
 
     def test_the_photographers_are_credited(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             call("demo", "--help")
-        assert "Stefan van der Walt, CC0" in capsys.readouterr().out
+        assert "Stefan van der Walt" in flat(capsys.readouterr().out)
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit):
-            call("--version")
+        assert call("--version") == 0
         assert capsys.readouterr().out == f"crossget {crossget.__version__}\n"
 
-    def test_no_host_is_imported_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in {*HOSTS, *(name for name in sys.modules if name.partition(".")[0] in HOSTS)}:
-            monkeypatch.setitem(sys.modules, name, None)  # importing it is an error
-        assert call() == 0
-
-    @pytest.mark.slow  # the core imports none, as tests/test_packaging.py shows by default
-    def test_a_process_imports_no_host_for_it(self) -> None:
+    def test_imports_no_host(self) -> None:
         code = (
             f"import sys; from crossget.cli import main; main([]); sys.exit(', '.join({HOSTS} & set(sys.modules)) or 0)"
         )
@@ -98,34 +94,58 @@ class TestErrors:
             call("flops", TINY)
 
     @pytest.mark.parametrize(
-        ("arguments", "message"),
+        ("arguments", "value", "way_out"),
         [
-            (("flops", TINY, "--r", "many"), "'many': expected tokens to remove in each block: a number (16), one per"),
-            (("flops", TINY, "--r=-3"), "r is -3: the number of tokens to remove cannot be negative"),
-            (("flops", TINY, "--r", "80%"), "share is 0.8: a block can remove between 0 and 0.5"),
-            (("bench", TINY, "--batch", "0"), "'0': expected a number from 1 up"),
-            (("bench", TINY, "--device", "tape"), "'tape' is no device of torch: expected cpu, cuda"),
-            (("paint",), "invalid choice: 'paint'"),
-            (("show", "--methods", "pitome"), "invalid choice: 'pitome'"),
-            (("flops",), "required: MODEL"),
+            (("flops", TINY, "--r", "many"), "'many'", "(16)"),
+            (("flops", TINY, "--r=-3"), "-3", "cannot be negative"),
+            (("flops", TINY, "--r", "80%"), "0.8", "between 0 and 0.5"),
+            (("bench", TINY, "--batch", "0"), "'0'", "from 1 up"),
+            (("bench", TINY, "--device", "tape"), "'tape'", "cuda:1"),
+            (("show", "--text", " ", "--pretrained", "none"), "--text", "'a cat'"),
+            (("demo", "--out", "nowhere/a.png"), "nowhere", "folder"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
-    def test_of_arguments_say_what_was_expected(
-        self, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    def test_of_values_are_one_line(
+        self, arguments: tuple[str, ...], value: str, way_out: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert call(*arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("crossget: error: ")
+        assert value in line
+        assert way_out in line
+
+    @pytest.mark.parametrize(
+        ("arguments", "value", "way_out"),
+        [
+            (("paint",), "paint", "doctor"),
+            (("show", "--methods", "pitome"), "pitome", "crossget"),
+            (("flops",), "MODEL", "crossget flops --help"),
+            (("flops", TINY, "--rr", "3"), "--rr", "--r"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    )
+    def test_of_arguments_say_what_there_is(
+        self, arguments: tuple[str, ...], value: str, way_out: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(SystemExit) as left:
             call(*arguments)
         assert left.value.code == 2
-        assert message in capsys.readouterr().err
+        message = flat(capsys.readouterr().err)
+        assert value in message
+        assert way_out in message
 
     def test_a_missing_gpu_is_told_before_any_work(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-        with pytest.raises(SystemExit):
-            call("bench", TINY, "--device", "cuda")
-        assert "'cuda': torch finds no CUDA device on this machine" in capsys.readouterr().err
+        monkeypatch.setattr("crossget.demo.backbones.make", raising(AssertionError("a model is built")))
+        assert call("bench", TINY, "--device", "cuda") == 2
+        assert "no CUDA device" in capsys.readouterr().err
+
+    def test_an_interrupt_is_exit_code_130(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("crossget.demo.backbones.make", raising(KeyboardInterrupt()))
+        assert call("flops", TINY) == 130
 
     def test_a_reader_that_has_seen_enough_is_no_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         redirected: list[tuple[int, ...]] = []
@@ -140,7 +160,7 @@ class TestErrors:
     ("text", "r"), [("16", 16), ("0", 0), ("8,4,0", (8, 4, 0)), ("10%", Ratio(0.1)), ("12.5%", Ratio(0.125))]
 )
 def test_what_r_may_be(text: str, r: object) -> None:
-    assert cli._reduction(text) == r
+    assert cli.parse_reduction(text) == r
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +170,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("dense", "ToMe-style", "CrossGET", "tokens entering each block", "random weights"):
         assert part in captured.out
     told = captured.err.splitlines()
-    assert told[0].endswith("HF_HUB_OFFLINE is set: going on with random weights")
+    assert told[0].endswith("HF_HUB_OFFLINE is set: random weights are used")
     assert told[1:] == [f"crossget: wrote {out}", f"crossget: wrote {numbers}"]
     assert out.stat().st_size > 10_000
     assert json.loads(numbers.read_text())["options"]["r"] == 4
@@ -187,7 +207,9 @@ class TestModels:
 
     def test_a_pattern_without_a_match(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("models", "--filter", "zzz") == 2
-        assert "--filter 'zzz' matches no name: it stands for whole names, as '*dino*' does" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "'zzz'" in error
+        assert "'*dino*'" in error
 
     def test_a_host_that_is_not_installed(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -249,6 +271,6 @@ class TestDoctor:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bad = Diagnosis("Net", (Check("does it work", False, "no"),))
-        monkeypatch.setattr(crossget, "doctor", lambda model, inputs: bad)
+        monkeypatch.setattr(crossget, "doctor", lambda model, inputs, reducer: bad)
         assert call("doctor", TINY) == 1
         assert "FAIL  does it work: no" in capsys.readouterr().out

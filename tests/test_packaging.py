@@ -1,4 +1,4 @@
-"""What gets installed is one package, which needs torch and fvcore and no host."""
+"""What gets installed is one package, which needs no host; it can save attachments and has the command line."""
 
 import ast
 import subprocess
@@ -12,18 +12,39 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Import names of what only the extras bring.
+# Import names of packages that only the extras install.
 HOSTS = [
-    *("timm", "open_clip", "transformers", "torchvision", "safetensors", "huggingface_hub"),
-    *("matplotlib", "skimage", "tyro", "lmms_eval"),
+    *("timm", "open_clip", "transformers", "torchvision", "huggingface_hub"),
+    *("matplotlib", "skimage", "lmms_eval"),
 ]
-CORE = sorted(path.stem for path in (ROOT / "crossget").glob("*.py"))
+# The package without crossget.integrations: paths in the wheel, and names of the modules.
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "crossget").glob("**/*.py")
+    if "integrations" not in path.relative_to(ROOT).parts
+)
+MODULES = [name.removesuffix(".py").replace("/", ".") for name in FILES if "_triton" not in name]
 DATA = ("crossget/py.typed", "crossget/demo/show.html")
 ADAPTERS = sorted(path.name for path in (ROOT / "integrations").glob("*.py"))
 
-IMPORT_CORE = "import crossget, importlib\n" + "\n".join(
-    f"importlib.import_module('crossget.{name}')" for name in CORE if not name.startswith("__")
+IMPORT_ALL = "import crossget, importlib\n" + "\n".join(
+    f"importlib.import_module('{name.removesuffix('.__init__')}')" for name in MODULES
 )
+# Saves and loads an attachment of a model that no host provides; prints the towers.
+SAVE = """
+import torch, crossget
+blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+model = torch.nn.Sequential(blocks)
+
+@crossget.register(torch.nn.Sequential)
+def adapter(model):
+    return [crossget.Tower("visual", blocks=list(model[0]), width=4, prefix=1, class_token=True)]
+
+with crossget.attach(model, crossget.CrossGET(1)) as attached:
+    attached.save("saved")
+with crossget.load(model, "saved") as attached:
+    print(list(attached.cross_tokens))
+"""
 FIND_HOSTS = f"import importlib.util as u\nprint([name for name in {HOSTS!r} if u.find_spec(name)])"
 
 # Makes the hosts unimportable in a process, installed or not.
@@ -57,18 +78,18 @@ def last_error(code: str, interpreter: str | Path = sys.executable, cwd: Path = 
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_importing_the_core_imports_no_host() -> None:
-    # What torch and fvcore themselves import is theirs to choose.
+def test_importing_the_package_imports_no_host() -> None:
+    # Imports of torch, fvcore and tyro themselves do not count.
     loaded = python(
-        "import sys, torch, fvcore.nn\nbefore = set(sys.modules)\n"
-        f"{IMPORT_CORE}\nprint(sorted(set(sys.modules) - before))"
+        "import sys, torch, fvcore.nn, tyro\nbefore = set(sys.modules)\n"
+        f"{IMPORT_ALL}\nprint(sorted(set(sys.modules) - before))"
     )
     assert {name.partition(".")[0] for name in ast.literal_eval(loaded)}.isdisjoint(HOSTS)
 
 
-@pytest.mark.slow  # a core that imports no host has none to miss
-def test_core_imports_where_the_hosts_are_blocked() -> None:
-    python(BLOCKER + IMPORT_CORE)
+@pytest.mark.slow  # implied by the test above
+def test_package_imports_where_the_hosts_are_blocked() -> None:
+    python(BLOCKER + IMPORT_ALL)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -86,11 +107,10 @@ def test_adapters_have_one_name() -> None:
 
 def build_tree(folder: Path, links: bool) -> Path:
     """A copy, so that setuptools leaves nothing in the checkout; git lays `links=False` where it cannot link."""
-    (folder / "crossget").mkdir(parents=True)
-    (folder / "integrations").mkdir()
-    papers = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", *DATA)]
-    for source in [*papers, *(ROOT / "crossget").glob("*.py"), *(ROOT / "integrations").glob("*.py")]:
-        (folder / source.relative_to(ROOT)).write_bytes(source.read_bytes())
+    adapters = [f"integrations/{name}" for name in ADAPTERS]
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", *DATA, *FILES, *adapters):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
     link = folder / "crossget" / "integrations"
     if links:
         link.symlink_to("../integrations", target_is_directory=True)
@@ -120,8 +140,7 @@ def files_in(wheel: Path) -> set[str]:
 def test_wheel_has_one_name_and_all_adapters(wheel: Path) -> None:
     files = {name for name in files_in(wheel) if ".dist-info/" not in name}
     assert {PurePosixPath(name).parts[0] for name in files} == {"crossget"}
-    expected = {f"crossget/{name}.py" for name in CORE} | {f"crossget/integrations/{name}" for name in ADAPTERS}
-    assert files == expected | set(DATA)
+    assert files == {*FILES, *DATA, *(f"crossget/integrations/{name}" for name in ADAPTERS)}
 
 
 @pytest.mark.slow
@@ -189,8 +208,8 @@ class TestCleanEnvironment:
         assert python(FIND_HOSTS, clean_python, tmp_path) == "[]"
         assert {"timm", "open_clip", "transformers"} <= set(ast.literal_eval(python(FIND_HOSTS)))  # but here it has
 
-    def test_imports_the_installed_core(self, clean_python: Path, tmp_path: Path) -> None:
-        where = python(f"{IMPORT_CORE}\nprint(crossget.__file__)", clean_python, tmp_path)
+    def test_imports_the_installed_package(self, clean_python: Path, tmp_path: Path) -> None:
+        where = python(f"{IMPORT_ALL}\nprint(crossget.__file__)", clean_python, tmp_path)
         assert Path(where).is_relative_to(clean_python.parents[1])
 
     def test_has_no_second_name(self, clean_python: Path, tmp_path: Path) -> None:
@@ -201,5 +220,9 @@ class TestCleanEnvironment:
         code = "import crossget, torch\ncrossget.attach(torch.nn.Linear(2, 2), crossget.CrossGET(1))"
         assert last_error(code, clean_python, tmp_path).startswith("TypeError")
 
+    def test_saves_and_loads(self, clean_python: Path, tmp_path: Path) -> None:
+        assert python(SAVE, clean_python, tmp_path) == "['visual']"
+
     def test_command_runs(self, clean_python: Path, tmp_path: Path) -> None:
         assert "usage" in run(clean_python.parent / "crossget", "--help", cwd=tmp_path).lower()
+        assert "--rounds" in run(clean_python.parent / "crossget", "bench", "--help", cwd=tmp_path)

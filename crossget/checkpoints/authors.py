@@ -1,6 +1,6 @@
-"""Load the checkpoints of the reference implementation into models that are there already.
+"""Load the checkpoints of the authors' reference implementation into an existing model of open_clip or transformers.
 
-`crossget.convert` makes a folder for transformers out of a LLaVA, for those who have no model yet.
+Where there is no model yet, the command `crossget convert` makes a folder for transformers out of a LLaVA checkpoint.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from crossget.methods.reducers import CrossGET, Reducer
 _CLIP_CROSS = {"visual": "visual.transformer.cross_image", "text": "transformer.cross_text"}
 # Archives of OpenAI's models carry these integers beside the weights.
 _OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
-# What the model's parts are called in checkpoints of the reference's CoOp, which has no token embedding in them.
+# Prefixes in checkpoints of the reference's CoOp (saved by Dassl) -> CLIP's own. They contain no token embedding.
 _DASSL = {"image_encoder.": "visual.", "text_encoder.": "", "logit_scale": "logit_scale"}
 _DASSL_PROMPTS, _EMBEDDING = "prompt_learner.", "token_embedding.weight"
-# Such a checkpoint has a scheduler in it as it lay in memory, with its optimiser.
+# Classes that such a checkpoint may have pickled: the scheduler and, through it, the optimiser.
 _DASSL_OBJECTS = {
     "torch.optim.lr_scheduler": ("CosineAnnealingLR", "StepLR", "MultiStepLR"),
     "torch.optim.sgd": ("SGD",),
     "torch.optim.adam": ("Adam",),
     "torch.optim.adamw": ("AdamW",),
 }
-# What changes the outputs of a LLaVA and does not show in the shapes of its weights.
-_UNSEEN_TEXT = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act")
+# Settings that change the outputs of a LLaVA and cannot be told from the shapes of its weights.
+_TEXT_SETTINGS = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act")
 
 
 def load_reference(
@@ -42,43 +42,46 @@ def load_reference(
     """Load a checkpoint of the reference implementation, and attach.
 
     - CLIP, into open_clip's: a file `{"model": state_dict}` with OpenAI's key names plus the cross tokens of both
-      towers. The reference's r is (16, 0). Or Dassl's file of the reference's CoOp, `{"state_dict": ...}`, whose
-      prompts are left to `experiments.coop.prompts.load_dassl`; the token embedding is not in it and stays the model's.
+      towers. The reference uses r = 16 in the vision tower and 0 in the text tower. Or the file that Dassl saves for
+      the reference's CoOp, `{"state_dict": ...}`: its prompts are loaded by `experiments.coop.prompts.load_dassl`, and
+      the token embedding, which it lacks, stays the model's.
     - LLaVA, into transformers' LlavaForConditionalGeneration: a folder in LLaVA's original layout with
-      `cross_tokens.bin` (or with the cross tokens among the weights), LoRA merged. The reference's r is 13 in the
-      vision tower. A vision tower that is not in the folder stays the model's own, and where the model has more tokens
-      than the checkpoint, so do the embeddings and the head of the others.
+      `cross_tokens.bin` (or with the cross tokens among the weights), LoRA merged. The reference uses r = 13 in the
+      vision tower. If the folder has no vision tower, the model keeps its own. If the model has a larger vocabulary
+      than the checkpoint, the embeddings and the head of the additional tokens stay the model's.
 
-    No checkpoint says r: an attached model keeps its reducers, otherwise `reducer` is attached, otherwise the
-    reference's.
+    Checkpoints do not contain r. An attached model keeps its reducers; otherwise `reducer` is attached; without it,
+    CrossGET with the reference's r.
 
     Args:
         model: of the same architecture (OpenAI's CLIPs use QuickGELU: "ViT-B-16-quickgelu" in open_clip).
-        path: the checkpoint; only tensors are read, never code.
+        path: the checkpoint. Only tensors are loaded; no pickled code runs.
         reducer: as for `crossget.attach`.
 
     Returns:
-        The attachment; the model's own weights are the checkpoint's now.
+        The attachment. The model has the checkpoint's weights.
 
     Raises:
         TypeError: the model is neither.
-        FileNotFoundError: a file is not there.
-        ValueError: keys are missing, left over or misshapen (they are named), the checkpoint is of another kind, or
-            `reducer` is given for a model that is attached already. Nothing is loaded or attached then.
+        FileNotFoundError: a file is missing.
+        ValueError: keys are missing, unexpected or of another shape (the message names them), the checkpoint is of
+            another kind, or `reducer` is given for an attached model. Nothing is loaded or attached then.
     """
     previous = find_attachment(model)
     if previous is not None and reducer is not None:
-        raise ValueError("the model is attached already, so reducer would be ignored: detach first, or leave it out")
+        raise ValueError(
+            "the model is attached, so `reducer` would be ignored: detach it first, or leave `reducer` out"
+        )
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f"{path} is neither a file (a CLIP of the reference) nor a folder (a LLaVA)")
     if _is(model, "transformers.models.llava.", "LlavaForConditionalGeneration"):
         if source.is_file():
-            raise ValueError(f"{path} is a file, and the model a LLaVA: give the folder that it is in")
+            raise ValueError(f"{path} is a file, but the model is a LLaVA: give the folder of the checkpoint")
         return _load_llava(model, source, reducer, previous)
     if _is(model, "open_clip.", "CLIP"):
         if source.is_dir():
-            raise ValueError(f"{path} is a folder, and the model a CLIP: give the checkpoint file")
+            raise ValueError(f"{path} is a folder, but the model is a CLIP: give the checkpoint file")
         return _load_clip(model, source, reducer, previous)
     raise TypeError(
         f"{type(model).__module__}.{type(model).__name__} cannot take a checkpoint of the reference: expected "
@@ -96,7 +99,7 @@ def _is(model: nn.Module, home: str, name: str) -> bool:
 def _load_clip(
     model: nn.Module, path: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
 ) -> Attachment:
-    content = _load_without_objects(path)
+    content = _load_tensors(path)
     keys = sorted(content) if isinstance(content, dict) else type(content).__name__
     if "model" in keys and isinstance(content["model"], dict):
         state = {name: value for name, value in content["model"].items() if name not in _OPENAI_EXTRAS}
@@ -126,12 +129,12 @@ def _load_clip(
 
 
 def dassl_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file of Dassl's, `model.pth.tar-N`, by its own keys.
+    """The state dict in a file that Dassl saved, `model.pth.tar-N`, under its own keys.
 
     Raises:
-        ValueError: there is none, or the file holds other objects than Dassl puts there.
+        ValueError: there is none, or the file contains other objects than Dassl saves.
     """
-    content = _load_without_objects(Path(path))
+    content = _load_tensors(Path(path))
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{path} is not a file of Dassl\'s: expected {{"state_dict": ...}}, found {found}')
@@ -140,11 +143,11 @@ def dassl_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _from_dassl(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Under OpenAI's keys, without the prompts."""
+    """The state dict under OpenAI's keys, without the prompts."""
     if not any(name.startswith("image_encoder.") for name in state):
         raise ValueError(
-            f"{path} has no image_encoder, it has {llava_format.listed(sorted(state))}: prompts alone go into a prompt "
-            "learner, with experiments.coop.prompts.load_dassl"
+            f"{path} has no image_encoder, only {llava_format.abbreviated(sorted(state))}: load prompts without a "
+            "model with experiments.coop.prompts.load_dassl"
         )
     renamed = {}
     for name, value in state.items():
@@ -154,23 +157,23 @@ def _from_dassl(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return renamed
 
 
-class _LeftOut:
-    """What stands for an object that is not wanted: it takes what the file says about it and forgets it."""
+class _Ignored:
+    """Replaces a pickled object that is not needed: it accepts the object's state and drops it."""
 
     def __setstate__(self, state: object) -> None:
         pass
 
 
 @contextlib.contextmanager
-def _objects_left_out() -> Iterator[None]:
-    """Inside, torch.load with `weights_only=True` passes over Dassl's schedulers, and runs nothing of theirs."""
-    stands = [
-        type(name, (_LeftOut,), {"__module__": module}) for module, names in _DASSL_OBJECTS.items() for name in names
+def _ignore_training_state() -> Iterator[None]:
+    """Inside, torch.load with `weights_only=True` skips Dassl's schedulers and runs none of their code."""
+    replacements = [
+        type(name, (_Ignored,), {"__module__": module}) for module, names in _DASSL_OBJECTS.items() for name in names
     ]
-    # An optimiser's state is a defaultdict(dict), which is not filled under weights_only=True: it becomes a dict.
-    filled = type("defaultdict", (), {"__module__": "collections", "__new__": lambda cls, *of: {}})
+    # The state of an optimiser is a defaultdict(dict), which weights_only=True cannot fill: it is loaded as a dict.
+    plain_dict = type("defaultdict", (), {"__module__": "collections", "__new__": lambda cls, *args: {}})
     before = list(torch.serialization.get_safe_globals())
-    torch.serialization.add_safe_globals([*stands, filled, dict])
+    torch.serialization.add_safe_globals([*replacements, plain_dict, dict])
     try:
         yield
     finally:
@@ -178,8 +181,8 @@ def _objects_left_out() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def _load_without_objects(path: Path) -> Any:
-    with _objects_left_out():
+def _load_tensors(path: Path) -> Any:
+    with _ignore_training_state():
         return llava_format.load_pickle(path)
 
 
@@ -191,8 +194,8 @@ def _warn_activation(model: nn.Module, path: str) -> None:
     names = {type(module).__name__ for module in model.modules()}
     if "GELU" in names and "QuickGELU" not in names:
         warnings.warn(
-            f"{path} was trained with QuickGELU and this model uses GELU, so features will be off: make the model with "
-            'a "-quickgelu" name or force_quick_gelu=True',
+            f"{path} was trained with QuickGELU, but this model uses GELU, so its features will be wrong: create the "
+            'model with a "-quickgelu" name or with force_quick_gelu=True',
             stacklevel=4,
         )
 
@@ -203,44 +206,50 @@ def _warn_activation(model: nn.Module, path: str) -> None:
 def _load_llava(
     model: nn.Module, folder: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
 ) -> Attachment:
-    found = llava_format.read_folder(folder)
-    found.require_cross_tokens(" from_pretrained and crossget.attach are for that")
+    source = llava_format.inspect_folder(folder)
+    source.require_cross_tokens(" use from_pretrained and crossget.attach")
     own = llava_format.parameters(model)
     if own[llava_format.HEAD] is own[llava_format.EMBEDDING]:
-        raise ValueError(f"the model ties its head to its embeddings, and {folder} has both: tie_word_embeddings=False")
+        raise ValueError(
+            f"the model ties its head to its embeddings, but {folder} has both: set tie_word_embeddings=False"
+        )
     expected = {
-        name: _of_the_first(value, found.stored.get(name), name)
+        name: _expected_shape(value, source.stored.get(name), name)
         for name, value in own.items()
-        if found.has_tower or not name.startswith(llava_format.TOWER)
+        if source.has_tower or not name.startswith(llava_format.TOWER)
     }
-    shapes = {name: one.shape for name, one in found.stored.items()}
+    shapes = {name: item.shape for name, item in source.stored.items()}
     llava_format.check_shapes(expected, shapes, str(folder), type(model).__name__)
-    _check_settings(model, found)
+    _check_settings(model, source)
     towers = {tower.name: (len(tower.blocks), tower.width) for tower in find_towers(model)}
-    llava_format.check_cross(found.cross, towers)
+    llava_format.check_cross_tokens(source.cross, towers)
     reducer = CrossGET(r=13) if reducer is None else reducer
-    attached = attach_with(model, reducer, found.cross_tokens(), str(folder), previous)
+    attached = attach_with(model, reducer, source.cross_tokens(), str(folder), previous)
     with torch.no_grad():
-        for (name, one), value in zip(found.stored.items(), llava_format.tensors(found.stored.values()), strict=True):
-            own[name][: one.shape[0]].copy_(value)
+        for (name, item), value in zip(
+            source.stored.items(), llava_format.load_tensors(source.stored.values()), strict=True
+        ):
+            own[name][: item.shape[0]].copy_(value)
     return attached
 
 
-def _of_the_first(value: Tensor, stored: llava_format.Stored | None, name: str) -> llava_format.Shape:
-    """The shape that a parameter's tensor must have: the first tokens may be all that the checkpoint knows."""
+def _expected_shape(value: Tensor, stored: llava_format.StoredTensor | None, name: str) -> llava_format.Shape:
+    """The shape that the checkpoint's tensor must have; its vocabulary may be smaller than the model's."""
     rows = int(value.shape[0])
     if name in llava_format.VOCABULARY and stored is not None and stored.shape:
         rows = min(rows, stored.shape[0])
     return (rows, *value.shape[1:])
 
 
-def _check_settings(model: Any, found: llava_format.Original) -> None:
+def _check_settings(model: Any, source: llava_format.LlavaFolder) -> None:
     config = model.config
     text = config.text_config
-    own = {name: getattr(text, name, None) for name in _UNSEEN_TEXT}
+    own = {name: getattr(text, name, None) for name in _TEXT_SETTINGS}
     own["rope_theta"] = own["rope_theta"] or (getattr(text, "rope_parameters", None) or {}).get("rope_theta")
-    own.update({name: getattr(config, name) for name in found.settings})
-    wanted = {**{name: found.text[name] for name in _UNSEEN_TEXT}, **found.settings}
-    differs = [f"{name}: {own[name]!r} for {value!r}" for name, value in wanted.items() if own[name] != value]
+    own.update({name: getattr(config, name) for name in source.settings})
+    wanted = {**{name: source.text[name] for name in _TEXT_SETTINGS}, **source.settings}
+    differs = [f"{name} is {own[name]!r}, expected {value!r}" for name, value in wanted.items() if own[name] != value]
     if differs:
-        raise ValueError(f"the model is not set up as {found.folder} says: {', '.join(differs)}. Nothing was loaded")
+        raise ValueError(
+            f"the model's configuration differs from {source.folder}: {', '.join(differs)}. Nothing was loaded"
+        )

@@ -1,6 +1,6 @@
-"""Published models of transformers by their sizes alone: to be counted, or timed with random weights.
+"""Published models of transformers by their sizes: for counting FLOPs, and for timing with random weights.
 
-Nothing is downloaded: what a configuration says stands here, as the model's own repository says it.
+Nothing is downloaded: the configurations are copied from the models' repositories.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Preset:
-    """A model, by its class's name in transformers and the arguments of its configuration.
+    """A model: the name of its class in transformers, and its configuration.
 
     Attributes:
-        architecture: class of the model.
-        config: makes its configuration.
-        source: the repository on the hub whose configuration this is.
+        architecture: name of the model's class.
+        config: creates the configuration.
+        source: the repository on the hub that the configuration is from.
     """
 
     architecture: str
@@ -29,12 +29,12 @@ class Preset:
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "meta") -> nn.Module:
-    """The model of this name with random weights, in evaluation mode; on the meta device without memory.
+    """A model with random weights in evaluation mode; on the meta device it takes no memory.
 
     Args:
         name: one of `PRESETS`.
-        dtype: of its weights.
-        device: where they are drawn.
+        dtype: of the weights.
+        device: where the weights are created.
 
     Raises:
         ValueError: no such preset.
@@ -55,7 +55,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.
 
 
 def import_transformers() -> Any:
-    """The package.
+    """The transformers package.
 
     Raises:
         RuntimeError: it is not installed.
@@ -68,7 +68,7 @@ def import_transformers() -> Any:
 
 
 def _clip_vision() -> dict[str, Any]:
-    """ViT-L/14 for images of 336 pixels."""
+    """ViT-L/14 for images of 336 x 336 pixels."""
     return {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "image_size": 336, "patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu",

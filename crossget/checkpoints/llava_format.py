@@ -1,6 +1,7 @@
-"""LLaVA in its authors' folder layout: what such a folder holds, and its tensors, one file at a time.
+"""LLaVA in its authors' folder layout: what a folder contains, and its tensors, one file at a time.
 
-Nothing of a file but its table of contents is read before a tensor is asked for, and pickles with `weights_only=True`.
+A file is opened for its keys, shapes and dtypes; a tensor is loaded when it is used. Pickles are loaded with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -26,29 +27,31 @@ CROSS_FILE = "cross_tokens.bin"
 
 _LORA = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 _SHARDS = {"model.safetensors.index.json": "model*.safetensors", "pytorch_model.bin.index.json": "pytorch_model*.bin"}
-_BUFFERS = (".inv_freq", ".position_ids")  # older transformers saved these, which follow from the sizes
+_BUFFERS = (".inv_freq", ".position_ids")  # saved by older transformers; they follow from the sizes
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in _FLOATS.items()}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-# What LLaVA's code and transformers' Llama take where config.json says nothing.
+# Values that LLaVA's code and transformers' Llama use where config.json has none.
 _DEFAULTS = {
     "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     "rope_scaling": None, "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
-_SHOWN = 10  # names of keys in one message
+_MAX_NAMES = 10  # in one message
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor that has not been read yet.
+class StoredTensor:
+    """A tensor in a file, not loaded yet.
 
     Attributes:
-        path, key: where it is.
-        shape, dtype: of it.
+        path: the file.
+        key: its key in the file.
+        shape: its shape.
+        dtype: its dtype.
     """
 
     path: Path
@@ -57,11 +60,11 @@ class Stored:
     dtype: torch.dtype
 
 
-def contents(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors or torch file, by key; without buffers that follow from the sizes.
+def list_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors or torch file, by key, without buffers that follow from the sizes.
 
     Raises:
-        ValueError: it is neither, it is cut off, or it holds something that is no tensor of floating-point numbers.
+        ValueError: the file is neither, is truncated, or contains something else than floating-point tensors.
     """
     if path.suffix == ".safetensors":
         file = _open_safetensors(path)
@@ -70,36 +73,36 @@ def contents(path: Path) -> dict[str, Stored]:
     else:
         found = {key: (tuple(t.shape), t.dtype if t.dtype in CODES else None) for key, t in _open_state(path).items()}
     kept = {key: (shape, dtype) for key, (shape, dtype) in found.items() if not key.endswith(_BUFFERS)}
-    strange = [key for key, (_, dtype) in kept.items() if dtype is None]
-    if strange:
-        raise ValueError(f"{path} has weights that are no floating-point numbers (quantised?): {listed(strange)}")
-    return {key: Stored(path, key, shape, dtype) for key, (shape, dtype) in kept.items() if dtype is not None}
+    others = [key for key, (_, dtype) in kept.items() if dtype is None]
+    if others:
+        raise ValueError(f"{path} has weights that are not floating-point (quantised?): {abbreviated(others)}")
+    return {key: StoredTensor(path, key, shape, dtype) for key, (shape, dtype) in kept.items() if dtype is not None}
 
 
-def tensors(wanted: Iterable[Stored]) -> Iterator[Tensor]:
-    """Read tensors in this order, with no more than one file open at a time."""
-    path, read = None, None
-    for one in wanted:
-        if read is None or one.path != path:
-            read = None  # before the next one is opened
-            read, path = _opened(one.path), one.path
-        yield read(one.key)
+def load_tensors(stored: Iterable[StoredTensor]) -> Iterator[Tensor]:
+    """Load tensors in the given order, with one file open at a time."""
+    path, load = None, None
+    for item in stored:
+        if load is None or item.path != path:
+            load = None  # closes the file before the next one is opened
+            load, path = _open(item.path), item.path
+        yield load(item.key)
 
 
-def weights(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder's files, in their order; safetensors if there are both kinds, as transformers does.
+def list_weights(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's files, in their order. Where there are both kinds, safetensors, as in transformers.
 
     Raises:
-        FileNotFoundError: it has none, or not all that its index names.
-        ValueError: two files have the same key, or as for `contents`.
+        FileNotFoundError: the folder has no weight file, or lacks one that its index names.
+        ValueError: two files have the same key, or as for `list_tensors`.
     """
     paths = _files(folder)
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path in paths:
-        inside = contents(path)
+        inside = list_tensors(path)
         twice = sorted(set(found) & set(inside))
         if twice:
-            raise ValueError(f"{path} and an earlier file have the same keys: {listed(twice)}")
+            raise ValueError(f"{path} and an earlier file have the same keys: {abbreviated(twice)}")
         found.update(inside)
     return found
 
@@ -110,7 +113,7 @@ def _files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
             absent = [name for name in names if not (folder / name).is_file()]
             if absent:
-                raise FileNotFoundError(f"{folder} has no {listed(absent)}, which its {index} names")
+                raise FileNotFoundError(f"{folder} has no {abbreviated(absent)}, which its {index} names")
             return [folder / name for name in names]
         paths = sorted(folder.glob(pattern))
         if paths:
@@ -119,22 +122,22 @@ def _files(folder: Path) -> list[Path]:
 
 
 def load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, tensors and plain containers alone; mapped into memory where its format allows.
+    """Load what `torch.save` wrote: tensors and plain containers only, memory-mapped where the format allows.
 
     Raises:
-        ValueError: it holds anything else, or it is no such file.
+        ValueError: the file contains anything else, or is not such a file.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no torch file, or holds more than tensors: that is not read (weights_only=True)"
+            f"{path} is not a torch file, or contains more than tensors, which is not loaded (weights_only=True)"
         ) from error
     except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no torch file, or is cut off: {error or type(error).__name__}") from error
+        raise ValueError(f"{path} is not a torch file, or is truncated: {error or type(error).__name__}") from error
 
 
-def _opened(path: Path) -> Callable[[str], Tensor]:
+def _open(path: Path) -> Callable[[str], Tensor]:
     if path.suffix == ".safetensors":
         get: Callable[[str], Tensor] = _open_safetensors(path).get_tensor
         return get
@@ -147,7 +150,7 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or is cut off: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from error
 
 
 def _open_state(path: Path) -> dict[str, Tensor]:
@@ -155,8 +158,8 @@ def _open_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = type(state).__name__
         if isinstance(state, dict):
-            found = listed([key for key, value in state.items() if not isinstance(value, Tensor)])
-        raise ValueError(f"{path} is no state dict: expected tensors alone, found {found}")
+            found = abbreviated([key for key, value in state.items() if not isinstance(value, Tensor)])
+        raise ValueError(f"{path} is not a state dict: expected only tensors, found {found}")
     return state
 
 
@@ -164,42 +167,47 @@ def _open_state(path: Path) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Original:
+class LlavaFolder:
     """A folder in LLaVA's original layout.
 
     Attributes:
-        folder: itself.
+        folder: its path.
         config: its config.json.
         stored: its tensors by key, without the cross tokens.
         cross: the cross tokens by tower, [1, L, C] each; empty if it has none.
-        text: what transformers' Llama needs to know.
-        settings: what transformers' LLaVA needs to know beside its two towers.
+        text: the configuration of transformers' Llama.
+        settings: the configuration of transformers' LLaVA, apart from its two towers.
     """
 
     folder: Path
     config: dict[str, Any]
-    stored: dict[str, Stored]
-    cross: dict[str, Stored]
+    stored: dict[str, StoredTensor]
+    cross: dict[str, StoredTensor]
     text: dict[str, Any]
     settings: dict[str, Any]
 
     @property
     def has_tower(self) -> bool:
-        """The vision tower's weights are inside."""
+        """Whether the folder contains the weights of the vision tower."""
         return any(key.startswith(TOWER) for key in self.stored)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embeddings, or of whatever comes first."""
+        """The dtype of the embeddings; without them, of the first tensor."""
         first = self.stored.get(EMBEDDING) or next(iter(self.stored.values()), None)
         return torch.float32 if first is None else first.dtype
 
     def cross_tokens(self) -> dict[str, Tensor]:
-        """Per tower [L, C]."""
-        return {tower: value.squeeze(0) for tower, value in zip(self.cross, tensors(self.cross.values()), strict=True)}
+        """The cross tokens [L, C] by tower."""
+        return {
+            tower: value.squeeze(0) for tower, value in zip(self.cross, load_tensors(self.cross.values()), strict=True)
+        }
 
     def require_cross_tokens(self, hint: str = "") -> None:
-        """Refuse a folder without them.
+        """Raise where the folder has no cross tokens.
+
+        Args:
+            hint: the end of the message: what to use instead.
 
         Raises:
             ValueError: there are none.
@@ -210,46 +218,46 @@ class Original:
             )
 
 
-def read_folder(folder: Path) -> Original:
-    """Find out what is in a folder in LLaVA's original layout, without reading weights.
+def inspect_folder(folder: Path) -> LlavaFolder:
+    """What a folder in LLaVA's original layout contains; no weights are loaded.
 
-    Cross tokens are taken from `cross_tokens.bin`, or, where that is not there, from among the weights; a prefix such
-    as "base_model.model." may stand before their keys.
+    The cross tokens are those in `cross_tokens.bin`, or among the weights where that file is missing. Their keys may
+    have a prefix such as "base_model.model.".
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: it is a folder of another kind, an adapter that has not been merged, or cannot be read.
+        FileNotFoundError: a file is missing.
+        ValueError: the folder has another layout, an adapter that is not merged, or a damaged file.
     """
     config = _read_config(folder)
     adapter = [name for name in _LORA if (folder / name).exists()]
     if adapter:
         raise ValueError(
-            f"{folder} has {listed(adapter)}: a LoRA adapter, which has to be merged into its base model first "
+            f"{folder} has {abbreviated(adapter)}: a LoRA adapter, which has to be merged into its base model first "
             "(scripts/merge_lora_weights.py of the LLaVA repository), then give the merged folder"
         )
     text, settings = _text(config, folder), _settings(config, folder)
-    stored = weights(folder)
-    cross = _take_cross(stored, folder)
+    stored = list_weights(folder)
+    cross = _pop_cross_tokens(stored, folder)
     path = folder / CROSS_FILE
     if path.is_file():
-        beside = contents(path)
-        cross.update(_take_cross(beside, path))
+        beside = list_tensors(path)
+        cross.update(_pop_cross_tokens(beside, path))
         if beside:
-            raise ValueError(f"{path}; left over: {listed(beside)}; expected {sorted(CROSS.values())} alone")
+            raise ValueError(f"{path}; unexpected: {abbreviated(beside)}; expected only {sorted(CROSS.values())}")
     if cross and len(cross) < len(CROSS):
         absent = [key for tower, key in CROSS.items() if tower not in cross]
         raise ValueError(f"{path if path.is_file() else folder}; missing: {absent}")
-    return Original(folder, config, stored, cross, text, settings)
+    return LlavaFolder(folder, config, stored, cross, text, settings)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: expected one in LLaVA's original layout")
+        raise FileNotFoundError(f"{folder} is not a folder: expected one in LLaVA's original layout")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: expected a folder in LLaVA's original layout")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     if "text_config" in config:
-        raise ValueError(f"{folder} is in transformers' layout already: load it with from_pretrained")
+        raise ValueError(f"{folder} is in transformers' layout: load it with from_pretrained")
     return config
 
 
@@ -285,8 +293,8 @@ def _settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _take_cross(stored: dict[str, Stored], where: Path) -> dict[str, Stored]:
-    """Move the cross tokens out of `stored`."""
+def _pop_cross_tokens(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
+    """Remove the cross tokens from `stored` and return them by tower."""
     found = {}
     for tower, name in CROSS.items():
         keys = [key for key in stored if key == name or key.endswith("." + name)]
@@ -301,71 +309,71 @@ def _take_cross(stored: dict[str, Stored], where: Path) -> dict[str, Stored]:
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of transformers' LlavaForConditionalGeneration under the original's keys, in any version."""
+    """The parameters of transformers' LlavaForConditionalGeneration (any version) under the original's keys."""
     from crossget.integrations import hf
 
     whole: Any = model
     parts = hf.parts_of(whole)
     projector = parts.multi_modal_projector
-    homes = {
+    modules = {
         "model.": hf.inner(parts.language_model, "model"),
         PROJECTOR + "0.": projector.linear_1,
         PROJECTOR + "2.": projector.linear_2,
         TOWER: hf.inner(parts.vision_tower, "vision_model"),
         "lm_head.": whole.get_output_embeddings(),
     }
-    return {prefix + name: value for prefix, home in homes.items() for name, value in home.named_parameters()}
+    return {prefix + name: value for prefix, module in modules.items() for name, value in module.named_parameters()}
 
 
 def check_shapes(
     expected: Mapping[str, Shape],
     found: Mapping[str, Shape],
     where: str,
-    whom: str,
-    done: str = "loaded",
+    target: str,
+    action: str = "loaded",
     missing: Sequence[str] = (),
 ) -> None:
-    """Refuse weights that do not fit.
+    """Raise where a checkpoint does not fit a model.
 
     Args:
-        expected: the model's, by key.
-        found: the checkpoint's.
-        where: the checkpoint's name.
-        whom: the model's name.
-        done: what was to be done with them.
-        missing: keys that are known to be missing.
+        expected: the model's shapes, by key.
+        found: the checkpoint's shapes, by key.
+        where: the checkpoint's name, for the message.
+        target: the model's name, for the message.
+        action: what did not happen to the weights, for the message.
+        missing: further keys that the checkpoint lacks.
 
     Raises:
-        ValueError: keys are missing, left over or misshapen.
+        ValueError: keys are missing, unexpected or of another shape.
     """
     absent = [*missing, *sorted(set(expected) - set(found))]
     extra = sorted(set(found) - set(expected))
-    bad = [f"{k}: {list(found[k])} for {list(s)}" for k, s in expected.items() if k in found and found[k] != s]
+    bad = [f"{k}: {list(found[k])}, expected {list(s)}" for k, s in expected.items() if k in found and found[k] != s]
     if absent or extra or bad:
         raise ValueError(
-            f"{where} does not fit {whom}; missing: {listed(absent)}; left over: {listed(extra)}; "
-            f"misshapen: {listed(bad)}. Nothing was {done}"
+            f"{where} does not fit {target}; missing: {abbreviated(absent)}; unexpected: {abbreviated(extra)}; "
+            f"wrong shape: {abbreviated(bad)}. Nothing was {action}"
         )
 
 
-def check_cross(cross: Mapping[str, Stored], expected: Mapping[str, Shape]) -> None:
-    """Refuse cross tokens of another shape than [1, L, C].
+def check_cross_tokens(cross: Mapping[str, StoredTensor], expected: Mapping[str, Shape]) -> None:
+    """Raise where cross tokens have another shape than [1, L, C].
 
     Args:
-        cross: by tower.
+        cross: the cross tokens by tower.
         expected: (L, C) by tower.
 
     Raises:
-        ValueError: one is misshapen.
+        ValueError: a shape is wrong.
     """
-    for tower, one in cross.items():
+    for tower, stored in cross.items():
         shape = (1, *expected[tower])
-        if one.shape != shape:
-            raise ValueError(f"{one.path}: {one.key} has shape {one.shape}, the tower needs {shape}")
+        if stored.shape != shape:
+            raise ValueError(f"{stored.path}: {stored.key} has shape {stored.shape}, the tower needs {shape}")
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names for a message: the first ones, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
-    return f"{every[:_SHOWN]}{more}" if every else "none"
+def abbreviated(names: Iterable[str]) -> str:
+    """Names for a message: the first ten, and how many more there are."""
+    all_names = list(names)
+    more = f" and {len(all_names) - _MAX_NAMES} more" if len(all_names) > _MAX_NAMES else ""
+    return f"{all_names[:_MAX_NAMES]}{more}" if all_names else "none"

@@ -1,7 +1,7 @@
 """The tokenizer and processor files of a LLaVA-1.5 for transformers, made from those of the original.
 
-They are written as the repositories llava-hf/llava-1.5-*-hf have them, and not by transformers' own save_pretrained:
-these can be read by every version, whatever version converts.
+They have the form of the repositories llava-hf/llava-1.5-*-hf, which every version of transformers loads. What
+transformers' own save_pretrained writes depends on the version that converts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossget.checkpoints.llava_format import listed
+from crossget.checkpoints.llava_format import abbreviated
 
 IMAGE, PAD = "<image>", "<pad>"
 FILES = (
@@ -22,7 +22,7 @@ FILES = (
     "processor_config.json", "chat_template.json",
 )  # fmt: skip
 
-# The prompts of LLaVA-1.5 (its conversation "v1"): images first, each on a line of its own, then the text.
+# The prompt of LLaVA-1.5 (its conversation "v1"): first the images, each on its own line, then the text.
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' -%}
 {%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
@@ -48,11 +48,12 @@ The assistant gives helpful, detailed, and polite answers to the user's question
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens of the new model.
+    """The two new tokens of the converted model.
 
     Attributes:
-        image, pad: ids of the two new ones.
-        tokenizer: of the `tokenizers` package, with them; None if the folder has no tokenizer.
+        image: id of <image>.
+        pad: id of <pad>.
+        tokenizer: of the `tokenizers` package, with both tokens; None if the folder has no tokenizer.
     """
 
     image: int
@@ -60,16 +61,16 @@ class Vocabulary:
     tokenizer: Any
 
 
-def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+def load_vocabulary(folder: Path, rows: int) -> Vocabulary:
     """Add <image> and <pad> to a folder's tokenizer.
 
     Args:
-        folder: in the original's layout, with a tokenizer.json or a tokenizer.model, or with neither.
-        rows: how many tokens the model has embeddings for; without a tokenizer, the new ones come behind them.
+        folder: in the original's layout, with a tokenizer.json, a tokenizer.model, or neither.
+        rows: the number of embeddings of the model; without a tokenizer, the new tokens follow them.
 
     Raises:
-        RuntimeError: tokenizer.model cannot be read, for want of a package.
-        ValueError: the tokenizer knows more tokens than the model.
+        RuntimeError: loading tokenizer.model needs packages that are not installed.
+        ValueError: the tokenizer has more tokens than the model.
     """
     tokenizer = _tokenizer(folder)
     if tokenizer is None:
@@ -80,17 +81,17 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     ids = tokenizer.get_vocab(with_added_tokens=True)
     unknown = sorted(token for token, i in ids.items() if i >= rows and token not in (IMAGE, PAD))
     if unknown:
-        raise ValueError(f"the tokenizer in {folder} has tokens beyond the {rows} of the model: {listed(unknown)}")
+        raise ValueError(f"the tokenizer in {folder} has tokens beyond the {rows} of the model: {abbreviated(unknown)}")
     return Vocabulary(ids[IMAGE], ids[PAD], tokenizer)
 
 
 def write_processor(vocabulary: Vocabulary, source: Path, out: Path, vision: dict[str, Any], strategy: str) -> None:
-    """Write what AutoProcessor reads.
+    """Write the files that AutoProcessor loads.
 
     Args:
-        vocabulary: of `read_vocabulary`, with a tokenizer.
-        source: the folder that it was read from.
-        out: where the files go.
+        vocabulary: from `load_vocabulary`, with a tokenizer.
+        source: the folder that it was loaded from.
+        out: the folder to write to.
         vision: configuration of the image tower.
         strategy: vision_feature_select_strategy of the model.
     """
@@ -132,12 +133,12 @@ def _tokenizer(folder: Path) -> Any:
             importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"{folder} has a tokenizer.model and no tokenizer.json, and reading that takes two more packages: "
+            f"{folder} has a tokenizer.model and no tokenizer.json; loading it needs two more packages: "
             "pip install sentencepiece protobuf"
         ) from error
     from transformers import LlamaTokenizerFast
 
-    with tempfile.TemporaryDirectory() as alone:  # config.json beside it would change what transformers makes of it
+    with tempfile.TemporaryDirectory() as alone:  # a config.json beside it would change the result
         for name in (*FILES[1:4], "added_tokens.json"):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, Path(alone) / name)
@@ -145,7 +146,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _tokenizer_files(vocabulary: Vocabulary, source: Path) -> dict[str, dict[str, Any]]:
-    """The two files beside tokenizer.json: as they are, with the new tokens."""
+    """The two configuration files beside tokenizer.json, with the new tokens."""
     added = {
         str(i): {
             "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized, "rstrip": token.rstrip,
@@ -153,19 +154,19 @@ def _tokenizer_files(vocabulary: Vocabulary, source: Path) -> dict[str, dict[str
         }
         for i, token in sorted(vocabulary.tokenizer.get_added_tokens_decoder().items())
     }  # fmt: skip
-    config = _read(source / "tokenizer_config.json") or {
+    config = _load_json(source / "tokenizer_config.json") or {
         "tokenizer_class": "LlamaTokenizer" if (source / "tokenizer.model").is_file() else "PreTrainedTokenizerFast",
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
     }  # fmt: skip
-    # Prompts of a batch are filled up on the left, so that what is generated follows each of them.
+    # Prompts of a batch are padded on the left, so that generation continues each of them.
     config |= {"added_tokens_decoder": added, "pad_token": PAD, "padding_side": "left"}
     config |= {"model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor"}
     files = {"tokenizer_config.json": config}
     if (source / "special_tokens_map.json").is_file():
-        files["special_tokens_map.json"] = {**_read(source / "special_tokens_map.json"), "pad_token": PAD}
+        files["special_tokens_map.json"] = {**_load_json(source / "special_tokens_map.json"), "pad_token": PAD}
     return files
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return content

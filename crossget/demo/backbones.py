@@ -1,7 +1,7 @@
-"""Make a backbone by name: open_clip's or timm's own model, weights, preprocessing and tokenizer.
+"""Create a backbone by name: the model of open_clip or timm, its weights, preprocessing and tokenizer.
 
-Pretrained weights come from where the host has them. Where that place cannot be reached, it shows within seconds: the
-hub is asked once, with a time limit, before a host starts its own patient retries.
+The host downloads pretrained weights. An unreachable hub is detected within seconds: it gets one request with a time
+limit before the host starts, whose own retries take up to a minute.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from crossget.integrations._support import NumbersOnCPU
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HOSTS = ("open_clip", "timm")  # in the order names are looked up
-# The extra that brings each; models of transformers are made by presets.py, or by users.
+HOSTS = ("open_clip", "timm")  # in the order in which names are looked up
+# The extra that installs each host; models of transformers come from checkpoints/hf_sizes.py, or from users.
 PACKAGES = {"open_clip": "open-clip", "timm": "timm", "transformers": "transformers"}
-DEFAULT = "default"  # --pretrained: whatever the host prefers
+DEFAULT = "default"  # --pretrained: the weights that the host prefers
 NONE = "none"
-PATIENCE = 5.0  # seconds for the hub's first answer
+HUB_TIMEOUT = 5.0  # seconds until the hub's first answer
 
-# Where training programs put the model in their files.
+# Keys under which training programs save the model.
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
-_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DataParallel and torch.compile
 _HTTP_PACKAGES = {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}
 
 
 @dataclass
 class Backbone:
-    """A model in evaluation mode, and what it wants its inputs to be.
+    """A model in evaluation mode, and its inputs.
 
     Attributes:
-        model: the host's own.
+        model: the host's model.
         host: "open_clip" or "timm".
-        name: as the host knows it.
-        weights: where they came from: a tag, a file, or "random".
-        random: nothing was loaded.
-        why_random: one line on why nothing was; empty if that was asked for.
-        preprocess: the host's own, PIL image -> [3, H, W].
+        name: the host's name of the model.
+        weights: the source of the weights: a tag, a file, or "random".
+        random: whether the weights are random.
+        random_reason: why no weights were loaded, in one line; empty if random weights were requested.
+        preprocess: the host's preprocessing, PIL image -> [3, H, W].
     """
 
     model: nn.Module
@@ -59,22 +59,22 @@ class Backbone:
     name: str
     weights: str
     random: bool
-    why_random: str
+    random_reason: str
     preprocess: Callable[[Image], Tensor] = field(repr=False)
 
     @property
-    def reads_text(self) -> bool:
-        """It has a text tower."""
+    def has_text_tower(self) -> bool:
+        """Whether the model has a text tower."""
         return self.host == "open_clip"
 
     @property
     def title(self) -> str:
-        """One phrase for headings."""
+        """Host, name and weights, for headings."""
         return f"{self.host} {self.name} ({'random weights' if self.random else self.weights})"
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images it reads."""
+        """Height and width of the input images."""
         if self.host == "timm":
             return _timm_size(self.model)
         size: int | Sequence[int] = self.model.visual.image_size  # type: ignore[union-attr, assignment]
@@ -82,15 +82,15 @@ class Backbone:
 
     @property
     def context_length(self) -> int:
-        """Tokens of a text."""
+        """Number of tokens of a text."""
         return int(_text_attribute(self.model, "context_length"))
 
-    def made_up(self, batch: int, *, text: bool) -> tuple[Tensor, ...]:
-        """Inputs of the right shape and no meaning, on the model's device.
+    def random_inputs(self, batch: int, *, text: bool) -> tuple[Tensor, ...]:
+        """Random inputs on the model's device: images [B, 3, H, W] and, optionally, token ids [B, L].
 
         Args:
-            batch: how many images, and as many texts.
-            text: add token ids [B, L]; the last id is the largest, where many text towers look for the end.
+            batch: number of images, and of texts.
+            text: whether to add token ids. The last id is the largest, which many text towers take as end of text.
         """
         device = next(self.model.parameters()).device
         images = torch.rand(batch, 3, *self.image_size, device=device)
@@ -101,13 +101,13 @@ class Backbone:
         return images, ids
 
     def image_features(self, images: Tensor) -> Tensor:
-        """[B, C] what a head, or another tower, would read: CLIP's embedding, or the features before the classifier."""
+        """Image features [B, C]: CLIP's embedding, or the input of the classifier."""
         model: Any = self.model
         features = model.encode_image(images) if self.host == "open_clip" else _before_classifier(model, images)
         return torch.as_tensor(features).flatten(1)
 
     def text_features(self, ids: Tensor) -> Tensor:
-        """[B, C] CLIP's embeddings of texts."""
+        """CLIP's embeddings of texts [B, C]."""
         model: Any = self.model
         return torch.as_tensor(model.encode_text(ids))
 
@@ -131,9 +131,9 @@ class Backbone:
 
 
 def _before_classifier(model: Any, images: Tensor) -> Any:
-    """What a model of timm gives its classifier in the forward that users call, which may skip what is unread."""
+    """The input of timm's classifier, taken in the model's own forward."""
     head = model.get_classifier()
-    if not isinstance(head, nn.Module):  # two of them, behind two tokens
+    if not isinstance(head, nn.Module):  # distilled models have two classifiers
         return model.forward_head(model.forward_features(images), pre_logits=True)
     seen: list[Any] = []
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -152,19 +152,19 @@ def make(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Backbone:
-    """A backbone by its name, with weights if there is a way to get them.
+    """Create a backbone by name.
 
     Args:
-        name: a model of open_clip or timm; "open_clip:" or "timm:" in front says which.
-        pretrained: a tag of the host; "default" takes the host's preferred one and goes without where it cannot be
-            reached; "none" asks for random weights.
+        name: a model of open_clip or timm, optionally with "open_clip:" or "timm:" in front.
+        pretrained: a tag of the host. "default" is the host's preferred tag, or random weights where it is not
+            available; "none" is random weights.
         checkpoint: a file of weights, instead of `pretrained`.
-        device: where the model runs. On "meta" nothing is loaded.
+        device: where the model runs. On "meta" no weights are loaded.
         seed: of the random weights.
 
     Raises:
         ValueError: no such model, tag or file, or the file does not fit.
-        ConnectionError: the tag asked for cannot be fetched.
+        ConnectionError: the weights of the tag cannot be downloaded.
         RuntimeError: the host is not installed.
     """
     host, name = find(name)
@@ -181,17 +181,17 @@ def make(
 
 
 def find(name: str) -> tuple[str, str]:
-    """Which host has a model of that name, and the name without the host in front.
+    """The host that has a model of that name, and the name without the host in front.
 
     Raises:
-        ValueError: none, or both; the message lists close names.
-        RuntimeError: the host that is asked for, or every host, is not installed.
+        ValueError: no host has it (the message lists similar names), or both have.
+        RuntimeError: the requested host, or every host, is not installed.
     """
-    asked, colon, rest = name.partition(":")
-    if colon and asked in HOSTS:
-        if _import(asked) is None:
-            raise RuntimeError(f'{asked} is not installed: pip install "crossget[{PACKAGES[asked]}]"')
-        hosts, name = [asked], rest
+    host, colon, rest = name.partition(":")
+    if colon and host in HOSTS:
+        if _import(host) is None:
+            raise RuntimeError(f'{host} is not installed: pip install "crossget[{PACKAGES[host]}]"')
+        hosts, name = [host], rest
     else:
         hosts = [host for host in HOSTS if _import(host) is not None]
     if not hosts:
@@ -210,7 +210,7 @@ def installed(host: str) -> bool:
 
 
 def is_offline(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that nobody answered: no network, offline mode, empty cache."""
+    """Whether an error, or one of its causes, is an unreachable hub: no network, offline mode, or an empty cache."""
     chain: BaseException | None = error
     while chain is not None:
         if _is_network_error(chain):
@@ -249,7 +249,7 @@ def _unknown(name: str, hosts: Sequence[str]) -> str:
 
 
 def _close(name: str, known: Sequence[str]) -> list[str]:
-    """Names spelt alike, whatever their case."""
+    """Similar names, ignoring case."""
     by_lower = {n.lower(): n for n in known}
     return [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.6)]
 
@@ -260,7 +260,7 @@ def _close(name: str, known: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes one named model in the ways that `make` offers."""
+    """Creates one model in the ways that `make` offers."""
 
     host: str
     name: str
@@ -269,16 +269,16 @@ class _Maker:
 
     def from_scratch(self, why: str) -> Backbone:
         if _config_is_on_hub(self.host, self.name):
-            return self._fetched(None, "the configuration of its text tower is", why)
+            return self._downloaded(None, "the configuration of its text tower is", why)
         model, preprocess = self._create(None)
         return Backbone(model, self.host, self.name, "random", True, why, preprocess)
 
     def from_tag(self, tag: str) -> Backbone:
         known = self._tags()
         if tag not in known:
-            offer = f"choose one of {', '.join(known)}" if known else "it has none at all"
+            offer = f"choose one of {', '.join(known)}" if known else "it has no tags"
             raise ValueError(f"{self.host} {self.name} has no pretrained weights {tag!r}: {offer}")
-        return self._fetched(tag, f"weights {tag!r} are")
+        return self._downloaded(tag, f"weights {tag!r} are")
 
     def from_default(self) -> Backbone:
         known = self._tags()
@@ -286,15 +286,15 @@ class _Maker:
             return self.from_scratch(f"{self.host} has no pretrained weights for {self.name}")
         tag = "openai" if "openai" in known else known[0]
         try:
-            return self._fetched(tag, f"weights {tag!r} are")
+            return self._downloaded(tag, f"weights {tag!r} are")
         except ConnectionError as error:
             return self.from_scratch(str(error))
 
-    def _fetched(self, tag: str | None, what: str, why: str = "") -> Backbone:
-        """With something that is on the hub or in its cache.
+    def _downloaded(self, tag: str | None, what: str, why: str = "") -> Backbone:
+        """Create the model with files from the hub or its cache.
 
         Raises:
-            ConnectionError: it is neither; every other failure is the host's own error.
+            ConnectionError: they are not in the cache and the hub cannot be reached; other errors are the host's own.
         """
         with _bounded_network() as state:
             try:
@@ -306,7 +306,7 @@ class _Maker:
         return Backbone(model, self.host, self.name, tag or "random", tag is None, why, preprocess)
 
     def from_file(self, path: Path) -> Backbone:
-        weights = read_weights(path)
+        weights = load_weights(path)
         model, preprocess = self._create(None)
         if self.host == "timm":
             _resize_classifier(model, weights)
@@ -322,7 +322,7 @@ class _Maker:
     def _create(self, tag: str | None) -> tuple[nn.Module, Callable[[Image], Tensor]]:
         torch.manual_seed(self.seed)
         make_one = _make_open_clip if self.host == "open_clip" else _make_timm
-        # The meta device for all that is made inside; elsewhere weights are drawn on the CPU, alike for every device.
+        # Weights are created on the CPU, so that they are the same for every device, or on the meta device.
         inside = self.device if self.device.type == "meta" else torch.device("cpu")
         with _quiet(), inside, NumbersOnCPU():
             model, preprocess = make_one(self.name, tag, inside)
@@ -330,7 +330,7 @@ class _Maker:
 
 
 def _config_is_on_hub(host: str, name: str) -> bool:
-    """Text towers from transformers are configured by a name on the hub."""
+    """Whether the configuration of the text tower, a model of transformers, is on the hub."""
     config = _import(host).get_model_config(name) if host == "open_clip" else None
     return "hf_model_name" in (config or {}).get("text_cfg", {})
 
@@ -342,11 +342,11 @@ def _make_open_clip(name: str, tag: str | None, device: torch.device) -> tuple[n
 
     options: dict[str, Any] = {}
     if tag is None:
-        # Text towers from transformers would fetch their own weights; the option's name has changed in 3.0.
+        # Text towers from transformers would download their own weights; open_clip 3.0 renamed the option.
         known = inspect.signature(open_clip.create_model).parameters
         options["pretrained_text" if "pretrained_text" in known else "pretrained_hf"] = False
     else:
-        # Tags trained with the quick approximation of GELU say so; the architecture's name alone does not.
+        # The configuration of a tag says whether it was trained with QuickGELU; the architecture's name may not.
         options["force_quick_gelu"] = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag, device=device, **options)
     return model, preprocess
@@ -369,49 +369,51 @@ def _timm_size(model: nn.Module) -> tuple[int, int]:
 
 
 def _timm_tags(name: str) -> list[str]:
-    """Tags of a timm model that have weights, the host's preferred one first; only that in the name, if one is."""
+    """Tags of a timm model that have weights, the preferred one first; a tag in the name is the only one."""
     import timm
 
     architecture, _, tag = name.partition(".")
     names = [name] if tag else timm.list_models(architecture, pretrained=True)
     configs = [config for n in names if (config := timm.get_pretrained_cfg(n)) is not None and config.has_weights]
     default = timm.get_pretrained_cfg(name)
-    # Sorting is stable: what the host lists first stays in front of what it lists later.
+    # Sorting is stable: after the preferred tag, the order is the host's.
     return sorted((str(c.tag) for c in configs), key=lambda t: default is None or t != default.tag)
 
 
 def _text_attribute(model: Any, name: str) -> Any:
-    """CLIP has its text settings itself, newer classes have a text tower."""
+    """An attribute of the model (CLIP) or of its module `text` (newer classes)."""
     for holder in (model, getattr(model, "text", None)):
         if getattr(holder, name, None) is not None:
             return getattr(holder, name)
-    raise TypeError(f"{type(model).__name__} does not say its {name}: its text tower cannot be given made-up texts")
+    raise TypeError(
+        f"{type(model).__name__} has no attribute {name}, so no random texts can be made for its text tower"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors or torch file; nothing in it is executed.
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors or torch file; no pickled code runs.
 
     Raises:
-        ValueError: no such file, or no weights in it.
+        ValueError: there is no such file, or it contains no tensors.
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}: expected a safetensors or torch file")
-    content = _read(path)
+    content = _load_file(path)
     for key in _NESTED:
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
     weights = {_unwrapped(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights:
-        raise ValueError(f"{path} holds no tensors, only {', '.join(map(str, list(content)[:5])) or 'nothing'}")
+        raise ValueError(f"{path} contains no tensors, only {', '.join(map(str, list(content)[:5])) or 'nothing'}")
     return weights
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _load_file(path: Path) -> Mapping[str, Any]:
     import pickle
 
     if path.suffix == ".safetensors":
@@ -421,16 +423,16 @@ def _read(path: Path) -> Mapping[str, Any]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is no file of tensors: torch.load(weights_only=True) refuses it, as it does everything that would "
-            "run code (TorchScript, whole pickled models); save the model's state_dict()"
+            f"{path} is not a file of tensors: torch.load(weights_only=True) refuses it, as it refuses TorchScript and "
+            "pickled models, which would run code; save the model's state_dict()"
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+        raise ValueError(f"{path} contains a {type(content).__name__}, expected a state dict")
     return content
 
 
@@ -441,7 +443,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _resize_classifier(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """A fine-tuned model has another number of classes: give the fresh one as many."""
+    """Give the model as many classes as the checkpoint, which may be of a fine-tuned model."""
     head = model.get_classifier()
     names = [name for name, module in model.named_modules() if module is head]
     trained = weights.get(f"{names[0]}.weight") if names else None
@@ -463,7 +465,7 @@ def _check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path, name
     if parts:
         raise ValueError(
             f"{path} does not fit {name}: of {len(expected)} entries {', '.join(parts)}; "
-            "name the architecture that the file was saved from"
+            "give the name of the architecture that the file was saved from"
         )
 
 
@@ -473,26 +475,26 @@ def _check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path, name
 
 @contextmanager
 def _bounded_network() -> Iterator[str]:
-    """Inside, a place that does not answer is given up within seconds; yields what is known, for messages."""
+    """Inside, an unreachable hub fails within seconds; yields the reason, for messages."""
     from huggingface_hub import constants
 
     before, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
-    silent = before or not _hub_answers(PATIENCE)
-    # In offline mode the hub's client reads its cache at once; otherwise it would try again for most of a minute.
-    constants.HF_HUB_OFFLINE = silent
-    socket.setdefaulttimeout(timeout or 2 * PATIENCE)  # older hosts download with urllib, which would wait forever
+    unreachable = before or not _hub_answers(HUB_TIMEOUT)
+    # In offline mode the hub's client uses its cache at once; otherwise it would retry for most of a minute.
+    constants.HF_HUB_OFFLINE = unreachable
+    socket.setdefaulttimeout(timeout or 2 * HUB_TIMEOUT)  # older hosts download with urllib, which has no time limit
     try:
         if before:
             yield "HF_HUB_OFFLINE is set"
         else:
-            yield f"{constants.ENDPOINT} cannot be reached" if silent else "the download broke off"
+            yield f"{constants.ENDPOINT} cannot be reached" if unreachable else "the download broke off"
     finally:
         constants.HF_HUB_OFFLINE = before
         socket.setdefaulttimeout(timeout)
 
 
 def _hub_answers(seconds: float) -> bool:
-    """Whether the hub says anything within a time; also where looking up its address hangs."""
+    """Whether the hub answers within a time, also where its address lookup hangs."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -521,16 +523,16 @@ def _is_network_error(error: BaseException) -> bool:
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return True
     if getattr(error, "response", None) is not None or isinstance(error, urllib.error.HTTPError):
-        return False  # somebody answered, and said no
+        return False  # the server answered with an error
     if isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError | urllib.error.URLError):
         return True
-    # The hub's client has had three HTTP libraries so far; what they raise without a response is a failed connection.
+    # The hub's client has used several HTTP libraries; their errors without a response are failed connections.
     return any(cls.__module__.partition(".")[0] in _HTTP_PACKAGES for cls in type(error).__mro__)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hosts log that weights are random or could not be fetched; whoever asked is told so by us, in one line."""
+    """Suppress the hosts' logs about missing weights, which the commands report themselves."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,8 +1,8 @@
-"""`crossget demo`: a backbone dense, and reduced by Ward, as ToMe does it and by CrossGET, side by side.
+"""`crossget demo`: a model dense, and reduced by Ward, ToMe-style merging and CrossGET, side by side.
 
-The story from top to bottom: photographs, a backbone, a look at it dense and one per method (`Row`), and what is shown
-of them: a table, a JSON file, and one picture. Ward comes first, with the setting that is best where nothing was
-trained (docs/training_free.md): a rising share of the tokens that costs what `r` in every block costs ToMe.
+Photographs go through the dense model and through each reduced one (`Row`). The results become a table, a JSON file and
+a picture. Ward comes first, as the method for models that were not trained for reduction. It removes a share of the
+tokens that rises from block to block, at the FLOPs of ToMe-style merging with `r` tokens per block.
 """
 
 from __future__ import annotations
@@ -43,22 +43,25 @@ WARD, TOME, CROSSGET = METHODS = "Ward", "ToMe-style", "CrossGET"
 VISUAL, TEXT = "visual", "text"
 Reduction = int | Sequence[int] | Schedule
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MOST_IMAGES = 32  # of a folder: enough for a mean, and soon over
-MOST_SHOWN = 4  # in the picture
+MAX_IMAGES = 32  # of a folder
+MAX_SHOWN = 4  # in the picture
 MEASURING_SECONDS = 30.0
-# Captions of nothing in sight, so that choosing the right one means something.
+NO_WEIGHTS = (
+    "random weights, so no similarity is shown: --checkpoint FILE loads your own weights, --pretrained TAG the host's"
+)
+# Captions of things that are in no photograph, as wrong answers of the zero-shot classification.
 DISTRACTORS = ("a photo of a dog", "a photo of a street full of cars", "a photo of a bowl of fruit", "a map of a city")
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """A picture to show the model.
+    """A photograph.
 
     Attributes:
         name: short, for tables.
-        caption: what is in it, as CLIP likes it said.
-        credit: who made it, and its terms; empty for the user's own.
-        image: read when the demo starts.
+        caption: its content, in the form of CLIP's prompts.
+        credit: its author and licence; empty for the user's own.
+        image: the pixels.
     """
 
     name: str
@@ -67,7 +70,7 @@ class Photograph:
     image: Image
 
 
-# In scikit-image's wheel (skimage/data); authors and terms as its documentation states them.
+# Photographs in scikit-image's wheel (skimage/data); authors and licences as its documentation states them.
 SHIPPED = (
     ("chelsea.png", "a photo of a cat", "Stefan van der Walt, CC0"),
     ("coffee.png", "a photo of a cup of coffee", "Rachel Michetti, Pikolo Espresso Bar, CC0"),
@@ -77,16 +80,20 @@ SHIPPED = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line asks for.
+class CompareOptions:
+    """Options of `crossget demo`.
 
     Attributes:
         model: a name of open_clip or timm.
-        r, text_r: tokens to remove per block of the vision and of the text tower; Ward removes what costs as much.
-        checkpoint, pretrained: where weights come from, see `crossget.demo.backbones.make`.
-        images: a folder of the user's own.
-        batch, rounds: of the speed measurement; 0 rounds leave it out, None takes as many as half a minute allows.
-        out, json: files to write; None writes none.
+        r: tokens to remove per block of the vision tower; Ward is fitted to the FLOPs of ToMe-style with this r.
+        text_r: the same for the text tower; 0 leaves it dense.
+        checkpoint: a file of weights, see `crossget.demo.backbones.make`.
+        pretrained: a tag of the host, see there.
+        images: a folder of photographs; None uses those of scikit-image.
+        batch: images per call in the speed measurement.
+        rounds: of the speed measurement; 0 skips it, None runs for about half a minute.
+        out: the picture to write; None writes none.
+        json: the JSON file to write; None writes none.
         device: where the model runs.
         seed: of random weights.
     """
@@ -120,18 +127,21 @@ class Options:
 
 @dataclass
 class Row:
-    """One look at the model: dense, or reduced in one way.
+    """The results of one method, or of the dense model.
 
     Attributes:
-        name: of the method.
-        tokens: per tower, entering each block.
-        gflops: of one image, or of one image with its caption where the text is reduced too.
-        parameters: that the method adds.
-        cosine: per kind of feature, mean cosine with the dense model's.
-        captions: [photographs, captions] probabilities, as nested lists; empty without meaning.
-        images_per_second, speed, speed_quartiles, peak_memory: measured, speed as a ratio to dense, memory in bytes on
-            top of weights and inputs; None if not.
-        sources: [B, T0] after the middle block and after the last one, for the picture.
+        name: the method.
+        tokens: tokens entering each block, per tower.
+        gflops: of one image, or of one image with its caption where the text tower is reduced too.
+        parameters: number of parameters that the method adds.
+        cosine: mean cosine similarity with the dense model's features, per kind of feature; empty for random weights.
+        captions: [photographs, captions] zero-shot probabilities as nested lists; empty without a text tower and for
+            random weights.
+        images_per_second: measured; None if not.
+        speed: the same as a ratio to dense.
+        speed_quartiles: first and third quartile of `speed` over the rounds.
+        peak_memory: in bytes on top of weights and inputs.
+        sources: by block, [B, T0] the token that each input token is in after it; the middle and the last block.
     """
 
     name: str
@@ -148,19 +158,22 @@ class Row:
 
 
 @dataclass
-class Demo:
-    """All that was found out, ready to be shown.
+class Comparison:
+    """The results of all methods, and how they are shown.
 
     Attributes:
-        options, backbone, photographs, rows: what ran on what, and what came out; the first row is the dense model's.
-        notes: what the reader should know besides.
-        pixels: [B, H, W, 3] in 0 to 1, the photographs as the model saw them.
-        prefix: tokens before the first patch.
-        grid: rows and columns of patches; None where they have none, and no merges can be drawn.
-        seconds: that all of it took.
+        options: of the command.
+        backbone: the model.
+        photographs: its inputs.
+        rows: the results; the first row is the dense model's.
+        notes: lines below the table.
+        pixels: [B, H, W, 3] in 0 to 1, the photographs after the model's resizing and cropping.
+        prefix: number of tokens before the first patch.
+        grid: rows and columns of patches; None where the tokens are no grid, and no merges can be drawn.
+        seconds: duration of the comparison.
     """
 
-    options: Options
+    options: CompareOptions
     backbone: Backbone
     photographs: list[Photograph]
     rows: list[Row]
@@ -172,16 +185,16 @@ class Demo:
 
     @property
     def pairs(self) -> bool:
-        """The text is reduced too, so an item is an image with its caption."""
+        """Whether the text tower is reduced too: an input is then an image with its caption."""
         return TEXT in self.rows[0].tokens
 
     def table(self) -> str:
-        """What a person reads."""
+        """The results as text."""
         parts = [self._heading(), self._costs(), self._tokens(), self._captions(), *(f"note: {n}" for n in self.notes)]
         return "\n\n".join(part for part in parts if part)
 
     def to_json(self) -> str:
-        """The same for programs, with what it was measured on."""
+        """The results as JSON, with the environment of the measurement."""
         backbone = {
             "name": self.backbone.name, "host": self.backbone.host, "weights": self.backbone.weights,
             "random_weights": self.backbone.random,
@@ -200,7 +213,8 @@ class Demo:
     def picture(self) -> Any:
         """A matplotlib figure."""
         curves = [
-            figures.Curve(row.name, row.tokens[VISUAL], row.gflops, row.cosine["image"], row.speed) for row in self.rows
+            figures.Curve(row.name, row.tokens[VISUAL], row.gflops, row.cosine.get("image"), row.speed)
+            for row in self.rows
         ]
         name = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
         title = f"crossget demo: {name}, {r_text(self.options.r)} tokens removed per block (Ward: at ToMe-style's cost)"
@@ -208,8 +222,8 @@ class Demo:
         shown = self.photographs[: len(rows)]
         credits = "; ".join(f"{p.name}: {p.credit}" for p in shown if p.credit)
         footer = [
-            *(["Right: patches that have become one token are outlined and drawn in their mean colour (they need not "
-               "touch); patches that are still on their own are left as they are."] if rows else []),
+            *(["Right: patches merged into one token are outlined and drawn in their mean colour; they need not be "
+               "adjacent. Patches that are not merged are unchanged."] if rows else []),
             *([f"Photographs: {credits}"] if credits else []),
         ]  # fmt: skip
         item = "image-caption pair" if self.pairs else "image"
@@ -217,9 +231,7 @@ class Demo:
 
     def _weights(self) -> str:
         if self.backbone.random:
-            return (
-                "Random weights: the costs are real; the merged patches and the cosine say nothing of a trained model."
-            )
+            return "Random weights: costs only. The merged patches are not those of a trained model."
         name = self.backbone.weights if self.options.checkpoint is None else self.options.checkpoint.name
         return f"Weights: {name}; the cross tokens are untrained."
 
@@ -272,13 +284,13 @@ class Demo:
             body.append([photograph.name, photograph.caption, *(_verdict(row.captions[i], i) for row in self.rows)])
         headers = ["zero-shot", "its caption", *(row.name for row in self.rows)]
         choices = len(self.photographs) + len(DISTRACTORS)
-        rows = body[: 2 * MOST_SHOWN]
+        rows = body[: 2 * MAX_SHOWN]
         return tabulate(rows, headers) + f"\nprobability of the photograph's own caption among {choices}"
 
     def _panels(self) -> list[list[figures.Panel]]:
         if self.grid is None:
             return []
-        return [self._row_of_panels(i, self.grid) for i in range(min(len(self.photographs), MOST_SHOWN))]
+        return [self._row_of_panels(i, self.grid) for i in range(min(len(self.photographs), MAX_SHOWN))]
 
     def _row_of_panels(self, i: int, grid: tuple[int, int]) -> list[figures.Panel]:
         image, reduced = self.pixels[i], self.rows[1:]
@@ -288,22 +300,22 @@ class Demo:
                 source = row.sources[depth][i]
                 colour = figures.colour_of(row.name)
                 left = len(source[self.prefix :].unique())
-                # The first row's captions head the columns: every photograph loses as many tokens.
+                # The captions of the first row serve as column titles: token counts are the same for all photographs.
                 head = f"{row.name}, after block {depth}:\n{left} tokens for {grid[0] * grid[1]} patches"
                 drawn = figures.merge_map(image, source, grid, self.prefix, outline=colour)
                 panels.append(figures.Panel(drawn, head if i == 0 else "", colour))
         return panels
 
 
-def run(options: Options, say: Callable[[str], None] = print) -> Demo:
-    """Find out everything, and write the files that are asked for.
+def run(options: CompareOptions, log: Callable[[str], None] = print) -> Comparison:
+    """Run the comparison, and write the files that the options name.
 
     Args:
-        options: see there.
-        say: told, in single lines, what the user should know at once.
+        options: of the command.
+        log: called with lines for the user.
 
     Raises:
-        ValueError, TypeError, RuntimeError: what is asked for cannot be done; the message says what can.
+        ValueError, TypeError, RuntimeError: the request cannot be carried out; the message says what can.
     """
     start = time.perf_counter()
     if options.out is not None:
@@ -313,9 +325,9 @@ def run(options: Options, say: Callable[[str], None] = print) -> Demo:
         step(f"making {options.model}")
         backbone = make(options.model, pretrained=options.pretrained, checkpoint=options.checkpoint,
                         device=options.device, seed=options.seed)  # fmt: skip
-        if backbone.why_random:
-            say(f"{backbone.why_random}: going on with random weights")
-        demo = _Looks(options, backbone, photographs).demo(step)
+        if backbone.random_reason:
+            log(f"{backbone.random_reason}: random weights are used")
+        demo = _Comparer(options, backbone, photographs).demo(step)
         demo.seconds = time.perf_counter() - start
         if options.out is not None:
             step("drawing")
@@ -334,16 +346,16 @@ def load_photographs(folder: Path | None) -> list[Photograph]:
 
     Raises:
         ValueError: there is no image in the folder.
-        RuntimeError: scikit-image is not installed, or ships them no more.
+        RuntimeError: scikit-image is not installed, or lacks them.
     """
     if folder is None:
-        return [_read(_shipped_folder() / name, caption, credit) for name, caption, credit in SHIPPED]
+        return [_open_photograph(_shipped_folder() / name, caption, credit) for name, caption, credit in SHIPPED]
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: expected a folder of images")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"--images {folder}: no image in it; looked for {', '.join(SUFFIXES)}")
-    return [_read(path, f"a photo of {_words(path.stem)}", "") for path in paths[:MOST_IMAGES]]
+    return [_open_photograph(path, f"a photo of {_words(path.stem)}", "") for path in paths[:MAX_IMAGES]]
 
 
 def load_photograph(name: Path | None) -> Photograph:
@@ -351,23 +363,23 @@ def load_photograph(name: Path | None) -> Photograph:
 
     Raises:
         ValueError: there is no such file or name, or Pillow cannot read it.
-        RuntimeError: scikit-image is not installed, or ships them no more.
+        RuntimeError: scikit-image is not installed, or lacks them.
     """
     if name is not None and name.is_file():
-        return _read(name, f"a photo of {_words(name.stem)}", "")
+        return _open_photograph(name, f"a photo of {_words(name.stem)}", "")
     shipped = {Path(file).stem: (file, caption, credit) for file, caption, credit in SHIPPED}
     chosen = next(iter(shipped)) if name is None else str(name)
     if chosen not in shipped:
         raise ValueError(f"no image {chosen}: expected a file, or one of {', '.join(shipped)} (from scikit-image)")
     file, caption, credit = shipped[chosen]
-    return _read(_shipped_folder() / file, caption, credit)
+    return _open_photograph(_shipped_folder() / file, caption, credit)
 
 
 def _words(stem: str) -> str:
     return stem.replace("_", " ").replace("-", " ")
 
 
-def _read(path: Path, caption: str, credit: str) -> Photograph:
+def _open_photograph(path: Path, caption: str, credit: str) -> Photograph:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -390,13 +402,13 @@ def _shipped_folder() -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Looks at one model
+# The comparison
 
 
-class _Looks:
-    """Runs one model dense and reduced on the same inputs."""
+class _Comparer:
+    """Runs a model, dense and reduced, on the same inputs."""
 
-    def __init__(self, options: Options, backbone: Backbone, photographs: list[Photograph]) -> None:
+    def __init__(self, options: CompareOptions, backbone: Backbone, photographs: list[Photograph]) -> None:
         self.options, self.backbone, self.photographs = options, backbone, photographs
         self.notes: list[str] = []
         self.r = schedules(backbone, options.r, options.text_r)
@@ -404,8 +416,8 @@ class _Looks:
         self.images = torch.stack([backbone.preprocess(p.image) for p in photographs]).to(options.device)
         self.ids = self._caption_ids()
 
-    def demo(self, step: Callable[[str], None]) -> Demo:
-        """Everything but the files."""
+    def demo(self, step: Callable[[str], None]) -> Comparison:
+        """The results; no files are written."""
         step("dense")
         rows = [self._dense()]
         step(f"{WARD}: fitting")
@@ -419,9 +431,13 @@ class _Looks:
             step("measuring")
             self._measure(rows)
         if self.backbone.random:
-            self.notes.append("random weights: the costs are real; the cosines say nothing of a trained model")
-        pixels, prefix, grid = as_seen(self.images, self.backbone.preprocess), self.tower.prefix, self._grid(rows[1])
-        return Demo(self.options, self.backbone, self.photographs, rows, self.notes, pixels, prefix, grid)
+            self.notes.append(NO_WEIGHTS)
+        pixels, prefix, grid = (
+            denormalize(self.images, self.backbone.preprocess),
+            self.tower.prefix,
+            self._grid(rows[1]),
+        )
+        return Comparison(self.options, self.backbone, self.photographs, rows, self.notes, pixels, prefix, grid)
 
     def _grid(self, row: Row) -> tuple[int, int] | None:
         patches = int(next(iter(row.sources.values())).shape[1]) - self.tower.prefix
@@ -433,24 +449,24 @@ class _Looks:
 
     @property
     def _kinds(self) -> list[str]:
-        """The features that a reduced tower makes."""
+        """The features of the towers that are reduced."""
         return ["image", *(["text"] if TEXT in self.r else [])]
 
     def _dense(self) -> Row:
         self.dense = self._features()
-        # Nothing removed, no cross token: the model as it is, with its tokens counted.
+        # r = 0 without cross token is the dense model, with its tokens counted.
         with attach(self.backbone.model, {tower: ToMe(r=0) for tower in self.r}) as attached, torch.no_grad():
             self.backbone.model(*self._inputs(1))
             tokens = attached.tokens
         gflops = count_once(self.backbone.model, self._inputs(1)).total / 1e9
-        return Row(DENSE, tokens, gflops, 0, dict.fromkeys(self._kinds, 1.0), self._choices(self.dense))
+        return Row(DENSE, tokens, gflops, 0, self._similarities(self.dense), self._choices(self.dense))
 
     def _reduced(self, name: str) -> Row:
         with attach(self.backbone.model, self.methods[name]) as attached:
             features = self._features()
-            cosine = {kind: _cosine(features[kind], self.dense[kind]) for kind in self._kinds}
             parameters = sum(p.numel() for p in attached.parameters())
-            row = Row(name, attached.tokens, 0.0, parameters, cosine, self._choices(features))
+            similarities = self._similarities(features)
+            row = Row(name, attached.tokens, 0.0, parameters, similarities, self._choices(features))
             row.sources = self._sources(attached)
         return row
 
@@ -462,7 +478,7 @@ class _Looks:
         return features
 
     def _inputs(self, batch: int) -> tuple[Tensor, ...]:
-        """The photographs as often as the batch needs them; with their captions where the text is reduced too."""
+        """The photographs, repeated to fill the batch; with their captions where the text tower is reduced too."""
         repeat = -(-batch // len(self.images))
         images = self.images.repeat(repeat, 1, 1, 1)[:batch]
         if TEXT not in self.r or self.ids is None:
@@ -470,8 +486,8 @@ class _Looks:
         return images, self.ids[: len(self.images)].repeat(repeat, 1)[:batch]
 
     def _caption_ids(self) -> Tensor | None:
-        if not self.backbone.reads_text or (self.backbone.random and TEXT not in self.r):
-            return None  # captions would serve for nothing but a classification by chance
+        if not self.backbone.has_text_tower or (self.backbone.random and TEXT not in self.r):
+            return None  # with random weights the zero-shot classification is not shown
         captions = [p.caption for p in self.photographs] + list(DISTRACTORS)
         try:
             return self.backbone.tokenize(captions)
@@ -481,8 +497,12 @@ class _Looks:
             self.notes.append(f"no zero-shot classification: {error}")
             return None
 
+    def _similarities(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Cosine similarity with the dense features; none for random weights, where it is close to 1 for any method."""
+        return {} if self.backbone.random else {kind: _cosine(features[kind], self.dense[kind]) for kind in self._kinds}
+
     def _choices(self, features: Mapping[str, Tensor]) -> list[list[float]]:
-        """Zero-shot classification; with random weights it would say nothing."""
+        """Probabilities of the zero-shot classification; none for random weights."""
         if self.backbone.random or "text" not in features:
             return []
         scale = getattr(self.backbone.model, "logit_scale", None)
@@ -491,21 +511,21 @@ class _Looks:
         return [[float(p) for p in row] for row in logits.softmax(-1)]
 
     def _gflops(self, name: str) -> float:
-        """Of the model reduced."""
+        """GFLOPs of the reduced model."""
         with attach(self.backbone.model, self.methods[name]) as attached:
             return count_once(self.backbone.model, self._inputs(1), attached.parameters()).total / 1e9
 
     @torch.no_grad()
     def _sources(self, attached: Attachment) -> dict[int, Tensor]:
-        """Where each token went: behind the middle block, and behind the last one in the forward just past."""
+        """The source maps of the last forward: after the last block, and, by another forward, after the middle one."""
         depth, whole = len(self.tower.blocks), attached.reducers
-        sources = {depth: attached.source[VISUAL][:MOST_SHOWN].cpu()}
+        sources = {depth: attached.source[VISUAL][:MAX_SHOWN].cpu()}
         middle = max(1, depth // 2)
         attached.reducer = {
             **whole,
-            VISUAL: dataclasses.replace(whole[VISUAL], r=_Until(as_schedule(whole[VISUAL].r), middle)),
+            VISUAL: dataclasses.replace(whole[VISUAL], r=_FirstBlocks(as_schedule(whole[VISUAL].r), middle)),
         }
-        self.backbone.image_features(self.images[:MOST_SHOWN])
+        self.backbone.image_features(self.images[:MAX_SHOWN])
         return {middle: attached.source[VISUAL].cpu(), **sources}
 
     def _measure(self, rows: Sequence[Row]) -> None:
@@ -517,10 +537,10 @@ class _Looks:
 
 
 def schedules(backbone: Backbone, r: Reduction, text_r: Reduction) -> dict[str, Reduction]:
-    """What each tower loses; the text is left alone where it loses nothing.
+    """What each tower removes; the text tower is left out where it removes nothing.
 
     Raises:
-        ValueError: there is no such tower.
+        ValueError: the model has no such tower.
     """
     wanted = {VISUAL: r}
     if any(text_r) if isinstance(text_r, Sequence) else text_r != 0:
@@ -539,16 +559,16 @@ def schedules(backbone: Backbone, r: Reduction, text_r: Reduction) -> dict[str, 
 def reducers(
     backbone: Backbone, wanted: Mapping[str, Reduction], inputs: tuple[Tensor, ...], note: Callable[[str], None]
 ) -> dict[str, dict[str, Reducer]]:
-    """The methods that are compared, each a reducer per tower, at about the same cost.
+    """The reducers of the methods that are compared, per tower, at about the same cost.
 
-    ToMe-style and CrossGET remove `r` tokens in every block, Ward a share of them that rises, so that it takes no more
-    multiply-adds than ToMe-style does.
+    ToMe-style and CrossGET remove `r` tokens in every block. Ward removes a share of the tokens that rises from block
+    to block, and needs at most as many multiply-adds as ToMe-style.
 
     Args:
         backbone: the model.
-        wanted: what each tower loses, see `schedules`.
-        inputs: one example of what the model gets.
-        note: told, in a line, where Ward could not be fitted.
+        wanted: what each tower removes, see `schedules`.
+        inputs: an example of the model's inputs.
+        note: called with a line where Ward cannot be fitted.
     """
     return {
         WARD: {tower: _ward(backbone.model, tower, r, inputs, note) for tower, r in wanted.items()},
@@ -560,14 +580,14 @@ def reducers(
 def _ward(
     model: nn.Module, tower: str, r: Reduction, inputs: tuple[Tensor, ...], note: Callable[[str], None]
 ) -> Reducer:
-    """Ward at the cost of ToMe-style with `r`; both reduce this tower alone, so the costs of towers add up."""
+    """Ward at the FLOPs of ToMe-style with `r`, each reducing this tower alone."""
     with attach(model, {tower: ToMe(r)}):
         report = count_flops(model, inputs)
-    share = min(1.0, report.total / report.dense.total)  # a matching may cost more than it saves
+    share = min(1.0, report.total / report.dense.total)  # matching may cost more than it saves
     try:
         found = fit_schedule(model, inputs, flops=share, reducer=Ward(r=0), tower=tower, distribution="ramped")
     except ValueError as error:
-        note(f"Ward removes as many tokens per block of the {tower} tower as ToMe-style, at another cost: {error}")
+        note(f"Ward is not fitted to ToMe-style's FLOPs in the {tower} tower; it removes r tokens per block: {error}")
         return Ward(r)
     return Ward(found.schedule)
 
@@ -575,17 +595,17 @@ def _ward(
 def measure(
     model: nn.Module, inputs: tuple[Tensor, ...], methods: Mapping[str, Mapping[str, Reducer]], rounds: int | None
 ) -> BenchmarkReport:
-    """`crossget.benchmark` with a progress bar, which moves at every call of the model.
+    """`crossget.benchmark` with a progress bar that counts calls of the model.
 
     Args:
-        model: see there.
-        inputs: see there.
-        methods: see there.
-        rounds: None takes as many as half a minute allows, at least 3.
+        model: as for `crossget.benchmark`.
+        inputs: as for `crossget.benchmark`.
+        methods: as for `crossget.benchmark`.
+        rounds: None runs for about half a minute, with at least 3 and at most 20 rounds.
     """
     on_cpu = inputs[0].device.type == "cpu"
     rounds = _rounds_in_time(model, inputs, len(methods) + 1) if rounds is None else rounds
-    warmup = 0 if on_cpu else 2  # every timed call has an untimed one before it; GPUs want more to choose their kernels
+    warmup = 0 if on_cpu else 2  # each timed call follows an untimed one; GPUs need more, to select their kernels
     calls = (len(methods) + 1) * (2 * (rounds + warmup) + 2)
     with tqdm(total=calls, disable=None, leave=False, desc="measuring speed", unit=" calls") as bar:
 
@@ -610,8 +630,8 @@ def _rounds_in_time(model: nn.Module, inputs: tuple[Tensor, ...], turns: int) ->
 
 
 @dataclass(frozen=True)
-class _Until:
-    """A schedule that stops behind a block."""
+class _FirstBlocks:
+    """A schedule that removes nothing after the first blocks."""
 
     schedule: Schedule
     blocks: int
@@ -624,8 +644,8 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.float(), b.float()).mean())
 
 
-def as_seen(images: Tensor, preprocess: Any) -> Tensor:
-    """[B, H, W, 3] in 0 to 1: what the model saw, without the normalisation."""
+def denormalize(images: Tensor, preprocess: Any) -> Tensor:
+    """[B, H, W, 3] in 0 to 1: images after the model's preprocessing, without its normalisation."""
     for transform in getattr(preprocess, "transforms", ()):
         if hasattr(transform, "mean") and hasattr(transform, "std"):
             mean, std = (torch.as_tensor(v).to(images).reshape(-1, 1, 1) for v in (transform.mean, transform.std))
@@ -634,16 +654,16 @@ def as_seen(images: Tensor, preprocess: Any) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Words
+# Text
 
 
 def _verdict(probabilities: Sequence[float], right: int) -> str:
     best = max(range(len(probabilities)), key=lambda i: probabilities[i])
-    return f"{probabilities[right]:.0%}" + ("" if best == right else " (another wins)")
+    return f"{probabilities[right]:.0%}" + ("" if best == right else " (another is higher)")
 
 
 def _shorten(name: str, most: int) -> str:
-    """A long file name without its middle."""
+    """A file name, its middle cut out where it is long."""
     return name if len(name) <= most else f"{name[: most - 9]}...{name[-6:]}"
 
 
@@ -655,7 +675,7 @@ def _speed(row: Row) -> str:
 
 
 def r_text(r: object) -> str:
-    """How `r` is written on the command line."""
+    """`r` in the form of the command line."""
     if isinstance(r, Ratio):
         return f"{100 * r.share:g}%"
     return ",".join(map(str, r)) if isinstance(r, tuple | list) else str(r)
@@ -672,7 +692,7 @@ def _two_lines(header: str) -> str:
 
 @contextmanager
 def _steps(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal, nothing elsewhere; call it with what is done next."""
+    """A progress bar on a terminal and nothing elsewhere; call it with the name of the next step."""
     with tqdm(total=total, disable=None, leave=False, bar_format="{desc:<28} {bar:20} {n}/{total} {elapsed}") as bar:
 
         def step(what: str) -> None:

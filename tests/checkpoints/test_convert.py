@@ -49,7 +49,7 @@ from transformers import (
 
 import crossget
 from crossget import cli
-from crossget.checkpoints.convert import plan, size_of
+from crossget.checkpoints.convert import plan_conversion
 
 OUTPUTS = np.load(GOLDEN / "llava.npz")
 
@@ -140,11 +140,9 @@ def test_it_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
     write_tokenizer(folder)
     convert(folder, out, "--overwrite", "--no-cross-tokens", "--max-shard-size", "1MB")
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        "cross tokens: none, the dense model alone",
-        "processor: crops images to a square, as llava-hf's does; the original pads them (image_aspect_ratio), so for "
-        "its numbers pad yours before",
-    ]
+    cross, images = capsys.readouterr().out.splitlines()[-2:]
+    assert cross == "cross tokens: none, the dense model alone"
+    assert "the original pads them (image_aspect_ratio)" in images
     edit(image_aspect_ratio="square")(folder)
     convert(folder, out, "--overwrite")
     assert capsys.readouterr().out.splitlines()[-1] == "processor: crops images to a square"
@@ -317,7 +315,7 @@ def test_a_vision_tower_from_the_hub_s_cache(
     check_logits_after_load(tmp_path / "out")
     (home / "snapshots" / commit / "pytorch_model.bin").unlink()
     assert convert(folder, tmp_path / "another") == 2
-    assert "is neither a folder here nor can it be had from the hub or its cache" in capsys.readouterr().err
+    assert "--vision-tower FOLDER" in capsys.readouterr().err
 
 
 # The real sizes ------------------------------------------------------------------------------------------------------
@@ -335,13 +333,13 @@ def test_the_published_models_are_understood(width: int, inner: int, depth: int,
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **config}))
     state = hollow(width, inner, depth)
     write_weights(tmp_path, state)
-    made = plan(tmp_path)
-    assert (made.vocabulary.image, made.vocabulary.pad) == (32000, 32001)
-    assert made.config["text_config"]["vocab_size"] == 32064
-    assert made.config["image_seq_length"] == 576
-    assert made.reducers["visual"].r == 13
-    assert made.bytes == 2 * (sum(value.numel() for value in state.values()) + 2 * 64 * width)
-    assert all(sum(one.bytes for one in shard) <= 4 * 10**9 for shard in made.files.values())
+    plan = plan_conversion(tmp_path)
+    assert (plan.vocabulary.image, plan.vocabulary.pad) == (32000, 32001)
+    assert plan.config["text_config"]["vocab_size"] == 32064
+    assert plan.config["image_seq_length"] == 576
+    assert plan.reducers["visual"].r == 13
+    assert plan.bytes == 2 * (sum(value.numel() for value in state.values()) + 2 * 64 * width)
+    assert all(sum(one.bytes for one in shard) <= 4 * 10**9 for shard in plan.files.values())
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -352,7 +350,7 @@ def test_the_published_models_are_understood(width: int, inner: int, depth: int,
 MEASURE = """
 import contextlib, pathlib, sys, torch
 from crossget import cli
-    from crossget.checkpoints import llava_format as original
+from crossget.checkpoints import llava_format
 
 def pages(kind):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -365,7 +363,8 @@ before = pages("VmRSS")
 with contextlib.suppress(OSError):  # where this is not allowed, the mark may be too high, not too low
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 if how == "at once":
-    every = [tensor.clone() for tensor in original.tensors(original.read_folder(pathlib.Path(folder)).stored.values())]
+    stored = llava_format.inspect_folder(pathlib.Path(folder)).stored
+    every = [tensor.clone() for tensor in llava_format.load_tensors(stored.values())]
 else:
     assert cli.main(["convert", folder, out + "/big", "--max-shard-size", "60MB", "--dtype", "float16"]) == 0
 print(pages("VmHWM") - before)
@@ -450,169 +449,105 @@ def reshape(**changes: Any) -> dict[str, Any]:
 
 CROSS = {CROSS_TEXT: WEIGHTS[CROSS_TEXT], CROSS_IMAGE: WEIGHTS[CROSS_IMAGE]}
 LAYERS = {name: None for name in WEIGHTS if name.startswith("model.layers.") and not name.endswith("inv_freq")}
-# By what is wrong: how the folder is written, what is changed in it then, and the message, in which F is the folder.
-WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = {
-    "missing": (
-        {"changes": {NORM: None}},
-        None,
-        "F does not fit what its config.json says; missing: ['model.norm.weight']; left over: none; misshapen: none. "
-        "Nothing was written",
-    ),
+# What is wrong -> how the folder is written, what is changed in it then, and parts of the message (F is the folder).
+WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, tuple[str, ...]]] = {
+    "missing": ({"changes": {NORM: None}}, None, ("missing: ['model.norm.weight']", "Nothing was written")),
     "no embeddings": (
         {"changes": {"model.embed_tokens.weight": None}, "config": {"torch_dtype": None}},
         None,
-        "F does not fit what its config.json says; missing: ['model.embed_tokens.weight']; left over: none",
+        ("missing: ['model.embed_tokens.weight']",),
     ),
-    "left over": (
+    "unexpected": (
         {"changes": {"model.image_newline": torch.ones(3)}},
         None,
-        "missing: none; left over: ['model.image_newline']; misshapen: none",
+        ("missing: none", "unexpected: ['model.image_newline']"),
     ),
-    "misshapen": (
+    "wrong shape": (
         {"changes": {UP: torch.ones(2, 2), NORM: torch.ones(48, 1)}},
         None,
-        "misshapen: ['model.layers.0.mlp.up_proj.weight: [2, 2] for [96, 48]', 'model.norm.weight: [48, 1] for [48]']",
+        (f"'{UP}: [2, 2], expected [96, 48]'", "'model.norm.weight: [48, 1], expected [48]'"),
     ),
     "a vocabulary of another size": (
         {"changes": {"lm_head.weight": torch.ones(161, 48)}},
         None,
-        "misshapen: ['lm_head.weight: [161, 48] for [160, 48]']",
+        ("'lm_head.weight: [161, 48], expected [160, 48]'",),
     ),
-    "many missing": (
-        {"changes": LAYERS},
-        None,
-        "'model.layers.1.input_layernorm.weight'] and 44 more; left over: none",
-    ),
-    "no number": (
-        {"changes": {UP: torch.ones(96, 48, dtype=torch.uint8)}},
-        None,
-        f"has weights that are no floating-point numbers (quantised?): ['{UP}']",
-    ),
-    "no cross tokens": (
-        {"cross": "nowhere"},
-        None,
-        "F has no cross_tokens.bin and no cross tokens among its weights: a plain LLaVA? --no-cross-tokens converts it "
-        "as one",
-    ),
-    "one cross token": ({"changes": {CROSS_TEXT: None}}, None, "F/cross_tokens.bin; missing: ['model.cross_text']"),
-    "one cross token inside": (
-        {"changes": {CROSS_IMAGE: None}, "cross": "inside"},
-        None,
-        f"F; missing: ['{CROSS_IMAGE}']",
-    ),
+    "many missing": ({"changes": LAYERS}, None, ("'model.layers.1.input_layernorm.weight'", "and 44 more")),
+    "no number": ({"changes": {UP: torch.ones(96, 48, dtype=torch.uint8)}}, None, ("quantised?", f"['{UP}']")),
+    "no cross tokens": ({"cross": "nowhere"}, None, ("cross_tokens.bin", "--no-cross-tokens")),
+    "one cross token": ({"changes": {CROSS_TEXT: None}}, None, ("F/cross_tokens.bin", "['model.cross_text']")),
+    "one cross token inside": ({"changes": {CROSS_IMAGE: None}, "cross": "inside"}, None, ("F;", f"['{CROSS_IMAGE}']")),
     "more than cross tokens": (
         {},
         put("cross_tokens.bin", {**CROSS, "lm_head.weight": torch.ones(2)}),
-        f"F/cross_tokens.bin; left over: ['lm_head.weight']; expected ['model.cross_text', '{CROSS_IMAGE}'] alone",
+        ("F/cross_tokens.bin", "['lm_head.weight']", f"['model.cross_text', '{CROSS_IMAGE}']"),
     ),
     "cross tokens twice": (
         {},
         put("cross_tokens.bin", {**CROSS, "module.model.cross_text": torch.ones(2)}),
-        "has the cross tokens of 'text' more than once: ['model.cross_text', 'module.model.cross_text']",
+        ("'text'", "['model.cross_text', 'module.model.cross_text']"),
     ),
     "cross tokens of another model": (
         {"changes": {CROSS_TEXT: torch.ones(1, 5, 48)}},
         None,
-        "F/cross_tokens.bin: model.cross_text has shape (1, 5, 48), the tower needs (1, 6, 48)",
+        ("F/cross_tokens.bin", "model.cross_text", "(1, 5, 48)", "(1, 6, 48)"),
     ),
-    "code": (
-        {},
-        put(SHARD, {"x": Evil()}),
-        f"F/{SHARD} is no torch file, or holds more than tensors: that is not read",
-    ),
-    "no state dict": ({}, put(SHARD, [1]), f"F/{SHARD} is no state dict: expected tensors alone, found list"),
-    "more than tensors": ({}, put(SHARD, {"step": 3}), "is no state dict: expected tensors alone, found ['step']"),
-    "an empty file": ({}, put(SHARD), f"F/{SHARD} is no torch file, or is cut off"),
-    "a file cut off": ({}, cut(SHARD), f"F/{SHARD} is no torch file, or is cut off"),
-    "a safetensors file cut off": (
+    "code": ({}, put(SHARD, {"x": Evil()}), (f"F/{SHARD}", "weights_only=True")),
+    "no state dict": ({}, put(SHARD, [1]), (f"F/{SHARD}", "expected only tensors", "list")),
+    "more than tensors": ({}, put(SHARD, {"step": 3}), ("expected only tensors", "['step']")),
+    "an empty file": ({}, put(SHARD), (f"F/{SHARD}", "truncated")),
+    "a truncated file": ({}, cut(SHARD), (f"F/{SHARD}", "truncated")),
+    "a truncated safetensors file": (
         {"kind": "safetensors"},
         cut("model-00001-of-00003.safetensors"),
-        "F/model-00001-of-00003.safetensors is no safetensors file, or is cut off",
+        ("F/model-00001-of-00003.safetensors", "truncated"),
     ),
-    "a shard missing": (
-        {},
-        remove(SHARD),
-        f"F has no ['{SHARD}'], which its pytorch_model.bin.index.json names",
-    ),
+    "a shard missing": ({}, remove(SHARD), (f"['{SHARD}']", "pytorch_model.bin.index.json")),
     "a key in two files": (
         {"files": 1},
         put("pytorch_model_2.bin", {NORM: torch.ones(48)}),
-        "F/pytorch_model_2.bin and an earlier file have the same keys: ['model.norm.weight']",
+        ("F/pytorch_model_2.bin", "['model.norm.weight']"),
     ),
-    "no weights": (
-        {"files": 1},
-        remove("pytorch_model.bin"),
-        "F has no weights: expected model*.safetensors or pytorch_model*.bin",
-    ),
-    "LoRA": (
-        {},
-        put("adapter_config.json", b"{}"),
-        "F has ['adapter_config.json']: a LoRA adapter, which has to be merged into its base model first",
-    ),
-    "what LoRA trained beside": (
-        {},
-        put("non_lora_trainables.bin"),
-        "F has ['non_lora_trainables.bin']: a LoRA adapter",
-    ),
-    "no config": ({}, remove("config.json"), "F has no config.json: expected a folder in LLaVA's original layout"),
-    "transformers' layout": ({}, edit(text_config={}), "F is in transformers' layout already: load it with"),
-    "another family": (
-        {},
-        edit(model_type="llava_mpt"),
-        "F/config.json has model_type 'llava_mpt': expected 'llava' or",
-    ),
-    "sizes missing": ({}, edit(hidden_size=None, vocab_size=None), "F/config.json lacks hidden_size, vocab_size"),
-    "another projector": (
-        {},
-        edit(mm_projector_type="linear"),
-        "F/config.json has mm_projector_type 'linear': transform",
-    ),
-    "tokens around images": (
-        {},
-        edit(mm_use_im_start_end=True),
-        "F/config.json has mm_use_im_start_end: transformers'",
-    ),
-    "another feature": (
-        {},
-        edit(mm_vision_select_feature="cls"),
-        "has mm_vision_select_feature 'cls': expected one of",
-    ),
+    "no weights": ({"files": 1}, remove("pytorch_model.bin"), ("F has no weights", "model*.safetensors")),
+    "LoRA": ({}, put("adapter_config.json", b"{}"), ("['adapter_config.json']", "merge_lora_weights.py")),
+    "what LoRA trained beside": ({}, put("non_lora_trainables.bin"), ("['non_lora_trainables.bin']", "merge")),
+    "no config": ({}, remove("config.json"), ("F has no config.json",)),
+    "transformers' layout": ({}, edit(text_config={}), ("transformers' layout", "from_pretrained")),
+    "another family": ({}, edit(model_type="llava_mpt"), ("F/config.json", "'llava_mpt'", "'llava_llama'")),
+    "sizes missing": ({}, edit(hidden_size=None, vocab_size=None), ("F/config.json", "hidden_size, vocab_size")),
+    "another projector": ({}, edit(mm_projector_type="linear"), ("F/config.json", "'linear'", "'mlp2x_gelu'")),
+    "tokens around images": ({}, edit(mm_use_im_start_end=True), ("F/config.json", "mm_use_im_start_end")),
+    "another feature": ({}, edit(mm_vision_select_feature="cls"), ("'cls'", "'patch'")),
     "no vision tower": (
         {"inside": False, "config": {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}},
         None,
-        "'openai/clip-vit-large-patch14-336' (config.json's mm_vision_tower; the folder has no vision tower inside) "
-        "is neither a folder here nor can it be had from the hub or its cache: give --vision-tower FOLDER, a CLIP in",
+        ("'openai/clip-vit-large-patch14-336'", "has no vision tower inside", "--vision-tower FOLDER"),
     ),
     "an unknown vision tower": (
         {"config": {"mm_vision_tower": "/data/my_tower"}},
         None,
-        "'/data/my_tower' (config.json's mm_vision_tower; the folder has one inside and does not say how it is built)",
+        ("'/data/my_tower'", "does not say how it is built", "--vision-tower FOLDER"),
     ),
     "no name of a vision tower": (
         {"inside": False, "config": {"mm_vision_tower": None}},
         None,
-        "'None' (config.json's mm",
+        ("'None'", "--vision-tower FOLDER"),
     ),
     "a vision tower of another kind": (
         {},
         lambda folder: (folder.parent / "clip" / "config.json").write_text('{"model_type": "siglip"}') and None,
-        "clip has model_type 'siglip': expected 'clip'",
+        ("'siglip'", "expected 'clip'"),
     ),
     "a vision tower without configuration": (
         {},
         lambda folder: (folder.parent / "clip" / "config.json").unlink(),
-        "clip has no config.json: expected a CLIP in transformers' layout",
+        ("clip has no config.json", "expected a CLIP"),
     ),
-    "a larger tokenizer": (
-        {},
-        lambda folder: write_tokenizer(folder, ROWS + 2),
-        "the tokenizer in F has tokens beyond the 160 of the model: ['w160', 'w161']",
-    ),
-    "a tokenizer that cannot be read": (
+    "a larger tokenizer": ({}, lambda folder: write_tokenizer(folder, ROWS + 2), ("160", "['w160', 'w161']")),
+    "a tokenizer that cannot be loaded": (
         {},
         put("tokenizer.model", b"x"),
-        "F has a tokenizer.model and no tokenizer.json, and reading that takes two more packages: pip install "
-        "sentencepiece protobuf",
+        ("F has a tokenizer.model", "pip install sentencepiece protobuf"),
     ),
 }
 
@@ -622,13 +557,14 @@ def test_what_is_wrong_is_said_and_nothing_written(
     wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    layout, change, message = WRONG[wrong]
+    layout, change, parts = WRONG[wrong]
     folder, out = write_original(tmp_path / "original", **layout), tmp_path / "out"
     if change is not None:
         change(folder)
     assert convert(folder, out) == 2
     captured = capsys.readouterr()
-    assert message in captured.err.replace(str(folder), "F")
+    for part in parts:
+        assert part in captured.err.replace(str(folder), "F")
     assert captured.out == ""
     assert not out.exists()
 
@@ -652,7 +588,7 @@ def test_where_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert convert(folder, out / "notes.txt") == 2
     assert "notes.txt is a file: give a folder" in capsys.readouterr().err
     assert convert(tmp_path / "nowhere", tmp_path / "new") == 2
-    assert "nowhere is no folder: expected one in LLaVA's original layout" in capsys.readouterr().err
+    assert "nowhere is not a folder" in capsys.readouterr().err
 
 
 def test_what_was_interrupted_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -669,27 +605,19 @@ def test_what_was_interrupted_cannot_be_loaded(tmp_path: Path, monkeypatch: pyte
     check_logits_after_load(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 * 10**9), ("500mb", 500 * 10**6), ("1.5 GiB", 3 * 2**29), ("2KB", 2000)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert size_of(text) == size
-
-
 def test_arguments_that_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        convert(tmp_path, tmp_path, "--max-shard-size", "large")
-    assert "'large': expected a size such as 4GB or 500MB" in capsys.readouterr().err
     folder = write_original(tmp_path / "original")
+    assert convert(folder, tmp_path / "out", "--max-shard-size", "large") == 2
+    error = capsys.readouterr().err
+    assert "--max-shard-size" in error
+    assert "'large'" in error
+    assert "GB" in error
     assert convert(folder, tmp_path / "out", "--r", "1,2") == 2
     assert "r lists 2 layers but the tower has 4 blocks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    assert "  crossget convert FOLDER OUT" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:
         cli.main(["convert", "--help"])
     assert left.value.code == 0
@@ -739,7 +667,7 @@ def test_r_is_the_reference_s_unless_attached(tmp_path: Path) -> None:
     attached = crossget.attach(model, crossget.CrossGET(LLAVA["r"]))
     assert crossget.load_reference(model, folder) is attached
     check_logits(model, image=7)
-    with pytest.raises(ValueError, match="attached already, so reducer would be ignored"):
+    with pytest.raises(ValueError, match="attached, so `reducer` would be ignored"):
         crossget.load_reference(model, folder, crossget.CrossGET(3))
 
 
@@ -758,73 +686,50 @@ def test_a_model_of_other_numbers(tmp_path: Path) -> None:
     assert {value.dtype for value in [*model.parameters(), *attached.parameters()]} == {torch.bfloat16}
 
 
-MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "missing": (
-        {"changes": {NORM: None}},
-        {},
-        "F does not fit LlavaForConditionalGeneration; missing: ['model.norm.weight'",
-    ),
-    "left over": (
-        {"changes": {"x": torch.ones(1)}},
-        {},
-        "missing: none; left over: ['x']; misshapen: none. Nothing was loaded",
-    ),
-    "misshapen": ({"changes": {UP: torch.ones(2, 2)}}, {}, f"misshapen: ['{UP}: [2, 2] for [96, 48]']"),
+# What does not fit -> how the folder is written, the model's settings, and parts of the message (F is the folder).
+MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "missing": ({"changes": {NORM: None}}, {}, ("F", "missing: ['model.norm.weight'", "Nothing was loaded")),
+    "unexpected": ({"changes": {"x": torch.ones(1)}}, {}, ("unexpected: ['x']", "Nothing was loaded")),
+    "wrong shape": ({"changes": {UP: torch.ones(2, 2)}}, {}, (f"'{UP}: [2, 2], expected [96, 48]'",)),
     "a smaller vocabulary": (
         {},
         {"rows": 128},
-        "misshapen: ['model.embed_tokens.weight: [160, 48] for [128, 48]', 'lm_head.weight: [160, 48] for [128, 48]']",
+        ("embed_tokens.weight: [160, 48], expected [128, 48]", "lm_head.weight: [160, 48], expected [128, 48]"),
     ),
-    "no cross tokens": (
-        {"cross": "nowhere"},
-        {},
-        "F has no cross_tokens.bin and no cross tokens among its weights: a plain LLaVA? from_pretrained and "
-        "crossget.attach are for that",
-    ),
+    "no cross tokens": ({"cross": "nowhere"}, {}, ("F has no cross_tokens.bin", "crossget.attach")),
     "cross tokens": (
         {"changes": {CROSS_IMAGE: torch.ones(4, 64)}},
         {},
-        f"F/cross_tokens.bin: {CROSS_IMAGE} has shape (4, 64), the tower needs (1, 4, 64)",
+        (f"F/cross_tokens.bin: {CROSS_IMAGE}", "(4, 64)", "(1, 4, 64)"),
     ),
     "heads": (
         {},
         {"text_num_attention_heads": 8, "text_num_key_value_heads": 8},
-        "num_attention_heads: 8 for 4, num_key_value_heads: 8 for 4",
+        ("num_attention_heads is 8, expected 4", "num_key_value_heads is 8, expected 4"),
     ),
-    "layers": (
-        {},
-        {"vision_feature_layer": -1},
-        "the model is not set up as F says: vision_feature_layer: -1 for -2. Nothing",
-    ),
-    "rope": ({"config": {"rope_theta": 5e5}}, {}, "rope_theta: 10000.0 for 500000.0"),
+    "layers": ({}, {"vision_feature_layer": -1}, ("vision_feature_layer is -1, expected -2", "Nothing was loaded")),
+    "rope": ({"config": {"rope_theta": 5e5}}, {}, ("rope_theta is 10000.0, expected 500000.0",)),
     "a tied head": (
         {},
         {"tie_word_embeddings": True, "text_tie_word_embeddings": True},
-        "the model ties its head to its embeddings, and F has both",
+        ("ties its head", "tie_word_embeddings=False"),
     ),
-    "a tower more than the reducer": (
-        {},
-        {"reducer": {"visual": crossget.CrossGET(3)}},
-        "F has cross tokens {'visual': (4, 64)} ['text']: this attachment needs {'visual': (4, 64)}",
-    ),
-    "a reducer that cannot work": (
-        {},
-        {"reducer": crossget.CrossGET((1, 2))},
-        "r lists 2 layers but the tower has 4 blocks",
-    ),
+    "a tower more than the reducer": ({}, {"reducer": {"visual": crossget.CrossGET(3)}}, ("'visual'", "['text']")),
+    "a reducer that cannot work": ({}, {"reducer": crossget.CrossGET((1, 2))}, ("2 layers", "4 blocks")),
 }
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_a_model_that_does_not_fit_stays_as_it_is(misfit: str, tmp_path: Path) -> None:
-    layout, settings, message = MISFITS[misfit]
+    layout, settings, parts = MISFITS[misfit]
     settings = dict(settings)
     reducer = settings.pop("reducer", None)
     model, folder = dense(**settings), write_original(tmp_path / "original", **layout)
     before = state_of(model)
     with pytest.raises(ValueError) as refused:  # noqa: PT011 (the message is compared below)
         crossget.load_reference(model, folder, reducer)
-    assert message in str(refused.value).replace(str(folder), "F")
+    for part in parts:
+        assert part in str(refused.value).replace(str(folder), "F")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="is not attached"):
         crossget.attachment(model)
@@ -835,7 +740,7 @@ def test_files_that_cannot_be_read_leave_the_model(tmp_path: Path) -> None:
     put(SHARD, {"x": Evil()})(folder)
     model = dense()
     before = state_of(model)
-    with pytest.raises(ValueError, match="holds more than tensors: that is not read") as refused:
+    with pytest.raises(ValueError, match="weights_only=True") as refused:
         crossget.load_reference(model, folder)
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -843,16 +748,14 @@ def test_files_that_cannot_be_read_leave_the_model(tmp_path: Path) -> None:
 
 def test_neither_model_nor_checkpoint(tmp_path: Path) -> None:
     folder = write_original(tmp_path / "original")
-    with pytest.raises(TypeError, match="Linear cannot take a checkpoint of the reference: expected open_clip.CLIP"):
+    with pytest.raises(TypeError, match=r"Linear.*open_clip\.CLIP"):
         crossget.load_reference(nn.Linear(2, 2), folder)
-    with pytest.raises(
-        ValueError, match="cross_tokens.bin is a file, and the model a LLaVA: give the folder that it is in"
-    ):
+    with pytest.raises(ValueError, match=r"cross_tokens\.bin is a file.*give the folder"):
         crossget.load_reference(dense(), folder / "cross_tokens.bin")
     with pytest.raises(FileNotFoundError, match="nowhere is neither a file .* nor a folder"):
         crossget.load_reference(dense(), tmp_path / "nowhere")
     open_clip = pytest.importorskip("open_clip.model")
     vision = open_clip.CLIPVisionCfg(layers=1, width=64, head_width=32, patch_size=8, image_size=16)
     text = open_clip.CLIPTextCfg(context_length=8, vocab_size=50, width=64, heads=2, layers=1)
-    with pytest.raises(ValueError, match="original is a folder, and the model a CLIP: give the checkpoint file"):
+    with pytest.raises(ValueError, match="original is a folder.*give the checkpoint file"):
         crossget.load_reference(open_clip.CLIP(16, vision, text), folder)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from crossget.demo import backbones as hosts
-from crossget.demo.backbones import find, is_offline, make, read_weights
+from crossget.demo.backbones import find, is_offline, load_weights, make
 
 TINY = "test_vit"
 
@@ -79,7 +79,7 @@ class TestMake:
         backbone = make(TINY, pretrained="none")
         assert not backbone.model.training
         assert backbone.random
-        assert backbone.why_random == ""
+        assert backbone.random_reason == ""
         assert backbone.title == f"timm {TINY} (random weights)"
         assert backbone.preprocess(Image.new("RGB", (300, 200))).shape == (3, *backbone.image_size)
 
@@ -90,18 +90,18 @@ class TestMake:
     def test_meta_models_and_made_up_inputs_fit(self, name: str) -> None:
         backbone = make(name, device="meta")
         assert {p.device.type for p in backbone.model.parameters()} == {"meta"}
-        inputs = backbone.made_up(2, text=backbone.reads_text)
+        inputs = backbone.random_inputs(2, text=backbone.has_text_tower)
         assert all(x.is_meta for x in inputs)
         assert inputs[0].shape == (2, 3, *backbone.image_size)
         with torch.no_grad():
             assert len(backbone.image_features(inputs[0])) == 2
-            if backbone.reads_text:
+            if backbone.has_text_tower:
                 assert len(backbone.text_features(inputs[1])) == 2
 
     def test_without_network_the_default_goes_on_with_random_weights(self) -> None:
         backbone = make(TINY)
         assert backbone.random
-        assert backbone.why_random == "weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set"
+        assert backbone.random_reason == "weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set"
 
     def test_without_network_a_tag_asked_for_is_an_error(self) -> None:
         with pytest.raises(
@@ -115,10 +115,10 @@ class TestMake:
 
     def test_a_model_that_nobody_trained_says_so(self) -> None:
         backbone = make("ViT-S-16", device="cpu")
-        assert backbone.why_random == "open_clip has no pretrained weights for ViT-S-16"
+        assert backbone.random_reason == "open_clip has no pretrained weights for ViT-S-16"
 
     def test_the_clip_default_is_openai(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hosts._Maker, "_fetched", lambda self, tag, what: tag)
+        monkeypatch.setattr(hosts._Maker, "_downloaded", lambda self, tag, what: tag)
         assert make("ViT-B-16") == "openai"
         assert make("ViT-B-16-SigLIP") == "webli"
 
@@ -149,12 +149,12 @@ class TestFiles:
         torch.save(
             {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "w"
         )
-        assert read_weights(tmp_path / "w").keys() == weights.keys()
+        assert load_weights(tmp_path / "w").keys() == weights.keys()
 
     def test_a_fine_tuned_number_of_classes_is_taken_over(self, tmp_path: Path) -> None:
         save_file(weights_of(num_classes=7), tmp_path / "w.safetensors")
         backbone = make(TINY, checkpoint=tmp_path / "w.safetensors")
-        assert backbone.model(backbone.made_up(1, text=False)[0]).shape == (1, 7)
+        assert backbone.model(backbone.random_inputs(1, text=False)[0]).shape == (1, 7)
 
     def test_a_file_of_another_architecture_is_refused(self, tmp_path: Path) -> None:
         weights = weights_of()
@@ -168,7 +168,7 @@ class TestFiles:
 
     def test_a_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no checkpoint .*nowhere: expected a safetensors or torch file"):
-            read_weights(tmp_path / "nowhere")
+            load_weights(tmp_path / "nowhere")
 
     def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
         class Trap:
@@ -178,20 +178,20 @@ class TestFiles:
         (tmp_path / "w.pt").write_bytes(pickle.dumps(Trap(), protocol=2))
         torch.save({"state_dict": Trap()}, tmp_path / "w2.pt")
         for name in ("w.pt", "w2.pt"):
-            with pytest.raises(ValueError, match="is no file of tensors: .* save the model's state_dict"):
-                read_weights(tmp_path / name)
+            with pytest.raises(ValueError, match="weights_only=True.* save the model's state_dict"):
+                load_weights(tmp_path / name)
         assert not (tmp_path / "sprung").exists()
 
     def test_files_without_tensors(self, tmp_path: Path) -> None:
         torch.save({"epoch": 3}, tmp_path / "w.pt")
-        with pytest.raises(ValueError, match=r"w\.pt holds no tensors, only epoch"):
-            read_weights(tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=r"w\.pt contains no tensors, only epoch"):
+            load_weights(tmp_path / "w.pt")
         torch.save([1, 2], tmp_path / "w2.pt")
-        with pytest.raises(ValueError, match=r"w2\.pt holds a list, expected a state dict"):
-            read_weights(tmp_path / "w2.pt")
+        with pytest.raises(ValueError, match=r"w2\.pt contains a list, expected a state dict"):
+            load_weights(tmp_path / "w2.pt")
         (tmp_path / "w.safetensors").write_text("no tensors")
-        with pytest.raises(ValueError, match=r"w\.safetensors is no safetensors file"):
-            read_weights(tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=r"w\.safetensors is not a safetensors file"):
+            load_weights(tmp_path / "w.safetensors")
 
 
 @contextmanager
@@ -261,7 +261,7 @@ class TestNetwork:
         backbone = make(TINY)
         assert time.perf_counter() - start < 15  # the hub's own client would take most of a minute
         assert (
-            backbone.why_random
+            backbone.random_reason
             == f"weights 'r160_in1k' are not in the cache, and {constants.ENDPOINT} cannot be reached"
         )
         assert not constants.HF_HUB_OFFLINE

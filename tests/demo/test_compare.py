@@ -19,7 +19,7 @@ from small_clip import registered
 
 import crossget
 from crossget.demo import compare as demo
-from crossget.demo.compare import CROSSGET, SHIPPED, TOME, WARD, Demo, Options, load_photographs, run
+from crossget.demo.compare import CROSSGET, SHIPPED, TOME, WARD, CompareOptions, Comparison, load_photographs, run
 
 TINY_CLIP = "tiny-clip"
 R, TEXT_R = 10, 20
@@ -44,50 +44,57 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory, tiny_clip: None) -> Path
     return path
 
 
-def quick(**options: object) -> Options:
+def quick(**options: object) -> CompareOptions:
     defaults: dict[str, object] = {"model": TINY_CLIP, "r": R, "rounds": 0, "batch": 2, "out": None, "json": None}
-    return Options(**{**defaults, **options})  # type: ignore[arg-type]
+    return CompareOptions(**{**defaults, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def untrained() -> Demo:
+def untrained() -> Comparison:
     """A vision transformer whose weights cannot be had; measured, too."""
     return run(quick(model="test_vit", rounds=1, r=(2,) * 6), lambda line: None)
 
 
 @pytest.fixture(scope="module")
-def trained(clip_file: Path) -> Demo:
+def trained(clip_file: Path) -> Comparison:
     """A CLIP with weights of its own; its images are reduced."""
     return run(quick(checkpoint=clip_file), pytest.fail)
 
 
 @pytest.fixture(scope="module")
-def pairs(clip_file: Path) -> Demo:
+def pairs(clip_file: Path) -> Comparison:
     """The same, its texts reduced as well."""
     return run(quick(checkpoint=clip_file, text_r=TEXT_R), pytest.fail)
 
 
-def seen_inputs(found: Demo) -> tuple[torch.Tensor, ...]:
+def seen_inputs(found: Comparison) -> tuple[torch.Tensor, ...]:
     """Of one forward, of the kind whose multiply-adds the demo shows."""
     image = torch.rand(1, 3, 64, 64)
     return (image, found.backbone.tokenize(["a cat"])) if found.pairs else (image,)
 
 
-def printed(found: Demo) -> str:
+def printed(found: Comparison) -> str:
     """The words on the picture."""
     figure = found.picture()
     return "\n".join([*(text.get_text() for text in figure.texts), *(axes.get_title() for axes in figure.axes)])
 
 
 class TestWeights:
-    def test_random_weights_are_marked_everywhere(self, untrained: Demo) -> None:
+    def test_random_weights_are_marked_everywhere(self, untrained: Comparison) -> None:
         assert "timm test_vit (random weights)" in untrained.table()
         assert "note: random weights" in untrained.table()
+        assert "--checkpoint FILE" in untrained.table()
         assert "crossget demo: timm test_vit (random weights)" in printed(untrained)
         assert json.loads(untrained.to_json())["backbone"]["random_weights"] is True
-        assert all(row.captions == [] for row in untrained.rows)  # classification by chance is not shown
 
-    def test_a_checkpoint_is_no_random_weights(self, trained: Demo) -> None:
+    def test_random_weights_have_no_similarity(self, untrained: Comparison, trained: Comparison) -> None:
+        assert all(row.captions == [] and row.cosine == {} for row in untrained.rows)
+        assert "cosine" not in untrained.table() + printed(untrained)
+        assert "cosine" in trained.table()
+        assert "cosine" in "".join(axes.get_title(loc="left") for axes in trained.picture().axes)
+        assert "cosine" not in "".join(axes.get_title(loc="left") for axes in untrained.picture().axes)
+
+    def test_a_checkpoint_is_no_random_weights(self, trained: Comparison) -> None:
         assert "random" not in trained.table().lower()
         assert "random" not in printed(trained).lower()
         assert "Weights: clip.safetensors" in printed(trained)
@@ -103,7 +110,7 @@ class TestWeights:
         options = quick(model="test_vit", images=images, json=tmp_path / "d.json", out=tmp_path / "d.png")
         found = run(options, told.append)
         (line,) = told
-        assert re.fullmatch(r"weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set: going on .*", line)
+        assert re.fullmatch(r"weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set: .*", line)
         assert json.loads((tmp_path / "d.json").read_text()) == json.loads(found.to_json())
         assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
         assert [p.name for p in found.photographs] == ["a_red-kite", "b"]
@@ -112,7 +119,7 @@ class TestWeights:
 
 
 class TestNumbers:
-    def test_the_costs_are_those_the_parts_count(self, trained: Demo) -> None:
+    def test_the_costs_are_those_the_parts_count(self, trained: Comparison) -> None:
         dense, ward, tome, cross = trained.rows
         model, image = trained.backbone.model, torch.rand(1, 3, 64, 64)
         with crossget.attach(model, {"visual": crossget.CrossGET(R)}) as attached:
@@ -123,7 +130,7 @@ class TestNumbers:
         assert tome.gflops < cross.gflops < dense.gflops
         assert tome.parameters == ward.parameters == dense.parameters == 0
 
-    def test_the_tokens_are_those_the_blocks_see(self, trained: Demo) -> None:
+    def test_the_tokens_are_those_the_blocks_see(self, trained: Comparison) -> None:
         dense, ward, tome, cross = trained.rows
         assert dense.tokens == {"visual": [65] * 4}
         assert ward.tokens["visual"][0] == 65
@@ -134,7 +141,7 @@ class TestNumbers:
     def test_ward_spends_what_tome_style_does(
         self, found: str, tower: str, r: int, request: pytest.FixtureRequest
     ) -> None:
-        seen: Demo = request.getfixturevalue(found)
+        seen: Comparison = request.getfixturevalue(found)
         _, ward, tome, _ = seen.rows
         model, inputs = seen.backbone.model, seen_inputs(seen)
         with crossget.attach(model, {tower: crossget.ToMe(r)}):
@@ -148,7 +155,7 @@ class TestNumbers:
                 assert (crossget.count_flops(model, inputs).total > most) == dearer
         assert ward.gflops <= tome.gflops
 
-    def test_ward_takes_less_from_the_first_blocks(self, trained: Demo) -> None:
+    def test_ward_takes_less_from_the_first_blocks(self, trained: Comparison) -> None:
         _, ward, tome, _ = trained.rows
         first, *later = (1 - b / a for a, b in pairwise(ward.tokens["visual"]))
         assert 0 < first < min(later)
@@ -158,10 +165,10 @@ class TestNumbers:
         found = run(quick(model="test_vit", pretrained="none", r=101), lambda line: None)
         _, ward, tome, _ = found.rows
         assert ward.tokens == tome.tokens == {"visual": [101, 51, 26, 14, 8, 5]}
-        assert "note: Ward removes as many tokens per block of the visual tower as ToMe-style" in found.table()
+        assert "note: Ward is not fitted to ToMe-style's FLOPs in the visual tower" in found.table()
         assert "the nearest possible" in found.table()
 
-    def test_the_cosines_are_those_of_the_features(self, trained: Demo) -> None:
+    def test_the_cosines_are_those_of_the_features(self, trained: Comparison) -> None:
         model: Any = trained.backbone.model
         images = torch.stack([trained.backbone.preprocess(p.image) for p in load_photographs(None)])
         with torch.no_grad():
@@ -173,7 +180,7 @@ class TestNumbers:
         assert trained.rows[2].cosine["image"] == pytest.approx(float(expected), abs=1e-6)
         assert not torch.equal(dense, reduced)
 
-    def test_the_text_is_reduced_when_asked(self, trained: Demo, pairs: Demo) -> None:
+    def test_the_text_is_reduced_when_asked(self, trained: Comparison, pairs: Comparison) -> None:
         dense, ward, tome, cross = pairs.rows
         assert dense.tokens["text"] == [77] * 3
         assert ward.tokens["text"][0] == 77
@@ -185,14 +192,14 @@ class TestNumbers:
         assert set(cross.cosine) == {"image", "text"}
         assert "GFLOPs per image-caption pair" in "".join(axes.get_title(loc="left") for axes in pairs.picture().axes)
 
-    def test_zero_shot_is_a_distribution_over_captions_and_distractors(self, trained: Demo) -> None:
+    def test_zero_shot_is_a_distribution_over_captions_and_distractors(self, trained: Comparison) -> None:
         for row in trained.rows:
             probabilities = torch.tensor(row.captions)
             assert probabilities.shape == (4, 4 + len(demo.DISTRACTORS))
             torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
         assert "a photo of a cup of coffee" in trained.table()
 
-    def test_speed_is_a_ratio_to_dense(self, untrained: Demo) -> None:
+    def test_speed_is_a_ratio_to_dense(self, untrained: Comparison) -> None:
         dense, *reduced = untrained.rows
         assert dense.speed == 1.0
         for row in reduced:
@@ -202,7 +209,7 @@ class TestNumbers:
             assert row.peak_memory > 0
         assert json.loads(untrained.to_json())["methods"][1]["speed"] == reduced[0].speed
 
-    def test_what_was_not_measured_is_not_made_up(self, trained: Demo) -> None:
+    def test_what_was_not_measured_is_not_made_up(self, trained: Comparison) -> None:
         assert [row.speed for row in trained.rows] == [None] * 4
         assert "x  " not in trained.table().splitlines()[5]
 
@@ -211,21 +218,21 @@ class TestNumbers:
         assert demo._rounds_in_time(model, inputs, turns=3) == 20
         assert demo._rounds_in_time(model, inputs, turns=10**9) == 3
 
-    def test_json_says_where_and_how(self, untrained: Demo) -> None:
+    def test_json_says_where_and_how(self, untrained: Comparison) -> None:
         content = json.loads(untrained.to_json())
         assert content["environment"]["torch"] == torch.__version__
         assert content["options"]["r"] == [2] * 6
         assert [method["name"] for method in content["methods"]] == ["dense", WARD, TOME, CROSSGET]
         assert content["photographs"][0]["credit"] == "Stefan van der Walt, CC0"
 
-    def test_the_model_is_given_back_as_it_was(self, untrained: Demo) -> None:
+    def test_the_model_is_given_back_as_it_was(self, untrained: Comparison) -> None:
         with pytest.raises(ValueError, match="is not attached"):
             crossget.attachment(untrained.backbone.model)
         assert not untrained.backbone.model._forward_hooks
 
 
 class TestPicture:
-    def test_merge_maps_show_the_middle_and_the_end(self, trained: Demo) -> None:
+    def test_merge_maps_show_the_middle_and_the_end(self, trained: Comparison) -> None:
         for row in trained.rows[1:]:
             left = {depth: [len(image.unique()) for image in source] for depth, source in row.sources.items()}
             cross = int(row.name == CROSSGET)
@@ -236,13 +243,13 @@ class TestPicture:
         assert [len(row) for row in rows] == [7] * 4
         assert "ToMe-style, after block 2:\n44 tokens for 64 patches" in rows[0][2].caption
 
-    def test_the_last_map_is_that_of_the_whole_schedule(self, trained: Demo) -> None:
+    def test_the_last_map_is_that_of_the_whole_schedule(self, trained: Comparison) -> None:
         images = torch.stack([trained.backbone.preprocess(p.image) for p in load_photographs(None)])
         with crossget.attach(trained.backbone.model, {"visual": crossget.CrossGET(R)}) as attached, torch.no_grad():
             trained.backbone.image_features(images)
             assert torch.equal(attached.source["visual"], trained.rows[3].sources[4])
 
-    def test_the_panels_show_what_the_model_saw(self, trained: Demo) -> None:
+    def test_the_panels_show_what_the_model_saw(self, trained: Comparison) -> None:
         assert trained.pixels.shape == (4, 64, 64, 3)
         with Image.open(demo._shipped_folder() / "chelsea.png") as cat:
             middle = cat.convert("RGB").crop((75, 0, 375, 300)).resize((1, 1), Image.Resampling.BOX)
@@ -259,16 +266,14 @@ class TestPicture:
         assert "note: no picture of merged patches: these tokens are no grid" in found.table()
         assert len(found.picture().axes) == 4
 
-    def test_the_photographers_are_credited(self, trained: Demo) -> None:
+    def test_the_photographers_are_credited(self, trained: Comparison) -> None:
         for _, _, credit in SHIPPED:
             assert credit in printed(trained)
 
 
 class TestRefusals:
     def test_a_text_tower_that_is_not_there(self) -> None:
-        with pytest.raises(
-            ValueError, match="--text-r is for a text tower, and of timm test_vit only visual can be reduced"
-        ):
+        with pytest.raises(ValueError, match="--text-r is for a text tower.*crossget models.*or leave it out"):
             run(quick(model="test_vit", text_r=2))
 
     def test_a_backbone_without_tokens(self) -> None:
@@ -292,7 +297,7 @@ class TestRefusals:
     )
     def test_what_cannot_be_is_refused_before_any_work(self, options: dict[str, object], message: str) -> None:
         with pytest.raises(ValueError, match=re.escape(message)):
-            Options(**options)  # type: ignore[arg-type]
+            CompareOptions(**options)  # type: ignore[arg-type]
 
     def test_without_matplotlib_nothing_is_begun(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -343,12 +348,12 @@ def test_image_features_are_what_the_classifier_reads() -> None:
     from crossget.demo.backbones import make
 
     backbone = make("test_vit", pretrained="none")
-    images = backbone.made_up(2, text=False)[0]
+    images = backbone.random_inputs(2, text=False)[0]
     with torch.no_grad():
         features = backbone.image_features(images)
         torch.testing.assert_close(backbone.model.get_classifier()(features), backbone.model(images))
 
 
 def test_options_name_every_field_in_the_docstring() -> None:
-    documented = Options.__doc__ or ""
-    assert all(field.name in documented for field in dataclasses.fields(Options))
+    documented = CompareOptions.__doc__ or ""
+    assert all(field.name in documented for field in dataclasses.fields(CompareOptions))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from small_clip import registered
 
-from crossget.demo.viewer import Options, Story, run
+from crossget.demo.viewer import ViewerOptions, ViewerReport, run
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ MINUS = "\u2212"
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ViewerReport]:
     """Two methods that merge and one that drops, and two texts, one of them nasty."""
     folder = tmp_path_factory.mktemp("show")
     image = folder / "<i>photo.png"
@@ -45,14 +45,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     methods = ("crossget", "tome", "topk")
     with registered(TINY_CLIP, CONFIG, folder):
         yield run(
-            Options(image, TINY_CLIP, 9, methods, ("a cat", NASTY), pretrained="none", out=folder / "page.html"),
+            ViewerOptions(image, TINY_CLIP, 9, methods, ("a cat", NASTY), pretrained="none", out=folder / "page.html"),
             pytest.fail,
         )
 
 
 @pytest.fixture(scope="module")
-def data(story: Story) -> dict[str, Any]:
-    return json.loads(json.dumps(story.data()))
+def data(report: ViewerReport) -> dict[str, Any]:
+    return json.loads(json.dumps(report.data()))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def browser() -> Iterator[Any]:
 class Opened:
     """A page that is open, with what it asked for and complained about."""
 
-    def __init__(self, browser: Any, story: Story, viewport: dict[str, int] = LAPTOP, **settings: Any) -> None:
+    def __init__(self, browser: Any, report: ViewerReport, viewport: dict[str, int] = LAPTOP, **settings: Any) -> None:
         self.context = browser.new_context(viewport=viewport, **settings)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
@@ -79,7 +79,7 @@ class Opened:
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(story.options.out.resolve().as_uri())
+        self.page.goto(report.options.out.resolve().as_uri())
 
     def panel(self, name: str) -> Any:
         return self.page.get_by_role("region", name=name, exact=True)
@@ -119,11 +119,11 @@ class Opened:
 
 
 @pytest.fixture
-def opened(browser: Any, story: Story) -> Iterator[Opened]:
-    opened = Opened(browser, story)
+def opened(browser: Any, report: ViewerReport) -> Iterator[Opened]:
+    opened = Opened(browser, report)
     yield opened
     assert opened.complaints == []
-    assert opened.requests == [story.options.out.resolve().as_uri()]
+    assert opened.requests == [report.options.out.resolve().as_uri()]
     opened.context.close()
 
 
@@ -134,7 +134,7 @@ def expected_info(data: dict[str, Any], method: int, layer: int, patch: int) -> 
     if block["group"][patch] >= 0:
         said.append(f"(size {block['size'][patch]}")
     if block["score"] is not None and block["score"][patch] is not None:
-        said.append(f"chose: {block['score'][patch]:.3f}".replace("-", MINUS))
+        said.append(f"Importance in block {layer + 1}: {block['score'][patch]:.3f}".replace("-", MINUS))
     return said
 
 
@@ -318,8 +318,8 @@ def test_everything_has_a_name(opened: Opened) -> None:
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_fits_and_is_legible(browser: Any, story: Story, width: int, scheme: str) -> None:
-    opened = Opened(browser, story, {"width": width, "height": 844}, color_scheme=scheme)
+def test_fits_and_is_legible(browser: Any, report: ViewerReport, width: int, scheme: str) -> None:
+    opened = Opened(browser, report, {"width": width, "height": 844}, color_scheme=scheme)
     opened.page.get_by_role("combobox", name="Text that guides").select_option("1")
     opened.page.get_by_role("combobox", name="Colour patches by").select_option("text1")
     opened.point("CrossGET", 20)
@@ -352,8 +352,8 @@ CONTRAST = """() => {
   return worst; }"""
 
 
-def test_on_a_phone_a_tap_chooses_a_patch(browser: Any, story: Story, data: dict[str, Any]) -> None:
-    opened = Opened(browser, story, PHONE, has_touch=True, is_mobile=True)
+def test_on_a_phone_a_tap_chooses_a_patch(browser: Any, report: ViewerReport, data: dict[str, Any]) -> None:
+    opened = Opened(browser, report, PHONE, has_touch=True, is_mobile=True)
     picture = opened.panel("CrossGET").locator("svg")
     picture.scroll_into_view_if_needed()
     box = picture.bounding_box()
@@ -365,9 +365,9 @@ def test_on_a_phone_a_tap_chooses_a_patch(browser: Any, story: Story, data: dict
     opened.context.close()
 
 
-def test_nothing_can_be_loaded(browser: Any, story: Story) -> None:
+def test_nothing_can_be_loaded(browser: Any, report: ViewerReport) -> None:
     """The page's own policy forbids it, whatever gets into the page."""
-    opened = Opened(browser, story)
+    opened = Opened(browser, report)
     refused = opened.page.evaluate(
         """async () => {
           const seen = [];
@@ -385,7 +385,7 @@ def test_nothing_can_be_loaded(browser: Any, story: Story) -> None:
     opened.context.close()
 
 
-def test_without_javascript_it_says_so(browser: Any, story: Story) -> None:
-    opened = Opened(browser, story, java_script_enabled=False)
+def test_without_javascript_it_says_so(browser: Any, report: ViewerReport) -> None:
+    opened = Opened(browser, report, java_script_enabled=False)
     assert "draws its pictures with JavaScript, which is switched off" in opened.page.locator("body").inner_text()
     opened.context.close()
