@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 
 from tabulate import tabulate
 
-from experiments import common
+from experiments.lib.files import Json, environment, file_digest, write_json
 
 CATEGORIES = ("random", "popular", "adversarial")
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -134,7 +134,7 @@ class Pope:
         labels = [self.labels / f"coco_pope_{category}.json" for category in CATEGORIES]
         return {"answers": [self.answers], "questions": [self.questions], "labels": labels}
 
-    def score(self) -> common.Json:
+    def score(self) -> Json:
         """Return accuracy, precision, recall, F1 and share of yes of each category, in %, and the mean F1."""
         rows = read_records(self.questions, "question_id", "image", "text", "category")
         questions = unique(((row["question_id"], row) for row in rows), self.questions)
@@ -172,7 +172,7 @@ class Pope:
             }
         return {"f1": sum(part["f1"] for part in categories.values()) / len(categories), "categories": categories}
 
-    def table(self, result: common.Json) -> str:
+    def table(self, result: Json) -> str:
         """Return the result as text."""
         rows = [[category, *part.values()] for category, part in result["categories"].items()]
         rows.append(["mean", None, None, None, None, result["f1"], None])
@@ -221,7 +221,7 @@ class Mme:
                     )
                 yield (file.stem, image, bare(question)), answer.lower()
 
-    def score(self) -> common.Json:
+    def score(self) -> Json:
         """Return perception, cognition, and each sub-task's accuracy over questions and over images, in %."""
         truth = unique(self.truth(), self.ground_truth)
         rows = read_records(self.answers, "question_id", "prompt", "text")
@@ -258,7 +258,7 @@ class Mme:
             "subtasks": subtasks,
         }
 
-    def table(self, result: common.Json) -> str:
+    def table(self, result: Json) -> str:
         """Return the result as text."""
         rows = [[subtask, *part.values()] for subtask, part in result["subtasks"].items()]
         rows += [[name, None, None, None, result[name], None] for name in ("perception", "cognition")]
@@ -295,7 +295,7 @@ class ScienceQA:
         """Return what is read, option by option."""
         return {"answers": [self.answers], "questions": [self.questions], "splits": [self.splits]}
 
-    def score(self) -> common.Json:
+    def score(self) -> Json:
         """Return the accuracy over all questions, and over those with an image, in %."""
         problems, splits = read_object(self.questions), read_object(self.splits)
         if self.split not in splits:
@@ -326,7 +326,7 @@ class ScienceQA:
         }
         return {**parts, "unread": unread}
 
-    def table(self, result: common.Json) -> str:
+    def table(self, result: Json) -> str:
         """Return the result as text."""
         rows = [[name, *result[name].values()] for name in ("all", "image")]
         rows.append(["no option named", result["unread"], None])
@@ -336,18 +336,18 @@ class ScienceQA:
 Options = Pope | Mme | ScienceQA
 
 
-def run_of(options: Options) -> tuple[common.Json, str]:
+def run_of(options: Options) -> tuple[Json, str]:
     """Return what was scored, with the files' digests, and the command that repeats it; of paths both keep the name."""
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name != "json"}
     words = ["python", "-m", "experiments.llava.score", options.name]
     for name, value in given.items():
         words += ["--" + name.replace("_", "-"), value.name if isinstance(value, Path) else value]
     settings = {name: value for name, value in given.items() if not isinstance(value, Path)}
-    digests = {name: {file.name: common.file_digest(file) for file in files} for name, files in options.files().items()}
+    digests = {name: {file.name: file_digest(file) for file in files} for name, files in options.files().items()}
     return {"benchmark": options.name, **settings, "sha256": digests}, shlex.join(words)
 
 
-def main(options: Options) -> common.Json:
+def main(options: Options) -> Json:
     """Score, print the table, write the result file if one is asked for, and return the result."""
     start = time.perf_counter()
     result = options.score()
@@ -355,9 +355,9 @@ def main(options: Options) -> common.Json:
     print(options.table(result))
     if options.json is not None:
         run, command = run_of(options)
-        environment = common.environment()
+        environment = environment()
         content = {"run": run, "command": command, "environment": environment, "result": result, "seconds": seconds}
-        common.write_json(options.json, content)
+        write_json(options.json, content)
     return result
 
 

@@ -17,9 +17,11 @@ pytest.importorskip("timm")
 pytest.importorskip("matplotlib")
 
 import crossget
-from experiments import common
 from experiments.ablation import report, run, settings
 from experiments.ablation.presets import COMPARISONS, FULL, METHODS, PRESETS
+from experiments.lib.files import Json, environment, file_digest, unpack
+from experiments.lib.statistics import paired_bootstrap
+from experiments.lib.study import pending, work_off
 
 
 def picture(file: Path, seed: int) -> None:
@@ -92,14 +94,14 @@ def test_a_result_file_says_what_was_run_where_and_with_what_outcome(weights, me
     content = json.loads(text)
     assert list(content) == ["run", "command", "environment", "result", "seconds"]
     assert content["run"]["reducer"]["name"] == "CrossGET"
-    assert content["run"]["weights"] == {"file": "vit.safetensors", "sha256": common.file_digest(weights)}
+    assert content["run"]["weights"] == {"file": "vit.safetensors", "sha256": file_digest(weights)}
     assert {"commit", "dirty", "source_sha256", "torch"} <= set(content["environment"])
     result = content["result"]
     assert result["tokens"] == [66, 58, 50, 42]
     assert result["gflops"]["reduced"] < result["gflops"]["dense"]
     assert len(result["correct"]) == result["n"] == 20
     assert result["top1"] == 5 * result["correct"].count("1")
-    divergences = common.unpack(result["divergences"])
+    divergences = unpack(result["divergences"])
     assert divergences.shape == (20,)
     assert divergences.mean() == pytest.approx(result["divergence"], rel=0.02, abs=2e-6)
     dense = json.loads((measured / "results" / "cifar10" / "dense.json").read_text())["result"]
@@ -200,36 +202,36 @@ def test_a_wrong_choice_is_refused(tmp_path, folder, weights):
 def test_bootstrap_is_that_of_resampled_items():
     chance = np.random.default_rng(1)
     a, b = (chance.integers(0, 2, 200).astype(float) for _ in range(2))
-    interval = common.paired_bootstrap(a, b)
+    interval = paired_bootstrap(a, b)
     items = chance.integers(0, 200, (20_000, 200))
     low, high = np.quantile((a - b)[items].mean(1), [0.025, 0.975])
     assert interval.mean == pytest.approx((a - b).mean())
     assert interval.low == pytest.approx(low, abs=0.011)
     assert interval.high == pytest.approx(high, abs=0.011)
-    assert common.paired_bootstrap(a, b) == interval
-    assert common.paired_bootstrap(a, a) == (0, 0, 0)
+    assert paired_bootstrap(a, b) == interval
+    assert paired_bootstrap(a, a) == (0, 0, 0)
     with pytest.raises(ValueError, match="same items"):
-        common.paired_bootstrap(a, b[:-1])
+        paired_bootstrap(a, b[:-1])
 
 
 def test_the_code_is_named_also_where_there_is_no_commit(monkeypatch, tmp_path):
-    environment = common.environment()
+    environment = environment()
     assert len(environment["source_sha256"]) == 64
     assert environment["dirty"] in (True, False, None)
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setitem(os.environ, "GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert common.environment()["commit"] is None
-    assert common.environment()["dirty"] is None
+    assert environment()["commit"] is None
+    assert environment()["dirty"] is None
 
 
 def test_an_interrupted_run_leaves_no_result(tmp_path):
-    def execute(line: run.Run) -> common.Json:
+    def execute(line: run.Run) -> Json:
         if line.preset == "tome":
             raise RuntimeError("stopped")
         return {"run": {}, "result": {}}
 
     runs = [run.Run("cifar10", name, 0, 0) for name in ("dense", "tome", "topk")]
     with pytest.raises(RuntimeError, match="stopped"):
-        common.work_off(runs, tmp_path, execute, command=lambda line: "", environment={})
+        work_off(runs, tmp_path, execute, command=lambda line: "", environment={})
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["dense.json"]
-    assert common.pending(runs, tmp_path) == runs[1:]
+    assert pending(runs, tmp_path) == runs[1:]

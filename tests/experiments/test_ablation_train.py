@@ -16,9 +16,10 @@ pytest.importorskip("timm")
 pytest.importorskip("accelerate")
 pytest.importorskip("torchvision")
 
-from experiments import common, engine
 from experiments.ablation import report_trained, settings, train
 from experiments.ablation.presets import RECIPE_NOTES, RECIPES, TRAINED, TRAINED_REDUCTIONS
+from experiments.lib import training
+from experiments.lib.files import Json, pack
 
 CIFAR = settings.SETTINGS["cifar10"]
 
@@ -97,7 +98,7 @@ def test_cross_tokens_alone_leave_the_weights(inputs: Path) -> None:
     assert attached is not None
     assert train.sizes(attached) == [0] * 4
     data = train.labelled(settings.find_samples(CIFAR, inputs / "train"), CIFAR, seed=0)
-    train.fit(model, attached, row, data, engine.Recipe(epochs=1, batch=10, lr=0.01))
+    train.fit(model, attached, row, data, training.Recipe(epochs=1, batch=10, lr=0.01))
     attached.unregister_parameters()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert min(train.sizes(attached)) > 0
@@ -128,7 +129,7 @@ def test_the_queue_has_each_row_once_and_the_first_reduction_first(inputs: Path,
 # The report ---------------------------------------------------------------------------------------------------------
 
 
-def entry(preset: str, r: int, seed: int, right: float, **changes: Any) -> common.Json:
+def entry(preset: str, r: int, seed: int, right: float, **changes: Any) -> Json:
     """A made-up result with 400 images, of which the first ones are classified rightly."""
     count = round(400 * right)
     trained = TRAINED[preset].train is not None
@@ -139,13 +140,13 @@ def entry(preset: str, r: int, seed: int, right: float, **changes: Any) -> commo
         },
         "result": {
             "top1": 100 * right, "loss": 1 - right, "correct": "1" * count + "0" * (400 - count), "agreement": 90.0,
-            "divergences": common.pack(np.zeros(400)), "gflops": {"dense": 2.0, "reduced": 1.5}, "tokens": [65, 57],
+            "divergences": pack(np.zeros(400)), "gflops": {"dense": 2.0, "reduced": 1.5}, "tokens": [65, 57],
             **({"recipe": {**vars(RECIPES["cifar10"]), "seed": seed, **changes}} if trained else {}),
         },
     }  # fmt: skip
 
 
-def made_up() -> list[common.Json]:
+def made_up() -> list[Json]:
     results = [
         entry("dense", 0, 0, 0.7),
         entry("crossget_untrained", 8, 0, 0.6),

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import common, tables
 from experiments.ablation.settings import Images
 from experiments.budgets import report
 from experiments.budgets.run import Options, command_of, queue, split
+from experiments.lib import tables
+from experiments.lib.files import read_results, unpack
+from experiments.lib.statistics import paired_bootstrap
 
 
 def test_images_to_fit_on_are_not_measured_on() -> None:
@@ -35,14 +37,14 @@ def test_the_queue_and_its_commands() -> None:
 
 
 def test_the_page_is_what_the_results_make_and_fitted_is_no_worse() -> None:
-    results = common.read_results(report.HERE / "results")
+    results = read_results(report.HERE / "results")
     page = report.PAGE.read_text(encoding="utf-8")
     assert page.split(tables.BEGIN)[1].split(tables.END)[0].strip() == report.generated(results)
     for result in results:
         if result["run"]["budget"] == "flops":
             fitted, even = (result["result"][name] for name in ("measured", "constant"))
-            worse = common.paired_bootstrap(
-                *(common.unpack(entry["accuracy"]["divergences"]) for entry in (fitted, even)), resamples=1000
+            worse = paired_bootstrap(
+                *(unpack(entry["accuracy"]["divergences"]) for entry in (fitted, even)), resamples=1000
             )
             assert worse.low <= 0
             assert max(fitted["fit"]["measured"], even["fit"]["measured"]) <= result["run"]["share"]

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments import common, tables
 from experiments.conditioned import report, run
 from experiments.conditioned.presets import PRESETS
+from experiments.lib import tables
+from experiments.lib.files import read_results, unpack
 
 
 @pytest.mark.parametrize(("target", "known"), [("own", [0, 1, 2, 3]), ("other", [2, 3, 0, 1])])
@@ -44,7 +45,7 @@ def test_what_cosines_say() -> None:
     result = run.measure(cosines, torch.tensor([0, 1]), 10.0, both_ways=False)
     assert (result["text"]["right"], result["text"]["accuracy"], "photo" in result) == ("10", 50, False)
     losses = [-float((10 * row).log_softmax(0)[right]) for row, right in zip(cosines, (0, 1), strict=True)]
-    assert common.unpack(result["text"]["losses"]) == pytest.approx(losses, rel=1e-3)
+    assert unpack(result["text"]["losses"]) == pytest.approx(losses, rel=1e-3)
     square = run.measure(cosines[:, :2], torch.arange(2), 10.0, both_ways=True)
     assert (square["photo"]["right"], square["text"]["right"]) == ("11", "10")
 
@@ -82,7 +83,7 @@ def test_from_photographs_to_a_table(clip: Path, task: Any, tmp_path: Path) -> N
     presets = ("dense", "tome", "crossget", "crossget_own", "crossget_other", "ward_all")
     assert run.main(run.Options(**options, presets=presets)) == 6
     assert run.main(run.Options(**options, presets=presets)) == 0
-    contents = common.read_results(tmp_path)
+    contents = read_results(tmp_path)
     rows = report.rows_of(contents, task)
     for name in presets[1:]:
         row = rows[name, 4]
@@ -102,6 +103,6 @@ def test_captions_need_annotations(clip: Path) -> None:
 
 
 def test_the_committed_page_is_what_the_files_give() -> None:
-    contents = common.read_results(run.RESULTS)
+    contents = read_results(run.RESULTS)
     assert contents
     assert f"{tables.BEGIN}\n\n{report.generated(contents)}\n\n{tables.END}" in report.PAGE.read_text(encoding="utf-8")

@@ -26,14 +26,14 @@ import open_clip
 
 import crossget
 from crossget.core.training import parameter_groups
-from experiments import common
 from experiments.coop import datasets, prompts, report, run
 from experiments.coop.datasets import SOURCES, Photo
 from experiments.coop.presets import PRESETS, SETTINGS, recipe_of
 from experiments.coop.prompts import PromptLearner
 from experiments.coop.task import CoopTask
+from experiments.lib.data import BadData, Labelled
+from experiments.lib.files import file_digest, read_results
 from experiments.retrieval.models import Clip, load_clip
-from experiments.samples import BadData, Labelled
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("face", "water_lilly", "dragonfly")
@@ -641,14 +641,14 @@ def test_end_to_end(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "--percent 58" in made["command"]
     assert str(tmp_path) not in json.dumps(made)
     work = tmp_path / "work/caltech101_small/dtd"
-    assert made["run"]["prompts_sha256"] == common.file_digest(work / "coop_seed0/prompts.safetensors")
+    assert made["run"]["prompts_sha256"] == file_digest(work / "coop_seed0/prompts.safetensors")
     saved = crossget.load(load_clip("tiny").model, work / "crossget_58_seed0")
     assert all(float(parameter.detach().abs().sum()) > 0 for parameter in saved.cross_tokens.values())
     (work / "coop_seed0/prompts.safetensors").unlink()
     assert run.main(wanted) == 1, "what others start from is made again"
     with pytest.raises(ValueError, match=r"has prompts \[4, 32\], and \[5, 32\] are wanted"):
         run.main(options(photos, tmp_path, context=5, overwrite=True, presets=("tome",)))
-    chapter = "\n".join(report.chapter(common.read_results(tmp_path / "results")))
+    chapter = "\n".join(report.chapter(read_results(tmp_path / "results")))
     for preset in PRESETS.values():
         assert f"| {preset.label} " in chapter
     assert "3 classes, 4 photographs of each to train on, 6 to evaluate on; 4 context tokens, shared" in chapter

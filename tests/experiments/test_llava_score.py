@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments import common
+from experiments.lib.files import ROOT, file_digest
 from experiments.llava import score
 
 FOLDER = Path(score.__file__).parent
@@ -463,7 +463,7 @@ def test_scienceqa_says_what_is_wrong(scienceqa, tmp_path, breakage: Breakage, e
 
 def program(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "experiments.llava.score", *map(str, arguments)]
-    return subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_program_prints_a_table_and_writes_what_it_came_from(pope, tmp_path):
@@ -486,10 +486,10 @@ def test_the_program_prints_a_table_and_writes_what_it_came_from(pope, tmp_path)
     assert content["run"] == {
         "benchmark": "pope",
         "sha256": {
-            "answers": {"answers.jsonl": common.file_digest(pope.answers)},
-            "questions": {"questions.jsonl": common.file_digest(pope.questions)},
+            "answers": {"answers.jsonl": file_digest(pope.answers)},
+            "questions": {"questions.jsonl": file_digest(pope.questions)},
             "labels": {
-                f"coco_pope_{category}.json": common.file_digest(pope.labels / f"coco_pope_{category}.json")
+                f"coco_pope_{category}.json": file_digest(pope.labels / f"coco_pope_{category}.json")
                 for category in ("random", "popular", "adversarial")
             },
         },

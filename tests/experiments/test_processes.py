@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import processes
+from experiments.lib import processes
 
 
 @pytest.fixture

@@ -13,11 +13,13 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("open_clip")
 
-from experiments import common, report
+from experiments import report
+from experiments.lib.files import ROOT, Json, pack, read_results, unpack, write_json
+from experiments.lib.statistics import Interval, Seeds, compare_seeds
 from experiments.retrieval import report as retrieval
 from experiments.retrieval.presets import PRESETS, SETTINGS
 
-PAGE = common.ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "results.md"
 
 
 def test_the_committed_page_is_what_the_files_give() -> None:
@@ -33,7 +35,7 @@ def test_its_figures_are_there() -> None:
 
 def test_every_result_file_says_where_it_comes_from() -> None:
     for folder, _ in report.CHAPTERS.values():
-        for result in common.read_results(report.EXPERIMENTS / folder):
+        for result in read_results(report.EXPERIMENTS / folder):
             assert {"run", "command", "environment", "result", "seconds"} <= set(result)
             assert re.fullmatch("[0-9a-f]{40}", result["environment"]["commit"])
             assert "seed" in result["run"]
@@ -41,7 +43,7 @@ def test_every_result_file_says_where_it_comes_from() -> None:
             assert "/" not in result["command"].replace("experiments/", "")
 
 
-def made(preset: str, r: int, seed: int, hits: float, **run: Any) -> common.Json:
+def made(preset: str, r: int, seed: int, hits: float, **run: Any) -> Json:
     """A result of four photographs with two captions each, of which a share is found at once."""
     chance = np.random.default_rng([int(100 * hits), r, seed])
     places = {
@@ -49,7 +51,7 @@ def made(preset: str, r: int, seed: int, hits: float, **run: Any) -> common.Json
         "text_to_image": np.where(chance.random(80) < hits, 3, 99),
     }
     recall = {way: {f"r@{k}": 100 * float((place < k).mean()) for k in (1, 5, 10)} for way, place in places.items()}
-    packed = {way: common.pack(place.astype(np.float64)) for way, place in places.items()}
+    packed = {way: pack(place.astype(np.float64)) for way, place in places.items()}
     return {
         "run": {
             "setting": "flickr8k", "preset": preset, "r": r, "seed": seed, "split": "val", "model": "small",
@@ -74,8 +76,8 @@ def test_a_photograph_counts_the_same_however_many_captions_it_has() -> None:
     values = retrieval.per_photo(result)
     recalls = [result[way][f"r@{k}"] for way in retrieval.WAYS for k in retrieval.KS]
     assert 100 * float(values.mean()) == pytest.approx(sum(recalls) / 6)
-    to_image = common.unpack(result["places"]["text_to_image"])
-    to_text = common.unpack(result["places"]["image_to_text"])
+    to_image = unpack(result["places"]["text_to_image"])
+    to_text = unpack(result["places"]["image_to_text"])
     for i in range(40):
         own = [float((to_text[i] < k) + np.mean(to_image[2 * i : 2 * i + 2] < k)) for k in (1, 5, 10)]
         assert values[i] == pytest.approx(sum(own) / 6)
@@ -98,13 +100,13 @@ def test_what_the_data_say() -> None:
 
 def test_rows_are_compared_over_the_seeds_that_both_have() -> None:
     ones, twos = np.ones(5), np.full(5, 2.0)
-    row: common.Seeds = {0: ones, 1: twos}
-    assert common.compare(row, {0: ones}) == common.Interval(0, 0, 0)
-    assert common.compare(row, {1: ones, 2: np.zeros(5)}) == common.Interval(1, 1, 1)
-    assert common.compare(row, {2: ones}) is None
-    assert common.compare(row, {None: ones}) == common.Interval(0.5, 0.5, 0.5)
-    assert common.compare({None: ones}, row) == common.Interval(-0.5, -0.5, -0.5)
-    assert common.compare({None: twos}, {None: ones}) == common.Interval(1, 1, 1)
+    row: Seeds = {0: ones, 1: twos}
+    assert compare_seeds(row, {0: ones}) == Interval(0, 0, 0)
+    assert compare_seeds(row, {1: ones, 2: np.zeros(5)}) == Interval(1, 1, 1)
+    assert compare_seeds(row, {2: ones}) is None
+    assert compare_seeds(row, {None: ones}) == Interval(0.5, 0.5, 0.5)
+    assert compare_seeds({None: ones}, row) == Interval(-0.5, -0.5, -0.5)
+    assert compare_seeds({None: twos}, {None: ones}) == Interval(1, 1, 1)
 
 
 @pytest.mark.parametrize("change", [{"weights": {"sha256": "1"}}, {"split": "test"}, {"model": "other"}])
@@ -122,7 +124,7 @@ def test_the_program_writes_page_and_figure(tmp_path: Path) -> None:
         run = result["run"]
         environment = dict.fromkeys(("torch", "device", "commit", "dirty"), "x")
         file = tmp_path / "experiments/retrieval/results" / f"{run['preset']}{run['seed']}.json"
-        common.write_json(file, {**json.loads(json.dumps(result)), "environment": environment, "command": "c"})
+        write_json(file, {**json.loads(json.dumps(result)), "environment": environment, "command": "c"})
     (tmp_path / "docs").mkdir()
     report.main(report.Options(tmp_path / "experiments", tmp_path / "docs"))
     text = (tmp_path / "docs/results.md").read_text()

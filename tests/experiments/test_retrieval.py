@@ -24,11 +24,11 @@ pytest.importorskip("open_clip")
 
 import crossget
 from crossget.core.training import parameter_groups
-from experiments import common
+from experiments.lib.data import BadData, read_image
+from experiments.lib.files import unpack
 from experiments.retrieval import data, evaluate, models, run
 from experiments.retrieval.presets import FIRST, PARTS, PRESETS, SETTINGS
 from experiments.retrieval.task import RetrievalTask
-from experiments.samples import BadData, read_image
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["a", "red", "dog", "runs", "cat", "over", "green", "grass", "ball", "child"]
@@ -307,7 +307,7 @@ def test_end_to_end(folder: Path, clip_folder: Path, tmp_path: Path) -> None:
     )
     assert made["result"]["parameters"]["cross_tokens"] == 2 * 2 * 32
     assert control["result"]["parameters"]["model"] == made["result"]["parameters"]["model"]
-    places = common.unpack(made["result"]["places"]["text_to_image"])
+    places = unpack(made["result"]["places"]["text_to_image"])
     assert made["result"]["text_to_image"]["r@1"] == pytest.approx(100 * float((places < 1).mean()))
     assert made["run"]["data"]["train"]["photos"] == 16
     assert "--presets crossget --seeds 0 --split val --r 4" in made["command"]

@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 from contract import COMPILES
-from experiments import common
+from experiments.lib.files import read_results
 from experiments.speed import costs
 from experiments.speed.costs import COSTS, Options, execute, main, markdown, queue, table
 
@@ -164,7 +164,7 @@ def test_the_command_repeats_the_run(results: Path, cost: str) -> None:
 
 @pytest.mark.slow
 def test_the_tables_of_a_page(results: Path) -> None:
-    text = markdown(common.read_results(results))
+    text = markdown(read_results(results))
     starts = ["Attaching CrossGET with r = 4", "Importing", "First call of timm/test_vit", "Matching one sequence"]
     starts += ["Peak memory of a forward pass"]
     starts = [start for start in starts if COMPILES or not start.startswith("First call")]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from experiments import common
+from experiments.lib.files import read_results
 from experiments.speed.operators import Options, Run, main, markdown, pairs
 
 SMALL = Run(batch=2, tokens=40, width=96, dtype="float32", rounds=2)
@@ -42,7 +42,7 @@ def test_every_choice_is_timed(tmp_path: Path) -> None:
     options = Options(batch=2, tokens=40, width=96, rounds=2, flex=False, results=tmp_path)
     assert main(options) == 2
     assert main(options) == 0
-    contents = common.read_results(tmp_path)
+    contents = read_results(tmp_path)
     for content in contents:
         assert [row["choice"] for row in content["result"]["rows"]] == list(pairs(SMALL))
         assert content["result"]["operators"] > 50

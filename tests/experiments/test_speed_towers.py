@@ -12,7 +12,7 @@ import torch
 
 import crossget
 from contract import COMPILES
-from experiments import common
+from experiments.lib.files import read_results
 from experiments.speed import gpu, report, towers
 from experiments.speed.ideal import cut
 from experiments.speed.towers import (
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(towers, "timed", full)
     monkeypatch.setattr(towers, "flops", lambda setup: {})
     assert main(Options(towers=("tiny",), results=tmp_path, **SMALL)) == 1
-    (content,) = common.read_results(tmp_path)
+    (content,) = read_results(tmp_path)
     assert content["result"]["does_not_fit"] == "CUDA out of memory."
     assert "does not fit" in markdown([content])
 

@@ -13,14 +13,16 @@ pytest.importorskip("matplotlib")
 
 import crossget
 from crossget.methods.reducers import Reducer
-from experiments import common, tables
 from experiments.ablation import settings
+from experiments.lib import tables
+from experiments.lib.files import read_results
+from experiments.lib.statistics import paired_ratio
 from experiments.training_free import presets, report, run
 
 
 def test_the_page_shows_what_the_results_say() -> None:
     page = report.PAGE.read_text(encoding="utf-8")
-    assert report.generated(common.read_results(report.HERE / "results")) in page
+    assert report.generated(read_results(report.HERE / "results")) in page
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_row_is_fitted_from_below_and_reported(measured: Path) -> None:
-    results = {r["run"]["preset"]: r for r in common.read_results(measured / "results")}
+    results = {r["run"]["preset"]: r for r in read_results(measured / "results")}
     assert results["dense"]["result"]["divergence"] == 0
     assert results["dense"]["run"]["data"]["half"] == "confirm"
     assert results["dense"]["result"]["n"] == 10
@@ -94,12 +96,12 @@ def test_parts_are_exchanged_on_the_same_tokens() -> None:
 
 def test_the_ratio_of_two_means() -> None:
     values = np.random.default_rng(0).random(50) + 1
-    assert common.paired_ratio(2 * values, values) == pytest.approx((2, 2, 2))
-    found = common.paired_ratio(values, values[::-1].copy())
+    assert paired_ratio(2 * values, values) == pytest.approx((2, 2, 2))
+    found = paired_ratio(values, values[::-1].copy())
     assert found.mean == pytest.approx(1)
     assert found.low < 1 < found.high
     with pytest.raises(ValueError, match="same items"):
-        common.paired_ratio(values, values[1:])
+        paired_ratio(values, values[1:])
 
 
 def test_a_constant_may_be_no_whole_number() -> None:
