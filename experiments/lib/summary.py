@@ -17,7 +17,9 @@ from experiments.lib.files import EXPERIMENTS, Json, read_json, short_name
 FILE = EXPERIMENTS / "results.csv"
 
 # Parts of a result that describe a run, or that hold values per item.
-SKIPPED = frozenset({"recipe", "resolved", "history", "tokens", "cross_tokens", "rounds", "captions", "places", "flops"})
+SKIPPED = frozenset(
+    {"recipe", "resolved", "history", "tokens", "cross_tokens", "rounds", "captions", "places", "flops", "schedule"}
+)
 # Names under which runs keep the same thing.
 METHOD = ("preset", "method")
 NAMED = ("setting", "task", "tower", "size", "model", "cost", "benchmark")
@@ -30,7 +32,7 @@ class Row:
     """One metric of one run.
 
     Attributes:
-        study: folder of the study.
+        study: folder of the study; `-trained` for the runs that train.
         setting: model and data, and what else tells two runs apart (budget, batch, dtype ...).
         method: what is attached.
         r: tokens removed per block; several numbers are those of the blocks.
@@ -77,7 +79,7 @@ def rows_of(file: Path, experiments: Path) -> Iterator[Row]:
     content = read_json(file)
     run, name = content["run"], file.relative_to(experiments).as_posix()
     base = Row(
-        study=name.split("/")[0],
+        study=name.split("/")[0] + ("-trained" if "results_trained" in name else ""),
         setting=setting_of(run),
         method=next((str(run[key]) for key in METHOD if key in run), ""),
         r=r_of(run),
@@ -90,6 +92,10 @@ def rows_of(file: Path, experiments: Path) -> Iterator[Row]:
         file=name,
     )
     yield from metrics(content["result"], base)
+    if "places" in content["result"]:
+        from experiments.retrieval.report import per_photo
+
+        yield replace(base, metric="mean_recall", value=number(100 * float(per_photo(content["result"]).mean())))
 
 
 def setting_of(run: Json) -> str:
@@ -130,9 +136,8 @@ def metrics(value: Any, base: Row, path: str = "") -> Iterator[Row]:
     if isinstance(value, Mapping):
         for key, part in value.items():
             if key in INTERVALS:
-                low, high = part
-                yield replace(base, metric=f"{path}{'.' * bool(path)}{key}.low", value=number(low))
-                yield replace(base, metric=f"{path}{'.' * bool(path)}{key}.high", value=number(high))
+                for side, bound in zip(("low", "high"), part, strict=True):
+                    yield from metrics(bound, base, ".".join(filter(None, (path, key, side))))
             elif key not in SKIPPED:
                 yield from metrics(part, base, f"{path}.{key}" if path else str(key))
     elif path == "rows":
