@@ -92,7 +92,7 @@ def rows_of(file: Path, experiments: Path) -> Iterator[Row]:
         file=name,
     )
     yield from metrics(content["result"], base)
-    if "places" in content["result"]:
+    if "captions" in content["result"]:
         from experiments.retrieval.report import per_photo
 
         yield replace(base, metric="mean_recall", value=number(100 * float(per_photo(content["result"]).mean())))

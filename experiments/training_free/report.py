@@ -27,7 +27,7 @@ LINES = {
     "ward": ("#0072B2", "D"),
     "ward_reading": ("#009E73", "v"),
 }
-LABELS = {"ward_plain": "Ward, neither skipping nor norm_correction"}
+LABELS = {"ward_plain": "Ward, last block for all tokens, no norm correction"}
 """Where a row's label says too little outside its table."""
 
 
@@ -93,11 +93,11 @@ def percent(interval: Interval) -> str:
 
 
 def methods(rows: Rows) -> str:
-    """Return what every method loses at every budget, beside ToMe and beside ToMe that skips what is unread."""
+    """Return what every method loses at every budget, beside ToMe and beside ToMe whose last block computes the class token only."""
     dense = rows["dense", 100]
     headers = [
         "FLOPs, %", "method", "top-1 lost to dense, points", "top-1 minus ToMe's, points", "KL from dense",
-        "in % of ToMe's", "of ToMe's with unread tokens skipped",
+        "in % of ToMe's", "of ToMe's, class token only",
     ]  # fmt: skip
     lines: list[list[Any]] = []
     for budget in budgets_of(rows):
@@ -118,7 +118,7 @@ def methods(rows: Rows) -> str:
 
 
 def ideas(rows: Rows) -> str:
-    """Return each idea alone and each taken away, by divergence."""
+    """Return each part alone and each exchanged, by divergence."""
     budgets = [b for b in budgets_of(rows) if any((name, b) in rows for name in AWAY if name not in METHODS)]
     lines: list[list[Any]] = []
     for title, base, group in (("in ToMe", "tome", ALONE), ("in Ward", "ward", AWAY)):
@@ -142,7 +142,7 @@ def chapters(results: Sequence[Json]) -> Iterator[str]:
         yield f"## {SETTINGS[setting].title}"
         yield f"{len(dense.correct)} images that took no part in the choice, dense {100 * dense.correct.mean():.1f} %."
         yield methods(rows)
-        yield "Each idea alone in ToMe, and each exchanged in the whole; above 100 is further from the dense model:"
+        yield "Each part alone in ToMe, and each exchanged in Ward; above 100 is farther from the dense model:"
         yield ideas(rows)
 
 
