@@ -1,4 +1,4 @@
-"""Measure a study: `python -m experiments.run STUDY ...`; `python -m experiments.run STUDY --help` lists its options."""
+"""Measure a study: `python -m experiments.run STUDY ...`; `--help` behind the name lists its options."""
 
 import sys
 from collections.abc import Sequence
@@ -16,9 +16,7 @@ def main(arguments: Sequence[str]) -> int:
 
     if not arguments or arguments[0] not in STUDIES:
         given = arguments[0] if arguments else "nothing"
-        raise SystemExit(
-            f"usage: python -m experiments.run STUDY [options]\nSTUDY is one of: {', '.join(STUDIES)}; got {given}"
-        )
+        raise SystemExit(f"got {given}; expected one of the studies {', '.join(STUDIES)}, and its options")
     study = load_study(arguments[0])
     description = sys.modules[study.load.__module__].__doc__
     options = tyro.cli(

@@ -49,7 +49,7 @@ def read_lines(file: Path, *keys: str) -> list[dict[str, str]]:
         try:
             record = json.loads(line)
             records.append({key: str(record[key]) for key in keys})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError) as error:  # noqa: PERF203
             raise ValueError(
                 f"{file}, line {number}: expected a JSON object with {list(keys)}, got {line[:80]!r}"
             ) from error
@@ -94,7 +94,9 @@ def score(options: Options) -> Json:
         asked = [row for row in questions.values() if row["category"] == category]
         labels = read_lines(file, "image", "text", "label")
         if len(asked) != len(labels):
-            raise ValueError(f"{file} has {len(labels)} labels, {options.questions} has {len(asked)} questions for them")
+            raise ValueError(
+                f"{file} has {len(labels)} labels, {options.questions} has {len(asked)} questions for them"
+            )
         for number, (row, label) in enumerate(zip(asked, labels, strict=True), 1):
             if row["image"] != label["image"] or not row["text"].startswith(label["text"]):
                 raise ValueError(f"{file}, line {number} is not about question {row['question_id']!r}: {label}")

@@ -1,11 +1,11 @@
 """Make all measurements that need a GPU, in one call of at most ten minutes: `python -m experiments.speed.gpu`.
 
-The kernels are compared with the plain operators, and a forward is checked for synchronisation with the device. Then the
-towers are timed, the most important ones first. Each result is written as soon as it is complete, and nothing is started
-that is expected to end too late. What became of each measurement is printed at the end; called again, the program
-continues with those that are missing.
+The kernels are compared with the plain operators, and a forward is checked for synchronisation with the device. Then
+the towers are timed, the most important ones first. Each result is written as soon as it is complete, and nothing is
+started that is expected to end too late. What became of each measurement is printed at the end; called again, the
+program continues with those that are missing.
 
-It runs with torch, timm, transformers and crossget alone. Measurements that need another package are skipped without it.
+It runs with torch, timm, transformers and crossget alone. Measurements that need another package are skipped without.
 """
 
 import argparse

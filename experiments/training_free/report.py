@@ -93,7 +93,7 @@ def percent(interval: Interval) -> str:
 
 
 def methods(rows: Rows) -> str:
-    """Return what every method loses at every budget, beside ToMe and beside ToMe whose last block computes the class token only."""
+    """Return what every method loses at every budget, beside ToMe with and without `class_token_only`."""
     dense = rows["dense", 100]
     headers = [
         "FLOPs, %", "method", "top-1 lost to dense, points", "top-1 minus ToMe's, points", "KL from dense",

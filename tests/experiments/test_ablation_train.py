@@ -53,14 +53,14 @@ def read(out: Path, name: str) -> Any:
 
 
 def test_a_result_file_says_what_was_trained_and_with_what_outcome(inputs: Path, tmp_path: Path) -> None:
-    assert train.main(options(inputs, tmp_path)) == 4
-    assert train.main(options(inputs, tmp_path)) == 0
+    assert train.STUDY.run(options(inputs, tmp_path)) == 4
+    assert train.STUDY.run(options(inputs, tmp_path)) == 0
     content = read(tmp_path, "crossget_r8_seed0")
     assert str(inputs) not in json.dumps(content)
     assert list(content) == ["run", "command", "environment", "result", "seconds"]
     assert content["command"] == (
-        "python -m experiments.ablation.train --setting cifar10 --data test --train train --weights vit.safetensors "
-        "--presets crossget --r 8 --seeds 0 --eval-batch 200 --epochs 2 --batch 5"
+        "python -m experiments.run ablation-trained --epochs 2 --batch 5 --setting cifar10 --data test --train train "
+        "--weights vit.safetensors --presets crossget --r 8 --seeds 0"
     )
     assert {name: source["n"] for name, source in content["run"]["data"].items()} == {"test": 20, "train": 20}
     assert content["run"]["data"]["test"]["list_sha256"] != content["run"]["data"]["train"]["list_sha256"]
@@ -82,9 +82,9 @@ def test_a_result_file_says_what_was_trained_and_with_what_outcome(inputs: Path,
 
 def test_the_same_seed_gives_the_same_result_and_another_seed_another(inputs: Path, tmp_path: Path) -> None:
     wanted = options(inputs, tmp_path / "one", presets=("tome",), seeds=(0, 1), epochs=1)
-    train.main(wanted)
+    train.STUDY.run(wanted)
     torch.rand(3)  # what chance was taken before does not matter
-    train.main(replace(wanted, results=tmp_path / "two", seeds=(0,)))
+    train.STUDY.run(replace(wanted, results=tmp_path / "two", seeds=(0,)))
     first = read(tmp_path / "one", "tome_r8_seed0")["result"]
     assert first == read(tmp_path / "two", "tome_r8_seed0")["result"]
     assert first["divergences"] != read(tmp_path / "one", "tome_r8_seed1")["result"]["divergences"]
@@ -117,13 +117,13 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(inputs: Path) -> None
 
 
 def test_the_queue_has_each_row_once_and_the_first_reduction_first(inputs: Path, tmp_path: Path) -> None:
-    runs = train.queue(replace(options(inputs, tmp_path), presets=tuple(TRAINED), r=TRAINED_REDUCTIONS, seeds=(0, 1)))
+    runs = train.grid(replace(options(inputs, tmp_path), presets=tuple(TRAINED), r=TRAINED_REDUCTIONS, seeds=(0, 1)))
     slugs = [run.slug for run in runs]
     assert len(set(slugs)) == len(slugs)
     assert [slugs.count(f"cifar10/{name}") for name in ("dense", "control_seed0", "control_seed1")] == [1, 1, 1]
     assert next(run.r for run in runs if TRAINED[run.preset].preset.swept) == TRAINED_REDUCTIONS[0]
     with pytest.raises(ValueError, match="unknown presets"):
-        train.queue(replace(options(inputs, tmp_path), presets=("tomme",)))
+        train.grid(replace(options(inputs, tmp_path), presets=("tomme",)))
 
 
 # The report ---------------------------------------------------------------------------------------------------------

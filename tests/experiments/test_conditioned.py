@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from experiments.conditioned import report, run
 from experiments.conditioned.presets import PRESETS
-from experiments.lib import tables
 from experiments.lib.files import read_results, unpack
 
 
@@ -81,8 +80,8 @@ def test_from_photographs_to_a_table(clip: Path, task: Any, tmp_path: Path) -> N
         **(given if task == "captions" else {"images": clip / "classes"}),
     }  # fmt: skip
     presets = ("dense", "tome", "crossget", "crossget_own", "crossget_other", "ward_all")
-    assert run.main(run.Options(**options, presets=presets)) == 6
-    assert run.main(run.Options(**options, presets=presets)) == 0
+    assert run.STUDY.run(run.Options(**options, presets=presets)) == 6
+    assert run.STUDY.run(run.Options(**options, presets=presets)) == 0
     contents = read_results(tmp_path)
     rows = report.rows_of(contents, task)
     for name in presets[1:]:
@@ -99,10 +98,4 @@ def test_from_photographs_to_a_table(clip: Path, task: Any, tmp_path: Path) -> N
 def test_captions_need_annotations(clip: Path) -> None:
     options = run.Options("captions", clip / "photos", clip / "dense.safetensors", results=clip / "none")
     with pytest.raises(ValueError, match="--annotations"):
-        run.main(options)
-
-
-def test_the_committed_page_is_what_the_files_give() -> None:
-    contents = read_results(run.RESULTS)
-    assert contents
-    assert f"{tables.BEGIN}\n\n{report.generated(contents)}\n\n{tables.END}" in report.PAGE.read_text(encoding="utf-8")
+        run.STUDY.run(options)

@@ -1,9 +1,11 @@
-"""The page of results is what the result files say."""
+"""Pages and results.csv are what the result files say."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +15,78 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("open_clip")
 
-from experiments import report
-from experiments.lib.files import ROOT, Json, pack, read_results, unpack, write_json
+from experiments import report, run
+from experiments.lib import summary, tables
+from experiments.lib.files import EXPERIMENTS, Json, pack, read_json, unpack, write_json
 from experiments.lib.statistics import Interval, Seeds, compare_seeds
 from experiments.retrieval import report as retrieval
 from experiments.retrieval.presets import PRESETS, SETTINGS
+from experiments.studies import PAGES, STUDIES, load_page, load_study
 
-PAGE = ROOT / "docs" / "results.md"
-
-
-def test_the_committed_page_is_what_the_files_give() -> None:
-    assert PAGE.read_text() == report.render()
+SLOW = {"ablation"}  # about 1,000 comparisons of 5,000 images
 
 
-def test_its_figures_are_there() -> None:
-    text = PAGE.read_text()
-    names = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert names
-    assert all((PAGE.parent / name).is_file() for name in names)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in PAGES])
+def test_a_page_is_what_its_result_files_give(name: str) -> None:
+    page = load_page(name)
+    text = page.file.read_text(encoding="utf-8")
+    assert f"{tables.BEGIN}\n\n{page.generated()}\n\n{tables.END}" in text
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert set(page.figures) <= set(pictures)
+    assert all((page.file.parent / picture).is_file() for picture in pictures)
+
+
+def test_every_study_has_its_name() -> None:
+    assert {name: load_study(name).name for name in STUDIES} == {name: name for name in STUDIES}
 
 
 def test_every_result_file_says_where_it_comes_from() -> None:
-    for folder, _ in report.CHAPTERS.values():
-        for result in read_results(report.EXPERIMENTS / folder):
-            assert {"run", "command", "environment", "result", "seconds"} <= set(result)
-            assert re.fullmatch("[0-9a-f]{40}", result["environment"]["commit"])
-            assert "seed" in result["run"]
-            assert re.search(r"sha256': '[0-9a-f]{64}'", str(result["run"]))
-            assert "/" not in result["command"].replace("experiments/", "")
+    for file in summary.result_files(EXPERIMENTS):
+        result = read_json(file)
+        assert {"run", "command", "environment", "result", "seconds"} <= set(result)
+        assert re.fullmatch("[0-9a-f]{40}", result["environment"]["commit"])
+        assert "/" not in re.sub(r"(timm|open_clip)/|experiments/", "", result["command"])
+
+
+def test_the_table_of_results_is_what_the_files_give() -> None:
+    assert summary.FILE.read_text(encoding="utf-8") == summary.table()
+
+
+def test_a_figure_is_found_in_the_table_by_one_line() -> None:
+    with summary.FILE.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        "study", "setting", "method", "r", "seed", "flops_share", "metric", "value", "device", "commit", "file",
+    ]  # fmt: skip
+    (ward,) = (
+        row for row in rows
+        if (row["study"], row["method"], row["metric"]) == ("training_free", "ward", "top1")
+        and row["setting"].startswith("imagenet") and "budget=58" in row["setting"]
+    )  # fmt: skip
+    result = read_json(EXPERIMENTS / ward["file"])["result"]
+    assert float(ward["value"]) == result["top1"]
+    assert float(ward["flops_share"]) == result["gflops"]["reduced"] / result["gflops"]["dense"]
+    seeds = {
+        row["seed"]: float(row["value"]) for row in rows
+        if (row["study"], row["method"], row["r"], row["metric"]) == ("retrieval", "crossget", "4", "mean_recall")
+    }  # fmt: skip
+    assert seeds["mean"] == pytest.approx(np.mean([seeds[seed] for seed in "012"]))
+    assert seeds["sd"] == pytest.approx(np.std([seeds[seed] for seed in "012"], ddof=1))
+    assert all((EXPERIMENTS / row["file"]).exists() for row in rows)
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="got nothing; expected one of the studies ablation, "):
+        run.main([])
+    with pytest.raises(SystemExit, match="got ablations; expected one of"):
+        run.main(["ablations"])
+    with pytest.raises(SystemExit, match=r"unknown studies \['ablations'\]; pages are written of ablation, "):
+        report.main(["ablations"])
+
+
+def test_a_study_is_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["flops"]) == 0
+    assert "llava-1.5-7b" in capsys.readouterr().out
 
 
 def made(preset: str, r: int, seed: int, hits: float, **run: Any) -> Json:
@@ -119,17 +165,22 @@ def test_rows_that_cannot_be_compared_are_refused(change: dict[str, Any]) -> Non
         retrieval.gather([*RESULTS, other])
 
 
-def test_the_program_writes_page_and_figure(tmp_path: Path) -> None:
+def test_a_page_is_written_with_its_figure(tmp_path: Path) -> None:
+    environment = dict.fromkeys(("torch", "crossget", "device", "commit", "dirty"), "x")
     for result in RESULTS:
-        run = result["run"]
-        environment = dict.fromkeys(("torch", "device", "commit", "dirty"), "x")
-        file = tmp_path / "experiments/retrieval/results" / f"{run['preset']}{run['seed']}.json"
+        file = tmp_path / "results" / f"{result['run']['preset']}{result['run']['seed']}.json"
         write_json(file, {**json.loads(json.dumps(result)), "environment": environment, "command": "c"})
-    (tmp_path / "docs").mkdir()
-    report.main(report.Options(tmp_path / "experiments", tmp_path / "docs"))
-    text = (tmp_path / "docs/results.md").read_text()
-    assert text == report.render(tmp_path / "experiments")
+    (tmp_path / "RESULTS.md").write_text(f"# Mine\n\n{tables.BEGIN}\n{tables.END}\n\nA finding.\n")
+    page = replace(retrieval.PAGE, file=tmp_path / "RESULTS.md", results=tmp_path / "results")
+    page.write()
+    text = page.file.read_text()
+    assert text.startswith("# Mine\n")
+    assert text.endswith("\n\nA finding.\n")
+    assert page.generated() in text
     assert SETTINGS["flickr8k"].title in text
-    assert (tmp_path / "docs/results/retrieval.png").stat().st_size > 10_000
+    assert (tmp_path / retrieval.FIGURE).stat().st_size > 10_000
     with pytest.raises(ValueError, match="no result file"):
-        report.render(tmp_path / "nothing")
+        replace(page, results=tmp_path / "nothing").write()
+    page.file.write_text("no marks\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        page.write()

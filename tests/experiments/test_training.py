@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 import crossget
 from crossget.core.training import parameter_groups
 from experiments.lib import training
-from experiments.lib.data import BadData
+from experiments.lib.data import BadData, Draw
 from experiments.lib.training import Recipe, fit
 
 timm = pytest.importorskip("timm")
@@ -31,7 +31,7 @@ class Numbers:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, draw: samples.Draw) -> Tensor:
+    def __getitem__(self, draw: Draw) -> Tensor:
         epoch, index = draw
         if index in self.bad:
             raise BadData(f"photo{index}.jpg is truncated")
