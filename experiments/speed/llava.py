@@ -1,4 +1,4 @@
-"""Time LLaVA-1.5 with random weights, dense and reduced: `python -m experiments.speed.llava --help`.
+"""Time LLaVA-1.5 with random weights, dense and reduced.
 
 Speed does not depend on the weights' values, so nothing is downloaded. In one run, in turns: the dense model with
 torch's fused attention, CrossGET and ToMe-style merging. Measured are the time to the first new token (image tower and

@@ -1,4 +1,4 @@
-"""Time the choices behind the reducer's speed, operator by operator: `python -m experiments.speed.operators`.
+"""Time the choices behind the reducer's speed, operator by operator.
 
 Each choice is timed beside what it was chosen over, in turns, on the tokens of ViT-B/16's first block.
 """
