@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import crossget
+from crossget.measure.flops import count_once
 from experiments.ablation.run import described
 from experiments.conditioned.presets import PRESETS, Target
 from experiments.coop import datasets
@@ -169,13 +170,10 @@ def measure(cosines: Tensor, owner: Tensor, scale: float, both_ways: bool) -> Js
     return result
 
 
-def cost(clip: Clip, attached: crossget.Attachment, one: Tensor) -> Json:
+def cost(clip: Clip, attached: crossget.Attachment, one: Tensor, dense: int) -> Json:
     """Return multiply-adds of the image tower for one photograph, in G, and the tokens entering each block."""
-    counted = crossget.count_flops(clip.model.visual, one)
-    return {
-        "tokens": attached.tokens["visual"],
-        "gflops": {"dense": counted.dense.total / 1e9, "reduced": counted.total / 1e9},
-    }
+    counted = count_once(clip.model.visual, one).total
+    return {"tokens": attached.tokens["visual"], "gflops": {"dense": dense / 1e9, "reduced": counted / 1e9}}
 
 
 def grid(options: Options) -> list[Run]:
@@ -198,6 +196,8 @@ def load(options: Options) -> Callable[[Run], Json]:
         texts = torch.cat([clip.encode_text(clip.tokenize([text]).to(options.device)) for text in task.texts])
     texts = F.normalize(texts.float(), dim=-1)
 
+    dense = count_once(clip.model.visual, pixels[:1].to(options.device)).total
+
     @torch.no_grad()
     def encode(against: Tensor) -> Tensor:
         parts = [clip.encode_image(part.to(options.device)).float() for part in pixels.split(options.batch)]
@@ -213,7 +213,7 @@ def load(options: Options) -> Callable[[Run], Json]:
             config["reducer"] = described(reducer)
             with crossget.attach(clip.model, {"visual": reducer}) as attached:
                 cosines = score(encode, attached.set_text_features, texts, preset.target)
-                spent = cost(clip, attached, pixels[:1].to(options.device))
+                spent = cost(clip, attached, pixels[:1].to(options.device), dense)
         scale = float(clip.model.logit_scale.detach().exp())
         return {"run": config, "result": {**measure(cosines, task.owner, scale, options.task == "captions"), **spent}}
 

@@ -194,7 +194,7 @@ def test_rows_are_compared_by_the_seeds_that_both_have() -> None:
 
 def test_the_chapter_is_built_from_the_results() -> None:
     paragraphs = report_trained.chapter(made_up())
-    assert [text for text in paragraphs if text.startswith("#### ")] == ["#### r = 4", "#### r = 8"]
+    assert [text for text in paragraphs if text.startswith("### ")] == ["### r = 4", "### r = 8"]
     table = paragraphs[-1]
     row = next(line for line in table.splitlines() if "`crossget`" in line)
     assert [cell.strip() for cell in row.split("|")][1:8] == [

@@ -310,7 +310,7 @@ def test_end_to_end(folder: Path, clip_folder: Path, tmp_path: Path) -> None:
     places = unpack(made["result"]["places"]["text_to_image"])
     assert made["result"]["text_to_image"]["r@1"] == pytest.approx(100 * float((places < 1).mean()))
     assert made["run"]["data"]["train"]["photos"] == 16
-    assert "--presets crossget --seeds 0 --split val --r 4" in made["command"]
+    assert "--presets crossget --r 4 --seeds 0" in made["command"]
     assert str(tmp_path) not in json.dumps(made)
     saved = crossget.load(models.load_clip(f"hf:{clip_folder}").model, tmp_path / "work/flickr8k/crossget_r4_seed0")
     assert float(saved.cross_tokens["visual"].detach().abs().sum()) > 0

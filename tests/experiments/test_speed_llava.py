@@ -71,7 +71,7 @@ def test_the_table(results: Path) -> None:
     text = table(content(results, 2))
     assert text.startswith("LLaVA tiny, batch 2, 8 text tokens, r = 3, float32, ")
     lines = [line.split() for line in text.splitlines()]
-    assert ["first", "token", "dense"] in [line[:3] for line in lines]
+    assert ["|", "first", "token", "|", "dense", "|"] in [line[:6] for line in lines]
     assert sum("CrossGET" in line for line in lines) == 2
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 import crossget
 from crossget.core.training import parameter_groups
 from experiments.lib import training
-from experiments.lib.data import BadData, Draw
+from experiments.lib.data import BadData, Draw, Skipping
 from experiments.lib.training import Recipe, fit
 
 timm = pytest.importorskip("timm")
@@ -140,10 +140,10 @@ def test_bad_samples_stop_the_run_or_are_skipped_if_asked() -> None:
         run(Line(), data)
     task = Line()
     with pytest.warns(UserWarning, match=r"skipped: photo3\.jpg is truncated"):
-        run(task, data.Skipping(data), epochs=1)
+        run(task, Skipping(data), epochs=1)
     assert pytest.approx(3 / 20) not in list(itertools.chain(*task.seen))
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(BadData, match="no sample"):
-        run(Line(), data.Skipping(Numbers(4, bad=(0, 1, 2, 3))))
+        run(Line(), Skipping(Numbers(4, bad=(0, 1, 2, 3))))
 
 
 def test_too_few_samples_are_refused() -> None:

@@ -1,6 +1,7 @@
 """The training-free comparison, end to end on random weights, and the page that shows its results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ pytest.importorskip("matplotlib")
 import crossget
 from crossget.methods.reducers import Reducer
 from experiments.ablation import settings
-from experiments.lib import tables
 from experiments.lib.files import read_results
 from experiments.lib.statistics import paired_ratio
 from experiments.training_free import presets, report, run
@@ -56,17 +56,9 @@ def test_every_row_is_fitted_from_below_and_reported(measured: Path) -> None:
         assert crossget.count_flops(model, torch.zeros(1, 3, 32, 32)).total == round(1e9 * share["ward"])
     assert results["ward"]["result"]["resolved"]["ensemble"] == "size"
     assert str(measured) not in json.dumps(results)
-    page = measured / "page.md"
-    page.write_text(f"before\n{tables.BEGIN}\nformer numbers\n{tables.END}\nafter\n")
-    report.main(report.Options(measured / "results", page))
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "former numbers" not in text
-    assert "| Ward |" in text.replace("  ", "")
-    assert page.with_suffix(".png").stat().st_size > 0
-    report.main(report.Options(measured / "results", page))
-    assert page.read_text() == text
+    text = replace(report.PAGE, results=measured / "results").generated()
+    assert "ViT of 4 blocks, CIFAR-10" in text
+    assert "| ToMe " in text
 
 
 def test_a_budget_out_of_reach_is_named() -> None:
