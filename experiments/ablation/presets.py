@@ -6,7 +6,7 @@ from typing import Literal
 
 from crossget import CrossGET, Random, ToMe, TopK
 from crossget.methods.reducers import Reducer
-from experiments.engine import Recipe
+from experiments.lib.training import Recipe
 
 REDUCTIONS = (2, 4, 8, 12, 16)
 

@@ -1,20 +1,22 @@
-"""Rebuild tables and figures from the result files: `python -m experiments.ablation.report --help`."""
+"""The page of the ablation without training: tables and a figure."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import common
 from experiments.ablation.presets import COMPARISONS, METHODS, PRESETS
+from experiments.ablation.run import RESULTS
 from experiments.ablation.settings import SETTINGS
-from experiments.tables import BEGIN, END, all_of, markdown, show, update
+from experiments.lib.files import Json, unpack
+from experiments.lib.statistics import Values, paired_bootstrap
+from experiments.lib.study import Page
+from experiments.lib.tables import INTERVALS, markdown, provenance, show
 
 HERE = Path(__file__).parent
-# Everything between the two is written anew; what stands outside is written by hand and stays.
+FIGURE = "figures/accuracy_over_flops.png"
 
 # From here on a reduction is called strong.
 STRONG = 8
@@ -45,8 +47,8 @@ class Row:
         tokens: entering each block.
     """
 
-    correct: common.Values
-    divergence: common.Values
+    correct: Values
+    divergence: Values
     agreement: float
     gflops: float
     ratio: float
@@ -75,13 +77,13 @@ class Table:
         return sorted({r for preset, r in self.rows if PRESETS[preset].swept})
 
 
-def gather(results: list[common.Json]) -> dict[str, Table]:
+def gather(results: list[Json]) -> dict[str, Table]:
     """Return the rows of each setting.
 
     Raises:
         ValueError: results of one setting come from different images or weights.
     """
-    groups: dict[str, dict[tuple[str, int], list[common.Json]]] = {}
+    groups: dict[str, dict[tuple[str, int], list[Json]]] = {}
     for result in results:
         run = result["run"]
         groups.setdefault(run["setting"], {}).setdefault((run["preset"], run["r"]), []).append(result)
@@ -92,7 +94,7 @@ def gather(results: list[common.Json]) -> dict[str, Table]:
     return tables
 
 
-def check_same(setting: str, results: list[common.Json]) -> None:
+def check_same(setting: str, results: list[Json]) -> None:
     """Refuse to compare what cannot be compared."""
     for what, values in {
         "images": [result["run"]["data"] for result in results],
@@ -102,13 +104,13 @@ def check_same(setting: str, results: list[common.Json]) -> None:
             raise ValueError(f"the results of {setting} differ in their {what}: run them again with --overwrite")
 
 
-def join(group: list[common.Json]) -> Row:
+def join(group: list[Json]) -> Row:
     """Return the row that the seeds' results make together."""
     results = [entry["result"] for entry in group]
     flops = results[0]["gflops"]
     return Row(
         correct=np.mean([[float(mark) for mark in result["correct"]] for result in results], 0),
-        divergence=np.mean([common.unpack(result["divergences"]) for result in results], 0),
+        divergence=np.mean([unpack(result["divergences"]) for result in results], 0),
         agreement=float(np.mean([result["agreement"] for result in results])),
         gflops=flops["reduced"],
         ratio=flops["reduced"] / flops["dense"],
@@ -119,13 +121,13 @@ def join(group: list[common.Json]) -> Row:
 def accuracy_change(rows: list[Row], bases: list[Row]) -> str:
     """Return the difference of top-1 in points, the mean over several r."""
     one, other = (np.mean([row.correct for row in group], 0) for group in (rows, bases))
-    return show(common.paired_bootstrap(one, other).times(100))
+    return show(paired_bootstrap(one, other).times(100))
 
 
 def divergence_change(rows: list[Row], bases: list[Row]) -> str:
     """Return the difference of the divergence in % of the bases', the mean over several r."""
     one, other = (np.mean([row.divergence for row in group], 0) for group in (rows, bases))
-    return show(common.paired_bootstrap(one, other).times(100 / float(other.mean())), 0)
+    return show(paired_bootstrap(one, other).times(100 / float(other.mean())), 0)
 
 
 def overview(table: Table) -> str:
@@ -197,19 +199,6 @@ def chapter(table: Table) -> Iterator[str]:
     yield "</details>"
 
 
-def provenance(results: list[common.Json]) -> str:
-    """Return where the numbers come from, in a few sentences."""
-    hours = sum(result["seconds"] for result in results) / 3600
-    values = partial(all_of, results)
-
-    return (
-        f"{len(results)} result files, {hours:.1f} hours; crossget {values('crossget')}, torch {values('torch')}, "
-        f"timm {values('timm')}; commit {values('commit')}, with changes not committed: {values('dirty')}. "
-        "Brackets are 95 % paired bootstrap intervals over images (10,000 resamples), bold where they exclude zero; "
-        "about one in twenty does so by chance. A row with chance in it is the mean of its seeds."
-    )
-
-
 def style(axes: Any) -> None:
     """Leave of an axis what is needed to read it."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -228,7 +217,6 @@ def draw_curves(tables: dict[str, Table], file: Path) -> None:
         draw_divergence(panels[1, column], table)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(tables), frameon=False, fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=160)
 
 
@@ -267,38 +255,13 @@ def draw_divergence(axes: Any, table: Table) -> None:
     axes.set_ylabel("divergence from the dense model (KL, nats)")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path = field(default=HERE / "results")
-    """Folder of result files."""
-    output: Path = field(default=HERE)
-    """Folder for RESULTS.md and figures/."""
-
-
-def main(options: Options) -> None:
-    """Write RESULTS.md and the figure.
-
-    Raises:
-        ValueError: there is no result file.
-    """
-    results = common.read_results(options.results)
-    if not results:
-        raise ValueError(f"no result file in {options.results}: run `python -m experiments.ablation.run` first")
-    tables = gather(results)
-    draw_curves(tables, options.output / "figures" / "accuracy_over_flops.png")
-    paragraphs = ["![Accuracy over FLOPs](figures/accuracy_over_flops.png)", provenance(results)]
-    for table in tables.values():
+def generated(results: list[Json]) -> str:
+    """Return the generated part."""
+    text = "A row in which chance takes part is the mean of its seeds."
+    paragraphs = [f"![Accuracy over FLOPs]({FIGURE})", f"{provenance(results, 'timm')} {INTERVALS} {text}"]
+    for table in gather(results).values():
         paragraphs += chapter(table)
-    page = options.output / "RESULTS.md"
-    if not page.exists():
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(f"# Ablation without training\n\n{BEGIN}\n{END}\n", encoding="utf-8")
-    update(page, "\n\n".join(paragraphs))
+    return "\n\n".join(paragraphs)
 
 
-if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Options, description=__doc__))
+PAGE = Page(HERE / "RESULTS.md", RESULTS, generated, {FIGURE: lambda results, file: draw_curves(gather(results), file)})

@@ -1,15 +1,19 @@
-"""Tables of the trained runs, and what they answer: paragraphs for a page, from the result files alone."""
+"""The page of the trained ablation: tables, and the questions they answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from experiments import common
 from experiments.ablation.presets import RECIPE_NOTES, TRAINED
 from experiments.ablation.report import Row, check_same, join
 from experiments.ablation.settings import SETTINGS
-from experiments.tables import markdown, show
+from experiments.ablation.train import RESULTS
+from experiments.lib.files import Json
+from experiments.lib.statistics import Interval, Values, paired_bootstrap
+from experiments.lib.study import Page
+from experiments.lib.tables import markdown, provenance, show
 
 Key = tuple[str, int]
 
@@ -26,9 +30,9 @@ class Rows:
     """
 
     joined: dict[Key, Row]
-    seeds: dict[Key, dict[int, common.Json]]
-    recipe: common.Json
-    sources: common.Json
+    seeds: dict[Key, dict[int, Json]]
+    recipe: Json
+    sources: Json
 
     def key(self, preset: str, r: int) -> Key | None:
         """Return where a preset's row is; one that does not depend on r is the same at all of them."""
@@ -48,18 +52,18 @@ class Rows:
         trained = [set(self.seeds[key]) for key in keys if TRAINED[key[0]].train is not None]
         return sorted(set.intersection(*(trained or [set(self.seeds[keys[0]])])))
 
-    def of_seed(self, key: Key, seed: int) -> common.Json:
+    def of_seed(self, key: Key, seed: int) -> Json:
         """Return the result of one seed."""
         seeds = self.seeds[key]
         return seeds[seed] if TRAINED[key[0]].train is not None else next(iter(seeds.values()))
 
-    def correct(self, key: Key, seeds: list[int]) -> common.Values:
+    def correct(self, key: Key, seeds: list[int]) -> Values:
         """Return [n], the share of these seeds that classify each image rightly."""
         marks = [[float(mark) for mark in self.of_seed(key, seed)["correct"]] for seed in seeds]
         return np.asarray(np.mean(marks, 0), dtype=np.float64)
 
 
-def gather(results: list[common.Json]) -> dict[str, Rows]:
+def gather(results: list[Json]) -> dict[str, Rows]:
     """Return the rows of each setting.
 
     Raises:
@@ -76,7 +80,7 @@ def gather(results: list[common.Json]) -> dict[str, Rows]:
         ]
         if any(recipe != recipes[0] for recipe in recipes):
             raise ValueError(f"the results of {setting} differ in their recipes: run them again with --overwrite")
-        groups: dict[Key, list[common.Json]] = {}
+        groups: dict[Key, list[Json]] = {}
         for result in of_setting:
             groups.setdefault((result["run"]["preset"], result["run"]["r"]), []).append(result)
         tables[setting] = Rows(
@@ -152,7 +156,7 @@ class Verdict:
     setting: str
     question: Question
     reductions: tuple[int, ...]
-    points: common.Interval
+    points: Interval
     by_seed: list[float]
     loss_by_seed: list[float]
 
@@ -164,7 +168,7 @@ class Verdict:
         return "yes" if self.points.mean > 0 else "no: it hurts" if len(self.question.rows) == 1 else "no: less"
 
 
-def verdicts(results: list[common.Json]) -> list[Verdict]:
+def verdicts(results: list[Json]) -> list[Verdict]:
     """Return the answer to each question at each r, and at all of them together."""
     found = []
     for setting, rows in gather(results).items():
@@ -187,7 +191,7 @@ def answer(setting: str, rows: Rows, question: Question, reductions: tuple[int, 
     if not seeds:
         return None
     summed = [np.sum([rows.correct(key, seeds) for key in side], 0) for side in (plus, minus)]
-    interval = common.paired_bootstrap(summed[0], summed[1]).times(100 / len(reductions))
+    interval = paired_bootstrap(summed[0], summed[1]).times(100 / len(reductions))
     by_seed, loss_by_seed = (
         [
             (sum(rows.of_seed(key, seed)[what] for key in plus) - sum(rows.of_seed(key, seed)[what] for key in minus))
@@ -199,18 +203,18 @@ def answer(setting: str, rows: Rows, question: Question, reductions: tuple[int, 
     return Verdict(setting, question, reductions, interval, by_seed, loss_by_seed)
 
 
-def chapter(results: list[common.Json]) -> list[str]:
+def chapter(results: list[Json]) -> list[str]:
     """Return the paragraphs about all trained runs: what was done, the answers, and a table for each r."""
     paragraphs = []
     answers = verdicts(results)
     for setting, rows in gather(results).items():
         paragraphs += [
-            f"### {SETTINGS[setting].title}, trained on",
+            f"## {SETTINGS[setting].title}",
             introduction(setting, rows),
             answer_table([verdict for verdict in answers if verdict.setting == setting]),
         ]
         for r in rows.reductions:
-            paragraphs += [f"#### r = {r}", row_table(rows, r)]
+            paragraphs += [f"### r = {r}", row_table(rows, r)]
     return paragraphs
 
 
@@ -273,5 +277,13 @@ def row_lines(rows: Rows, r: int) -> Iterator[list[str]]:
                 cells.append("")
             else:
                 one, two = (rows.correct(side, shared) for side in (key, other))
-                cells.append(show(common.paired_bootstrap(one, two).times(100)))
+                cells.append(show(paired_bootstrap(one, two).times(100)))
         yield cells
+
+
+def generated(results: list[Json]) -> str:
+    """Return the generated part."""
+    return "\n\n".join([provenance(results, "timm"), *chapter(results)])
+
+
+PAGE = Page(Path(__file__).parent / "RESULTS_TRAINED.md", RESULTS, generated)

@@ -1,6 +1,5 @@
-"""Measure every row of the ablation without training: `python -m experiments.ablation.run --help`."""
+"""Measure every row of the ablation without training."""
 
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +10,10 @@ from torch.nn import functional as F
 
 import crossget
 from crossget.methods.reducers import Reducer
-from experiments import common
 from experiments.ablation.presets import PRESETS, REDUCTIONS
 from experiments.ablation.settings import Images, Measuring
+from experiments.lib.files import Json, check_names, pack
+from experiments.lib.study import Study
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,13 +49,13 @@ class Options(Measuring):
     """Where the result files go."""
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for.
 
     Raises:
         ValueError: a preset does not exist.
     """
-    common.check_names("presets", options.presets, PRESETS)
+    check_names("presets", options.presets, PRESETS)
     # Seeds outermost: a program stopped early has seen every row once.
     return [
         Run(options.setting, name, r, seed)
@@ -66,13 +66,18 @@ def queue(options: Options) -> list[Run]:
     ]
 
 
+def described(reducer: Reducer | None) -> Json | None:
+    """Return a reducer for a result file."""
+    return None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
+
+
 @torch.no_grad()
 def predict(model: nn.Module, pixels: Tensor, batch: int, device: str) -> Tensor:
     """Return the logits [N, classes] of all images, on the CPU."""
     return torch.cat([model(images.to(device)).float().cpu() for images in pixels.split(batch)])
 
 
-def measure(logits: Tensor, labels: Tensor, dense: Tensor) -> common.Json:
+def measure(logits: Tensor, labels: Tensor, dense: Tensor) -> Json:
     """Return how well logits predict the labels, and how near they are to the dense model's.
 
     Args:
@@ -95,13 +100,13 @@ def measure(logits: Tensor, labels: Tensor, dense: Tensor) -> common.Json:
         "loss": round(float(F.cross_entropy(logits, labels)), 6),
         "divergence": round(float(divergence.mean()), 6),
         "correct": "".join("1" if right else "0" for right in correct),
-        "divergences": common.pack(divergence.numpy()),
+        "divergences": pack(divergence.numpy()),
     }
 
 
 def evaluate(
     model: nn.Module, images: Images, reducer: Reducer | None, dense: Tensor, batch: int = 50, device: str = "cpu"
-) -> common.Json:
+) -> Json:
     """Attach the reducer, classify all images, count, and detach.
 
     Args:
@@ -128,7 +133,7 @@ def score(
     dense: Tensor,
     batch: int = 50,
     device: str = "cpu",
-) -> common.Json:
+) -> Json:
     """Classify all images with the model as it is, attached or not, and count.
 
     Returns:
@@ -139,7 +144,7 @@ def score(
     return {**measure(logits, images.labels, dense), **cost(model, attached, images.pixels[:1].to(device))}
 
 
-def cost(model: nn.Module, attached: crossget.Attachment | None, one: Tensor) -> common.Json:
+def cost(model: nn.Module, attached: crossget.Attachment | None, one: Tensor) -> Json:
     """Return what is attached, the tokens entering each block, and multiply-adds of one image / 10^9."""
     if attached is None:
         # The tokens of a model without a reducer are those of a reducer that removes none.
@@ -151,44 +156,20 @@ def cost(model: nn.Module, attached: crossget.Attachment | None, one: Tensor) ->
     return {"resolved": asdict(attached.reducers[tower]), "tokens": tokens, "gflops": gflops}
 
 
-def command_of(options: Options) -> Callable[[Run], str]:
-    """Return the function that writes the command which repeats one run; of paths it keeps the name only."""
-
-    def command(run: Run) -> str:
-        words = options.words("experiments.ablation.run")
-        words += ["--presets", run.preset, "--r", str(run.r), "--seeds", str(run.seed)]
-        return shlex.join(words)
-
-    return command
-
-
-def main(options: Options) -> int:
-    """Work off the queue and return the number of runs executed."""
-    runs = queue(options)
-    if not common.pending(runs, options.results, options.overwrite):
-        return 0
+def load(options: Options) -> Callable[[Run], Json]:
+    """Return the function that measures one run."""
     model, images = options.load()
     dense = predict(model, images.pixels, options.batch, options.device)
     given = options.given(images)
 
-    def execute(run: Run) -> common.Json:
+    def measured(run: Run) -> Json:
         reducer = PRESETS[run.preset].make(run.r, run.seed)
-        method = None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
-        config = {**asdict(run), "reducer": method, **given}
+        config = {**asdict(run), "reducer": described(reducer), **given}
         return {"run": config, "result": evaluate(model, images, reducer, dense, options.batch, options.device)}
 
-    return common.work_off(
-        runs,
-        options.results,
-        execute,
-        command=command_of(options),
-        environment=common.environment(options.device),
-        overwrite=options.overwrite,
-    )
+    return measured
 
 
-if __name__ == "__main__":
-    import tyro
-
-    done = main(tyro.cli(Options, description=__doc__))
-    print(f"{done} runs executed")
+STUDY = Study(
+    "ablation", Options, grid, load, lambda run: {"presets": (run.preset,), "r": (run.r,), "seeds": (run.seed,)}
+)

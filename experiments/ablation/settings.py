@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments import common
+from experiments.lib.files import file_digest
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,6 @@ class Measuring:
     overwrite: bool = False
     """Run again what has a result file."""
 
-    def words(self, program: str) -> list[str]:
-        """Return the beginning of a command that measures the same; of paths it keeps the name only."""
-        words = ["python", "-m", program, "--setting", self.setting, "--data", self.data.name]
-        words += ["--weights", self.weights.name] if self.weights else []
-        words += ["--limit", str(self.limit)] if self.limit else []
-        return [*words, "--batch", str(self.batch)]
-
     def load(self) -> tuple[nn.Module, "Images"]:
         """Return the model, on its device, and the images; see `load_model` and `load_images`."""
         setting = SETTINGS[self.setting]
@@ -159,7 +152,7 @@ class Measuring:
     def given(self, images: "Images") -> dict[str, Any]:
         """Return what a result file says of the weights, the images and the batch."""
         weights = self.weights
-        digest = {"file": weights.name, "sha256": common.file_digest(weights)} if weights else None
+        digest = {"file": weights.name, "sha256": file_digest(weights)} if weights else None
         return {"weights": digest, "data": images.source, "batch": self.batch}
 
 

@@ -1,26 +1,25 @@
-"""Train on, from one dense model, every row of the ablation: `python -m experiments.ablation.train --help`.
+"""Fine-tune every row of the ablation from one dense model.
 
 The loss is cross-entropy: one tower has nothing to align its cross tokens with.
 """
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
 from crossget.core.training import parameter_groups
-from experiments import common, engine, processes
 from experiments.ablation.presets import RECIPES, TRAINED, TRAINED_REDUCTIONS, Trained
-from experiments.ablation.run import predict, score
+from experiments.ablation.run import described, predict, score
 from experiments.ablation.settings import SETTINGS, Images, Samples, Setting, find_samples, load_images, load_model
-from experiments.samples import Dataset, Labelled, Skipping, collate
+from experiments.lib import processes, training
+from experiments.lib.data import Dataset, Labelled, Skipping, collate
+from experiments.lib.files import Json, check_names, file_digest
+from experiments.lib.study import Study, measured_device
 
 # Beside those without training, not among them: report.py reads these with all subfolders.
 RESULTS = Path(__file__).parent / "results_trained"
@@ -45,7 +44,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options(engine.TrainingOptions):
+class Options(training.TrainingOptions):
     """What to train, and on which images."""
 
     setting: Literal["imagenet", "cifar10"]
@@ -72,13 +71,13 @@ class Options(engine.TrainingOptions):
     """Where the result files go."""
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for.
 
     Raises:
         ValueError: a preset does not exist.
     """
-    common.check_names("presets", options.presets, TRAINED)
+    check_names("presets", options.presets, TRAINED)
     # A program that is stopped early has run every row at the first r.
     runs = [
         Run(
@@ -128,19 +127,17 @@ def build(row: Trained, run: Run, weights: Path | None) -> tuple[nn.Module, cros
 
 
 def fit(
-    model: nn.Module, attached: crossget.Attachment | None, row: Trained, data: Dataset, recipe: engine.Recipe,
+    model: nn.Module, attached: crossget.Attachment | None, row: Trained, data: Dataset, recipe: training.Recipe,
     folder: Path | None = None, name: str = "ablation", trackers: Sequence[str] = (),
-) -> engine.Fitted:  # fmt: skip
-    """Train what the row trains, in place; see `engine.fit`."""
+) -> training.Fitted:  # fmt: skip
+    """Train what the row trains, in place; see `training.fit`."""
     if attached is not None:
         attached.register_parameters(model)
     groups = parameter_groups(model, attached, train=row.train or "all")
-    return engine.fit(ClassificationTask(model), groups, data, collate, recipe, folder, trackers=trackers, name=name)
+    return training.fit(ClassificationTask(model), groups, data, collate, recipe, folder, trackers=trackers, name=name)
 
 
-def execute(
-    options: Options, run: Run, samples: Samples, images: Images, dense: Tensor, device: str
-) -> common.Json | None:
+def execute(options: Options, run: Run, samples: Samples, images: Images, dense: Tensor, device: str) -> Json | None:
     """Train one row, measure it, and return its `result`; None on all processes but the main one.
 
     Args:
@@ -157,7 +154,7 @@ def execute(
     """
     row = TRAINED[run.preset]
     model, attached = build(row, run, options.weights)
-    result: common.Json = {}
+    result: Json = {}
     if row.train is not None:
         recipe = options.applied(RECIPES[options.setting], run.seed)
         data: Dataset = labelled(samples, SETTINGS[options.setting], run.seed)
@@ -168,7 +165,7 @@ def execute(
         if not processes.is_main():
             return None
         model, attached = build(row, run, options.weights)
-        engine.take(model, attached, fitted.state)
+        training.take(model, attached, fitted.state)
         result.update(history=fitted.history, recipe=asdict(recipe), cross_tokens=sizes(attached))
     return {**score(model.to(device), attached, images, dense, options.eval_batch, device), **result}
 
@@ -180,54 +177,27 @@ def sizes(attached: crossget.Attachment | None) -> list[float]:
     return [float(value) for token in attached.parameters() for value in token.detach().square().mean(1).sqrt()]
 
 
-def command(options: Options, run: Run) -> str:
-    """Return the command line that repeats one run; of paths it keeps the name only."""
-    words = ["python", "-m", "experiments.ablation.train", "--setting", run.setting]
-    words += ["--data", options.data.name, "--train", options.train.name]
-    words += ["--weights", options.weights.name] if options.weights else []
-    words += ["--presets", run.preset, "--r", str(run.r), "--seeds", str(run.seed)]
-    words += ["--eval-batch", str(options.eval_batch)]
-    words += ["--limit", str(options.limit)] if options.limit is not None else []
-    return shlex.join([*words, *options.words()])
-
-
-@processes.ending_group
-def main(options: Options) -> int:
-    """Work off the queue and return the number of runs executed."""
-    runs = queue(options)
-    if not common.pending(runs, options.results, options.overwrite):
-        return 0
-    setting = SETTINGS[options.setting]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load(options: Options) -> Callable[[Run], Json | None]:
+    """Return the function that trains and measures one run."""
+    setting, weights, device = SETTINGS[options.setting], options.weights, measured_device()
     samples = find_samples(setting, options.train)
     images = load_images(setting, options.data, options.limit)
-    dense = predict(load_model(setting, options.weights).to(device), images.pixels, options.eval_batch, device)
+    dense = predict(load_model(setting, weights).to(device), images.pixels, options.eval_batch, device)
     origin = {
-        "weights": options.weights and {
-            "file": options.weights.name, "sha256": common.file_digest(options.weights)
-        },
+        "weights": weights and {"file": weights.name, "sha256": file_digest(weights)},
         "data": {"test": images.source, "train": samples.source},
         "eval_batch": options.eval_batch,
-    }  # fmt: skip
+    }
 
-    def made(run: Run) -> common.Json | None:
+    def measured(run: Run) -> Json | None:
         row = TRAINED[run.preset]
-        reducer = row.preset.make(run.r, run.seed)
-        method = None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
+        config = {**asdict(run), "train": row.train, "reducer": described(row.preset.make(run.r, run.seed)), **origin}
         result = execute(options, run, samples, images, dense, device)
-        return result and {"run": {**asdict(run), "train": row.train, "reducer": method, **origin}, "result": result}
+        return result and {"run": config, "result": result}
 
-    return common.work_off(
-        runs,
-        options.results,
-        made,
-        command=partial(command, options),
-        environment=common.environment(device),
-        overwrite=options.overwrite,
-    )
+    return measured
 
 
-if __name__ == "__main__":
-    import tyro
-
-    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
+STUDY = Study(
+    "ablation-trained", Options, grid, load, lambda run: {"presets": (run.preset,), "r": (run.r,), "seeds": (run.seed,)}
+)

@@ -1,24 +1,25 @@
-"""Rebuild tables and figure from the result files: `python -m experiments.budgets.report`."""
+"""The tables and the figure of budgets."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import common
 from experiments.ablation.report import style
 from experiments.ablation.settings import SETTINGS
-from experiments.tables import all_of, markdown, show, update
+from experiments.lib.files import Json, unpack
+from experiments.lib.statistics import Values, paired_bootstrap
+from experiments.lib.study import Page
+from experiments.lib.tables import INTERVALS, markdown, provenance, show
 
 HERE = Path(__file__).parent
-PAGE = HERE / "README.md"
+FIGURE = "figures/divergence.png"
 METHODS = {"crossget": "CrossGET", "tome": "ToMe"}
 COLORS = {"crossget": "#D55E00", "tome": "#000000"}
 
 
-def chosen(results: list[common.Json], setting: str, method: str, budget: str) -> list[common.Json]:
+def chosen(results: list[Json], setting: str, method: str, budget: str) -> list[Json]:
     """Return the results of a method at one kind of budget, the mildest first."""
     found = [
         result
@@ -28,20 +29,20 @@ def chosen(results: list[common.Json], setting: str, method: str, budget: str) -
     return sorted(found, key=lambda result: -result["run"]["share"])
 
 
-def correct(accuracy: common.Json) -> common.Values:
+def correct(accuracy: Json) -> Values:
     """Return [n] 1 for each image that is classified rightly."""
     return np.array([float(mark) for mark in accuracy["correct"]])
 
 
-def accuracies(results: list[common.Json], setting: str) -> str:
+def accuracies(results: list[Json], setting: str) -> str:
     """Return budgets of multiply-adds: what they cost, and fitted against evenly at the same budget."""
     rows = []
     for method, label in METHODS.items():
         for result in chosen(results, setting, method, "flops"):
             one, other = (result["result"][name] for name in ("measured", "constant"))
-            top1 = common.paired_bootstrap(correct(one["accuracy"]), correct(other["accuracy"])).times(100)
-            near, far = (common.unpack(entry["accuracy"]["divergences"]) for entry in (one, other))
-            share = common.paired_bootstrap(near, far).times(100 / float(far.mean()))
+            top1 = paired_bootstrap(correct(one["accuracy"]), correct(other["accuracy"])).times(100)
+            near, far = (unpack(entry["accuracy"]["divergences"]) for entry in (one, other))
+            share = paired_bootstrap(near, far).times(100 / float(far.mean()))
             kept = one["fit"]["distribution"] == "constant"
             rows.append([
                 f"{label}, {100 * result['run']['share']:.0f} %",
@@ -57,7 +58,7 @@ def accuracies(results: list[common.Json], setting: str) -> str:
     return markdown(rows, headers)
 
 
-def costs(results: list[common.Json], setting: str) -> str:
+def costs(results: list[Json], setting: str) -> str:
     """Return budgets of time: asked, predicted, measured."""
     rows = []
     for method, label in METHODS.items():
@@ -82,7 +83,7 @@ def costs(results: list[common.Json], setting: str) -> str:
     return markdown(rows, ["asked", "", "predicted, %", "measured, % [quartiles]", "r"]) if rows else ""
 
 
-def chapter(results: list[common.Json], setting: str) -> Iterator[str]:
+def chapter(results: list[Json], setting: str) -> Iterator[str]:
     """Yield the paragraphs about one setting."""
     mine = [result for result in results if result["run"]["setting"] == setting]
     run = next(result["run"] for result in mine if result["run"]["budget"] == "flops")
@@ -99,22 +100,19 @@ def chapter(results: list[common.Json], setting: str) -> Iterator[str]:
         yield table
 
 
-def provenance(results: list[common.Json]) -> str:
-    """Return where the numbers come from."""
-    return (
-        f"{len(results)} result files; crossget {all_of(results, 'crossget')}, torch {all_of(results, 'torch')}, timm "
-        f"{all_of(results, 'timm')}, {all_of(results, 'device')}, {all_of(results, 'threads')} thread; commit "
-        f"{all_of(results, 'commit')}, with changes not committed: {all_of(results, 'dirty')}. Brackets are 95 % "
-        "paired bootstrap intervals over images (10,000 resamples), bold where they exclude zero; about one in twenty "
-        "does so by chance. FLOPs are multiply-adds, in % of the dense model; KL is the divergence from the dense "
-        "model's answer."
-    )
+EXPLANATION = "FLOPs are multiply-adds, in % of the dense model; KL is the divergence from the dense model's answer."
 
 
-def draw(results: list[common.Json], settings: list[str], file: Path) -> None:
+def settings_of(results: list[Json]) -> list[str]:
+    """Return the settings that have results."""
+    return [name for name in SETTINGS if any(result["run"]["setting"] == name for result in results)]
+
+
+def draw(results: list[Json], file: Path) -> None:
     """Draw the divergence over multiply-adds, a panel per setting."""
     from matplotlib.figure import Figure
 
+    settings = settings_of(results)
     figure = Figure(figsize=(4.6 * len(settings), 3.6), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
         style(axes)
@@ -133,45 +131,16 @@ def draw(results: list[common.Json], settings: list[str], file: Path) -> None:
     handles: Any
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=160)
 
 
-def generated(results: list[common.Json]) -> str:
-    """Return the part of the page that comes from the result files."""
-    settings = [name for name in SETTINGS if any(result["run"]["setting"] == name for result in results)]
-    figure = "![Divergence from the dense model over FLOPs, evenly and fitted](figures/divergence.png)"
-    paragraphs = [figure, provenance(results)]
-    for setting in settings:
+def generated(results: list[Json]) -> str:
+    """Return the generated part."""
+    figure = f"![Divergence from the dense model over FLOPs, evenly and fitted]({FIGURE})"
+    paragraphs = [figure, f"{provenance(results, 'timm')} {INTERVALS} {EXPLANATION}"]
+    for setting in settings_of(results):
         paragraphs += chapter(results, setting)
     return "\n\n".join(paragraphs)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path = field(default=HERE / "results")
-    """Folder of result files."""
-    output: Path = field(default=HERE)
-    """Folder with README.md, and for figures/."""
-
-
-def main(options: Options) -> None:
-    """Write the generated part of README.md, and the figure.
-
-    Raises:
-        ValueError: there is no result file.
-    """
-    results = common.read_results(options.results)
-    if not results:
-        raise ValueError(f"no result file in {options.results}: run `python -m experiments.budgets.run` first")
-    settings = [name for name in SETTINGS if any(result["run"]["setting"] == name for result in results)]
-    draw(results, settings, options.output / "figures" / "divergence.png")
-    update(options.output / "README.md", generated(results))
-
-
-if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Options, description=__doc__))
+PAGE = Page(HERE / "README.md", HERE / "results", generated, {FIGURE: draw})

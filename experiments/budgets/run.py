@@ -1,6 +1,5 @@
-"""Fit a model to budgets on a few images, and measure on others: `python -m experiments.budgets.run --help`."""
+"""Fit a model to budgets on a few images, and measure on others."""
 
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -13,9 +12,10 @@ from torch import Tensor
 import crossget
 from crossget.measure.fit import FittedSchedule
 from crossget.methods.reducers import Reducer
-from experiments import common
 from experiments.ablation.run import measure, predict
 from experiments.ablation.settings import Images, Measuring
+from experiments.lib.files import Json, check_names
+from experiments.lib.study import Study
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,13 +55,13 @@ class Options(Measuring):
     """Where the result files go."""
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for.
 
     Raises:
         ValueError: a method does not exist.
     """
-    common.check_names("methods", options.methods, METHODS)
+    check_names("methods", options.methods, METHODS)
     budgets = {"flops": options.shares, "latency": options.latencies}
     return [
         Run(options.setting, method, budget, share)
@@ -80,28 +80,25 @@ def split(images: Images, fitted_on: int) -> tuple[Tensor, Images]:
     return images.pixels[chosen], Images(images.pixels[others], images.labels[others], images.source)
 
 
-def described(fitted: FittedSchedule, seconds: float) -> common.Json:
+def described(fitted: FittedSchedule, seconds: float) -> Json:
     """Return a fit for a result file."""
     entries = {**asdict(replace(fitted, reducer=crossget.ToMe(r=0))), "schedule": list(fitted.schedule.r)}
     return {**{name: value for name, value in entries.items() if name != "reducer"}, "seconds": round(seconds, 2)}
 
 
-def main(options: Options) -> int:
-    """Work off the queue and return the number of runs executed."""
-    runs = queue(options)
-    if not common.pending(runs, options.results, options.overwrite):
-        return 0
+def load(options: Options) -> Callable[[Run], Json]:
+    """Return the function that fits and measures one run."""
     model, images = options.load()
     seen, images = split(images, options.fitted_on)
     seen = seen.to(options.device)
     dense = predict(model, images.pixels, options.batch, options.device)
     given = options.given(images)
 
-    def execute(run: Run) -> common.Json:
+    def measured(run: Run) -> Json:
         config = {
             **asdict(run), **given, "fitted_on": options.fitted_on, "measured_on": len(images.labels),
         }  # fmt: skip
-        made: dict[str, common.Json] = {}
+        made: dict[str, Json] = {}
         for distribution in DISTRIBUTIONS:
             start = time.perf_counter()
             budget: dict[str, Any] = {run.budget: run.share}
@@ -121,32 +118,14 @@ def main(options: Options) -> int:
             made["dense"] = {"accuracy": measure(dense, images.labels, dense)}
         return {"run": config, "result": made}
 
-    return common.work_off(
-        runs,
-        options.results,
-        execute,
-        command=command_of(options),
-        environment=common.environment(options.device),
-        overwrite=options.overwrite,
-    )
+    return measured
 
 
-def command_of(options: Options) -> Callable[[Run], str]:
-    """Return the function that writes the command which repeats one run; of paths it keeps the name only."""
-
-    def command(run: Run) -> str:
-        words = options.words("experiments.budgets.run")
-        words += ["--methods", run.method, "--fitted-on", str(options.fitted_on)]
-        given = {"flops": "--shares", "latency": "--latencies"}
-        for budget, option in given.items():
-            words += [option, *([str(run.share)] if budget == run.budget else [])]
-        return shlex.join(words)
-
-    return command
+def select(run: Run) -> dict[str, Any]:
+    """Return the options that choose one run alone."""
+    budgets = {"shares": "flops", "latencies": "latency"}
+    chosen = {option: (run.share,) if run.budget == budget else () for option, budget in budgets.items()}
+    return {"methods": (run.method,), **chosen}
 
 
-if __name__ == "__main__":
-    import tyro
-
-    done = main(tyro.cli(Options, description=__doc__))
-    print(f"{done} runs executed")
+STUDY = Study("budgets", Options, grid, load, select)

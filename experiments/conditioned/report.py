@@ -1,28 +1,28 @@
-"""Rebuild the generated part of experiments/conditioned/README.md: `python -m experiments.conditioned.report`."""
+"""The tables of scoring while the merging knows the text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import common
 from experiments.conditioned.presets import PRESETS, QUESTIONS
 from experiments.conditioned.run import RESULTS
-from experiments.tables import all_of, markdown, show, update, verdict
+from experiments.lib.files import Json, unpack
+from experiments.lib.statistics import Interval, Values, paired_bootstrap
+from experiments.lib.study import Page
+from experiments.lib.tables import INTERVALS, markdown, provenance, show, verdict
 
-PAGE = Path(__file__).parent / "README.md"
 TITLES = {
     "captions": "Flickr8k: photographs and one caption of each",
     "classes": "Caltech-101: photographs and the names of their classes",
 }
 DIRECTIONS = {"text": "text of a photograph", "photo": "photograph of a text"}
 
-Rows = dict[tuple[str, int], common.Json]
+Rows = dict[tuple[str, int], Json]
 
 
-def rows_of(results: Sequence[common.Json], task: str) -> Rows:
+def rows_of(results: Sequence[Json], task: str) -> Rows:
     """Return the results of a task by (preset, r).
 
     Raises:
@@ -35,7 +35,7 @@ def rows_of(results: Sequence[common.Json], task: str) -> Rows:
     return {(content["run"]["preset"], content["run"]["r"]): content["result"] for content in own}
 
 
-def marks(row: common.Json, direction: str) -> common.Values:
+def marks(row: Json, direction: str) -> Values:
     """Return [n] whether each question was answered rightly."""
     return np.array([float(mark) for mark in row[direction]["right"]])
 
@@ -72,10 +72,10 @@ def answers(rows: Rows) -> str:
                     continue
                 a, b = rows[one, r], rows[other, r]
                 for way in directions:
-                    points = common.paired_bootstrap(marks(a, way), marks(b, way)).times(100)
-                    first, second = (common.unpack(row[way]["losses"]) for row in (a, b))
-                    nats = common.paired_bootstrap(first, second)
-                    better = verdict(common.Interval(-nats.mean, -nats.high, -nats.low))
+                    points = paired_bootstrap(marks(a, way), marks(b, way)).times(100)
+                    first, second = (unpack(row[way]["losses"]) for row in (a, b))
+                    nats = paired_bootstrap(first, second)
+                    better = verdict(Interval(-nats.mean, -nats.high, -nats.low))
                     label = f"{PRESETS[one].label} minus {PRESETS[other].label}"
                     lines.append([question, label, r, DIRECTIONS[way], show(points), show(nats, 3), better])
                     question = ""
@@ -83,14 +83,9 @@ def answers(rows: Rows) -> str:
     return markdown(lines, headers)
 
 
-def chapters(results: Sequence[common.Json]) -> Iterator[str]:
+def chapters(results: Sequence[Json]) -> Iterator[str]:
     """Yield the paragraphs of the generated part."""
-    yield (
-        f"{len(results)} result files; crossget {all_of(results, 'crossget')}, torch {all_of(results, 'torch')}, "
-        f"open_clip {all_of(results, 'open_clip_torch')}; commit {all_of(results, 'commit')}, with changes not "
-        f"committed: {all_of(results, 'dirty')}; device {all_of(results, 'device')}. Brackets are 95 % paired "
-        "bootstrap intervals (10,000 resamples), bold where they exclude zero."
-    )
+    yield f"{provenance(results, 'open_clip_torch')} {INTERVALS}"
     for task, title in TITLES.items():
         rows = rows_of(results, task)
         if rows:
@@ -101,34 +96,9 @@ def chapters(results: Sequence[common.Json]) -> Iterator[str]:
             yield answers(rows)
 
 
-def generated(results: Sequence[common.Json]) -> str:
+def generated(results: Sequence[Json]) -> str:
     """Return the generated part."""
     return "\n\n".join(chapters(results))
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path = field(default=RESULTS)
-    """Folder of result files."""
-    output: Path = field(default=PAGE)
-    """The page."""
-
-
-def main(options: Options) -> None:
-    """Write the page's generated part.
-
-    Raises:
-        ValueError: there is no result file, or the page has lost its two marks.
-    """
-    results = common.read_results(options.results)
-    if not results:
-        raise ValueError(f"no result file in {options.results}: run `python -m experiments.conditioned.run` first")
-    update(options.output, generated(results))
-
-
-if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Options, description=__doc__))
+PAGE = Page(Path(__file__).parent / "README.md", RESULTS, generated)

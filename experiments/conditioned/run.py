@@ -1,9 +1,8 @@
-"""Score photographs against texts while the merging knows the text: `python -m experiments.conditioned.run --help`.
+"""Score photographs against texts while the merging knows the text.
 
 Nothing is trained. Two tasks: photographs and one caption of each, or photographs and the names of their classes.
 """
 
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,12 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import crossget
-from experiments import common
+from crossget.measure.flops import count_once
+from experiments.ablation.run import described
 from experiments.conditioned.presets import PRESETS, Target
 from experiments.coop import datasets
+from experiments.lib.data import read_image
+from experiments.lib.files import Json, check_names, file_digest, pack
+from experiments.lib.study import Study
 from experiments.retrieval import data
 from experiments.retrieval.models import Clip, load_clip
-from experiments.samples import read_image
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -85,7 +87,7 @@ class Task:
     files: list[Path]
     texts: list[str]
     owner: Tensor
-    names: common.Json
+    names: Json
 
 
 def load_task(options: Options) -> Task:
@@ -139,7 +141,7 @@ def score(
     return torch.cat(columns, 1)
 
 
-def measure(cosines: Tensor, owner: Tensor, scale: float, both_ways: bool) -> common.Json:
+def measure(cosines: Tensor, owner: Tensor, scale: float, both_ways: bool) -> Json:
     """Return what cosines [N, M] say.
 
     Args:
@@ -155,7 +157,7 @@ def measure(cosines: Tensor, owner: Tensor, scale: float, both_ways: bool) -> co
     directions = {"text": (cosines, owner)}
     if both_ways:
         directions["photo"] = (cosines.T, torch.arange(len(cosines)))
-    result: common.Json = {"n": len(cosines), "texts": int(cosines.shape[1])}
+    result: Json = {"n": len(cosines), "texts": int(cosines.shape[1])}
     for name, (logits, answer) in directions.items():
         losses = F.cross_entropy(scale * logits.double(), answer, reduction="none")
         right = logits.argmax(1) == answer
@@ -163,17 +165,29 @@ def measure(cosines: Tensor, owner: Tensor, scale: float, both_ways: bool) -> co
             "accuracy": round(100 * float(right.double().mean()), 4),
             "loss": round(float(losses.mean()), 6),
             "right": "".join("1" if mark else "0" for mark in right.tolist()),
-            "losses": common.pack(losses.numpy()),
+            "losses": pack(losses.numpy()),
         }
     return result
 
 
-def main(options: Options) -> int:
-    """Work off the queue and return the number of runs executed."""
-    common.check_names("presets", options.presets, PRESETS)
-    runs = [Run(options.task, name, r) for name in options.presets for r in (options.r if name != "dense" else (0,))]
-    if not common.pending(runs, options.results, options.overwrite):
-        return 0
+def cost(clip: Clip, attached: crossget.Attachment, one: Tensor, dense: int) -> Json:
+    """Return multiply-adds of the image tower for one photograph, in G, and the tokens entering each block."""
+    counted = count_once(clip.model.visual, one).total
+    return {"tokens": attached.tokens["visual"], "gflops": {"dense": dense / 1e9, "reduced": counted / 1e9}}
+
+
+def grid(options: Options) -> list[Run]:
+    """Return all runs that the options ask for.
+
+    Raises:
+        ValueError: a preset does not exist.
+    """
+    check_names("presets", options.presets, PRESETS)
+    return [Run(options.task, name, r) for name in options.presets for r in (options.r if name != "dense" else (0,))]
+
+
+def load(options: Options) -> Callable[[Run], Json]:
+    """Return the function that measures one run."""
     task, clip = load_task(options), load_clip(options.model, options.weights)
     clip.model.eval().to(options.device)
     transform = clip.transform(train=False)
@@ -182,49 +196,28 @@ def main(options: Options) -> int:
         texts = torch.cat([clip.encode_text(clip.tokenize([text]).to(options.device)) for text in task.texts])
     texts = F.normalize(texts.float(), dim=-1)
 
+    dense = count_once(clip.model.visual, pixels[:1].to(options.device)).total
+
     @torch.no_grad()
     def encode(against: Tensor) -> Tensor:
         parts = [clip.encode_image(part.to(options.device)).float() for part in pixels.split(options.batch)]
         return torch.cat([F.normalize(part, dim=-1) @ against.T for part in parts]).cpu()
 
-    def execute(run: Run) -> common.Json:
+    def measured(run: Run) -> Json:
         preset = PRESETS[run.preset]
-        config: common.Json = {**asdict(run), "data": task.names, "weights": common.file_digest(options.weights)}
+        config: Json = {**asdict(run), "data": task.names, "weights": file_digest(options.weights)}
         if preset.method is None:
             cosines, spent = encode(texts), {}
         else:
             reducer = replace(preset.method, r=run.r)
-            config["reducer"] = {"name": type(reducer).__name__, **asdict(reducer)}
+            config["reducer"] = described(reducer)
             with crossget.attach(clip.model, {"visual": reducer}) as attached:
                 cosines = score(encode, attached.set_text_features, texts, preset.target)
-                spent = cost(clip, attached, pixels[:1].to(options.device))
+                spent = cost(clip, attached, pixels[:1].to(options.device), dense)
         scale = float(clip.model.logit_scale.detach().exp())
         return {"run": config, "result": {**measure(cosines, task.owner, scale, options.task == "captions"), **spent}}
 
-    def command(run: Run) -> str:
-        words = ["python", "-m", "experiments.conditioned.run", "--task", options.task, "--images", options.images.name]
-        words += ["--weights", options.weights.name, "--model", options.model, "--limit", str(options.limit)]
-        if options.annotations is not None:
-            words += ["--annotations", options.annotations.name, "--split", options.split]
-        return shlex.join([*words, "--presets", run.preset, "--r", str(run.r)])
-
-    return common.work_off(
-        runs, options.results, execute, command=command, environment=common.environment(options.device),
-        overwrite=options.overwrite,
-    )  # fmt: skip
+    return measured
 
 
-def cost(clip: Clip, attached: crossget.Attachment, one: Tensor) -> common.Json:
-    """Return multiply-adds of the image tower for one photograph, in G, and the tokens entering each block."""
-    counted = crossget.count_flops(clip.model.visual, one)
-    return {
-        "tokens": attached.tokens["visual"],
-        "gflops": {"dense": counted.dense.total / 1e9, "reduced": counted.total / 1e9},
-    }
-
-
-if __name__ == "__main__":
-    import tyro
-
-    done = main(tyro.cli(Options, description=__doc__))
-    print(f"{done} runs executed")
+STUDY = Study("conditioned", Options, grid, load, lambda run: {"presets": (run.preset,), "r": (run.r,)})

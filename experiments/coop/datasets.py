@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.samples import BadData
+from experiments.lib.data import BadData
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from crossget import CrossGET, ToMe
 from crossget.methods.reducers import Reducer
-from experiments.engine import Recipe
+from experiments.lib.training import Recipe
 
 Reducers = Mapping[str, Reducer]
 R = int | tuple[int, ...]

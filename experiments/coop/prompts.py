@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import crossget
 from crossget.checkpoints.authors import dassl_state
 from crossget.methods.reducers import Reducer
+from experiments.lib.data import generator
 from experiments.retrieval.models import Clip
-from experiments.samples import generator
 
 # What a learner's parameters and buffers are called in Dassl; the others than the first follow from names and model.
 CONTEXT, PREFIX, SUFFIX = "ctx", "token_prefix", "token_suffix"

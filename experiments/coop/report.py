@@ -1,15 +1,19 @@
-"""The chapter on prompt learning of docs/results.md, from the result files alone."""
+"""The page of prompt learning."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import common
 from experiments.coop.datasets import SOURCES
 from experiments.coop.presets import PRESETS, SETTINGS
-from experiments.tables import answers, difference, markdown
+from experiments.coop.run import RESULTS
+from experiments.lib.files import Json
+from experiments.lib.statistics import Seeds
+from experiments.lib.study import Page
+from experiments.lib.tables import INTERVALS, answers, difference, markdown, provenance
 
 Key = tuple[str, int]
 """A row: preset and strength."""
@@ -27,7 +31,7 @@ class Row:
         both: the same with one prompt.
     """
 
-    correct: common.Seeds
+    correct: Seeds
     top1: tuple[float, ...]
     r: Any
     image: float
@@ -44,7 +48,7 @@ class Row:
         return f"{np.std(self.top1, ddof=1):.1f} ({len(self.top1)})" if len(self.top1) > 1 else ""
 
 
-def join(entries: Sequence[common.Json]) -> Row:
+def join(entries: Sequence[Json]) -> Row:
     """Return the row that the seeds' results make together."""
     results = [entry["result"] for entry in entries]
     correct = {
@@ -63,7 +67,7 @@ def join(entries: Sequence[common.Json]) -> Row:
     )
 
 
-def gather(results: Sequence[common.Json]) -> dict[tuple[str, str], dict[Key, Row]]:
+def gather(results: Sequence[Json]) -> dict[tuple[str, str], dict[Key, Row]]:
     """Return the rows of each setting and data set.
 
     Raises:
@@ -76,14 +80,14 @@ def gather(results: Sequence[common.Json]) -> dict[tuple[str, str], dict[Key, Ro
             if not mine:
                 continue
             check(mine, f"{setting} on {dataset}")
-            groups: dict[Key, list[common.Json]] = {}
+            groups: dict[Key, list[Json]] = {}
             for entry in mine:
                 groups.setdefault((entry["run"]["preset"], entry["run"]["percent"]), []).append(entry)
             tables[setting, dataset] = {key: join(group) for key, group in groups.items()}
     return tables
 
 
-def check(results: Sequence[common.Json], what: str) -> None:
+def check(results: Sequence[Json], what: str) -> None:
     """Refuse results that must not be compared."""
     same = ("split", "model", "weights", "shots", "context", "class_specific")
     origins, recipes = set(), set()
@@ -138,14 +142,14 @@ def answered(table: dict[Key, Row]) -> str:
         swept = PRESETS[one].swept or PRESETS[other].swept
         return [(percent, f"~{percent} %") for percent in percents] if swept else [(0, "")]
 
-    def correct(preset: str, percent: int) -> common.Seeds | None:
+    def correct(preset: str, percent: int) -> Seeds | None:
         row = find(table, preset, percent)
         return None if row is None else row.correct
 
     return answers(QUESTIONS, strengths, correct, lambda name: PRESETS[name].label, ("FLOPs", "top-1, points"))
 
 
-def introduction(setting: str, results: Sequence[common.Json]) -> str:
+def introduction(setting: str, results: Sequence[Json]) -> str:
     """Return what was done, from the files."""
     run = results[0]["run"]
     photos = run["data"][run["split"]]
@@ -170,13 +174,13 @@ def introduction(setting: str, results: Sequence[common.Json]) -> str:
     )
 
 
-def chapter(results: Sequence[common.Json]) -> list[str]:
+def chapter(results: Sequence[Json]) -> list[str]:
     """Return the paragraphs about prompt learning."""
     paragraphs = []
     for (setting, dataset), table in gather(results).items():
         mine = [e for e in results if (e["run"]["setting"], e["run"]["dataset"]) == (setting, dataset)]
         paragraphs += [
-            f"### {SETTINGS[setting].title}, {SOURCES[dataset].title}",
+            f"## {SETTINGS[setting].title}, {SOURCES[dataset].title}",
             introduction(setting, mine),
             "**Rows with the same prompts to start from and the same training, at ever fewer FLOPs**; the last column "
             "is the difference in points from the control, the dense model trained equally long.",
@@ -185,3 +189,11 @@ def chapter(results: Sequence[common.Json]) -> list[str]:
             answered(table),
         ]
     return paragraphs
+
+
+def generated(results: list[Json]) -> str:
+    """Return the generated part."""
+    return "\n\n".join([f"{provenance(results, 'open_clip_torch')} {INTERVALS}", *chapter(results)])
+
+
+PAGE = Page(Path(__file__).parent / "RESULTS.md", RESULTS, generated)

@@ -1,10 +1,8 @@
-"""Learn prompts and evaluate every row of the CoOp table: `python -m experiments.coop.run --help`."""
+"""Learn prompts and evaluate every row of the CoOp table."""
 
-import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +11,14 @@ from torch import Tensor
 
 import crossget
 from crossget.core.training import parameter_groups
-from experiments import common, engine, processes, samples
 from experiments.coop import datasets
 from experiments.coop.presets import PRESETS, SETTINGS, Preset, recipe_of
 from experiments.coop.prompts import PromptLearner
 from experiments.coop.task import CoopTask, logits
+from experiments.lib import processes, training
+from experiments.lib.data import BadData, Dataset, Labelled, Skipping, collate, read_image
+from experiments.lib.files import Json, check_names, file_digest
+from experiments.lib.study import Study, measured_device
 from experiments.retrieval import models
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +48,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options(engine.TrainingOptions):
+class Options(training.TrainingOptions):
     """What to train, and on which photographs."""
 
     setting: Literal["reference", "caltech101_small"]
@@ -85,14 +86,14 @@ class Options(engine.TrainingOptions):
     """Where the result files go."""
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for, `coop` of each seed before those that start from its prompts.
 
     Raises:
         ValueError: a preset does not exist, or a strength is not of the setting.
     """
     setting = SETTINGS[options.setting]
-    common.check_names("presets", options.presets, PRESETS)
+    check_names("presets", options.presets, PRESETS)
     strange = sorted(set(options.percent) - set(setting.r))
     if strange:
         raise ValueError(f"percent {strange}: {options.setting} has {sorted(setting.r)}")
@@ -115,7 +116,7 @@ def prompts_file(options: Options, run: Run) -> Path:
     return options.work / run.slug / "prompts.safetensors"
 
 
-def recipe_for(options: Options, run: Run) -> engine.Recipe:
+def recipe_for(options: Options, run: Run) -> training.Recipe:
     """Return the row's recipe with what the options change of it."""
     return options.applied(recipe_of(SETTINGS[options.setting], options.dataset, PRESETS[run.preset]), run.seed)
 
@@ -180,7 +181,7 @@ def save_prompts(context: Tensor, file: Path) -> None:
 def train(
     built: Built,
     photos: Sequence[datasets.Photo],
-    recipe: engine.Recipe,
+    recipe: training.Recipe,
     preset: Preset,
     crop: float,
     folder: Path | None = None,
@@ -188,8 +189,8 @@ def train(
     skip_bad: bool = False,
     trackers: Sequence[str] = (),
     name: str = "coop",
-) -> engine.Fitted:
-    """Train prompts and cross tokens in place; see `engine.fit` for what comes back, `task.CoopTask` for the loss."""
+) -> training.Fitted:
+    """Train prompts and cross tokens in place; see `training.fit` for what comes back, `task.CoopTask` for the loss."""
     clip, learner, attached = built.clip, built.learner, built.attached
     if attached is not None:
         attached.register_parameters(clip.model)
@@ -197,10 +198,10 @@ def train(
     groups = parameter_groups(clip.model, attached, train="prompts", prompts=[learner.ctx])
     look = datasets.transform(clip.size, clip.mean, clip.std, crop)
     files, labels = [photo.file for photo in photos], [photo.label for photo in photos]
-    data: samples.Dataset = samples.Labelled(files, labels, look, recipe.seed)
+    data: Dataset = Labelled(files, labels, look, recipe.seed)
     if skip_bad:
-        data = samples.Skipping(data)
-    return engine.fit(task, groups, data, samples.collate, recipe, folder, trackers=trackers, name=name)
+        data = Skipping(data)
+    return training.fit(task, groups, data, collate, recipe, folder, trackers=trackers, name=name)
 
 
 def take(built: Built, state: Mapping[str, Tensor]) -> None:
@@ -219,7 +220,7 @@ def measure(
     *,
     template: Sequence[str] | None = None,
     skip_bad: bool = False,
-) -> common.Json:
+) -> Json:
     """Return top-1 accuracy in % and a mark for each photograph: 1 where the right class is the first.
 
     Args:
@@ -232,7 +233,7 @@ def measure(
     Raises:
         BadData: a photograph cannot be read.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = measured_device()
     clip, learner = built.clip, built.learner.to(device)
     clip.model.eval().to(device)
     text = learner() if template is None else clip.encode_text(clip.tokenize(list(template)).to(device))
@@ -242,8 +243,8 @@ def measure(
         pixels, labels = [], []
         for photo in photos[start : start + batch]:
             try:
-                pixels.append(samples.read_image(photo.file, look))
-            except samples.BadData as error:
+                pixels.append(read_image(photo.file, look))
+            except BadData as error:
                 if not skip_bad:
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
@@ -256,7 +257,7 @@ def measure(
     return {"top1": 100 * marks.count("1") / len(marks), "correct": marks}
 
 
-def count(built: Built) -> common.Json:
+def count(built: Built) -> Json:
     """Return multiply-adds in G, of a photograph and of one with one prompt, and the tokens entering each block."""
     model: Any = built.clip.model.cpu().eval()
     pixels, ids = torch.zeros(1, 3, built.clip.size, built.clip.size), built.learner.ids[:1].cpu()
@@ -271,13 +272,13 @@ def count(built: Built) -> common.Json:
     }
 
 
-def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json) -> common.Json | None:
+def execute(options: Options, run: Run, data: datasets.Data, origin: Json) -> Json | None:
     """Train one row, evaluate it, and return what is to be written; None on all processes but the main one."""
     setting, preset = SETTINGS[run.setting], PRESETS[run.preset]
     built = build(options, run, data.names)
     evaluated = datasets.existing(data.splits.get(options.split, ()), options.skip_bad)
-    fingerprints: common.Json = {options.split: datasets.fingerprint(evaluated, data.names)}
-    result: common.Json = {}
+    fingerprints: Json = {options.split: datasets.fingerprint(evaluated, data.names)}
+    result: Json = {}
     if preset.trained:
         drawn = datasets.existing(datasets.few_shot(data, options.shots, run.seed)["train"], options.skip_bad)
         fingerprints["train"] = datasets.fingerprint(drawn, data.names)
@@ -315,48 +316,26 @@ def execute(options: Options, run: Run, data: datasets.Data, origin: common.Json
         "class_specific": options.class_specific, "data": fingerprints, **origin,
     }  # fmt: skip
     if preset.prompts == "coop":
-        described["prompts_sha256"] = common.file_digest(prompts_file(options, run.base))
+        described["prompts_sha256"] = file_digest(prompts_file(options, run.base))
     return {"run": described, "result": result}
 
 
-def command(options: Options, run: Run) -> str:
-    """Return the command line that repeats one run, files and folders by their names only."""
-    words = [
-        "python", "-m", "experiments.coop.run", "--setting", run.setting, "--data", options.data.name, "--dataset",
-        run.dataset, "--presets", run.preset, "--seeds", str(run.seed), "--split", options.split, "--shots",
-        str(options.shots), "--context", str(options.context),
-    ]  # fmt: skip
-    if options.weights is not None:
-        words += ["--weights", options.weights.name]
-    if PRESETS[run.preset].swept:
-        words += ["--percent", str(run.percent)]
-    if options.model is not None:
-        words += ["--model", options.model]
-    if options.class_specific:
-        words.append("--class-specific")
-    return shlex.join([*words, *options.words()])
+def load(options: Options) -> Callable[[Run], Json | None]:
+    """Return the function that trains and measures one run."""
+    dataset, weights = datasets.read(options.dataset, options.data), options.weights
+    origin = {"weights": weights and {"file": weights.name, "sha256": file_digest(weights)}}
+    return lambda run: execute(options, run, dataset, origin)
 
 
-@processes.ending_group
-def main(options: Options) -> int:
-    """Work off the queue; return how many runs were executed."""
-    runs = queue(options)
-    data = datasets.read(options.dataset, options.data)
-    weights = options.weights
-    origin = {"weights": weights and {"file": weights.name, "sha256": common.file_digest(weights)}}
-    environment = common.environment("cuda" if torch.cuda.is_available() else "cpu")
-    work_off: Callable[..., int] = partial(
-        common.work_off, folder=options.results, execute=lambda run: execute(options, run, data, origin),
-        command=partial(command, options), environment=environment,
-    )  # fmt: skip
-    # A result file is of no use to the rows that start from its prompts, if these are gone.
-    lost = [run for run in runs if run.preset == "coop" and not prompts_file(options, run).is_file()]
-    return work_off(lost, overwrite=True) + work_off(
-        [run for run in runs if run not in lost], overwrite=options.overwrite
-    )
+def select(run: Run) -> dict[str, Any]:
+    """Return the options that choose one run alone."""
+    strength = {"percent": (run.percent,)} if PRESETS[run.preset].swept else {}
+    return {"presets": (run.preset,), "seeds": (run.seed,), **strength}
 
 
-if __name__ == "__main__":
-    import tyro
+def without_prompts(options: Options, runs: list[Run]) -> list[Run]:
+    """Return the runs whose result is of no use to the rows that start from their prompts, because these are gone."""
+    return [run for run in runs if run.preset == "coop" and not prompts_file(options, run).is_file()]
 
-    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
+
+STUDY = Study("coop", Options, grid, load, select, repeated=without_prompts)

@@ -1,18 +1,19 @@
-"""Rebuild the tables of this folder's README.md from the result files: `python -m experiments.dense.report`."""
+"""The tables of patch features."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from experiments import common, tables
 from experiments.ablation.settings import SETTINGS
 from experiments.dense.run import BASE, RESULTS, ROWS
+from experiments.lib import tables
+from experiments.lib.files import Json, unpack
+from experiments.lib.statistics import paired_bootstrap
+from experiments.lib.study import Page
 
-PAGE = Path(__file__).parent / "README.md"
 
-
-def generated(contents: Sequence[common.Json]) -> str:
+def generated(contents: Sequence[Json]) -> str:
     """The tables of the page, from the result files alone."""
     parts = []
     for name in SETTINGS:
@@ -36,19 +37,18 @@ def generated(contents: Sequence[common.Json]) -> str:
     return "\n".join(parts).strip()
 
 
-def _share(one: common.Json | None) -> str:
+def _share(one: Json | None) -> str:
     return "" if one is None else f"{100 * one['gflops']['reduced'] / one['gflops']['dense']:.0f}"
 
 
-def _cell(one: common.Json, base: common.Json | None, key: str) -> str:
+def _cell(one: Json, base: Json | None, key: str) -> str:
     digits = 3 if key == "cosine" else 1
     text = f"{one[key]:.{digits}f}"
     if base is None:
         return text
     scale = 100 if key == "within" else 1
-    mine, other = (scale * np.asarray(common.unpack(result[key + "s"])) for result in (one, base))
-    return f"{text} ({tables.show(common.paired_bootstrap(mine, other), digits)})"
+    mine, other = (scale * np.asarray(unpack(result[key + "s"])) for result in (one, base))
+    return f"{text} ({tables.show(paired_bootstrap(mine, other), digits)})"
 
 
-if __name__ == "__main__":
-    tables.update(PAGE, generated(common.read_results(RESULTS)))
+PAGE = Page(Path(__file__).parent / "README.md", RESULTS, generated)

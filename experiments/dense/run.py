@@ -1,10 +1,10 @@
-"""Patch features brought back to the full grid, against the dense model's: `python -m experiments.dense.run --help`.
+"""Patch features brought back to the full grid, against the dense model's.
 
 Segmentation, detection and dense matching read a feature at every patch. A reduced tower gives each patch the feature
 of the token that it went into; this measures what is left of the dense model's, patch by patch.
 """
 
-import shlex
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import crossget
-from experiments import common
 from experiments.ablation.presets import PRESETS, Preset
-from experiments.ablation.run import cost
+from experiments.ablation.run import cost, described
 from experiments.ablation.settings import Measuring
+from experiments.lib.files import Json, check_names, pack
+from experiments.lib.study import Study
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "tome"
@@ -61,7 +62,7 @@ def patch_features(model: Any, pixels: Tensor, batch: int, device: str) -> Tenso
     )
 
 
-def agreement(features: Tensor, dense: Tensor) -> common.Json:
+def agreement(features: Tensor, dense: Tensor) -> Json:
     """How near features [N, P, C] are to the dense model's.
 
     Returns:
@@ -78,48 +79,37 @@ def agreement(features: Tensor, dense: Tensor) -> common.Json:
         "cosine": round(float(cosines.mean()), 6),
         "within": round(100 * float(within.mean()), 4),
         "n": len(dense),
-        "cosines": common.pack(cosines.double().numpy()),
-        "withins": common.pack(within.numpy()),
+        "cosines": pack(cosines.double().numpy()),
+        "withins": pack(within.numpy()),
     }
 
 
-def main(options: Options) -> int:
-    """Work off the queue and return the number of runs executed."""
-    common.check_names("methods", options.methods, ROWS)
-    runs = [Run(options.setting, method, r) for method in options.methods for r in options.r]
-    if not common.pending(runs, options.results, options.overwrite):
-        return 0
+def grid(options: Options) -> list[Run]:
+    """Return all runs that the options ask for.
+
+    Raises:
+        ValueError: a method does not exist.
+    """
+    check_names("methods", options.methods, ROWS)
+    return [Run(options.setting, method, r) for method in options.methods for r in options.r]
+
+
+def load(options: Options) -> Callable[[Run], Json]:
+    """Return the function that measures one run."""
     model, images = options.load()
     dense = patch_features(model, images.pixels, options.batch, options.device)
     given = options.given(images)
 
-    def execute(run: Run) -> common.Json:
+    def measured(run: Run) -> Json:
         reducer = ROWS[run.method].make(run.r, 0)
         assert reducer is not None
         with crossget.attach(model, reducer) as attached:
             features = patch_features(model, images.pixels, options.batch, options.device)
             spent = cost(model, attached, images.pixels[:1].to(options.device))
-        method = {"name": type(reducer).__name__, **asdict(reducer)}
-        config = {**asdict(run), "reducer": method, **given}
+        config = {**asdict(run), "reducer": described(reducer), **given}
         return {"run": config, "result": {**agreement(features, dense), **spent}}
 
-    def command(run: Run) -> str:
-        words = options.words("experiments.dense.run")
-        words += ["--methods", run.method, "--r", str(run.r)]
-        return shlex.join(words)
-
-    return common.work_off(
-        runs,
-        options.results,
-        execute,
-        command=command,
-        environment=common.environment(options.device),
-        overwrite=options.overwrite,
-    )
+    return measured
 
 
-if __name__ == "__main__":
-    import tyro
-
-    done = main(tyro.cli(Options, description=__doc__))
-    print(f"{done} runs executed")
+STUDY = Study("dense", Options, grid, load, lambda run: {"methods": (run.method,), "r": (run.r,)})

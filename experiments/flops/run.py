@@ -1,19 +1,19 @@
-"""Count published models on the meta device: `python -m experiments.flops.run`, then `--table` for docs/flops.md."""
+"""Count the multiply-adds of published models on the meta device: no weights are needed."""
 
 import dataclasses
-import json
-import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 import crossget
 from crossget.checkpoints import hf_sizes as presets
 from crossget.measure.generation import count_stages, has_stages
-from experiments import common
+from experiments.lib.files import Json
+from experiments.lib.study import Study
+from experiments.lib.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,15 +46,13 @@ RUNS = [
 class Options:
     """What to do."""
 
-    table: bool = False
-    """Print the table of the results that are there, and count nothing."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
     overwrite: bool = False
     """Count again what has a result file."""
 
 
-def execute(run: Run) -> common.Json:
+def execute(run: Run) -> Json:
     """Count one model, dense and reduced."""
     model: Any = presets.build(run.model)
     with crossget.attach(model, crossget.CrossGET(run.r)):
@@ -62,14 +60,14 @@ def execute(run: Run) -> common.Json:
     return {"run": dataclasses.asdict(run), "result": result}
 
 
-def _generating(model: Any, run: Run) -> common.Json:
+def _generating(model: Any, run: Run) -> Json:
     report = count_stages(model, run.text_tokens)
     costs = {"dense": report.dense, "reduced": report.reduced}
     counted = {name: dataclasses.asdict(cost) | {"total": cost.prefill} for name, cost in costs.items() if cost}
     return {**counted, "speedup": round(report.speedup, 4)}
 
 
-def _embedding(model: Any, run: Run) -> common.Json:
+def _embedding(model: Any, run: Run) -> Json:
     """One image and one text, each through its tower."""
     size = model.config.vision_config.image_size
     pixels = torch.empty(1, 3, size, size, device="meta")
@@ -83,8 +81,8 @@ def _embedding(model: Any, run: Run) -> common.Json:
     return {**counted, "speedup": round(1 / report.ratio, 4)}
 
 
-def table(contents: list[common.Json]) -> str:
-    """Return the results as a table for a page."""
+def table(contents: Sequence[Json]) -> str:
+    """Return the results as one table."""
     rows = []
     for content in sorted(contents, key=lambda content: [run.slug for run in RUNS].index(_slug(content))):
         run, result = content["run"], content["result"]
@@ -101,33 +99,15 @@ def table(contents: list[common.Json]) -> str:
     head = [
         "dense / CrossGET", "image tokens", "image tower, G", "in all, G", "predicted", "step, G", "cache, MiB",
     ]  # fmt: skip
-    return tabulate(rows, head, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 6)
+    return markdown(rows, head)
 
 
 def _pair(dense: float | None, reduced: float | None, unit: float, digits: int = 1) -> str:
     return "" if dense is None or reduced is None else f"{dense / unit:,.{digits}f} / {reduced / unit:,.{digits}f}"
 
 
-def _slug(content: common.Json) -> str:
+def _slug(content: Json) -> str:
     return Run(**content["run"]).slug
 
 
-def main(options: Options) -> None:
-    """Count what has no result yet, and print the table."""
-    if not options.table:
-        common.work_off(
-            RUNS,
-            options.results,
-            execute,
-            command=lambda run: shlex.join(["python", "-m", "experiments.flops.run"]),
-            environment=common.environment(),
-            overwrite=options.overwrite,
-        )
-    files = sorted(options.results.glob("*.json"))
-    print(table([json.loads(file.read_text(encoding="utf-8")) for file in files]))
-
-
-if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Options, description=__doc__))
+STUDY = Study("flops", Options, lambda options: RUNS, lambda options: execute, lambda run: {}, table)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from experiments.samples import BadData
+from experiments.lib.data import BadData
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from experiments.lib.data import BadData, first_good, read_image
 from experiments.llava.conversation import IGNORED, Encoder
-from experiments.samples import BadData, first_good, read_image
 
 Sample = dict[str, Any]
 

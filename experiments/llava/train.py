@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 import crossget
 from crossget.core.saving import write
-from experiments import processes
+from experiments.lib import processes
 from experiments.llava.conversation import IGNORED, Encoder
 from experiments.llava.data import Collator, Conversations, GroupedSampler, read_samples
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from experiments.samples import BadData, Batch, Draw, chance, read_image
+from experiments.lib.data import BadData, Batch, Draw, chance, read_image
 
 # COCO's photographs that are in neither of Karpathy's small splits are for training, too.
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.lib.data import read_image
 from experiments.retrieval.data import Photo
 from experiments.retrieval.models import Clip
-from experiments.samples import read_image
 
 Ranks = npt.NDArray[np.int64]
 

@@ -7,7 +7,7 @@ from typing import Literal
 from crossget import CrossGET, ToMe
 from crossget.methods.alignment import Divergence
 from crossget.methods.reducers import Reducer
-from experiments.engine import Recipe
+from experiments.lib.training import Recipe
 
 Reducers = Mapping[str, Reducer]
 FULL = CrossGET(r=0)

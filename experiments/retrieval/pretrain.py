@@ -9,7 +9,9 @@ from typing import Literal
 
 import torch
 
-from experiments import common, engine, processes
+from experiments.lib import processes, training
+from experiments.lib.files import environment, file_digest, write_json
+from experiments.lib.study import measured_device
 from experiments.retrieval import data, models
 from experiments.retrieval.presets import SETTINGS
 from experiments.retrieval.run import RESULTS, measure, save_weights, train
@@ -56,28 +58,28 @@ def main(options: Options) -> None:
         models.load_published_tower(clip)
     recipe = replace(setting.pretrain, seed=options.seed, workers=options.workers)
     recipe = recipe if options.epochs is None else replace(recipe, epochs=options.epochs)
-    start, environment = time.perf_counter(), common.environment("cuda" if torch.cuda.is_available() else "cpu")
+    start, where = time.perf_counter(), environment(measured_device())
     folder = options.work / options.setting / "pretrain"
     fitted = train(clip, photos["train"], recipe, setting.captions, folder, trackers=options.trackers, name="pretrain")
     if not processes.is_main():
         return
-    engine.take(clip.model, None, fitted.state)
+    training.take(clip.model, None, fitted.state)
     save_weights(clip, options.out)
     result = {"history": fitted.history, "recipe": asdict(recipe), **measure(clip, photos["val"], 128)}
-    vision = options.vision_weights and common.file_digest(options.vision_weights)
+    vision = options.vision_weights and file_digest(options.vision_weights)
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     content = {
         "run": {
             "setting": options.setting, "preset": "pretrain", "seed": options.seed, "vision_weights": vision,
             "data": {name: data.fingerprint(some) for name, some in photos.items()},
-            "weights": {"file": options.out.name, "sha256": common.file_digest(options.out)},
+            "weights": {"file": options.out.name, "sha256": file_digest(options.out)},
         },
         "command": shlex.join(["python", "-m", "experiments.retrieval.pretrain", *words]),
-        "environment": environment,
+        "environment": where,
         "result": result,
         "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
-    common.write_json(options.results / options.setting / "pretrain.json", content)
+    write_json(options.results / options.setting / "pretrain.json", content)
 
 
 if __name__ == "__main__":

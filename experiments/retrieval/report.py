@@ -1,4 +1,4 @@
-"""The chapter on retrieval of docs/results.md, from the result files alone."""
+"""The page of retrieval: tables and a figure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common
+from experiments.lib.files import Json, unpack
+from experiments.lib.statistics import Seeds, Values
+from experiments.lib.study import Page
+from experiments.lib.tables import INTERVALS, answers, difference, markdown, provenance
 from experiments.retrieval.presets import PARTS, PRESETS, SETTINGS
-from experiments.tables import answers, difference, markdown
+from experiments.retrieval.run import RESULTS
 
+FIGURE = "figures/mean_recall_over_flops.png"
 KS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")
 
@@ -47,7 +51,7 @@ class Row:
     """
 
     recalls: dict[str, list[float]]
-    photos: common.Seeds
+    photos: Seeds
     spread: float | None
     seeds: int
     ratio: float
@@ -58,9 +62,9 @@ class Row:
         return float(100 * np.mean(list(self.photos.values())))
 
 
-def per_photo(result: common.Json) -> common.Values:
+def per_photo(result: Json) -> Values:
     """Return for each photograph [N] the mean of recall@1, 5 and 10 both ways."""
-    to_text, to_image = (common.unpack(result["places"][way]) for way in WAYS)
+    to_text, to_image = (unpack(result["places"][way]) for way in WAYS)
     owner = np.repeat(np.arange(len(result["captions"])), result["captions"])
     total = np.zeros(len(to_text))
     for k in KS:
@@ -69,7 +73,7 @@ def per_photo(result: common.Json) -> common.Values:
     return total / (2 * len(KS))
 
 
-def join(entries: Sequence[common.Json]) -> Row:
+def join(entries: Sequence[Json]) -> Row:
     """Return the row that the seeds' results make together."""
     results = [entry["result"] for entry in entries]
     photos = {
@@ -87,7 +91,7 @@ def join(entries: Sequence[common.Json]) -> Row:
     )
 
 
-def gather(results: Sequence[common.Json]) -> dict[str, dict[tuple[str, int], Row]]:
+def gather(results: Sequence[Json]) -> dict[str, dict[tuple[str, int], Row]]:
     """Return the rows of each setting by (preset, r).
 
     Raises:
@@ -95,7 +99,7 @@ def gather(results: Sequence[common.Json]) -> dict[str, dict[tuple[str, int], Ro
     """
     tables: dict[str, dict[tuple[str, int], Row]] = {}
     for setting in SETTINGS:
-        groups: dict[tuple[str, int], list[common.Json]] = {}
+        groups: dict[tuple[str, int], list[Json]] = {}
         origins = set()
         for entry in results:
             run = entry["run"]
@@ -142,20 +146,20 @@ def answered(table: dict[tuple[str, int], Row], reductions: Sequence[int]) -> st
         swept = PRESETS[one].swept or PRESETS[other].swept
         return [(r, f"r = {r}") for r in reductions] if swept else [(reductions[0], "")]
 
-    def photos(preset: str, r: int) -> common.Seeds | None:
+    def photos(preset: str, r: int) -> Seeds | None:
         row = find(table, preset, r)
         return None if row is None else row.photos
 
     return answers(QUESTIONS, strengths, photos, lambda name: PRESETS[name].label, ("", "mean recall, points"))
 
 
-def chapter(results: Sequence[common.Json]) -> list[str]:
+def chapter(results: Sequence[Json]) -> list[str]:
     """Return the paragraphs about retrieval."""
     paragraphs = []
     for setting, table in gather(results).items():
         reductions = sorted({r for preset, r in table if PRESETS[preset].swept}, reverse=True)
         mine = [entry for entry in results if entry["run"]["setting"] == setting]
-        paragraphs += [f"### {SETTINGS[setting].title}", introduction(setting, mine)]
+        paragraphs += [f"## {SETTINGS[setting].title}", introduction(setting, mine)]
         for r in reductions:
             removed = f"{r} tokens are removed in each block of the image tower"
             text = f"; in the text tower, where it is reduced, {SETTINGS[setting].r[r]}"
@@ -164,7 +168,7 @@ def chapter(results: Sequence[common.Json]) -> list[str]:
     return paragraphs
 
 
-def absent(setting: str, results: Sequence[common.Json], seeds: Sequence[int] = (0, 1, 2)) -> str:
+def absent(setting: str, results: Sequence[Json], seeds: Sequence[int] = (0, 1, 2)) -> str:
     """Return which of the planned runs have no result: every row at every r, trained ones with every seed."""
     done = {
         (entry["run"]["preset"], entry["run"]["r"], entry["run"]["seed"]) for entry in results if "r" in entry["run"]
@@ -179,7 +183,7 @@ def absent(setting: str, results: Sequence[common.Json], seeds: Sequence[int] = 
     return f"Planned and not run: {'; '.join(lacking)}." if lacking else ""
 
 
-def introduction(setting: str, results: Sequence[common.Json]) -> str:
+def introduction(setting: str, results: Sequence[Json]) -> str:
     """Return what was done, from the files."""
     rows = [entry for entry in results if entry["run"]["preset"] != "pretrain"]
     data = rows[0]["run"]["data"]
@@ -202,13 +206,11 @@ def introduction(setting: str, results: Sequence[common.Json]) -> str:
     )
 
 
-def draw(results: list[common.Json], file: Path) -> bool:
-    """Draw the mean recall over multiply-adds; return whether there was anything to draw."""
+def draw(results: list[Json], file: Path) -> None:
+    """Draw the mean recall over multiply-adds, a panel per setting."""
     from matplotlib.figure import Figure
 
     tables = gather(results)
-    if not tables:
-        return False
     lines = {
         "tome": ("#000000", "o"), "tome_untrained": ("#888888", "o"), "crossget": ("#D55E00", "^"),
         "crossget_untrained": ("#E69F00", "^"), "both": ("#0072B2", "s"),
@@ -235,6 +237,13 @@ def draw(results: list[common.Json], file: Path) -> bool:
         axes.set_ylabel("mean of the six recalls, %")
         axes.set_title(SETTINGS[setting].title, fontsize=11, loc="left")
         axes.legend(frameon=False, fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=160)
-    return True
+
+
+def generated(results: list[Json]) -> str:
+    """Return the generated part."""
+    paragraphs = [f"![Mean recall over FLOPs]({FIGURE})", f"{provenance(results, 'open_clip_torch')} {INTERVALS}"]
+    return "\n\n".join(paragraph for paragraph in [*paragraphs, *chapter(results)] if paragraph)
+
+
+PAGE = Page(Path(__file__).parent / "RESULTS.md", RESULTS, generated, {FIGURE: draw})

@@ -1,6 +1,5 @@
-"""Fine-tune and evaluate every row of the retrieval table: `python -m experiments.retrieval.run --help`."""
+"""Fine-tune and evaluate every row of the retrieval table."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -12,7 +11,10 @@ import torch
 
 import crossget
 from crossget.core.training import parameter_groups
-from experiments import common, engine, processes, samples
+from experiments.lib import processes, training
+from experiments.lib.data import Dataset, Skipping
+from experiments.lib.files import Json, check_names, file_digest, pack
+from experiments.lib.study import Study, measured_device
 from experiments.retrieval import data, evaluate, models
 from experiments.retrieval.presets import PRESETS, SETTINGS, Preset, Setting
 from experiments.retrieval.task import RetrievalTask
@@ -38,7 +40,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Options(engine.TrainingOptions):
+class Options(training.TrainingOptions):
     """What to train, and on which photographs."""
 
     setting: Literal["flickr30k", "coco", "flickr8k"]
@@ -69,14 +71,14 @@ class Options(engine.TrainingOptions):
     """Where the result files go."""
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for.
 
     Raises:
         ValueError: a preset does not exist, or an r is not of the setting.
     """
     setting = SETTINGS[options.setting]
-    common.check_names("presets", options.presets, PRESETS)
+    check_names("presets", options.presets, PRESETS)
     strange = sorted(set(options.r) - set(setting.r))
     if strange:
         raise ValueError(f"r {strange}: {options.setting} has {sorted(setting.r)}")
@@ -98,7 +100,7 @@ def queue(options: Options) -> list[Run]:
 def train(
     clip: models.Clip,
     photos: Sequence[data.Photo],
-    recipe: engine.Recipe,
+    recipe: training.Recipe,
     captions: Literal["all", "one"],
     folder: Path | None,
     *,
@@ -108,35 +110,35 @@ def train(
     skip_bad: bool = False,
     trackers: Sequence[str] = (),
     name: str = "retrieval",
-) -> engine.Fitted:
-    """Train a CLIP in place; see `engine.fit` for what comes back and `task.RetrievalTask` for the loss."""
+) -> training.Fitted:
+    """Train a CLIP in place; see `training.fit` for what comes back and `task.RetrievalTask` for the loss."""
     if attached is not None:
         attached.register_parameters(clip.model)
     task = RetrievalTask(clip, attached, weight=preset.weight, gather=gather, divergence=preset.divergence)
     groups = parameter_groups(clip.model, attached, train=preset.train or "all")
-    pairs: samples.Dataset = data.Pairs(photos, clip.transform(train=True), captions, recipe.seed)
+    pairs: Dataset = data.Pairs(photos, clip.transform(train=True), captions, recipe.seed)
     if skip_bad:
-        pairs = samples.Skipping(pairs)
+        pairs = Skipping(pairs)
     collate = partial(data.collate, tokenize=clip.tokenize)
-    return engine.fit(task, groups, pairs, collate, recipe, folder, trackers=trackers, name=name)
+    return training.fit(task, groups, pairs, collate, recipe, folder, trackers=trackers, name=name)
 
 
-def measure(clip: models.Clip, photos: Sequence[data.Photo], batch: int) -> common.Json:
+def measure(clip: models.Clip, photos: Sequence[data.Photo], batch: int) -> Json:
     """Return the recalls in %, and at which place the right answer came for each item (100: there or later)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = measured_device()
     to_text, to_image = evaluate.ranks(*evaluate.encode(clip, photos, batch, device))
     return {
         "image_to_text": evaluate.recalls(to_text),
         "text_to_image": evaluate.recalls(to_image),
         "captions": [len(photo.captions) for photo in photos],
         "places": {
-            "image_to_text": common.pack(np.minimum(to_text, 100).astype(np.float64)),
-            "text_to_image": common.pack(np.minimum(to_image, 100).astype(np.float64)),
+            "image_to_text": pack(np.minimum(to_text, 100).astype(np.float64)),
+            "text_to_image": pack(np.minimum(to_image, 100).astype(np.float64)),
         },
     }
 
 
-def count(clip: models.Clip) -> common.Json:
+def count(clip: models.Clip) -> Json:
     """Return multiply-adds of one photograph with one caption, in G, and the tokens entering each block."""
     pixels, ids = torch.zeros(1, 3, clip.size, clip.size), clip.tokenize(["a photograph of a dog"])
     arguments: Any = (ids, pixels) if hasattr(clip.model, "vision_model") else (pixels, ids)
@@ -149,14 +151,14 @@ def count(clip: models.Clip) -> common.Json:
     return {"gflops": {"dense": counted.dense.total / 1e9, "reduced": counted.total / 1e9}, "tokens": tokens}
 
 
-def execute(options: Options, run: Run, photos: dict[str, list[data.Photo]], origin: common.Json) -> common.Json | None:
+def execute(options: Options, run: Run, photos: dict[str, list[data.Photo]], origin: Json) -> Json | None:
     """Train one row, evaluate it, and return what is to be written; None on all processes but the main one."""
     setting, preset = SETTINGS[run.setting], PRESETS[run.preset]
     if preset.train is None and not processes.is_main():
         return None
     name = options.model or setting.model
     clip, attached = build(setting, preset, run, name, options.weights)
-    result: common.Json = {}
+    result: Json = {}
     if preset.train is not None:
         recipe = options.applied(setting.recipe, run.seed)
         fitted = train(
@@ -167,7 +169,7 @@ def execute(options: Options, run: Run, photos: dict[str, list[data.Photo]], ori
         if not processes.is_main():
             return None
         clip, attached = build(setting, preset, run, name, options.weights)
-        engine.take(clip.model, attached, fitted.state)
+        training.take(clip.model, attached, fitted.state)
         if attached is not None:
             attached.save(options.work / run.slug)
         save_weights(clip, options.work / run.slug / "model.safetensors")
@@ -198,23 +200,7 @@ def save_weights(clip: models.Clip, file: Path) -> None:
     save_file({name: value.contiguous() for name, value in clip.model.state_dict().items()}, file)
 
 
-def command(options: Options, run: Run) -> str:
-    """Return the command line that repeats one run, files and folders by their names only."""
-    words = [
-        "python", "-m", "experiments.retrieval.run", "--setting", run.setting, "--annotations",
-        options.annotations.name, "--images", options.images.name, "--weights", options.weights.name,
-        "--presets", run.preset, "--seeds", str(run.seed), "--split", options.split,
-    ]  # fmt: skip
-    if PRESETS[run.preset].swept:
-        words += ["--r", str(run.r)]
-    if options.model is not None:
-        words += ["--model", options.model]
-    if options.gather:
-        words.append("--gather")
-    return shlex.join([*words, *options.words()])
-
-
-def load_photos(options: Options) -> tuple[dict[str, list[data.Photo]], common.Json]:
+def load_photos(options: Options) -> tuple[dict[str, list[data.Photo]], Json]:
     """Return the photographs to train on and to evaluate on, and where everything comes from."""
     read: Callable[[str], list[data.Photo]] = partial(
         data.read_karpathy, options.annotations, options.images, skip_bad=options.skip_bad
@@ -222,24 +208,21 @@ def load_photos(options: Options) -> tuple[dict[str, list[data.Photo]], common.J
     photos = {"train": read("train"), "eval": read(options.split)}
     origin = {
         "data": {name: data.fingerprint(some) for name, some in photos.items()},
-        "weights": {"file": options.weights.name, "sha256": common.file_digest(options.weights)},
+        "weights": {"file": options.weights.name, "sha256": file_digest(options.weights)},
     }
     return photos, origin
 
 
-@processes.ending_group
-def main(options: Options) -> int:
-    """Work off the queue; return how many runs were executed."""
-    runs = queue(options)
+def load(options: Options) -> Callable[[Run], Json | None]:
+    """Return the function that trains and measures one run."""
     photos, origin = load_photos(options)
-    environment = common.environment("cuda" if torch.cuda.is_available() else "cpu")
-    return common.work_off(
-        runs, options.results, lambda run: execute(options, run, photos, origin),
-        command=partial(command, options), environment=environment, overwrite=options.overwrite,
-    )  # fmt: skip
+    return lambda run: execute(options, run, photos, origin)
 
 
-if __name__ == "__main__":
-    import tyro
+def select(run: Run) -> dict[str, Any]:
+    """Return the options that choose one run alone."""
+    strength = {"r": (run.r,)} if PRESETS[run.preset].swept else {}
+    return {"presets": (run.preset,), "seeds": (run.seed,), **strength}
 
-    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
+
+STUDY = Study("retrieval", Options, grid, load, select)

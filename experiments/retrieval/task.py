@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import crossget
 from crossget.methods.alignment import Divergence
-from experiments.processes import gather_rows
+from experiments.lib.processes import gather_rows
 from experiments.retrieval.models import Clip, contrastive_loss
 
 

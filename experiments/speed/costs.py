@@ -1,4 +1,4 @@
-"""Time what CrossGET costs beside the forward pass: `python -m experiments.speed.costs --help`.
+"""Time what CrossGET costs beside the forward pass.
 
 Five costs, each with a result file of its own: attaching and detaching, importing, the first call of a compiled model,
 the matching of long sequences, and the memory that a forward pass needs at most. Models have random weights, so nothing
@@ -10,7 +10,6 @@ import functools
 import importlib
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -22,14 +21,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import crossget
 from crossget.measure.speed import calling, peak_memory, quartiles
 from crossget.methods.matching import Candidates, complete_graph
 from crossget.methods.pairs import BAND, BUDGET
-from experiments import common
+from experiments.lib.files import ROOT, Json, check_names, measured_on
+from experiments.lib.study import Study
+from experiments.lib.tables import markdown
 from experiments.speed.towers import CROSSGET, DENSE, SETUPS, TOME, TowerName, placed, variants
 from experiments.speed.towers import Options as TowerOptions
 
@@ -105,24 +105,24 @@ class Run:
         return f"costs/{self.cost}"
 
     @property
-    def settings(self) -> common.Json:
+    def settings(self) -> Json:
         """The options that the cost depends on."""
         return {name: getattr(self.options, name) for name in SETTINGS[self.cost]}
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for.
 
     Raises:
         ValueError: a cost, a model or a backend is not known.
     """
-    common.check_names("costs", options.cost, COSTS)
+    check_names("costs", options.cost, COSTS)
     if "attach" in options.cost:
         for model in options.models:
             library_of(model)
     if "compile" in options.cost:
         library_of(options.compiled)
-        common.check_names("backends", [options.backend], torch.compiler.list_backends(exclude_tags=()))
+        check_names("backends", [options.backend], torch.compiler.list_backends(exclude_tags=()))
     return [Run(cost, options) for cost in options.cost]
 
 
@@ -133,7 +133,7 @@ def library_of(model: str) -> tuple[Any, str]:
         ValueError: there is no such model.
     """
     library, _, name = model.partition("/")
-    common.check_names("library of a model, as in library/name:", [library], ["timm", "open_clip"])
+    check_names("library of a model, as in library/name:", [library], ["timm", "open_clip"])
     module: Any = importlib.import_module(library)
     if name not in module.list_models():
         raise ValueError(f"unknown model {model!r}: see {library}.list_models()")
@@ -158,7 +158,7 @@ def image_for(model: Any) -> Tensor:
     return torch.randn(1, 3, height, width)
 
 
-def spread(values: Sequence[float]) -> common.Json:
+def spread(values: Sequence[float]) -> Json:
     """Return median, quartiles and the values themselves."""
     return {
         "median": round(statistics.median(values), 6),
@@ -183,7 +183,7 @@ def alternate(clocks: dict[str, Clock], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def ratios(seconds: dict[str, list[float]], name: str, reference: str) -> common.Json:
+def ratios(seconds: dict[str, list[float]], name: str, reference: str) -> Json:
     """Return by how much one takes longer than the other, round by round."""
     return spread([a / b for a, b in zip(seconds[name], seconds[reference], strict=True)])
 
@@ -196,14 +196,14 @@ def in_child(code: str, *arguments: str, **variables: str) -> str:
     """
     child = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        cwd=common.ROOT, env={**os.environ, **variables}, capture_output=True, text=True,
+        cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True,
     )  # fmt: skip
     if child.returncode:
         raise RuntimeError(f"a fresh interpreter failed:\n{child.stderr[-2000:]}")
     return child.stdout.splitlines()[-1]
 
 
-def attaching(options: Options) -> list[common.Json]:
+def attaching(options: Options) -> list[Json]:
     """Time attaching to and detaching from each model."""
     rows = []
     for name in options.models:
@@ -227,7 +227,7 @@ def import_seconds(statement: str) -> float:
     return float(in_child(f"import time; s = time.perf_counter(); {statement}; print(time.perf_counter() - s)"))
 
 
-def importing(options: Options) -> list[common.Json]:
+def importing(options: Options) -> list[Json]:
     """Time imports with and without crossget, in turns."""
     clocks: dict[str, Clock] = {name: functools.partial(import_seconds, code) for name, code in IMPORTS.items()}
     clocks["torch, crossget"]()  # writes bytecode, and reads the files into the system's cache
@@ -255,7 +255,7 @@ def first_call(model: str, r: int | None, backend: str, seed: int) -> tuple[floa
     return seconds, metrics.generated_kernel_count
 
 
-def compiling(options: Options) -> list[common.Json]:
+def compiling(options: Options) -> list[Json]:
     """Compile the model, dense and reduced, in turns, each time in a fresh process with an empty cache."""
     kernels: dict[str, int] = {}
 
@@ -278,12 +278,12 @@ def whole_bytes(tokens: int) -> int:
     return 4 * (tokens**2 + min(tokens**2, BAND))
 
 
-def matching(options: Options) -> list[common.Json]:
+def matching(options: Options) -> list[Json]:
     """Time the matching of one sequence of each length, within the budget and, where that fits, without a limit."""
     return [match(tokens, options) for tokens in options.lengths]
 
 
-def match(tokens: int, options: Options) -> common.Json:
+def match(tokens: int, options: Options) -> Json:
     """Time the matching of one sequence, of which the first token is protected."""
     generator = torch.Generator().manual_seed(options.seed)
     keys = torch.randn(1, tokens, options.width, generator=generator)
@@ -314,7 +314,7 @@ def as_set(source: Tensor, destination: Tensor) -> set[tuple[int, int]]:
     return set(zip(source[0].tolist(), destination[0].tolist(), strict=True))
 
 
-def remembering(options: Options) -> list[common.Json]:
+def remembering(options: Options) -> list[Json]:
     """Measure the peak memory of a forward pass of each tower, dense and reduced.
 
     It does not depend on the machine in float32, and in bfloat16 by what its kernels copy.
@@ -322,7 +322,7 @@ def remembering(options: Options) -> list[common.Json]:
     return [remember(tower, dtype, options.batch) for tower in options.towers for dtype in options.dtypes]
 
 
-def remember(tower: str, dtype: str, batch: int) -> common.Json:
+def remember(tower: str, dtype: str, batch: int) -> Json:
     """Measure the peak memory of one tower, beyond weights and inputs."""
     setup, precision = SETUPS[tower], getattr(torch, dtype)
     forms = variants(setup, precision, "cpu")
@@ -335,7 +335,7 @@ def remember(tower: str, dtype: str, batch: int) -> common.Json:
     return {"tower": tower, "dtype": dtype, "peak_memory": peaks}
 
 
-MEASURES: dict[Cost, Callable[[Options], list[common.Json]]] = {
+MEASURES: dict[Cost, Callable[[Options], list[Json]]] = {
     "attach": attaching,
     "import": importing,
     "compile": compiling,
@@ -344,30 +344,30 @@ MEASURES: dict[Cost, Callable[[Options], list[common.Json]]] = {
 }
 
 
-def execute(run: Run) -> common.Json:
+def execute(run: Run) -> Json:
     """Measure one cost."""
     return {"run": {"cost": run.cost, **run.settings}, "result": {"rows": MEASURES[run.cost](run.options)}}
 
 
-def shown(found: common.Json, unit: float = 1.0, digits: int = 2) -> str:
+def shown(found: Json, unit: float = 1.0, digits: int = 2) -> str:
     """Return median and quartiles, in a unit; one round has no quartiles."""
     median, low, high = (f"{value / unit:.{digits}f}" for value in [found["median"], *found["quartiles"]])
     return median if len(found["rounds"]) == 1 else f"{median} [{low}, {high}]"
 
 
-def attach_cells(row: common.Json) -> list[str]:
+def attach_cells(row: Json) -> list[str]:
     return [row["model"], *(shown(row[name], 1e-3, 3) for name in ("attach", "detach"))]
 
 
-def import_cells(row: common.Json) -> list[str]:
+def import_cells(row: Json) -> list[str]:
     return [row["import"], shown(row["seconds"]), shown(row["ratio"], digits=3)]
 
 
-def compile_cells(row: common.Json) -> list[str]:
+def compile_cells(row: Json) -> list[str]:
     return [row["method"], shown(row["seconds"], digits=1), shown(row["ratio"]), str(row["kernels"])]
 
 
-def length_cells(row: common.Json) -> list[str]:
+def length_cells(row: Json) -> list[str]:
     cells = [str(row["tokens"]), str(row["r"]), "yes" if row["tiled"] else "no"]
     for found in (row["budget"], row.get("whole")):
         cells += [shown(found["seconds"], 1e-3, 1), f"{found['peak_memory'] / 2**20:.1f}"] if found else ["", ""]
@@ -375,12 +375,12 @@ def length_cells(row: common.Json) -> list[str]:
     return [*cells, "" if same is None else "all" if row["same"] else f"{100 * same:.2f} %"]
 
 
-def memory_cells(row: common.Json) -> list[str]:
+def memory_cells(row: Json) -> list[str]:
     dense, *reduced = row["peak_memory"].values()
     return [row["tower"], row["dtype"], f"{dense / 2**20:.1f}", *(f"{peak / dense:.2f}" for peak in reduced)]
 
 
-CELLS: dict[Cost, tuple[Callable[[common.Json], list[str]], list[str]]] = {
+CELLS: dict[Cost, tuple[Callable[[Json], list[str]], list[str]]] = {
     "attach": (attach_cells, ["model", "attach ms", "detach ms"]),
     "import": (import_cells, ["import", "s", "ratio to torch"]),
     "compile": (compile_cells, ["method", "first call s", "ratio to dense", "kernels"]),
@@ -389,7 +389,7 @@ CELLS: dict[Cost, tuple[Callable[[common.Json], list[str]], list[str]]] = {
 }
 
 
-def heading(content: common.Json) -> str:
+def heading(content: Json) -> str:
     """Return what one result's table shows, in a line."""
     run = content["run"]
     what = {
@@ -401,50 +401,20 @@ def heading(content: common.Json) -> str:
         "memory": "Peak memory of a forward pass in eager mode, beyond weights and inputs, batch {batch}",
     }[run["cost"]].format(**run)
     spread = "" if run["cost"] == "memory" else "; median and quartiles"
-    return f"{what}; {common.measured_on(content['environment'])}{spread}"
+    return f"{what}; {measured_on(content['environment'])}{spread}"
 
 
-def table(content: common.Json, style: str = "simple") -> str:
+def table(content: Json) -> str:
     """Return one result as text."""
     cells, columns = CELLS[content["run"]["cost"]]
     rows = [cells(row) for row in content["result"]["rows"]]
-    aligned = ["left"] + ["right"] * (len(columns) - 1)
-    body = tabulate(rows, columns, tablefmt=style, disable_numparse=True, colalign=aligned)
-    return f"{heading(content)}\n\n{body}"
+    return f"{heading(content)}\n\n{markdown(rows, columns)}"
 
 
-def markdown(contents: Sequence[common.Json]) -> str:
-    """Return several results as tables of a page."""
+def tables(contents: Sequence[Json]) -> str:
+    """Return several results as tables."""
     ordered = sorted(contents, key=lambda content: COSTS.index(content["run"]["cost"]))
-    return "\n\n".join(table(content, "github") for content in ordered)
+    return "\n\n".join(table(content) for content in ordered)
 
 
-def command(run: Run) -> str:
-    """Return the command that repeats one run."""
-    words = ["python", "-m", "experiments.speed.costs", "--cost", run.cost]
-    for name, value in run.settings.items():
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words)
-
-
-def main(options: Options) -> int:
-    """Work off the queue, print every result, and return the number of runs executed."""
-    runs = queue(options)
-    done = common.work_off(
-        runs,
-        options.results,
-        execute,
-        command=command,
-        environment=common.environment(),
-        overwrite=options.overwrite,
-    )
-    for run in runs:
-        file = options.results / f"{run.slug}.json"
-        print(table(json.loads(file.read_text(encoding="utf-8"))), end="\n\n")
-    return done
-
-
-if __name__ == "__main__":
-    import tyro
-
-    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
+STUDY = Study("speed-costs", Options, grid, lambda options: execute, lambda run: {"cost": (run.cost,)}, tables)

@@ -1,16 +1,21 @@
 """Make all measurements that need a GPU, in one call of at most ten minutes: `python -m experiments.speed.gpu`.
 
-First the kernels are checked against the plain operators and a forward against waiting for the device. Then what
-matters most is timed first; each result is written as soon as it is there, nothing is started that would come too late,
-and what is missing is said at the end. Called again, it goes on with that.
+The kernels are compared with the plain operators, and a forward is checked for synchronisation with the device. Then
+the towers are timed, the most important ones first. Each result is written as soon as it is complete, and nothing is
+started that is expected to end too late. What became of each measurement is printed at the end; called again, the
+program continues with those that are missing.
+
+It runs with torch, timm, transformers and crossget alone. Measurements that need another package are skipped without.
 """
 
+import argparse
 import gc
+import importlib.util
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +23,7 @@ import torch
 
 import crossget
 from crossget.methods import kernels
-from experiments import common
+from experiments.lib.files import ROOT
 from experiments.speed import llava, towers
 from experiments.speed.towers import SETUPS, placed, reducers
 
@@ -27,16 +32,19 @@ TESTS = ("-m", "pytest", "-q", "-m", "gpu", "tests/methods/test_kernels.py")
 
 @dataclass(frozen=True)
 class Options:
-    """How long, and where."""
+    """How long, and where.
+
+    Attributes:
+        minutes: nothing is started that is expected to end later than this.
+        device: the GPU.
+        small: tiny models, to try the program; they run on a CPU, too.
+        results: folder of the result files.
+    """
 
     minutes: float = 10
-    """After these nothing is started any more that is expected to take longer than what is left."""
     device: str = "cuda"
-    """The GPU."""
     small: bool = False
-    """Tiny models, to try the program out; runs on a CPU too."""
-    results: Path = field(default=towers.RESULTS)
-    """Where the result files go."""
+    results: Path = towers.RESULTS
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,13 @@ class Job:
         name: for the log.
         seconds: that it is expected to take.
         work: does it.
+        needs: the packages that it needs beside torch, timm, transformers and crossget.
     """
 
     name: str
     seconds: float
     work: Callable[[], object]
+    needs: tuple[str, ...] = ()
 
 
 def queue(options: Options) -> list[Job]:
@@ -61,21 +71,22 @@ def queue(options: Options) -> list[Job]:
         small = replace(here, towers=("tiny",), batch=(2,), dtype="float32", rounds=2)
         return [
             Job("no waiting", 5, lambda: no_waiting("tiny", options.device)),
-            Job("tiny", 5, lambda: towers.main(small)),
+            Job("tiny", 5, lambda: towers.STUDY.run(small)),
         ]
 
     def tower(name: towers.TowerName, batch: int, mode: Literal["eager", "compile"], seconds: float) -> Job:
         chosen = replace(here, towers=(name,), batch=(batch,), mode=mode)
-        return Job(f"{name}, batch {batch}, {mode}", seconds, lambda: towers.main(chosen))
+        needs = ("open_clip",) if name == "clip-text" else ()
+        return Job(f"{name}, batch {batch}, {mode}", seconds, lambda: towers.STUDY.run(chosen), needs)
 
     def answer(size: llava.Size, batch: int, seconds: float) -> Job:
         # In a folder of their own: the first token alone must not pass for the whole measurement.
         there = options.results / "first_token"
         chosen = llava.Options(size=(size,), batch=(batch,), new_tokens=(), device=options.device, results=there)
-        return Job(f"{size}, batch {batch}, first token", seconds, lambda: llava.main(chosen))
+        return Job(f"{size}, batch {batch}, first token", seconds, lambda: llava.STUDY.run(chosen))
 
     return [
-        Job("kernels", 60, lambda: subprocess.run([sys.executable, *TESTS], cwd=common.ROOT, check=True)),
+        Job("kernels", 60, lambda: subprocess.run([sys.executable, *TESTS], cwd=ROOT, check=True), ("pytest",)),
         Job("no waiting", 10, lambda: no_waiting("vit-b", options.device)),
         tower("vit-b", 128, "eager", 20),
         tower("vit-l-336", 32, "eager", 30),
@@ -128,6 +139,9 @@ def work_off(jobs: list[Job], seconds: float, clock: Callable[[], float] = time.
     start = clock()
     became = {}
     for job in jobs:
+        if lacking := [name for name in job.needs if importlib.util.find_spec(name) is None]:
+            became[job.name] = f"skipped: not installed: {', '.join(lacking)}"
+            continue
         if clock() - start + job.seconds > seconds:
             became[job.name] = "not started: no time left"
             continue
@@ -161,7 +175,16 @@ def main(options: Options) -> dict[str, str]:
     return became
 
 
-if __name__ == "__main__":
-    import tyro
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Return the options of a command line."""
+    default = Options()
+    parser = argparse.ArgumentParser(prog="python -m experiments.speed.gpu", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=default.minutes, help="start nothing that ends later")
+    parser.add_argument("--device", default=default.device, help="the GPU")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try the program; they run on a CPU, too")
+    parser.add_argument("--results", type=Path, default=default.results, help="folder of the result files")
+    return Options(**vars(parser.parse_args(arguments)))
 
-    sys.exit(any(what.startswith("FAILED") for what in main(tyro.cli(Options, description=__doc__)).values()))
+
+if __name__ == "__main__":
+    sys.exit(any(what.startswith("FAILED") for what in main(parse()).values()))

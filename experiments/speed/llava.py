@@ -1,4 +1,4 @@
-"""Time LLaVA-1.5 with random weights, dense and reduced: `python -m experiments.speed.llava --help`.
+"""Time LLaVA-1.5 with random weights, dense and reduced.
 
 Speed does not depend on the weights' values, so nothing is downloaded. In one run, in turns: the dense model with
 torch's fused attention, CrossGET and ToMe-style merging. Measured are the time to the first new token (image tower and
@@ -7,16 +7,13 @@ prefill), the time of whole answers of fixed lengths, the memory that these need
 
 import dataclasses
 import importlib
-import json
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import crossget
@@ -24,7 +21,9 @@ from crossget.checkpoints import hf_sizes as presets
 from crossget.measure.generation import count_stages, numbers_in
 from crossget.measure.speed import BenchmarkReport, benchmark
 from crossget.methods.reducers import Reducer
-from experiments import common
+from experiments.lib.files import Json, measured_on
+from experiments.lib.study import Study
+from experiments.lib.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -100,7 +99,7 @@ class Options:
     """Run again what has a result file."""
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for."""
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Run) if hasattr(options, f.name)}
     return [Run(**{**shared, "size": size, "batch": batch}) for size in options.size for batch in options.batch]
@@ -134,7 +133,7 @@ def cache_bytes(model: Any, inputs: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in numbers_in(cache))
 
 
-def execute(run: Run) -> common.Json:
+def execute(run: Run) -> Json:
     """Time one model at one batch size, every method in turns."""
     torch.manual_seed(run.seed)
     model = make(run.size, DTYPES[run.dtype], run.device)
@@ -165,9 +164,7 @@ def predicted(run: Run, reducer: Reducer) -> float:
         return count_stages(model, run.text_tokens).speedup
 
 
-def row(
-    stage: str, method: str, report: BenchmarkReport, cost: tuple[int, float], length: int, batch: int
-) -> common.Json:
+def row(stage: str, method: str, report: BenchmarkReport, cost: tuple[int, float], length: int, batch: int) -> Json:
     """Return what one method needs for one stage."""
     found = report[method]
     low, high = found.speed_quartiles
@@ -189,7 +186,7 @@ def row(
 COLUMNS = ["", "method", "ms", "speed", "by multiply-adds", "new tokens / s", "peak memory MiB", "cache MiB"]
 
 
-def cells(content: common.Json) -> list[list[str]]:
+def cells(content: Json) -> list[list[str]]:
     """Return the rows of one result."""
     rows = []
     for found in content["result"]["rows"]:
@@ -208,59 +205,27 @@ def cells(content: common.Json) -> list[list[str]]:
     return rows
 
 
-def table(content: common.Json) -> str:
+def table(content: Json) -> str:
     """Return one result as text."""
     run = content["run"]
     head = (
         f"LLaVA {run['size']}, batch {run['batch']}, {run['text_tokens']} text tokens, r = {run['r']}, {run['dtype']}, "
-        f"{common.measured_on(content['environment'])}; speed is the ratio to dense, median and quartiles of "
+        f"{measured_on(content['environment'])}; speed is the ratio to dense, median and quartiles of "
         f"{run['rounds']} rounds"
     )
-    aligned = ["left", "left"] + ["right"] * 6
-    return head + "\n\n" + tabulate(cells(content), COLUMNS, disable_numparse=True, colalign=aligned)
+    return head + "\n\n" + markdown(cells(content), COLUMNS, 2)
 
 
-def markdown(contents: Sequence[common.Json]) -> str:
+def tables(contents: Sequence[Json]) -> str:
     """Return several results as one table of a page."""
     rows = []
     for content in sorted(contents, key=lambda content: content["run"]["batch"]):
         for stage, *others in cells(content):
             rows.append([f"batch {content['run']['batch']}, {stage}" if stage else "", *others])
-    aligned = ["left", "left"] + ["right"] * 6
-    return tabulate(rows, COLUMNS, tablefmt="github", disable_numparse=True, colalign=aligned)
+    return markdown(rows, COLUMNS, 2)
 
 
-def command_of(options: Options) -> Callable[[Run], str]:
-    """Return the function that writes the command which repeats one run."""
-
-    def command(run: Run) -> str:
-        words = ["python", "-m", "experiments.speed.llava"]
-        for name in ("size", "batch", "dtype", "device", "r", "text_tokens", "new_tokens", "rounds"):
-            value = getattr(run, name)
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-        return shlex.join(words)
-
-    return command
-
-
-def main(options: Options) -> int:
-    """Work off the queue, print every result, and return the number of runs executed."""
-    done = common.work_off(
-        queue(options),
-        options.results,
-        execute,
-        command=command_of(options),
-        environment=common.environment(options.device),
-        overwrite=options.overwrite,
-    )
-    wanted = {run.slug for run in queue(options)}
-    for file in sorted(options.results.rglob("*.json")):
-        if file.relative_to(options.results).with_suffix("").as_posix() in wanted:
-            print(table(json.loads(file.read_text(encoding="utf-8"))), end="\n\n")
-    return done
-
-
-if __name__ == "__main__":
-    import tyro
-
-    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
+STUDY = Study(
+    "speed-llava", Options, grid, lambda options: execute, lambda run: {"size": (run.size,), "batch": (run.batch,)},
+    lambda contents: "\n\n".join(map(table, contents)),
+)  # fmt: skip

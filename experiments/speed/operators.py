@@ -1,10 +1,8 @@
-"""Time the choices behind the reducer's speed, operator by operator: `python -m experiments.speed.operators`.
+"""Time the choices behind the reducer's speed, operator by operator.
 
 Each choice is timed beside what it was chosen over, in turns, on the tokens of ViT-B/16's first block.
 """
 
-import json
-import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +20,9 @@ from crossget.measure.speed import calling, quartiles, take_turns
 from crossget.methods.indexing import take
 from crossget.methods.pairs import bound_of, symmetric
 from crossget.methods.reducers import Reducer, TowerFacts, View
-from experiments import common
+from experiments.lib.files import Json, short_name
+from experiments.lib.study import Study
+from experiments.lib.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, REMOVED = 12, 16
@@ -174,7 +173,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def execute(run: Run, flex: bool = False) -> common.Json:
+def execute(run: Run, flex: bool = False) -> Json:
     """Time every pair."""
     # As a model's forward has left it: before, the allocator gives every block of this size back to the system.
     torch.empty(7 << 20).fill_(0)
@@ -196,12 +195,12 @@ def execute(run: Run, flex: bool = False) -> common.Json:
 COLUMNS = ["instead of", "processor", "batch", "dtype", "chosen, ms", "other, ms"]
 
 
-def markdown(contents: Sequence[common.Json]) -> str:
+def table(contents: Sequence[Json]) -> str:
     """Return results as one table."""
     rows = [
         [
             row["choice"],
-            common.short_name(content["environment"]),
+            short_name(content["environment"]),
             content["run"]["batch"],
             content["run"]["dtype"],
             *(_ms(row, side) for side in ("chosen", "other")),
@@ -209,40 +208,20 @@ def markdown(contents: Sequence[common.Json]) -> str:
         for content in contents
         for row in content["result"]["rows"]
     ]
-    return tabulate(rows, COLUMNS, tablefmt="github", disable_numparse=True, colalign=["left"] * 2 + ["right"] * 4)
+    return markdown(rows, COLUMNS, 2)
 
 
-def _ms(row: common.Json, side: str) -> str:
+def _ms(row: Json, side: str) -> str:
     low, high = (1e3 * value for value in row[f"{side}_quartiles"])
     return f"{1e3 * row[side]:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def command(run: Run, flex: bool) -> str:
-    """Return the command that repeats one run."""
-    words = ["python", "-m", "experiments.speed.operators", "--flex" if flex else "--no-flex"]
-    for name, value in asdict(run).items():
-        words += [f"--{name}", str(value)]
-    return shlex.join(words)
+def grid(options: Options) -> list[Run]:
+    """Return all runs that the options ask for."""
+    return [Run(options.batch, options.tokens, options.width, dtype, options.rounds) for dtype in options.dtype]
 
 
-def main(options: Options) -> int:
-    """Work off the queue, print the results, and return the number of runs executed."""
-    shared = (options.batch, options.tokens, options.width)
-    runs = [Run(*shared, dtype, options.rounds) for dtype in options.dtype]
-    done = common.work_off(
-        runs,
-        options.results,
-        partial(execute, flex=options.flex),
-        command=partial(command, flex=options.flex),
-        environment=common.environment(),
-        overwrite=options.overwrite,
-    )
-    files = [options.results / f"{run.slug}.json" for run in runs]
-    print(markdown([json.loads(file.read_text(encoding="utf-8")) for file in files]))
-    return done
-
-
-if __name__ == "__main__":
-    import tyro
-
-    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
+STUDY = Study(
+    "speed-operators", Options, grid, lambda options: partial(execute, flex=options.flex),
+    lambda run: {"dtype": (run.dtype,)}, table,
+)  # fmt: skip

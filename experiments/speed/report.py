@@ -1,61 +1,62 @@
-"""Put the results of towers, operators and costs into docs/speed.md, with a figure.
-
-To be run as `python -m experiments.speed.report`.
-"""
+"""The page of speed: tables of towers, operators, costs and LLaVA, and a figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import common
-from experiments.speed import costs, operators, towers
+from experiments.lib.files import Json, measured_on, short_name
+from experiments.lib.study import Page
+from experiments.speed import costs, llava, operators, towers
 
-PAGE = common.ROOT / "docs" / "speed.md"
-FIGURE = common.ROOT / "docs" / "speed.png"
+HERE = Path(__file__).parent
+FIGURE = "figures/speed.png"
 # Told apart by lightness too, and named beside the bars.
 COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.IDEAL: "#bbbbbb"}
 
 
-def fill(page: str, name: str, content: str) -> str:
-    """Return the page with the content between its two marks of that name.
-
-    Raises:
-        ValueError: the page has lost them.
-    """
-    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if start not in page or end not in page:
-        raise ValueError(f"the page has no lines {start.strip()!r} and {end!r}: put them where the table belongs")
-    before, _, rest = page.partition(start)
-    return f"{before}{start}{content}\n{end}{rest.partition(end)[2]}"
+KEYS = {"towers": "tower", "llava": "size", "costs": "cost", "operators": "width"}
+"""By program, what only its runs have."""
 
 
-def results(kind: str) -> list[common.Json]:
-    """Return the committed results of one kind, of all machines: one may have a folder of its own."""
-    folders = sorted(towers.RESULTS.glob(f"**/{kind}"))
-    return [content for folder in folders for content in common.read_results(folder)]
+def of_kind(contents: Sequence[Json], kind: str) -> list[Json]:
+    """Return the results of one of the programs."""
+    others = [key for name, key in KEYS.items() if name != kind and name != "operators"]
+    return [c for c in contents if KEYS[kind] in c["run"] and not any(key in c["run"] for key in others)]
 
 
-def by_device(contents: Sequence[common.Json]) -> dict[str, list[common.Json]]:
+def by_device(contents: Sequence[Json]) -> dict[str, list[Json]]:
     """Return the results of each device: what one took says nothing about another."""
-    groups: dict[str, list[common.Json]] = {}
+    groups: dict[str, list[Json]] = {}
     for content in contents:
-        groups.setdefault(common.measured_on(content["environment"]), []).append(content)
+        groups.setdefault(measured_on(content["environment"]), []).append(content)
     return groups
 
 
-def written(page: str) -> str:
-    """Return the page with the tables of the committed results."""
-    measured = by_device(results("towers"))
-    page = fill(page, "towers", "\n\n".join(f"{name}:\n\n{towers.markdown(some)}" for name, some in measured.items()))
-    page = fill(page, "operators", operators.markdown(results("operators")))
-    return fill(page, "costs", costs.markdown(results("costs")))
+def generated(contents: Sequence[Json]) -> str:
+    """Return the generated part."""
+    measured = by_device(of_kind(contents, "towers"))
+    return "\n\n".join([
+        f"![Speed of towers relative to dense, beside what multiply-adds predict]({FIGURE})",
+        "## Towers",
+        *(f"{name}:\n\n{towers.table(some)}" for name, some in measured.items()),
+        "## LLaVA-1.5 with random weights",
+        llava.tables(of_kind(contents, "llava")),
+        "## Operators",
+        operators.table(of_kind(contents, "operators")),
+        "## Costs",
+        costs.tables(of_kind(contents, "costs")),
+    ])  # fmt: skip
 
 
-def draw(contents: Sequence[common.Json], file: Path) -> None:
+def draw(contents: Sequence[Json], file: Path) -> None:
     """Draw measured speed-ups beside what the multiply-adds promise, each machine by itself, two side by side."""
     from matplotlib.figure import Figure
 
-    machines = list(by_device([content for content in contents if "does_not_fit" not in content["result"]]).values())
+    machines = list(
+        by_device(
+            [content for content in of_kind(contents, "towers") if "does_not_fit" not in content["result"]]
+        ).values()
+    )
     lines = [machines[i : i + 2] for i in range(0, len(machines), 2)]
     rows = [max(len(some) for some in line) for line in lines]
     figure = Figure(figsize=(6.5 * len(lines[0]), 1.2 * len(lines) + 0.62 * sum(rows)), layout="constrained")
@@ -63,7 +64,7 @@ def draw(contents: Sequence[common.Json], file: Path) -> None:
     for places, line, most in zip(grid, lines, rows, strict=True):
         for axes, some in zip(places, line, strict=False):
             _draw_bars(axes, towers.in_order(some))
-            axes.set_title(common.short_name(some[0]["environment"]))
+            axes.set_title(short_name(some[0]["environment"]))
             axes.set_ylim(most - 0.5, -0.5)
         for axes in places[len(line) :]:
             axes.remove()
@@ -73,7 +74,7 @@ def draw(contents: Sequence[common.Json], file: Path) -> None:
     figure.savefig(file, dpi=80, metadata={"Software": None})
 
 
-def _draw_bars(axes: Any, contents: Sequence[common.Json]) -> None:
+def _draw_bars(axes: Any, contents: Sequence[Json]) -> None:
     """Draw three bars for each result."""
     names = []
     for place, content in enumerate(contents):
@@ -94,11 +95,4 @@ def _draw_bars(axes: Any, contents: Sequence[common.Json]) -> None:
     axes.axvline(1, color="k", lw=0.8, ls=":")
 
 
-def main() -> None:
-    """Write the page and the figure."""
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(results("towers"), FIGURE)
-
-
-if __name__ == "__main__":
-    main()
+PAGE = Page(HERE / "RESULTS.md", towers.RESULTS, generated, {FIGURE: draw})

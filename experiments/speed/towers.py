@@ -1,4 +1,4 @@
-"""Time image and text towers, dense and reduced: `python -m experiments.speed.towers --help`.
+"""Time image and text towers, dense and reduced.
 
 In one run, in turns: the dense model, CrossGET, ToMe-style merging, and the ideal, which is the dense model's blocks at
 CrossGET's token counts without any reducer: what CrossGET takes longer than that is the reducer's own cost. Speed does
@@ -9,8 +9,6 @@ import contextlib
 import copy
 import importlib
 import inspect
-import json
-import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import crossget
@@ -29,7 +26,9 @@ from crossget.integrations._support import NumbersOnCPU
 from crossget.measure.speed import calling, peak_memory, quartiles, take_turns
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import planned_tokens
-from experiments import common
+from experiments.lib.files import Json, measured_on
+from experiments.lib.study import Study
+from experiments.lib.tables import markdown
 from experiments.speed.ideal import cut
 
 RESULTS = Path(__file__).parent / "results"
@@ -179,12 +178,14 @@ class Options:
     """Run again what has a result file."""
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for.
 
     Raises:
-        ValueError: they make no sense.
+        ValueError: they make no sense, or ask for a device that is not there.
     """
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: give --device cpu")
     if options.rounds < 1 or min(options.batch, default=0) < 1:
         raise ValueError(f"--rounds {options.rounds} --batch {options.batch}: expected numbers of at least 1")
     if options.train and options.mode == "compile":
@@ -254,12 +255,12 @@ def pooled(out: Any) -> Tensor:
 
 def calls(
     run: Run, setup: Setup, forms: Mapping[str, Entry], x: Tensor
-) -> tuple[dict[str, Callable[[], Any]], dict[str, common.Json]]:
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Json]]:
     """Return what is timed of each method, and what it took to compile it."""
     if run.mode == "eager":
         return {name: _trained(form, x) if run.train else partial(form, x) for name, form in forms.items()}, {}
     found: dict[str, Callable[[], Any]] = {}
-    costs: dict[str, common.Json] = {}
+    costs: dict[str, Json] = {}
     torch._dynamo.reset()
     with nothing_cached():  # what compiles first starts the compiler
         torch.compile(torch.sin)(x.float())
@@ -293,7 +294,7 @@ def nothing_cached() -> contextlib.AbstractContextManager[None]:
     return context
 
 
-def first_call(call: Callable[[], Any]) -> common.Json:
+def first_call(call: Callable[[], Any]) -> Json:
     """Make the call that compiles, and return what that took."""
     metrics: Any = importlib.import_module("torch._inductor.metrics")
     metrics.reset()
@@ -341,10 +342,10 @@ def flops(setup: Setup) -> dict[str, int]:
     return counted
 
 
-def execute(run: Run) -> common.Json:
+def execute(run: Run) -> Json:
     """Time one tower at one batch size, every method in turns."""
     setup, device = SETUPS[run.tower], torch.device(run.device)
-    result: common.Json = {"flops": flops(setup), "r": setup.r, "rows": []}
+    result: Json = {"flops": flops(setup), "r": setup.r, "rows": []}
     try:
         result |= timed(run, setup, device, result["flops"])
     except torch.cuda.OutOfMemoryError as error:
@@ -352,7 +353,7 @@ def execute(run: Run) -> common.Json:
     return {"run": asdict(run), "result": result}
 
 
-def timed(run: Run, setup: Setup, device: torch.device, counted: Mapping[str, int]) -> common.Json:
+def timed(run: Run, setup: Setup, device: torch.device, counted: Mapping[str, int]) -> Json:
     """Return the depth of the tower, and a row for each method."""
     dtype = getattr(torch, run.dtype)
     forms = variants(setup, dtype, run.device)
@@ -375,7 +376,7 @@ def timed(run: Run, setup: Setup, device: torch.device, counted: Mapping[str, in
 
 def row(
     name: str, seconds: Mapping[str, Sequence[float]], memory: Mapping[str, int], counted: Mapping[str, int]
-) -> common.Json:
+) -> Json:
     """Return what one method took."""
     speed = tuple(a / b for a, b in zip(seconds[DENSE], seconds[name], strict=True))
     over = tuple(b / a - 1 for a, b in zip(seconds[IDEAL], seconds[name], strict=True))
@@ -398,7 +399,7 @@ def row(
 COLUMNS = ["tower", "", "batch", "method", "ms", "speed", "by FLOPs", "realised", "above the ideal", "memory"]
 
 
-def cells(content: common.Json) -> list[list[str]]:
+def cells(content: Json) -> list[list[str]]:
     """Return the rows of one result."""
     run, result = content["run"], content["result"]
     kind = f"{run['dtype']}, {'training step' if run['train'] else run['mode']}"
@@ -422,52 +423,23 @@ def cells(content: common.Json) -> list[list[str]]:
     return rows
 
 
-def in_order(contents: Sequence[common.Json]) -> list[common.Json]:
+def in_order(contents: Sequence[Json]) -> list[Json]:
     """Return results as they are shown: by kind, then by tower and batch."""
     return sorted(contents, key=lambda c: [c["run"][k] for k in ("device", "train", "mode", "dtype", "tower", "batch")])
 
 
-def markdown(contents: Sequence[common.Json], fmt: str = "github") -> str:
+def table(contents: Sequence[Json]) -> str:
     """Return results as one table."""
     rows = [line for content in in_order(contents) for line in cells(content)]
-    return tabulate(rows, COLUMNS, tablefmt=fmt, disable_numparse=True, colalign=["left"] * 4 + ["right"] * 6)
+    return markdown(rows, COLUMNS, 4)
 
 
-def command_of(options: Options) -> Callable[[Run], str]:
-    """Return the function that writes the command which repeats one run."""
-
-    def command(run: Run) -> str:
-        words = ["python", "-m", "experiments.speed.towers", "--towers", run.tower, "--batch", str(run.batch)]
-        words += ["--dtype", run.dtype, "--device", run.device, "--mode", run.mode, "--rounds", str(run.rounds)]
-        return shlex.join([*words, "--train"] if run.train else words)
-
-    return command
+def shown(contents: Sequence[Json]) -> str:
+    """Return results of one machine with its name."""
+    return f"{measured_on(contents[0]['environment'])}\n\n{table(contents)}"
 
 
-def main(options: Options) -> int:
-    """Work off the queue, print every result, and return the number of runs executed.
-
-    Raises:
-        ValueError: the options make no sense, or ask for a device that is not there.
-    """
-    runs = queue(options)
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here: give --device cpu")
-    done = common.work_off(
-        runs,
-        options.results,
-        execute,
-        command=command_of(options),
-        environment=common.environment(options.device),
-        overwrite=options.overwrite,
-    )
-    files = [options.results / f"{run.slug}.json" for run in runs]
-    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    print(f"{common.measured_on(contents[0]['environment'])}\n\n{markdown(contents, 'simple')}\n")
-    return done
-
-
-if __name__ == "__main__":
-    import tyro
-
-    print(f"{main(tyro.cli(Options, description=__doc__))} runs executed")
+STUDY = Study(
+    "speed-towers", Options, grid, lambda options: execute, lambda run: {"towers": (run.tower,), "batch": (run.batch,)},
+    shown,
+)  # fmt: skip

@@ -62,9 +62,9 @@ READING = replace(WARD, importance="class_attention")
 METHODS: dict[str, Preset] = {
     "dense": Preset("dense", None),
     "tome": Preset("ToMe", TOME),
-    "tome_skip": Preset("ToMe, unread tokens skipped", replace(TOME, class_token_only=True)),
+    "tome_skip": Preset("ToMe, class token only", replace(TOME, class_token_only=True)),
     "tome_all": Preset(
-        "ToMe, RampedRatio, skipped, norm_correction",
+        "ToMe, RampedRatio, class token only, norm correction",
         replace(TOME, class_token_only=True, norm_correction=True),
         rising,
         1.0,
@@ -74,21 +74,23 @@ METHODS: dict[str, Preset] = {
     "ward_reading": Preset("Ward by class attention", READING, rising, 1.0),
 }
 
-# Each idea by itself, put into ToMe.
+# Each part alone, in ToMe.
 ALONE: dict[str, Preset] = {
     "tome_skip": METHODS["tome_skip"],
-    "tome_coherence": Preset("+ norm_correction", replace(TOME, norm_correction=True)),
+    "tome_coherence": Preset("+ norm correction", replace(TOME, norm_correction=True)),
     "tome_rising": Preset("+ RampedRatio", TOME, rising, 1.0),
     "tome_tokens": Preset("+ tokens compared, not keys", replace(TOME, keys="tokens")),
     "tome_ward": Preset("+ Ward's criterion", replace(TOME, matching="ward")),
     "tome_tokens_ward": Preset("+ both: tokens, Ward's criterion", replace(TOME, keys="tokens", matching="ward")),
 }
 
-# Each idea taken away, or exchanged, in the whole.
+# Each part exchanged or left out in Ward.
 AWAY: dict[str, Preset] = {
-    "ward_unskipped": Preset("unread tokens not skipped", replace(WARD, class_token_only=False), rising, 1.0),
-    "ward_loud": Preset("no norm_correction", replace(WARD, norm_correction=False), rising, 1.0),
-    "ward_plain": Preset("neither", replace(WARD, class_token_only=False, norm_correction=False), rising, 1.0),
+    "ward_unskipped": Preset("last block for all tokens", replace(WARD, class_token_only=False), rising, 1.0),
+    "ward_loud": Preset("no norm correction", replace(WARD, norm_correction=False), rising, 1.0),
+    "ward_plain": Preset(
+        "neither of the two", replace(WARD, class_token_only=False, norm_correction=False), rising, 1.0
+    ),
     "ward_constant": Preset("constant r instead of RampedRatio", WARD),
     "ward_reading": METHODS["ward_reading"],
     "ward_reading_ensemble": Preset(
@@ -99,7 +101,7 @@ AWAY: dict[str, Preset] = {
     ),
     "ward_ratio": Preset("Ratio instead of RampedRatio", WARD, ratio, 0.5),
     "ward_two_sets": Preset(
-        "two sets, all channels, instead of a graph, half of them",
+        "bipartite, all channels, instead of a graph, half of them",
         replace(WARD, matching="ward", key_stride=1),
         rising,
         1.0,

@@ -1,20 +1,22 @@
-"""Rebuild the generated part of docs/training_free.md and its figure: `python -m experiments.training_free.report`."""
+"""The page of merging without training at equal multiply-adds: tables and a figure."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import common
 from experiments.ablation.report import check_same
 from experiments.ablation.settings import SETTINGS
-from experiments.tables import all_of, markdown, show, update
+from experiments.lib.files import Json, unpack
+from experiments.lib.statistics import Interval, Values, paired_bootstrap, paired_ratio
+from experiments.lib.study import Page
+from experiments.lib.tables import INTERVALS, markdown, provenance, show
 from experiments.training_free.presets import ALONE, AWAY, METHODS, PRESETS
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "training_free.md"
+FIGURE = "figures/divergence_over_flops.png"
 
 # Okabe and Ito's colours; markers tell the lines apart in grey print.
 LINES = {
@@ -25,7 +27,7 @@ LINES = {
     "ward": ("#0072B2", "D"),
     "ward_reading": ("#009E73", "v"),
 }
-LABELS = {"ward_plain": "Ward, neither skipping nor norm_correction"}
+LABELS = {"ward_plain": "Ward, last block for all tokens, no norm correction"}
 """Where a row's label says too little outside its table."""
 
 
@@ -40,8 +42,8 @@ class Row:
         tokens: entering each block.
     """
 
-    correct: common.Values
-    divergence: common.Values
+    correct: Values
+    divergence: Values
     share: float
     tokens: list[int]
 
@@ -49,7 +51,7 @@ class Row:
 Rows = dict[tuple[str, int], Row]
 
 
-def gather(results: Sequence[common.Json], half: str) -> dict[str, Rows]:
+def gather(results: Sequence[Json], half: str) -> dict[str, Rows]:
     """Return the rows of each setting that were measured on one half of the images.
 
     Raises:
@@ -64,12 +66,12 @@ def gather(results: Sequence[common.Json], half: str) -> dict[str, Rows]:
     return rows
 
 
-def read(result: common.Json) -> Row:
+def read(result: Json) -> Row:
     """Return one result file's row."""
     flops = result["gflops"]
     return Row(
         correct=np.array([float(mark) for mark in result["correct"]]),
-        divergence=common.unpack(result["divergences"]),
+        divergence=unpack(result["divergences"]),
         share=flops["reduced"] / flops["dense"],
         tokens=result["tokens"],
     )
@@ -80,22 +82,22 @@ def budgets_of(rows: Rows) -> list[int]:
     return sorted({budget for name, budget in rows if name != "dense"}, reverse=True)
 
 
-def ratio_of(row: Row, base: Row) -> common.Interval:
+def ratio_of(row: Row, base: Row) -> Interval:
     """Return the mean divergence of a row in % of another's, with its paired bootstrap interval."""
-    return common.paired_ratio(row.divergence, base.divergence).times(100)
+    return paired_ratio(row.divergence, base.divergence).times(100)
 
 
-def percent(interval: common.Interval) -> str:
+def percent(interval: Interval) -> str:
     """Return a ratio as text."""
     return f"{interval.mean:.0f} [{interval.low:.0f}, {interval.high:.0f}]"
 
 
 def methods(rows: Rows) -> str:
-    """Return what every method loses at every budget, beside ToMe and beside ToMe that skips what is unread."""
+    """Return what every method loses at every budget, beside ToMe with and without `class_token_only`."""
     dense = rows["dense", 100]
     headers = [
         "FLOPs, %", "method", "top-1 lost to dense, points", "top-1 minus ToMe's, points", "KL from dense",
-        "in % of ToMe's", "of ToMe's with unread tokens skipped",
+        "in % of ToMe's", "of ToMe's, class token only",
     ]  # fmt: skip
     lines: list[list[Any]] = []
     for budget in budgets_of(rows):
@@ -104,8 +106,8 @@ def methods(rows: Rows) -> str:
             row = rows.get((name, budget))
             if row is None:
                 continue
-            lost = common.paired_bootstrap(dense.correct, row.correct).times(100)
-            beside = show(common.paired_bootstrap(row.correct, tome.correct).times(100)) if name != "tome" else ""
+            lost = paired_bootstrap(dense.correct, row.correct).times(100)
+            beside = show(paired_bootstrap(row.correct, tome.correct).times(100)) if name != "tome" else ""
             label = METHODS[name].label
             ratios = [
                 percent(ratio_of(row, rows[base, budget])) if name != base and (base, budget) in rows else ""
@@ -116,7 +118,7 @@ def methods(rows: Rows) -> str:
 
 
 def ideas(rows: Rows) -> str:
-    """Return each idea alone and each taken away, by divergence."""
+    """Return each part alone and each exchanged, by divergence."""
     budgets = [b for b in budgets_of(rows) if any((name, b) in rows for name in AWAY if name not in METHODS)]
     lines: list[list[Any]] = []
     for title, base, group in (("in ToMe", "tome", ALONE), ("in Ward", "ward", AWAY)):
@@ -131,30 +133,25 @@ def ideas(rows: Rows) -> str:
     return markdown(lines, ["KL in % of that method's", "exchanged", *(f"{b} % of the FLOPs" for b in budgets)])
 
 
-def chapters(results: Sequence[common.Json]) -> Iterator[str]:
+def chapters(results: Sequence[Json]) -> Iterator[str]:
     """Yield the paragraphs of the generated part."""
-    yield (
-        f"{len(results)} result files; crossget {all_of(results, 'crossget')}, torch {all_of(results, 'torch')}, timm "
-        f"{all_of(results, 'timm')}; commit {all_of(results, 'commit')}, with changes not committed: "
-        f"{all_of(results, 'dirty')}; device {all_of(results, 'device')}. No chance takes part, so there is no seed. "
-        "Brackets are 95 % paired bootstrap intervals over images (10,000 resamples), bold where a difference excludes "
-        "zero."
-    )
+    yield f"![Divergence over FLOPs]({FIGURE})"
+    yield f"{provenance(results, 'timm')} No chance takes part, so there is no seed. {INTERVALS}"
     for setting, rows in gather(results, "confirm").items():
         dense = rows["dense", 100]
-        yield f"### {SETTINGS[setting].title}"
+        yield f"## {SETTINGS[setting].title}"
         yield f"{len(dense.correct)} images that took no part in the choice, dense {100 * dense.correct.mean():.1f} %."
         yield methods(rows)
-        yield "Each idea alone in ToMe, and each exchanged in the whole; above 100 is further from the dense model:"
+        yield "Each part alone in ToMe, and each exchanged in Ward; above 100 is farther from the dense model:"
         yield ideas(rows)
 
 
-def generated(results: Sequence[common.Json]) -> str:
-    """Return the generated part, its marks included."""
+def generated(results: Sequence[Json]) -> str:
+    """Return the generated part."""
     return "\n\n".join(chapters(results))
 
 
-def draw(results: Sequence[common.Json], file: Path) -> None:
+def draw(results: Sequence[Json], file: Path) -> None:
     """Draw the divergence over multiply-adds on the confirming half, a panel per setting."""
     from matplotlib.figure import Figure
 
@@ -185,30 +182,4 @@ def draw(results: Sequence[common.Json], file: Path) -> None:
     figure.savefig(file, dpi=160)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where to read and write."""
-
-    results: Path = field(default=HERE / "results")
-    """Folder of result files."""
-    output: Path = field(default=PAGE)
-    """The page; its figure goes beside it."""
-
-
-def main(options: Options) -> None:
-    """Write the page's generated part and its figure.
-
-    Raises:
-        ValueError: there is no result file, or the page has lost its two marks.
-    """
-    results = common.read_results(options.results)
-    if not results:
-        raise ValueError(f"no result file in {options.results}: run `python -m experiments.training_free.run` first")
-    update(options.output, generated(results))
-    draw(results, options.output.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Options, description=__doc__))
+PAGE = Page(HERE / "RESULTS.md", HERE / "results", generated, {FIGURE: draw})

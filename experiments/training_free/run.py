@@ -1,15 +1,14 @@
-"""Measure every row at every budget: `python -m experiments.training_free.run --help`.
+"""Measure every row at every budget.
 
 ToMe removes the whole number of tokens per block that brings it nearest to a budget; every other row is fitted to
 ToMe's multiply-adds from below, as far as its tokens allow.
 """
 
 import itertools
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,9 +19,10 @@ from crossget.measure.cost_model import FlopModel, ScheduledModel, derive
 from crossget.measure.flops import count_once
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import planned_tokens
-from experiments import common
-from experiments.ablation.run import measure, predict
+from experiments.ablation.run import described, measure, predict
 from experiments.ablation.settings import Images, Measuring
+from experiments.lib.files import Json, check_names
+from experiments.lib.study import Study
 from experiments.training_free.presets import BUDGETS, PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,13 +61,13 @@ class Options(Measuring):
     """Where the result files go."""
 
 
-def queue(options: Options) -> list[Run]:
+def grid(options: Options) -> list[Run]:
     """Return all runs that the options ask for.
 
     Raises:
         ValueError: a preset does not exist.
     """
-    common.check_names("presets", options.presets, PRESETS)
+    check_names("presets", options.presets, PRESETS)
     return [
         Run(options.setting, name, budget, options.half)
         for name in options.presets
@@ -109,7 +109,7 @@ class Meter:
         plan = planned_tokens(reducer.schedule, space.depth, space.n_tokens, space.n_reserved)
         return [n - left for n, left in itertools.pairwise(plan)]
 
-    def gflops(self, reducer: Reducer) -> common.Json:
+    def gflops(self, reducer: Reducer) -> Json:
         """Return multiply-adds of one image / 10^9, `dense` and `reduced`."""
         costs = self.costs(reducer)
         return {"dense": self.dense / 1e9, "reduced": costs.total(costs.space.tokens(self.removed(reducer))) / 1e9}
@@ -177,23 +177,8 @@ def reducer_of(run: Run, meter: Meter, fitted: dict[tuple[str, int], Reducer]) -
     return replace(preset.method, r=fitted[key].r)
 
 
-def command_of(options: Options) -> Callable[[Run], str]:
-    """Return the function that writes the command which repeats one run; of paths it keeps the name only."""
-
-    def command(run: Run) -> str:
-        words = options.words("experiments.training_free.run")
-        words += ["--half", run.half, "--presets", run.preset]
-        words += [] if run.preset == "dense" else ["--budgets", str(run.budget)]
-        return shlex.join(words)
-
-    return command
-
-
-def main(options: Options) -> int:
-    """Work off the queue and return the number of runs executed."""
-    runs = queue(options)
-    if not common.pending(runs, options.results, options.overwrite):
-        return 0
+def load(options: Options) -> Callable[[Run], Json]:
+    """Return the function that fits and measures one run."""
     model, images = options.load()
     half = slice(HALVES[options.half], None, 2)
     images = Images(images.pixels[half], images.labels[half], {**images.source, "half": options.half})
@@ -201,10 +186,9 @@ def main(options: Options) -> int:
     given = options.given(images)
     meter, fitted = Meter(model, images.pixels[:1].to(options.device)), dict[tuple[str, int], Reducer]()
 
-    def execute(run: Run) -> common.Json:
+    def measured(run: Run) -> Json:
         reducer = reducer_of(run, meter, fitted)
-        method = None if reducer is None else {"name": type(reducer).__name__, **asdict(reducer)}
-        config = {**asdict(run), "reducer": method, **given}
+        config = {**asdict(run), "reducer": described(reducer), **given}
         # The tokens of a model without a reducer are those of a reducer that removes none.
         attached = reducer or crossget.ToMe(0)
         with crossget.attach(model, attached) as attachment:
@@ -217,18 +201,13 @@ def main(options: Options) -> int:
             "result": {**found, "resolved": resolved, "tokens": tokens, "gflops": meter.gflops(attached)},
         }
 
-    return common.work_off(
-        runs,
-        options.results,
-        execute,
-        command=command_of(options),
-        environment=common.environment(options.device),
-        overwrite=options.overwrite,
-    )
+    return measured
 
 
-if __name__ == "__main__":
-    import tyro
+def select(run: Run) -> dict[str, Any]:
+    """Return the options that choose one run alone."""
+    budgets = {} if run.preset == "dense" else {"budgets": (run.budget,)}
+    return {"presets": (run.preset,), "half": run.half, **budgets}
 
-    done = main(tyro.cli(Options, description=__doc__))
-    print(f"{done} runs executed")
+
+STUDY = Study("training-free", Options, grid, load, select)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,12 @@ pytest.importorskip("timm")
 pytest.importorskip("matplotlib")
 
 import crossget
-from experiments import common
 from experiments.ablation import report, run, settings
 from experiments.ablation.presets import COMPARISONS, FULL, METHODS, PRESETS
+from experiments.lib import files, tables
+from experiments.lib.files import Json, file_digest, unpack
+from experiments.lib.statistics import paired_bootstrap
+from experiments.lib.study import pending, work_through
 
 
 def picture(file: Path, seed: int) -> None:
@@ -67,7 +71,7 @@ def options(tmp_path: Path, folder: Path, weights: Path, **changes: object) -> r
 def measured(tmp_path_factory: pytest.TempPathFactory, folder: Path, weights: Path) -> Path:
     """The folder of a whole run, whose results no test changes."""
     tmp_path = tmp_path_factory.mktemp("measured")
-    assert run.main(options(tmp_path, folder, weights)) == 1 + 2 + 4 + 2
+    assert run.STUDY.run(options(tmp_path, folder, weights)) == 1 + 2 + 4 + 2
     return tmp_path
 
 
@@ -79,10 +83,10 @@ def test_a_run_leaves_one_result_file_each_and_is_not_repeated(tmp_path, folder,
         ["dense", "tome_r2", "tome_r8", "crossget_r2", "crossget_r8"]
         + [f"random_r{r}_seed{seed}" for r in (2, 8) for seed in (0, 1)]
     )
-    assert run.main(wanted) == 0
+    assert run.STUDY.run(wanted) == 0
     (tmp_path / "results" / "cifar10" / "tome_r8.json").unlink()
-    assert run.main(wanted) == 1
-    assert run.main(options(tmp_path, folder, weights, presets=("tome",), r=(8,), overwrite=True)) == 1
+    assert run.STUDY.run(wanted) == 1
+    assert run.STUDY.run(options(tmp_path, folder, weights, presets=("tome",), r=(8,), overwrite=True)) == 1
 
 
 def test_a_result_file_says_what_was_run_where_and_with_what_outcome(weights, measured):
@@ -92,14 +96,14 @@ def test_a_result_file_says_what_was_run_where_and_with_what_outcome(weights, me
     content = json.loads(text)
     assert list(content) == ["run", "command", "environment", "result", "seconds"]
     assert content["run"]["reducer"]["name"] == "CrossGET"
-    assert content["run"]["weights"] == {"file": "vit.safetensors", "sha256": common.file_digest(weights)}
+    assert content["run"]["weights"] == {"file": "vit.safetensors", "sha256": file_digest(weights)}
     assert {"commit", "dirty", "source_sha256", "torch"} <= set(content["environment"])
     result = content["result"]
     assert result["tokens"] == [66, 58, 50, 42]
     assert result["gflops"]["reduced"] < result["gflops"]["dense"]
     assert len(result["correct"]) == result["n"] == 20
     assert result["top1"] == 5 * result["correct"].count("1")
-    divergences = common.unpack(result["divergences"])
+    divergences = unpack(result["divergences"])
     assert divergences.shape == (20,)
     assert divergences.mean() == pytest.approx(result["divergence"], rel=0.02, abs=2e-6)
     dense = json.loads((measured / "results" / "cifar10" / "dense.json").read_text())["result"]
@@ -147,27 +151,28 @@ def test_comparisons_name_presets():
 
 
 def test_the_report_is_rebuilt_and_keeps_what_is_written_by_hand(tmp_path, measured):
-    where = report.Options(measured / "results", tmp_path / "out")
-    report.main(where)
-    file = tmp_path / "out" / "RESULTS.md"
+    file = tmp_path / "RESULTS.md"
+    file.write_text(f"# Ablation without training\n\n{tables.BEGIN}\n{tables.END}\n")
+    page = replace(report.PAGE, file=file, results=measured / "results")
+    page.write()
     first = file.read_text()
     assert "| ToMe: bipartite, size-weighted" in first
-    assert (tmp_path / "out" / "figures" / "accuracy_over_flops.png").stat().st_size > 10_000
+    assert (tmp_path / "figures" / "accuracy_over_flops.png").stat().st_size > 10_000
     file.write_text(first.replace("# Ablation without training", "# Mine\n\nA finding."))
-    report.main(where)
+    page.write()
     assert file.read_text() == first.replace("# Ablation without training", "# Mine\n\nA finding.")
     file.write_text("no marks")
     with pytest.raises(ValueError, match="put them where the tables belong"):
-        report.main(where)
+        page.write()
 
 
 def test_the_report_refuses_results_of_different_images(tmp_path, folder, weights):
-    run.main(options(tmp_path, folder, weights, presets=("dense",)))
-    run.main(options(tmp_path, folder, weights, presets=("tome",), r=(8,), limit=10))
+    run.STUDY.run(options(tmp_path, folder, weights, presets=("dense",)))
+    run.STUDY.run(options(tmp_path, folder, weights, presets=("tome",), r=(8,), limit=10))
     with pytest.raises(ValueError, match="differ in their images"):
-        report.main(report.Options(tmp_path / "results", tmp_path / "out"))
+        replace(report.PAGE, results=tmp_path / "results").generated()
     with pytest.raises(ValueError, match="no result file"):
-        report.main(report.Options(tmp_path / "nothing", tmp_path / "out"))
+        replace(report.PAGE, results=tmp_path / "nothing").generated()
 
 
 def test_images_are_listed_by_table_or_by_folder(tmp_path, folder):
@@ -190,7 +195,7 @@ def test_images_are_listed_by_table_or_by_folder(tmp_path, folder):
 
 def test_a_wrong_choice_is_refused(tmp_path, folder, weights):
     with pytest.raises(ValueError, match="unknown presets"):
-        run.main(options(tmp_path, folder, weights, presets=("tomme",)))
+        run.STUDY.run(options(tmp_path, folder, weights, presets=("tomme",)))
     with pytest.raises(ValueError, match="no weights are published"):
         settings.load_model(settings.SETTINGS["cifar10"], None)
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -200,36 +205,36 @@ def test_a_wrong_choice_is_refused(tmp_path, folder, weights):
 def test_bootstrap_is_that_of_resampled_items():
     chance = np.random.default_rng(1)
     a, b = (chance.integers(0, 2, 200).astype(float) for _ in range(2))
-    interval = common.paired_bootstrap(a, b)
+    interval = paired_bootstrap(a, b)
     items = chance.integers(0, 200, (20_000, 200))
     low, high = np.quantile((a - b)[items].mean(1), [0.025, 0.975])
     assert interval.mean == pytest.approx((a - b).mean())
     assert interval.low == pytest.approx(low, abs=0.011)
     assert interval.high == pytest.approx(high, abs=0.011)
-    assert common.paired_bootstrap(a, b) == interval
-    assert common.paired_bootstrap(a, a) == (0, 0, 0)
+    assert paired_bootstrap(a, b) == interval
+    assert paired_bootstrap(a, a) == (0, 0, 0)
     with pytest.raises(ValueError, match="same items"):
-        common.paired_bootstrap(a, b[:-1])
+        paired_bootstrap(a, b[:-1])
 
 
 def test_the_code_is_named_also_where_there_is_no_commit(monkeypatch, tmp_path):
-    environment = common.environment()
-    assert len(environment["source_sha256"]) == 64
-    assert environment["dirty"] in (True, False, None)
-    monkeypatch.setattr(common, "ROOT", tmp_path)
+    here = files.environment()
+    assert len(here["source_sha256"]) == 64
+    assert here["dirty"] in (True, False, None)
+    monkeypatch.setattr(files, "ROOT", tmp_path)
     monkeypatch.setitem(os.environ, "GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert common.environment()["commit"] is None
-    assert common.environment()["dirty"] is None
+    assert files.environment()["commit"] is None
+    assert files.environment()["dirty"] is None
 
 
 def test_an_interrupted_run_leaves_no_result(tmp_path):
-    def execute(line: run.Run) -> common.Json:
+    def execute(line: run.Run) -> Json:
         if line.preset == "tome":
             raise RuntimeError("stopped")
         return {"run": {}, "result": {}}
 
     runs = [run.Run("cifar10", name, 0, 0) for name in ("dense", "tome", "topk")]
     with pytest.raises(RuntimeError, match="stopped"):
-        common.work_off(runs, tmp_path, execute, command=lambda line: "", environment={})
+        work_through(runs, tmp_path, execute, command=lambda line: "", environment={})
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["dense.json"]
-    assert common.pending(runs, tmp_path) == runs[1:]
+    assert pending(runs, tmp_path) == runs[1:]

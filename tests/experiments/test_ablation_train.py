@@ -16,9 +16,10 @@ pytest.importorskip("timm")
 pytest.importorskip("accelerate")
 pytest.importorskip("torchvision")
 
-from experiments import common, engine
 from experiments.ablation import report_trained, settings, train
 from experiments.ablation.presets import RECIPE_NOTES, RECIPES, TRAINED, TRAINED_REDUCTIONS
+from experiments.lib import training
+from experiments.lib.files import Json, pack
 
 CIFAR = settings.SETTINGS["cifar10"]
 
@@ -52,14 +53,14 @@ def read(out: Path, name: str) -> Any:
 
 
 def test_a_result_file_says_what_was_trained_and_with_what_outcome(inputs: Path, tmp_path: Path) -> None:
-    assert train.main(options(inputs, tmp_path)) == 4
-    assert train.main(options(inputs, tmp_path)) == 0
+    assert train.STUDY.run(options(inputs, tmp_path)) == 4
+    assert train.STUDY.run(options(inputs, tmp_path)) == 0
     content = read(tmp_path, "crossget_r8_seed0")
     assert str(inputs) not in json.dumps(content)
     assert list(content) == ["run", "command", "environment", "result", "seconds"]
     assert content["command"] == (
-        "python -m experiments.ablation.train --setting cifar10 --data test --train train --weights vit.safetensors "
-        "--presets crossget --r 8 --seeds 0 --eval-batch 200 --epochs 2 --batch 5"
+        "python -m experiments.run ablation-trained --epochs 2 --batch 5 --setting cifar10 --data test --train train "
+        "--weights vit.safetensors --presets crossget --r 8 --seeds 0"
     )
     assert {name: source["n"] for name, source in content["run"]["data"].items()} == {"test": 20, "train": 20}
     assert content["run"]["data"]["test"]["list_sha256"] != content["run"]["data"]["train"]["list_sha256"]
@@ -81,9 +82,9 @@ def test_a_result_file_says_what_was_trained_and_with_what_outcome(inputs: Path,
 
 def test_the_same_seed_gives_the_same_result_and_another_seed_another(inputs: Path, tmp_path: Path) -> None:
     wanted = options(inputs, tmp_path / "one", presets=("tome",), seeds=(0, 1), epochs=1)
-    train.main(wanted)
+    train.STUDY.run(wanted)
     torch.rand(3)  # what chance was taken before does not matter
-    train.main(replace(wanted, results=tmp_path / "two", seeds=(0,)))
+    train.STUDY.run(replace(wanted, results=tmp_path / "two", seeds=(0,)))
     first = read(tmp_path / "one", "tome_r8_seed0")["result"]
     assert first == read(tmp_path / "two", "tome_r8_seed0")["result"]
     assert first["divergences"] != read(tmp_path / "one", "tome_r8_seed1")["result"]["divergences"]
@@ -97,7 +98,7 @@ def test_cross_tokens_alone_leave_the_weights(inputs: Path) -> None:
     assert attached is not None
     assert train.sizes(attached) == [0] * 4
     data = train.labelled(settings.find_samples(CIFAR, inputs / "train"), CIFAR, seed=0)
-    train.fit(model, attached, row, data, engine.Recipe(epochs=1, batch=10, lr=0.01))
+    train.fit(model, attached, row, data, training.Recipe(epochs=1, batch=10, lr=0.01))
     attached.unregister_parameters()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert min(train.sizes(attached)) > 0
@@ -116,19 +117,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(inputs: Path) -> None
 
 
 def test_the_queue_has_each_row_once_and_the_first_reduction_first(inputs: Path, tmp_path: Path) -> None:
-    runs = train.queue(replace(options(inputs, tmp_path), presets=tuple(TRAINED), r=TRAINED_REDUCTIONS, seeds=(0, 1)))
+    runs = train.grid(replace(options(inputs, tmp_path), presets=tuple(TRAINED), r=TRAINED_REDUCTIONS, seeds=(0, 1)))
     slugs = [run.slug for run in runs]
     assert len(set(slugs)) == len(slugs)
     assert [slugs.count(f"cifar10/{name}") for name in ("dense", "control_seed0", "control_seed1")] == [1, 1, 1]
     assert next(run.r for run in runs if TRAINED[run.preset].preset.swept) == TRAINED_REDUCTIONS[0]
     with pytest.raises(ValueError, match="unknown presets"):
-        train.queue(replace(options(inputs, tmp_path), presets=("tomme",)))
+        train.grid(replace(options(inputs, tmp_path), presets=("tomme",)))
 
 
 # The report ---------------------------------------------------------------------------------------------------------
 
 
-def entry(preset: str, r: int, seed: int, right: float, **changes: Any) -> common.Json:
+def entry(preset: str, r: int, seed: int, right: float, **changes: Any) -> Json:
     """A made-up result with 400 images, of which the first ones are classified rightly."""
     count = round(400 * right)
     trained = TRAINED[preset].train is not None
@@ -139,13 +140,13 @@ def entry(preset: str, r: int, seed: int, right: float, **changes: Any) -> commo
         },
         "result": {
             "top1": 100 * right, "loss": 1 - right, "correct": "1" * count + "0" * (400 - count), "agreement": 90.0,
-            "divergences": common.pack(np.zeros(400)), "gflops": {"dense": 2.0, "reduced": 1.5}, "tokens": [65, 57],
+            "divergences": pack(np.zeros(400)), "gflops": {"dense": 2.0, "reduced": 1.5}, "tokens": [65, 57],
             **({"recipe": {**vars(RECIPES["cifar10"]), "seed": seed, **changes}} if trained else {}),
         },
     }  # fmt: skip
 
 
-def made_up() -> list[common.Json]:
+def made_up() -> list[Json]:
     results = [
         entry("dense", 0, 0, 0.7),
         entry("crossget_untrained", 8, 0, 0.6),
@@ -193,7 +194,7 @@ def test_rows_are_compared_by_the_seeds_that_both_have() -> None:
 
 def test_the_chapter_is_built_from_the_results() -> None:
     paragraphs = report_trained.chapter(made_up())
-    assert [text for text in paragraphs if text.startswith("#### ")] == ["#### r = 4", "#### r = 8"]
+    assert [text for text in paragraphs if text.startswith("### ")] == ["### r = 4", "### r = 8"]
     table = paragraphs[-1]
     row = next(line for line in table.splitlines() if "`crossget`" in line)
     assert [cell.strip() for cell in row.split("|")][1:8] == [

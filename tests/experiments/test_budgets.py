@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import common, tables
 from experiments.ablation.settings import Images
-from experiments.budgets import report
-from experiments.budgets.run import Options, command_of, queue, split
+from experiments.budgets.run import RESULTS, STUDY, Options, grid, split
+from experiments.lib.files import read_results, unpack
+from experiments.lib.statistics import paired_bootstrap
 
 
 def test_images_to_fit_on_are_not_measured_on() -> None:
@@ -21,28 +21,25 @@ def test_images_to_fit_on_are_not_measured_on() -> None:
 
 def test_the_queue_and_its_commands() -> None:
     options = Options("imagenet", Path("a/photos"), weights=Path("b/w.safetensors"), shares=(0.5,))
-    runs = queue(options)
+    runs = grid(options)
     assert [run.slug for run in runs] == [
         "imagenet/crossget_flops_50", "imagenet/tome_flops_50", "imagenet/crossget_latency_80",
         "imagenet/crossget_latency_60",
     ]  # fmt: skip
-    assert command_of(options)(runs[1]) == (
-        "python -m experiments.budgets.run --setting imagenet --data photos --weights w.safetensors --batch 50 "
-        "--methods tome --fitted-on 32 --shares 0.5 --latencies"
+    assert STUDY.command(options, runs[1]) == (
+        "python -m experiments.run budgets --setting imagenet --data photos --weights w.safetensors --methods tome "
+        "--shares 0.5 --latencies"
     )
     with pytest.raises(ValueError, match="unknown methods"):
-        queue(Options("imagenet", Path("a"), methods=("pitome",)))
+        grid(Options("imagenet", Path("a"), methods=("pitome",)))
 
 
-def test_the_page_is_what_the_results_make_and_fitted_is_no_worse() -> None:
-    results = common.read_results(report.HERE / "results")
-    page = report.PAGE.read_text(encoding="utf-8")
-    assert page.split(tables.BEGIN)[1].split(tables.END)[0].strip() == report.generated(results)
-    for result in results:
+def test_a_fitted_schedule_keeps_its_budget_and_is_no_worse() -> None:
+    for result in read_results(RESULTS):
         if result["run"]["budget"] == "flops":
             fitted, even = (result["result"][name] for name in ("measured", "constant"))
-            worse = common.paired_bootstrap(
-                *(common.unpack(entry["accuracy"]["divergences"]) for entry in (fitted, even)), resamples=1000
+            worse = paired_bootstrap(
+                *(unpack(entry["accuracy"]["divergences"]) for entry in (fitted, even)), resamples=1000
             )
             assert worse.low <= 0
             assert max(fitted["fit"]["measured"], even["fit"]["measured"]) <= result["run"]["share"]

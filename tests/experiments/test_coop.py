@@ -26,14 +26,14 @@ import open_clip
 
 import crossget
 from crossget.core.training import parameter_groups
-from experiments import common
 from experiments.coop import datasets, prompts, report, run
 from experiments.coop.datasets import SOURCES, Photo
 from experiments.coop.presets import PRESETS, SETTINGS, recipe_of
 from experiments.coop.prompts import PromptLearner
 from experiments.coop.task import CoopTask
+from experiments.lib.data import BadData, Labelled
+from experiments.lib.files import file_digest, read_results
 from experiments.retrieval.models import Clip, load_clip
-from experiments.samples import BadData, Labelled
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("face", "water_lilly", "dragonfly")
@@ -607,7 +607,7 @@ def result(out: Path, name: str) -> Any:
 
 def test_the_queue_begins_with_the_prompts_that_others_start_from(photos: Path, tmp_path: Path) -> None:
     def names(**changes: Any) -> list[str]:
-        return [one.slug.split("/")[2] for one in run.queue(options(photos, tmp_path, **changes))]
+        return [one.slug.split("/")[2] for one in run.grid(options(photos, tmp_path, **changes))]
 
     assert names(presets=("zero_shot", "tome"), percent=(), seeds=(0, 1)) == [
         "zero_shot", "coop_seed0", "tome_58_seed0", "coop_seed1", "tome_58_seed1", "tome_69_seed0", "tome_69_seed1",
@@ -625,8 +625,8 @@ def test_the_queue_begins_with_the_prompts_that_others_start_from(photos: Path, 
 def test_end_to_end(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
     wanted = options(photos, tmp_path, presets=tuple(PRESETS))
-    assert run.main(wanted) == len(PRESETS)
-    assert run.main(wanted) == 0
+    assert run.STUDY.run(wanted) == len(PRESETS)
+    assert run.STUDY.run(wanted) == 0
     base, made = result(tmp_path, "coop_seed0"), result(tmp_path, "crossget_58_seed0")
     assert len(made["result"]["correct"]) == 6
     assert made["result"]["top1"] == pytest.approx(100 * made["result"]["correct"].count("1") / 6)
@@ -637,18 +637,17 @@ def test_end_to_end(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert made["run"]["data"]["train"] == base["run"]["data"]["train"]
     assert made["run"]["data"]["train"]["photos"] == 12
     assert "alignment" in made["result"]["history"][1]
-    assert "--presets crossget --seeds 0" in made["command"]
-    assert "--percent 58" in made["command"]
+    assert "--presets crossget --percent 58 --seeds 0" in made["command"]
     assert str(tmp_path) not in json.dumps(made)
     work = tmp_path / "work/caltech101_small/dtd"
-    assert made["run"]["prompts_sha256"] == common.file_digest(work / "coop_seed0/prompts.safetensors")
+    assert made["run"]["prompts_sha256"] == file_digest(work / "coop_seed0/prompts.safetensors")
     saved = crossget.load(load_clip("tiny").model, work / "crossget_58_seed0")
     assert all(float(parameter.detach().abs().sum()) > 0 for parameter in saved.cross_tokens.values())
     (work / "coop_seed0/prompts.safetensors").unlink()
-    assert run.main(wanted) == 1, "what others start from is made again"
+    assert run.STUDY.run(wanted) == 1, "what others start from is made again"
     with pytest.raises(ValueError, match=r"has prompts \[4, 32\], and \[5, 32\] are wanted"):
-        run.main(options(photos, tmp_path, context=5, overwrite=True, presets=("tome",)))
-    chapter = "\n".join(report.chapter(common.read_results(tmp_path / "results")))
+        run.STUDY.run(options(photos, tmp_path, context=5, overwrite=True, presets=("tome",)))
+    chapter = "\n".join(report.chapter(read_results(tmp_path / "results")))
     for preset in PRESETS.values():
         assert f"| {preset.label} " in chapter
     assert "3 classes, 4 photographs of each to train on, 6 to evaluate on; 4 context tokens, shared" in chapter
@@ -657,7 +656,7 @@ def test_end_to_end(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow  # the engine does it, which retrieval shows in the default run
 def test_a_stopped_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
-    run.main(options(photos, tmp_path / "whole", save_every=1))
+    run.STUDY.run(options(photos, tmp_path / "whole", save_every=1))
     forward, calls = CoopTask.forward, []
 
     def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -668,9 +667,9 @@ def test_a_stopped_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(CoopTask, "forward", dies)
     with pytest.raises(KeyboardInterrupt):
-        run.main(options(photos, tmp_path / "stopped", save_every=1))
+        run.STUDY.run(options(photos, tmp_path / "stopped", save_every=1))
     monkeypatch.setattr(CoopTask, "forward", forward)
-    assert run.main(options(photos, tmp_path / "stopped", save_every=1)) == 1
+    assert run.STUDY.run(options(photos, tmp_path / "stopped", save_every=1)) == 1
     whole, stopped = (result(tmp_path / name, "crossget_58_seed0")["result"] for name in ("whole", "stopped"))
     assert stopped["history"] == whole["history"]
     assert stopped["correct"] == whole["correct"]
@@ -688,9 +687,9 @@ def test_bad_photographs_stop_the_program_unless_they_are_to_be_skipped(
     (tmp_path / "data/dtd/images/face/5.jpg").unlink()
     wanted = options(tmp_path / "data", tmp_path, presets=("zero_shot",))
     with pytest.raises(BadData, match=r"face/5\.jpg is listed and is not there"):
-        run.main(wanted)
+        run.STUDY.run(wanted)
     with pytest.warns(UserWarning, match=r"skipped: .*face/4\.jpg: the image cannot be read"):
-        run.main(replace(wanted, skip_bad=True))
+        run.STUDY.run(replace(wanted, skip_bad=True))
     assert len(result(tmp_path, "zero_shot")["result"]["correct"]) == 4
 
 
@@ -701,14 +700,15 @@ def test_two_processes_are_one_with_the_same_batch(
     """Stage two, too, which on every process starts from what the main one has written."""
     small(monkeypatch)
     wanted = options(photos, tmp_path / "one")
-    run.main(wanted)
+    run.STUDY.run(wanted)
     (tmp_path / "program.py").write_text(
         "import sys\nfrom dataclasses import replace\nfrom pathlib import Path\nimport open_clip\nimport torch\n"
         "from experiments.coop import run\nfrom experiments.coop.presets import SETTINGS\n"
         "torch.set_num_threads(1)\nopen_clip.add_model_config(sys.argv[1])\n"
         "SETTINGS['caltech101_small'] = replace(SETTINGS['caltech101_small'], r={80: 2, 58: 4})\n"
         "photos, out = map(Path, sys.argv[2:])\n"
-        "run.main(run.Options('caltech101_small', photos, work=out / 'work', results=out / 'results', dataset='dtd',\n"
+        "run.STUDY.run(run.Options('caltech101_small', photos, work=out / 'work', results=out / 'results',\n"
+        "    dataset='dtd',\n"
         "    presets=('zero_shot', 'coop', 'coop_control', 'crossget'), seeds=(0,), percent=(58,), shots=4,\n"
         "    context=4, batch=4,\n"
         "    epochs=2, model='tiny', weights=photos / 'dense.pt'))\n"

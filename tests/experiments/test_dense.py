@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from experiments import common, tables
 from experiments.ablation.settings import vit_cifar
 from experiments.dense import report, run
+from experiments.lib.files import read_results, unpack
 
 
 def test_agreement_is_what_loops_say() -> None:
@@ -21,9 +21,9 @@ def test_agreement_is_what_loops_say() -> None:
     for image in range(3):
         cosines = [[float(F.cosine_similarity(a, b, 0)) for b in dense[image]] for a in features[image]]
         own = [row[i] for i, row in enumerate(cosines)]
-        assert common.unpack(found["cosines"])[image] == pytest.approx(sum(own) / 5, rel=1e-3)
+        assert unpack(found["cosines"])[image] == pytest.approx(sum(own) / 5, rel=1e-3)
         nearest = [row.index(max(row)) == i for i, row in enumerate(cosines)]
-        assert common.unpack(found["withins"])[image] == pytest.approx(sum(nearest) / 5, rel=1e-3)
+        assert unpack(found["withins"])[image] == pytest.approx(sum(nearest) / 5, rel=1e-3)
     assert run.agreement(dense, dense)["within"] == 100
 
 
@@ -39,17 +39,11 @@ def test_from_images_to_a_table(tmp_path: Path) -> None:
         Image.fromarray(noise).save(tmp_path / "data" / str(label) / "0.png")
     options: dict[str, Any] = {"setting": "cifar10", "data": tmp_path / "data", "weights": weights, "r": (0, 8)}
     results = tmp_path / "results"
-    assert run.main(run.Options(**options, methods=("tome", "crossget"), results=results)) == 4
-    assert run.main(run.Options(**options, methods=("tome", "crossget"), results=results)) == 0
-    contents = common.read_results(results)
+    assert run.STUDY.run(run.Options(**options, methods=("tome", "crossget"), results=results)) == 4
+    assert run.STUDY.run(run.Options(**options, methods=("tome", "crossget"), results=results)) == 0
+    contents = read_results(results)
     exact = next(c["result"] for c in contents if (c["run"]["method"], c["run"]["r"]) == ("tome", 0))
     assert (exact["cosine"], exact["within"]) == (1, 100)
     text = report.generated(contents)
     assert "10 images" in text
     assert "1.000" in text
-
-
-def test_the_committed_page_is_what_the_files_give() -> None:
-    contents = common.read_results(run.RESULTS)
-    assert contents
-    assert f"{tables.BEGIN}\n\n{report.generated(contents)}\n\n{tables.END}" in report.PAGE.read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llava_tuning import backend, wrapped
 
+from experiments.lib.data import BadData
 from experiments.llava.conversation import Encoder, render
-from experiments.samples import BadData
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

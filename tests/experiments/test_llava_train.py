@@ -30,11 +30,11 @@ import test_authors_llava as reference
 import tyro
 from accelerate.state import AcceleratorState
 
-from experiments import common
+from experiments.lib.data import BadData
+from experiments.lib.files import ROOT
 from experiments.llava import make_mix67k, train
 from experiments.llava.conversation import Encoder
 from experiments.llava.data import Collator, Conversations, GroupedSampler, read_samples, square
-from experiments.samples import BadData
 
 reference_folder = reference.folder
 
@@ -175,7 +175,7 @@ def launched(options: train.Options, processes: int) -> None:
         "save_steps",
     )  # fmt: skip
     words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(common.ROOT / "experiments/configs/ddp.yaml")]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "experiments/configs/ddp.yaml")]
     launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
     command = [sys.executable, *launcher, "-m", "experiments.llava.train", "7b", *words, "--loggers", "none"]
     # With --cpu, accelerate starts one process whatever it is told; the processes themselves have to know.
@@ -185,7 +185,7 @@ def launched(options: train.Options, processes: int) -> None:
         "ACCELERATE_USE_CPU": "true",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(command, cwd=common.ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

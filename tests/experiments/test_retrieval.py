@@ -24,11 +24,11 @@ pytest.importorskip("open_clip")
 
 import crossget
 from crossget.core.training import parameter_groups
-from experiments import common
+from experiments.lib.data import BadData, read_image
+from experiments.lib.files import unpack
 from experiments.retrieval import data, evaluate, models, run
 from experiments.retrieval.presets import FIRST, PARTS, PRESETS, SETTINGS
 from experiments.retrieval.task import RetrievalTask
-from experiments.samples import BadData, read_image
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["a", "red", "dog", "runs", "cat", "over", "green", "grass", "ball", "child"]
@@ -282,21 +282,21 @@ def test_the_settings_of_the_reference() -> None:
 
 
 def test_the_queue_runs_every_row_at_the_first_strength_first(folder: Path, clip_folder: Path, tmp_path: Path) -> None:
-    runs = run.queue(options(folder, clip_folder, tmp_path, r=(4, 2), seeds=(0, 1)))
+    runs = run.grid(options(folder, clip_folder, tmp_path, r=(4, 2), seeds=(0, 1)))
     assert [one.slug.split("/")[1] for one in runs] == [
         "dense", "control_seed0", "tome_r4_seed0", "crossget_r4_seed0", "control_seed1", "tome_r4_seed1",
         "crossget_r4_seed1", "tome_r2_seed0", "crossget_r2_seed0", "tome_r2_seed1", "crossget_r2_seed1",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"unknown presets \['tomee'\]"):
-        run.queue(options(folder, clip_folder, tmp_path, presets=("tomee",)))
+        run.grid(options(folder, clip_folder, tmp_path, presets=("tomee",)))
     with pytest.raises(ValueError, match=r"r \[7\]: flickr8k has \[2, 3, 4\]"):
-        run.queue(options(folder, clip_folder, tmp_path, r=(7,)))
+        run.grid(options(folder, clip_folder, tmp_path, r=(7,)))
 
 
 def test_end_to_end(folder: Path, clip_folder: Path, tmp_path: Path) -> None:
     wanted = options(folder, clip_folder, tmp_path)
-    assert run.main(wanted) == 4
-    assert run.main(wanted) == 0
+    assert run.STUDY.run(wanted) == 4
+    assert run.STUDY.run(wanted) == 0
     dense, control, made = (result(tmp_path, name) for name in ("dense", "control_seed0", "crossget_r4_seed0"))
     assert "history" not in dense["result"]
     assert len(made["result"]["history"]) == 2
@@ -307,10 +307,10 @@ def test_end_to_end(folder: Path, clip_folder: Path, tmp_path: Path) -> None:
     )
     assert made["result"]["parameters"]["cross_tokens"] == 2 * 2 * 32
     assert control["result"]["parameters"]["model"] == made["result"]["parameters"]["model"]
-    places = common.unpack(made["result"]["places"]["text_to_image"])
+    places = unpack(made["result"]["places"]["text_to_image"])
     assert made["result"]["text_to_image"]["r@1"] == pytest.approx(100 * float((places < 1).mean()))
     assert made["run"]["data"]["train"]["photos"] == 16
-    assert "--presets crossget --seeds 0 --split val --r 4" in made["command"]
+    assert "--presets crossget --r 4 --seeds 0" in made["command"]
     assert str(tmp_path) not in json.dumps(made)
     saved = crossget.load(models.load_clip(f"hf:{clip_folder}").model, tmp_path / "work/flickr8k/crossget_r4_seed0")
     assert float(saved.cross_tokens["visual"].detach().abs().sum()) > 0
@@ -320,7 +320,7 @@ def test_a_stopped_run_goes_on(
     folder: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings_ = {"presets": ("crossget",), "save_every": 1}
-    run.main(options(folder, clip_folder, tmp_path / "whole", **settings_))
+    run.STUDY.run(options(folder, clip_folder, tmp_path / "whole", **settings_))
     forward, calls = RetrievalTask.forward, []
 
     def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -331,9 +331,9 @@ def test_a_stopped_run_goes_on(
 
     monkeypatch.setattr(RetrievalTask, "forward", dies)
     with pytest.raises(KeyboardInterrupt):
-        run.main(options(folder, clip_folder, tmp_path / "stopped", **settings_))
+        run.STUDY.run(options(folder, clip_folder, tmp_path / "stopped", **settings_))
     monkeypatch.undo()
-    assert run.main(options(folder, clip_folder, tmp_path / "stopped", **settings_)) == 1
+    assert run.STUDY.run(options(folder, clip_folder, tmp_path / "stopped", **settings_)) == 1
     whole, stopped = (result(tmp_path / name, "crossget_r4_seed0")["result"] for name in ("whole", "stopped"))
     assert stopped["history"] == whole["history"]
     assert stopped["places"] == whole["places"]
@@ -361,7 +361,7 @@ def sharding(self, *args, **given):
         self.distributed_type = state.PartialState._shared_state["distributed_type"] = state.DistributedType.FSDP
 
 state.AcceleratorState.__init__ = sharding
-run.main(tyro.cli(run.Options))
+run.STUDY.run(tyro.cli(run.Options))
 assert state.AcceleratorState().distributed_type == state.DistributedType.FSDP
 assert not torch.distributed.is_initialized()
 """
@@ -371,7 +371,7 @@ def launched(arguments: list[str], processes: int, config: str, folder: Path) ->
     file = str(ROOT / "experiments/configs" / config)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", str(processes)]
     launcher += ["--main_process_port", "0"]  # any: others may train beside this
-    program = ["-m", "experiments.retrieval.run"]
+    program = ["-m", "experiments.run", "retrieval"]
     if config == "fsdp2.yaml":
         (folder / "program.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{ON_CPUS}")
         program = [str(folder / "program.py")]
@@ -395,7 +395,7 @@ def test_two_processes_are_one_with_the_same_batch(
     folder: Path, clip_folder: Path, tmp_path: Path, config: str
 ) -> None:
     wanted = options(folder, clip_folder, tmp_path / "one", presets=("dense", "control", "crossget"), gather=True)
-    run.main(wanted)
+    run.STUDY.run(wanted)
     arguments = [
         "--setting", "flickr8k", "--annotations", str(wanted.annotations), "--images", str(wanted.images), "--weights",
         str(wanted.weights), "--presets", "dense", "control", "crossget", "--r", "4", "--seeds", "0", "--batch", "4",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from experiments import common
-from experiments.speed.operators import Options, Run, main, markdown, pairs
+from experiments.lib.files import read_results
+from experiments.speed.operators import STUDY, Options, Run, pairs, table
 
 SMALL = Run(batch=2, tokens=40, width=96, dtype="float32", rounds=2)
 
@@ -40,11 +40,12 @@ def test_so_does_flex_attention() -> None:
 
 def test_every_choice_is_timed(tmp_path: Path) -> None:
     options = Options(batch=2, tokens=40, width=96, rounds=2, flex=False, results=tmp_path)
-    assert main(options) == 2
-    assert main(options) == 0
-    contents = common.read_results(tmp_path)
+    assert STUDY.run(options) == 2
+    assert STUDY.run(options) == 0
+    contents = read_results(tmp_path)
     for content in contents:
         assert [row["choice"] for row in content["result"]["rows"]] == list(pairs(SMALL))
         assert content["result"]["operators"] > 50
-        assert "--no-flex --batch 2 --tokens 40" in content["command"]
-    assert len(markdown(contents).splitlines()) == 2 + 2 * len(pairs(SMALL))
+        assert content["command"].endswith("speed-operators --batch 2 --tokens 40 --width 96 --dtype "
+                                           f"{content['run']['dtype']} --rounds 2 --no-flex")  # fmt: skip
+    assert len(table(contents).splitlines()) == 2 + 2 * len(pairs(SMALL))

@@ -1,6 +1,7 @@
 """The training-free comparison, end to end on random weights, and the page that shows its results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,10 @@ pytest.importorskip("matplotlib")
 
 import crossget
 from crossget.methods.reducers import Reducer
-from experiments import common, tables
 from experiments.ablation import settings
+from experiments.lib.files import read_results
+from experiments.lib.statistics import paired_ratio
 from experiments.training_free import presets, report, run
-
-
-def test_the_page_shows_what_the_results_say() -> None:
-    page = report.PAGE.read_text(encoding="utf-8")
-    assert report.generated(common.read_results(report.HERE / "results")) in page
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +37,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "cifar10", tmp_path / "images", tmp_path / "vit.safetensors", presets=("dense", "tome", "ward"), budgets=(58,),
         results=tmp_path / "results",
     )  # fmt: skip
-    assert run.main(options) == 3
-    assert run.main(options) == 0  # everything has its file
+    assert run.STUDY.run(options) == 3
+    assert run.STUDY.run(options) == 0  # everything has its file
     return tmp_path
 
 
 def test_every_row_is_fitted_from_below_and_reported(measured: Path) -> None:
-    results = {r["run"]["preset"]: r for r in common.read_results(measured / "results")}
+    results = {r["run"]["preset"]: r for r in read_results(measured / "results")}
     assert results["dense"]["result"]["divergence"] == 0
     assert results["dense"]["run"]["data"]["half"] == "confirm"
     assert results["dense"]["result"]["n"] == 10
@@ -59,17 +56,9 @@ def test_every_row_is_fitted_from_below_and_reported(measured: Path) -> None:
         assert crossget.count_flops(model, torch.zeros(1, 3, 32, 32)).total == round(1e9 * share["ward"])
     assert results["ward"]["result"]["resolved"]["ensemble"] == "size"
     assert str(measured) not in json.dumps(results)
-    page = measured / "page.md"
-    page.write_text(f"before\n{tables.BEGIN}\nformer numbers\n{tables.END}\nafter\n")
-    report.main(report.Options(measured / "results", page))
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "former numbers" not in text
-    assert "| Ward |" in text.replace("  ", "")
-    assert page.with_suffix(".png").stat().st_size > 0
-    report.main(report.Options(measured / "results", page))
-    assert page.read_text() == text
+    text = replace(report.PAGE, results=measured / "results").generated()
+    assert "ViT of 4 blocks, CIFAR-10" in text
+    assert "| ToMe " in text
 
 
 def test_a_budget_out_of_reach_is_named() -> None:
@@ -94,23 +83,15 @@ def test_parts_are_exchanged_on_the_same_tokens() -> None:
 
 def test_the_ratio_of_two_means() -> None:
     values = np.random.default_rng(0).random(50) + 1
-    assert common.paired_ratio(2 * values, values) == pytest.approx((2, 2, 2))
-    found = common.paired_ratio(values, values[::-1].copy())
+    assert paired_ratio(2 * values, values) == pytest.approx((2, 2, 2))
+    found = paired_ratio(values, values[::-1].copy())
     assert found.mean == pytest.approx(1)
     assert found.low < 1 < found.high
     with pytest.raises(ValueError, match="same items"):
-        common.paired_ratio(values, values[1:])
+        paired_ratio(values, values[1:])
 
 
 def test_a_constant_may_be_no_whole_number() -> None:
     schedule = presets.constant(2.5, 4)
     assert sum(schedule.removed(layer, 4, 99) for layer in range(4)) == 10
     assert {schedule.removed(layer, 4, 99) for layer in range(4)} == {2, 3}
-
-
-def test_a_page_without_marks_is_refused(measured: Path) -> None:
-    (measured / "blank.md").write_text("no marks\n")
-    with pytest.raises(ValueError, match="has no lines"):
-        report.main(report.Options(measured / "results", measured / "blank.md"))
-    with pytest.raises(ValueError, match="no result file"):
-        report.main(report.Options(measured / "nothing", measured / "blank.md"))

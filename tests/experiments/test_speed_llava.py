@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 from experiments.speed import llava
-from experiments.speed.llava import Options, Run, execute, main, queue, table
+from experiments.speed.llava import STUDY, Options, Run, execute, grid, table
 
 SMALL: dict[str, Any] = {
     "size": ("tiny",), "device": "cpu", "dtype": "float32", "r": 3, "text_tokens": 8, "new_tokens": (3,), "rounds": 2,
@@ -23,7 +23,7 @@ PATCHES = (112 // 14) ** 2
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("speed")
-    assert main(Options(**SMALL, batch=(2,), results=folder)) == 1
+    assert STUDY.run(Options(**SMALL, batch=(2,), results=folder)) == 1
     return folder
 
 
@@ -33,7 +33,7 @@ def content(folder: Path, batch: int) -> Any:
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_method_at_every_stage(results: Path, batch: int) -> None:
-    assert main(Options(**SMALL, batch=(batch,), results=results)) == (batch != 2)  # which has its result
+    assert STUDY.run(Options(**SMALL, batch=(batch,), results=results)) == (batch != 2)  # which has its result
     found = content(results, batch)
     rows = found["result"]["rows"]
     assert [(row["stage"], row["method"]) for row in rows] == [
@@ -57,35 +57,26 @@ def test_every_method_at_every_stage(results: Path, batch: int) -> None:
 
 
 def test_a_run_that_is_there_is_not_repeated(results: Path) -> None:
-    assert main(Options(**SMALL, batch=(2,), results=results)) == 0
+    assert STUDY.run(Options(**SMALL, batch=(2,), results=results)) == 0
 
 
 def test_the_command_repeats_the_run(results: Path) -> None:
     words = shlex.split(content(results, 2)["command"])
-    assert words[:3] == ["python", "-m", "experiments.speed.llava"]
-    options = tyro.cli(Options, args=words[3:])
-    assert queue(options) == [Run(**{**content(results, 2)["run"], "new_tokens": (3,)})]
+    assert words[:4] == ["python", "-m", "experiments.run", "speed-llava"]
+    options = tyro.cli(Options, args=words[4:])
+    assert grid(options) == [Run(**{**content(results, 2)["run"], "new_tokens": (3,)})]
 
 
 def test_the_table(results: Path) -> None:
     text = table(content(results, 2))
     assert text.startswith("LLaVA tiny, batch 2, 8 text tokens, r = 3, float32, ")
     lines = [line.split() for line in text.splitlines()]
-    assert ["first", "token", "dense"] in [line[:3] for line in lines]
+    assert ["|", "first", "token", "|", "dense", "|"] in [line[:6] for line in lines]
     assert sum("CrossGET" in line for line in lines) == 2
 
 
-def test_the_page_shows_the_committed_results() -> None:
-    page = (llava.RESULTS.parent / "README.md").read_text()
-    contents = [json.loads(file.read_text()) for file in sorted((llava.RESULTS / "llava").glob("*.json"))]
-    assert len(contents) == 2
-    start, end = "<!-- table -->\n", "\n<!-- /table -->"
-    assert page[page.index(start) + len(start) : page.index(end)] == llava.markdown(contents)
-    assert contents[0]["command"].replace("--batch 1", "--batch 1 8") in page
-
-
 def test_the_published_sizes_are_the_default() -> None:
-    runs = queue(Options())
+    runs = grid(Options())
     assert [(run.size, run.batch) for run in runs] == [
         (size, batch) for size in ("llava-1.5-7b", "llava-1.5-13b") for batch in (1, 8, 32)
     ]
@@ -99,12 +90,12 @@ def test_the_published_sizes_are_the_default() -> None:
 def test_published_sizes_are_predicted_without_weights() -> None:
     import crossget
 
-    (run, *_) = queue(Options(batch=(1,)))
+    (run, *_) = grid(Options(batch=(1,)))
     assert llava.predicted(run, crossget.CrossGET(13)) == pytest.approx(1.8646, abs=1e-4)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    (run,) = queue(Options(**{**SMALL, "device": "cuda", "dtype": "bfloat16"}, batch=(2,)))
+    (run,) = grid(Options(**{**SMALL, "device": "cuda", "dtype": "bfloat16"}, batch=(2,)))
     rows = execute(run)["result"]["rows"]
     assert all(row["peak_memory"] > 0 for row in rows)

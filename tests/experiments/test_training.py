@@ -15,9 +15,9 @@ pytest.importorskip("accelerate")
 
 import crossget
 from crossget.core.training import parameter_groups
-from experiments import engine, samples
-from experiments.engine import Recipe, fit
-from experiments.samples import BadData
+from experiments.lib import training
+from experiments.lib.data import BadData, Draw, Skipping
+from experiments.lib.training import Recipe, fit
 
 timm = pytest.importorskip("timm")
 
@@ -31,7 +31,7 @@ class Numbers:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, draw: samples.Draw) -> Tensor:
+    def __getitem__(self, draw: Draw) -> Tensor:
         epoch, index = draw
         if index in self.bad:
             raise BadData(f"photo{index}.jpg is truncated")
@@ -59,7 +59,7 @@ def collate(samples: list[Tensor]) -> dict[str, Tensor]:
     return {"x": torch.stack(samples) / 20}
 
 
-def run(task: Line, data: Any = None, folder: Path | None = None, **recipe: Any) -> engine.Fitted:
+def run(task: Line, data: Any = None, folder: Path | None = None, **recipe: Any) -> training.Fitted:
     settings: dict[str, Any] = {"epochs": 3, "batch": 4, "lr": 0.1, **recipe}
     groups = {"weights": list(task.parameters())}
     return fit(task, groups, Numbers() if data is None else data, collate, Recipe(**settings), folder)
@@ -140,10 +140,10 @@ def test_bad_samples_stop_the_run_or_are_skipped_if_asked() -> None:
         run(Line(), data)
     task = Line()
     with pytest.warns(UserWarning, match=r"skipped: photo3\.jpg is truncated"):
-        run(task, samples.Skipping(data), epochs=1)
+        run(task, Skipping(data), epochs=1)
     assert pytest.approx(3 / 20) not in list(itertools.chain(*task.seen))
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(BadData, match="no sample"):
-        run(Line(), samples.Skipping(Numbers(4, bad=(0, 1, 2, 3))))
+        run(Line(), Skipping(Numbers(4, bad=(0, 1, 2, 3))))
 
 
 def test_too_few_samples_are_refused() -> None:
@@ -185,7 +185,7 @@ def test_learning_rates(recipe: dict[str, Any], expected: list[float]) -> None:
 def test_learning_rates_by_name() -> None:
     task = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
     recipe = Recipe(1, 1, 0.1, lr_factors={"a": 0.5, "": 2.0}, weight_decay=0.3)
-    optimizer = engine.build_optimizer(task, {"all": list(task.parameters())}, recipe)
+    optimizer = training.build_optimizer(task, {"all": list(task.parameters())}, recipe)
     assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [(0.05, 2), (0.2, 2)]
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.3}
 

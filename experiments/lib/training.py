@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import crossget
-from experiments.samples import Batch, Dataset, Draw, generator
+from experiments.lib.data import Batch, Dataset, Draw, generator
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""The studies by name: the module with the `STUDY` that measures, and the one with the `PAGE` that reports."""
+
+from importlib import import_module
+from typing import Any
+
+from experiments.lib.study import Page, Study
+
+# Modules are named, not imported: each needs other packages.
+STUDIES = {
+    "ablation": "experiments.ablation.run",
+    "ablation-trained": "experiments.ablation.train",
+    "budgets": "experiments.budgets.run",
+    "conditioned": "experiments.conditioned.run",
+    "coop": "experiments.coop.run",
+    "dense": "experiments.dense.run",
+    "flops": "experiments.flops.run",
+    "retrieval": "experiments.retrieval.run",
+    "speed-costs": "experiments.speed.costs",
+    "speed-llava": "experiments.speed.llava",
+    "speed-operators": "experiments.speed.operators",
+    "speed-towers": "experiments.speed.towers",
+    "training-free": "experiments.training_free.run",
+}
+PAGES = {
+    "ablation": "experiments.ablation.report",
+    "ablation-trained": "experiments.ablation.report_trained",
+    "budgets": "experiments.budgets.report",
+    "conditioned": "experiments.conditioned.report",
+    "coop": "experiments.coop.report",
+    "dense": "experiments.dense.report",
+    "flops": "experiments.flops.report",
+    "retrieval": "experiments.retrieval.report",
+    "speed": "experiments.speed.report",
+    "training-free": "experiments.training_free.report",
+}
+
+
+def load_study(name: str) -> Study[Any, Any]:
+    """Return a study by its name."""
+    study: Study[Any, Any] = import_module(STUDIES[name]).STUDY
+    return study
+
+
+def load_page(name: str) -> Page:
+    """Return a page by the name of its study."""
+    page: Page = import_module(PAGES[name]).PAGE
+    return page
