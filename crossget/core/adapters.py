@@ -216,10 +216,10 @@ class Tower:
         embed: [.., C] tokens behind the last block -> [.., E] the space of images and texts, as the host takes there
             the token that it pools; None where a single token has no such way.
         intermediates: host methods that look at the tokens between the blocks.
-        single_token_outputs: host methods that look at one token behind the last block. The tower has a class token or ends of
-            text then, and gives all tokens back (`restore`).
-        fit_arguments: (block, argument name, value, state) -> value, for arguments of a block with one row per token, such
-            as rotary tables. Called when the tokens are no longer the host's.
+        single_token_outputs: host methods that look at one token behind the last block. The tower has a class token or
+            ends of text then, and gives all tokens back (`restore`).
+        fit_arguments: (block, argument name, value, state) -> value, for arguments of a block with one row per token,
+            such as rotary tables. Called when the tokens are no longer the host's.
         masks: arguments of a block that are masks [B or 1, H or 1, T, T]. The block gets them for the tokens that are
             left, as it checks or cuts them before they meet the attention. A mask it makes itself must fit then.
         keeps_cross_token: whoever reads the tower's reduced tokens gets the cross token, too.
@@ -394,8 +394,8 @@ def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:
             )
         if tower.single_token_outputs and not (tower.restore and (tower.class_token or tower.has_end)):
             raise RuntimeError(
-                f"{where}: tower {tower.name!r} has single_token_outputs, which read its class token or the end of its texts on "
-                "the full grid, and has no such token or restore=False"
+                f"{where}: tower {tower.name!r} has single_token_outputs, which look at its class token or the end "
+                "of its texts on the full grid, and has no such token or restore=False"
             )
 
 

@@ -3,14 +3,12 @@
 Blocks do not know what the host's methods know: where a text ends, which blocks' outputs are looked at, how many image
 tokens a prompt has room for. So something is put around these methods, or before these modules, on this model alone:
 
-| entry point | what it tells | where it comes from |
-|---|---|---|
-| a method that returns tokens of several blocks | show the grid behind every block | `Tower.intermediates` |
-| a method that returns one token of the last block | the last block may compute that one alone | `Tower.single_token_outputs` |
-| a text tower's token embedding | where each text ends | `Tower.text` |
-| a decoder's forward | where each row's first real token is | `Tower.decoder` |
-| forward and generate of a model with images in prompts | make room for fewer image tokens | `Tower.prompt` |
-| attributes to be set meanwhile | | `Tower.overrides` |
+- A method that returns tokens of several blocks (`Tower.intermediates`): the grid is shown behind every block.
+- A method that returns one token of the last block (`Tower.single_token_outputs`): that block may compute it alone.
+- A text tower's token embedding (`Tower.text`): it tells where each text ends.
+- A decoder's forward (`Tower.decoder`): it tells where each row's first real token is.
+- forward and generate of a model with images in its prompts (`Tower.prompt`): prompts get fewer image tokens.
+- Attributes of the host (`Tower.overrides`) have other values meanwhile.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One tower in one forward: its cross token, its schedule, and what the host sees of its blocks.
 
 A block is called in two steps (block_class.py). `AttachedTower.call` runs outside of the block's hooks: it finds the
-tokens' state, asks the schedule, renews the cross token and writes the record, and so knows the layer. `AttachedTower.run`
-runs inside of them: it runs the block's own forward under a `Merge`, and knows no layer, so that a compiler that
-compiles blocks one by one shares one graph among them. The two exchange a `BlockRun`.
+tokens' state, asks the schedule, renews the cross token and writes the record, and so knows the layer.
+`AttachedTower.run` runs inside of them: it runs the block's own forward under a `Merge`, and knows no layer, so that a
+compiler that compiles blocks one by one shares one graph among them. The two exchange a `BlockRun`.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ class AttachedTower:
         Args:
             block: to be called.
             call: takes the block's arguments and a `BlockRun`, and comes to `run` in the end.
-            args, kwargs: of the call.
+            args: of the call.
+            kwargs: of the call.
         """
         names = self._names_of(block)
         tokens = args[0] if args else kwargs[names[0]]
@@ -470,8 +471,8 @@ class AttachedTower:
     def _not_seen(self, block: nn.Module, watch: Merge) -> str:
         what = "no residual addition behind its attention" if watch.attended else "no attention over its tokens"
         return (
-            f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r} showed {what} ({watch.tokens} tokens): "
-            "expected F.scaled_dot_product_attention, nn.MultiheadAttention or matmul and softmax over [.., T, T], "
+            f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r} showed {what} "
+            f"({watch.tokens} tokens): expected F.scaled_dot_product_attention, nn.MultiheadAttention or matmul and softmax over [.., T, T], "
             "then an addition to the block's own input. See docs/backbones.md for what can be watched"
         )
 

@@ -381,7 +381,7 @@ def test_patches_dropped_in_training(case: Case) -> None:
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in attached.parameters())
 
 
-# The other attention kernel, the tokens in front, the intermediates -------------------------------------------------------
+# The other attention kernel, the tokens in front, the intermediates ---------------------------------------------
 
 
 @pytest.mark.parametrize("importance", ["cross_token", "attention"])
