@@ -19,6 +19,7 @@ STUDIES = {
     "speed-llava": "experiments.speed.llava",
     "speed-operators": "experiments.speed.operators",
     "speed-towers": "experiments.speed.towers",
+    "speed-versions": "experiments.speed.versions",
     "training-free": "experiments.training_free.run",
 }
 PAGES = {

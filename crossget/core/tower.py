@@ -470,10 +470,11 @@ class AttachedTower:
 
     def _not_seen(self, block: nn.Module, watch: Merge) -> str:
         what = "no residual addition behind its attention" if watch.attended else "no attention over its tokens"
+        where = f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r}"
         return (
-            f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r} showed {what} "
-            f"({watch.tokens} tokens): expected F.scaled_dot_product_attention, nn.MultiheadAttention or matmul and softmax over [.., T, T], "
-            "then an addition to the block's own input. See docs/backbones.md for what can be watched"
+            f"{where} showed {what} ({watch.tokens} tokens): expected F.scaled_dot_product_attention, "
+            "nn.MultiheadAttention or matmul and softmax over [.., T, T], then an addition to the block's own input. "
+            "See docs/backbones.md for what can be watched"
         )
 
 
