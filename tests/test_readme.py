@@ -14,10 +14,11 @@ from crossget.core.adapters import _adapters, unregister
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = ("budgets.md", "flops.md")  # ten seconds and more
+LONG = ("measuring.md",)  # ten seconds and more
 MOST_NOT_RUN = 4  # over all pages; a page of code that nobody runs is soon wrong
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n`]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
+LINK = re.compile(r"\]\((?!\w+:)([^)\s#]*)#?([^)\s]*)\)")  # to a file of the repository: (file, heading)
 NOT_RUN = re.compile(r"<!-- *not run:(?P<reason>[^\n]*?)-->\s*\Z")
 
 
@@ -42,6 +43,12 @@ def blocks(text: str) -> list[Block]:
             )
         )
     return found
+
+
+def headings(page: Path) -> list[str]:
+    """The names under which links find a page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found]
 
 
 def python_blocks(page: Path) -> list[Block]:
@@ -73,8 +80,24 @@ def test_code_runs_as_printed(page: Path, module: ModuleType, tmp_path: Path, mo
             exec(compile(code, str(page), "exec"), module.__dict__)
 
 
-def test_readme_has_code_that_runs() -> None:
-    assert any(block.not_run is None for block in python_blocks(ROOT / "README.md"))
+def test_readme_begins_with_code_that_runs() -> None:
+    first = python_blocks(ROOT / "README.md")[0]
+    assert first.not_run is None
+    assert first.line < 15
+
+
+def test_pages_stay_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in PAGES[1:]) <= 15_000
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for file, heading in LINK.findall(page.read_text(encoding="utf-8")):
+        target = page.parent / file if file else page
+        assert target.exists(), f"{file} is not there"
+        if heading:
+            assert heading in headings(target), f"{target.name} has no heading #{heading}"
 
 
 def test_what_is_not_run_is_little_and_says_why() -> None:

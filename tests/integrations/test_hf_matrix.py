@@ -12,7 +12,7 @@ from crossget.integrations import transformers as matrix
 from crossget.integrations._support import markdown
 
 pytestmark = pytest.mark.slow
-VERSION = "5.24.0"  # of the page in docs
+VERSION = "5.24.0"  # of the page in experiments/models
 
 
 def test_every_row_is_supported_or_has_a_known_reason() -> None:
@@ -35,6 +35,6 @@ def test_the_page_is_up_to_date() -> None:
     architectures = {row.architecture for row in rows if row.supported}
     assert len(architectures) == 55
     assert all(matrix._home(family) is not None for family in FAMILIES)
-    page = (Path(__file__).parents[2] / "docs" / "models_transformers.md").read_text()
+    page = (Path(__file__).parents[2] / "experiments" / "models" / "transformers.md").read_text()
     assert f"transformers {VERSION}:" in page
     assert page.endswith(markdown(rows)), "write markdown(support_matrix()) to its end again"

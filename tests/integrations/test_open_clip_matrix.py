@@ -74,7 +74,7 @@ def test_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(any(tower.startswith("text:") for tower in row.towers) for row in rows.values())
     if len(rows) == 144:  # open_clip 3.3
         assert len(pictured) == 116
-        page = (Path(__file__).parents[2] / "docs" / "models_open_clip.md").read_text()
+        page = (Path(__file__).parents[2] / "experiments" / "models" / "open_clip.md").read_text()
         assert page.endswith(markdown(rows.values())), "write markdown(support_matrix()) to its end again"
     made: nn.Module = build("mt5-base-ViT-B-32", monkeypatch)
     assert rows["mt5-base-ViT-B-32"].towers == tuple(map(str, crossget.find_towers(made)))

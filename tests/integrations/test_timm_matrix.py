@@ -18,7 +18,7 @@ from crossget.integrations._support import SupportRow, markdown
 from crossget.methods.schedules import planned_tokens
 
 pytestmark = pytest.mark.slow
-VERSION = "1.0.31"  # of the page in docs
+VERSION = "1.0.31"  # of the page in experiments/models
 KNOWN = {*adapter.REASONS, adapter.NO_ATTENTION}
 
 
@@ -68,6 +68,6 @@ def test_every_name_has_a_row() -> None:
 @pytest.mark.skipif(timm.__version__ != VERSION, reason=f"the page is about timm {VERSION}")
 def test_the_page_is_up_to_date() -> None:
     assert sum(row.supported for row in rows().values()) == 332
-    page = (Path(__file__).parents[2] / "docs" / "models_timm.md").read_text()
+    page = (Path(__file__).parents[2] / "experiments" / "models" / "timm.md").read_text()
     assert f"timm {VERSION}:" in page
     assert page.endswith(markdown(rows().values())), "write markdown(support_matrix()) to its end again"
