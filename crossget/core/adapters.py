@@ -364,7 +364,7 @@ def find_towers(model: nn.Module) -> list[Tower]:
     known = ", ".join(sorted({_name(cls) for cls in _adapters})) or "none yet"
     raise TypeError(
         f"cannot reduce {_name(type(model))}: {reason}. If its blocks do carry one sequence [B, T, C], write an "
-        f"adapter with crossget.register (docs/adapters.md). Registered in this process: {known}"
+        f"adapter with crossget.register (docs/backbones.md). Registered in this process: {known}"
     )
 
 

@@ -4,7 +4,7 @@ It finds how many tokens each block has to remove so that a forward takes 58 % o
 other budgets are a number of tokens behind the tower, and time. The cost of a schedule is known before it is tried:
 multiply-adds exactly (cost_model.py), time from a few schedules that are timed (block_times.py). How the tokens are
 shared out among the blocks (allocation.py) depends on how far the model's output on the given inputs moves.
-docs/budgets.md explains the search and shows what was measured.
+docs/measuring.md explains the search and shows what was measured.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Counting follows fvcore (Facebook Research's `FlopCountAnalysis`): one multiply-
 per element, softmax, activations, additions and indexing 0. fvcore reads a jit trace, so the count is of what the
 forward executes, including the matching and merging of an attached reducer. This module adds three things: attention
 counts the same on every kernel (eager, fused, the fast path of `nn.MultiheadAttention`), nothing that ran is pruned
-from the trace, and the report lists every operator that counts 0. docs/flops.md has the details and the limits.
+from the trace, and the report lists every operator that counts 0. docs/measuring.md has the details and the limits.
 """
 
 from __future__ import annotations

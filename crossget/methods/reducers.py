@@ -406,7 +406,7 @@ class Ward(Merging):
     There is no cross token, and nothing is scored. Every token may join every other. Their distances are estimated from
     every second channel, which costs 1.5 times as many multiply-adds as the bipartite matching on all channels
     (`matching="ward", key_stride=1`). `crossget.RampedRatio` removes fewer tokens in the first blocks, see
-    docs/training_free.md.
+    docs/methods.md.
 
     With an importance, the mass of a token in matching and ensemble is size * exp(importance): with "class_attention",
     one half by the token's share of all sizes, one half by its share of the class token's attention, see

@@ -1,1 +1,1 @@
-"""What published models cost, without their weights: the table in docs/flops.md."""
+"""What published models cost, without their weights: the table in docs/measuring.md."""

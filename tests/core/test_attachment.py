@@ -24,8 +24,8 @@ IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def load_example() -> dict[str, Any]:
-    """The worked example of docs/adapters.md: its model and its adapter, as printed."""
-    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    """The worked example of docs/backbones.md: its model and its adapter, as printed."""
+    text = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
     space: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]:
         exec(block, space)
@@ -40,7 +40,7 @@ def home() -> Iterator[type[nn.Module]]:
 
 
 def test_the_adapter_of_the_docs_is_short() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
     adapter = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert "@crossget.register" in adapter
     assert len(adapter.splitlines()) <= 20

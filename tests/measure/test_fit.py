@@ -160,7 +160,7 @@ def vit_costs() -> FlopModel:
 
 @given(st.lists(st.integers(0, 40), min_size=DEPTH, max_size=DEPTH))
 def test_the_closed_form_is_the_formula(vit_costs: FlopModel, r: list[int]) -> None:
-    """For all schedules, not only the few that can be counted, by the formulas of docs/flops.md."""
+    """For all schedules, not only the few that can be counted, by the formulas of docs/measuring.md."""
     plan = vit_costs.space.tokens(r)
     total = PATCHES * 3 * 4 * 4 * WIDTH + 5 * (PATCHES + 1) * WIDTH + WIDTH * 10  # patches, last norm, head
     for tokens, left in pairwise(plan):
