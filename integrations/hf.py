@@ -81,7 +81,7 @@ def image_tower(parts: Any) -> Tower:
     return tower
 
 
-def layers_read(config: Any, depth: int, arguments: Mapping[str, Any]) -> list[int]:
+def layers_used(config: Any, depth: int, arguments: Mapping[str, Any]) -> list[int]:
     """The blocks whose output get_image_features reads: hidden state 0 is what the first block gets."""
     chosen = arguments.get("vision_feature_layer")
     chosen = config.vision_feature_layer if chosen is None else chosen
@@ -92,7 +92,7 @@ def on_the_grid(model: Any, *methods: str) -> list[Tower]:
     """The towers of a model that lays image tokens out on their grid: what these methods read is restored."""
     parts = parts_of(model)
     tower = image_tower(parts)
-    layers = partial(layers_read, model.config, len(tower.blocks))
+    layers = partial(layers_used, model.config, len(tower.blocks))
     intermediates = [IntermediatesHook(parts, method, layers) for method in methods]
     return [dataclasses.replace(tower, intermediates=intermediates), language_model(parts.language_model)]
 

@@ -36,7 +36,7 @@ def conditional_generation(model: Any) -> list[Tower]:
 def _visual(model: Any, parts: Any) -> Tower:
     config = model.config
     tower = hf.image_tower(parts)
-    layers = partial(hf.layers_read, config, len(tower.blocks))
+    layers = partial(hf.layers_used, config, len(tower.blocks))
     several = not isinstance(config.vision_feature_layer, int)  # they are concatenated: the full grid of each
     features = partial(_features, config, hf.grid_tokens(config.vision_config) + tower.prefix, layers)
     return dataclasses.replace(

@@ -86,7 +86,7 @@ def _visual(visual: Any) -> Any:
         class_token=True,
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
         embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
-        intermediates=_readers(visual.transformer),
+        intermediates=_intermediates(visual.transformer),
         single_token_outputs=[SingleTokenOutput(visual, _shows_class_token_alone)],
     )
 
@@ -144,12 +144,12 @@ def _text(model: Any) -> Any:
         padding=pool == "appended" or getattr(text, "use_pad_mask", False),
         text=TextInput(text.token_embedding, partial(_end, pool, eos), pools_one=pool != "none"),
         project=partial(project, text.ln_final, text, "text_projection"),
-        intermediates=_readers(text.transformer),
-        single_token_outputs=[] if pool == "none" else _text_readouts(model, text),
+        intermediates=_intermediates(text.transformer),
+        single_token_outputs=[] if pool == "none" else _text_outputs(model, text),
     )
 
 
-def _text_readouts(model: Any, text: Any) -> list[SingleTokenOutput]:
+def _text_outputs(model: Any, text: Any) -> list[SingleTokenOutput]:
     """CLIP's own text tower is run by a method of CLIP's; of other towers the tokens may be part of the result."""
     if isinstance(text, TextTransformer):
         return [SingleTokenOutput(text, _shows_end_alone)]
@@ -244,7 +244,7 @@ def _blocks(transformer: Any) -> Blocks:
     return Blocks(transformer, "resblocks")
 
 
-def _readers(transformer: nn.Module) -> list[IntermediatesHook]:
+def _intermediates(transformer: nn.Module) -> list[IntermediatesHook]:
     return (
         [IntermediatesHook(transformer, "forward_intermediates")]
         if hasattr(transformer, "forward_intermediates")

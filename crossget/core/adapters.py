@@ -78,14 +78,16 @@ class Blocks(Sequence[nn.Module]):
 
 @dataclass
 class TextInput:
-    """How a text tower learns where its texts end.
+    """How the end of each text is found.
 
     Attributes:
-        embedding: the module that is called with the token ids [B, T] before the blocks run.
-        locate: ids [B, T] -> the position [B] of the token that the tower pools in the end (None: it pools the mean of
-            all), and which tokens are real [B, T] (None: padding is treated like text, as CLIP does).
-        pools_one: `locate` gives a position. That token guides then, and the cross token copies it before every block;
-            otherwise the cross token starts as the mean of the real tokens, and guides.
+        embedding: the token embedding. The host calls it with the token ids [B, T] before the blocks run.
+        locate: a function of the ids [B, T]. It returns the position [B] of the token that the tower pools (None: it
+            pools the mean of all tokens), and which tokens are no padding [B, T] (None: the tower treats padding like
+            text, as CLIP does).
+        pools_one: `locate` returns a position. The token there is the guide, and the cross token is a copy of it before
+            every block. Otherwise the cross token starts as the mean of the tokens that are no padding, and is the
+            guide.
     """
 
     embedding: nn.Module
@@ -95,14 +97,15 @@ class TextInput:
 
 @dataclass
 class IntermediatesHook:
-    """A method of the host that looks at a tower's tokens between the blocks, such as forward_intermediates.
+    """A method of the host that uses the outputs of several blocks, such as `forward_intermediates`.
 
     Attributes:
-        module, method: whose and which.
-        layers: arguments of a call, by name -> the blocks whose output it reads. None: it may read every block's.
-        grid: it wants as many tokens as the first block got. False: it takes them reduced.
-        hides_rest: its result shows nothing of the blocks behind the last one it reads, so that they need not run.
-            Otherwise they are left out inside `generate` only.
+        module, method: the module, and the name of its method.
+        layers: a function of a call's arguments, by name. It returns the blocks whose outputs are used. None: possibly
+            every block's.
+        grid: the method expects as many tokens as the first block gets. False: it takes the reduced tokens.
+        hides_rest: the method's result does not depend on blocks after the last used one, so that they need not run.
+            Otherwise these are left out inside `generate` only.
     """
 
     module: nn.Module
@@ -116,9 +119,9 @@ class Features(NamedTuple):
     """What of a tower's tokens becomes features of a prompt.
 
     Attributes:
-        tokens: T0, how many tokens an image gives in the dense model.
-        layer: the block behind which they are read.
-        dropped: leading tokens that are left out.
+        tokens: T0, the tokens of one image in the dense model.
+        layer: the block whose output becomes features.
+        dropped: leading tokens of that output that are left out.
     """
 
     tokens: int
@@ -128,14 +131,14 @@ class Features(NamedTuple):
 
 @dataclass
 class SingleTokenOutput:
-    """A method of the host whose result shows one token of the tower's output, and nothing of the others.
+    """A method of the host whose result depends on one token of the tower's output alone.
 
-    That token is the end of text, or else the class token. What other tokens would become behind the last attention is
-    of no use there, see `Reducer.class_token_only`.
+    That token is the end of text or, in a tower that takes no text, the class token. See `Reducer.class_token_only`.
 
     Attributes:
-        module, method: whose and which.
-        applies: module -> whether it does so as the module is set now. No lambda, if attached models are to be pickled.
+        module, method: the module, and the name of its method.
+        applies: a function of the module: whether this is so with the module's present settings. No lambda, if attached
+            models are to be pickled.
     """
 
     module: nn.Module
@@ -145,14 +148,14 @@ class SingleTokenOutput:
 
 @dataclass
 class Prompt:
-    """A prompt with one placeholder token for every feature of an image, where fewer features will come.
+    """How prompts hold images: one placeholder token for every feature of an image.
 
     Attributes:
-        models: modules whose forward takes such prompts, the outermost first; `generate` is looked for on that.
-        placeholder: token id.
-        embedding: of token ids, to find placeholders in embeddings.
-        features: keyword arguments of a call -> what each of its images gives.
-        pad: token id that prompts are filled up with.
+        models: modules whose forward takes such prompts, the outermost first; `generate` is a method of that one.
+        placeholder: id of the placeholder token.
+        embedding: the token embedding, to find placeholders in embeddings.
+        features: a function of a call's keyword arguments: what each of its images becomes.
+        pad: id of the token that prompts are padded with.
     """
 
     models: Sequence[nn.Module]
@@ -166,10 +169,10 @@ class Prefilled(NamedTuple):
     """What a prefill leaves for the decoding steps.
 
     Attributes:
-        cache: keys and values, in whatever the host keeps them.
-        image_tokens: of one image, that left the image tower for the language model or what stands before it.
-        prompt: tokens that the language model got.
-        context: anything else that a step needs.
+        cache: keys and values, in the host's own form.
+        image_tokens: tokens of one image that leave the image tower.
+        prompt: tokens that the language model gets.
+        context: anything else that a decoding step needs.
     """
 
     cache: Any
@@ -180,13 +183,13 @@ class Prefilled(NamedTuple):
 
 @dataclass
 class Stages:
-    """How a model of images and text generates, for the meter (`crossget.measure.generation`).
+    """How a model of images and text generates, so that `crossget.measure.generation` can count its stages.
 
     Attributes:
-        parts: name -> modules, from the image tower on; what is in none of them belongs to the language model.
+        parts: modules by name, from the image tower on. Modules in none of them belong to the language model.
         pixels: shape of one image.
-        prefill: (pixel values [N, ...], text ids [1, T]) -> what it leaves.
-        step: (id [1, 1], what the prefill left) -> anything.
+        prefill: a function of pixel values [N, ...] and text ids [1, T].
+        step: a function of an id [1, 1] and of what the prefill returned; what it returns is not used.
     """
 
     parts: Mapping[str, Sequence[nn.Module]]
@@ -197,36 +200,38 @@ class Stages:
 
 @dataclass
 class Tower:
-    """One stack of transformer blocks that pass a sequence [B, T, C] from one to the next.
+    """A tower: transformer blocks that pass one sequence of tokens [B, T, C] from each to the next.
 
     Attributes:
-        name: what users call it: "visual" or "text".
-        blocks: in the order they run. `Blocks(model, "blocks")` follows a list that is cut or replaced later.
-        width: C.
-        prefix: leading tokens that are never merged: class token, registers, start of text.
+        name: "visual" or "text", usually.
+        blocks: the blocks, in the order they run. `Blocks(model, "blocks")` follows a list that is cut or replaced
+            later.
+        width: C, the channels of a token.
+        prefix: number of leading tokens that are never merged: class token, registers, start of text.
         class_token: the first token is a class token.
-        causal: tokens see earlier tokens only.
+        causal: a token attends to itself and earlier tokens only.
         padding: a mask given to the attention may hide padding.
-        text: how the end of each text is found; None for a tower that reads no text.
-        restore: the last block gives back as many tokens as the first one got, so that whatever reads them needs no
-            change. False leaves them reduced.
+        text: how the end of each text is found; None for a tower that takes no text.
+        restore: the last block returns as many tokens as the first one gets, so that the code after it needs no change.
+            False: it returns the reduced tokens.
         importance, keys: what the reference uses on such a backbone.
-        project: [N, C] cross tokens -> the space that towers share, for the alignment loss; its parameters are not
-            to be trained by that loss.
-        embed: [.., C] tokens behind the last block -> [.., E] the space of images and texts, as the host takes there
-            the token that it pools; None where a single token has no such way.
-        intermediates: host methods that look at the tokens between the blocks.
-        single_token_outputs: host methods that look at one token behind the last block. The tower has a class token or
-            ends of text then, and gives all tokens back (`restore`).
-        fit_arguments: (block, argument name, value, state) -> value, for arguments of a block with one row per token,
-            such as rotary tables. Called when the tokens are no longer the host's.
-        masks: arguments of a block that are masks [B or 1, H or 1, T, T]. The block gets them for the tokens that are
-            left, as it checks or cuts them before they meet the attention. A mask it makes itself must fit then.
-        keeps_cross_token: whoever reads the tower's reduced tokens gets the cross token, too.
-        prompt: where prompts have to make room for the tower's reduced tokens.
-        decoder: the module that runs the blocks, if the tower is a language model that generates. Its first token plays
-            the cross token's part, and its tokens are not reduced.
-        overrides: (object, attribute, value) to set while attached.
+        project: a function of cross tokens [N, C] into the space that the model's towers share, for the alignment loss.
+            That loss must not train its parameters. None: there is no such function.
+        embed: a function of tokens [.., C] of the last block into the joint space of images and texts [.., E]: what the
+            host does with the token that it pools. None: there is no such function of a single token.
+        intermediates: methods of the host that use the outputs of several blocks.
+        single_token_outputs: methods of the host whose result depends on one token of the last block alone. The tower
+            has a class token or ends of text then, and `restore` is True.
+        fit_arguments: a function of a block, an argument's name, its value and the tokens' state. It returns the value
+            for the tokens that are left, where an argument has one row per token (a rotary table, say). It is called
+            when the tokens are no longer the host's own.
+        masks: names of a block's arguments that are masks [B or 1, H or 1, T, T]. The block gets them for the tokens
+            that are left. To be named where a block checks or cuts its mask before the attention gets it.
+        keeps_cross_token: the reduced tokens that the tower returns include the cross token.
+        prompt: how prompts hold the tower's tokens, where they have to become shorter with them.
+        decoder: the module that runs the blocks, if the tower is a language model that generates. Its tokens are not
+            merged, and its first token takes the part of the cross token.
+        overrides: (object, attribute, value) that are set while attached.
     """
 
     name: str
@@ -281,7 +286,7 @@ class Tower:
 
     @property
     def has_end(self) -> bool:
-        """One token of each text is read out in the end: it is protected, and guides."""
+        """The tower pools one token of each text. It is protected, and is the guide."""
         return self.text is not None and self.text.pools_one
 
     def n_reserved(self, cross_token: bool) -> int:
