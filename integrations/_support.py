@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from crossget.core.adapters import Tower
+from crossget.core.block_class import Wrapped
 from crossget.core.state import TokenState
 
 
@@ -49,6 +50,22 @@ def embed(norms: Sequence[nn.Module], owner: nn.Module, name: str, tokens: Tenso
     if isinstance(projection, nn.Module):
         return torch.as_tensor(projection(tokens))
     return tokens if projection is None else tokens @ projection
+
+
+def is_of(host: str, module: nn.Module) -> bool:
+    """Whether a module runs its host's own code: its class is the host's, and no method is replaced on the instance.
+
+    Args:
+        host: the top-level package.
+        module: of that host, or of a subclass.
+    """
+    cls = type(module)
+    if cls.__module__.split(".")[0] != host:
+        return False
+    if torch.compiler.is_compiling():  # Dynamo follows no loop over a module's attributes
+        return True
+    attributes = ((name, value) for name, value in vars(module).items() if callable(value))
+    return not any(callable(getattr(cls, name, None)) and not isinstance(value, Wrapped) for name, value in attributes)
 
 
 def frozen(module: nn.Module, tokens: Tensor) -> Tensor:

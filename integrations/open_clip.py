@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, TextInput, Tower, find_towers, register
 from crossget.core.state import TokenState
 from crossget.integrations import timm as timm_towers
-from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, project, support_row
+from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, is_of, project, support_row
 
 _BERT = ("embeddings.word_embeddings", "encoder.layer", None)
 # model_type of the Hugging Face encoders that HFTextEncoder knows -> where their embedding, blocks and last norm are.
@@ -92,7 +92,8 @@ def _visual(visual: Any) -> Any:
 
 
 def _shows_class_token_alone(visual: Any) -> bool:
-    return visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
+    own = is_of("open_clip", visual)
+    return own and visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
 
 
 def _trunk(visual: Any) -> Any:
@@ -153,15 +154,15 @@ def _text_outputs(model: Any, text: Any) -> list[SingleTokenOutput]:
     """CLIP's own text tower is run by a method of CLIP's; of other towers the tokens may be part of the result."""
     if isinstance(text, TextTransformer):
         return [SingleTokenOutput(text, _shows_end_alone)]
-    return [SingleTokenOutput(model, _always, "encode_text")]
+    return [SingleTokenOutput(model, _encodes_end_alone, "encode_text")]
 
 
 def _shows_end_alone(text: Any) -> bool:
-    return not text.output_tokens
+    return is_of("open_clip", text) and not text.output_tokens
 
 
-def _always(model: Any) -> bool:
-    return True
+def _encodes_end_alone(model: Any) -> bool:
+    return is_of("open_clip", model)
 
 
 def _end(pool: str, eos: Any, ids: Tensor) -> tuple[Tensor | None, None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, Tower, find_towers, register
 from crossget.core.state import TokenState
-from crossget.integrations._support import NumbersOnCPU, SupportRow, rows_left, support_row
+from crossget.integrations._support import NumbersOnCPU, SupportRow, is_of, rows_left, support_row
 
 
 def _present(*names: str) -> tuple[type[nn.Module], ...]:
@@ -75,9 +75,9 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
 
 
 def _pools_first(model: Any) -> bool:
-    """Whether the head reads the class token alone; one that was distilled reads a second token."""
+    """Whether the head takes the class token alone; one that was distilled takes a second token."""
     pooled = getattr(model, "global_pool", None) == "token" and getattr(model, "attn_pool", None) is None
-    return pooled and not hasattr(model, "head_dist")
+    return pooled and not hasattr(model, "head_dist") and is_of("timm", model)
 
 
 # Rotary tables ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crossget.core.adapters import IntermediatesHook, Prompt, SingleTokenOutput, Tower
@@ -127,10 +128,19 @@ def _expect_single_token(attached: AttachedTower, output: SingleTokenOutput) -> 
     """
     if not attached.reducer.class_token_only or attached.shown.get() is not None:
         return False
-    if not output.applies(output.module):
+    if not output.applies(output.module) or _is_watched(attached.tower, output.module):
         return False
     attached.shown.set(Shown("tokens", "grid", attached.depth - 1, class_token_only=True))
     return True
+
+
+def _is_watched(tower: Tower, module: nn.Module) -> bool:
+    """Whether somebody has hooks that may see the last block's tokens: on that block, or on a part of the host."""
+    if torch.compiler.is_compiling():
+        return False
+    parts = [part for part in module.children() if tower.text is None or part is not tower.text.embedding]
+    hooked = (bool(part._forward_hooks) or bool(part._forward_pre_hooks) for part in parts)
+    return bool(tower.blocks[len(tower.blocks) - 1]._forward_hooks) or any(hooked)
 
 
 def _end_single_token(attached: AttachedTower) -> None:
