@@ -55,7 +55,7 @@ def table(rows: Rows) -> str:
             share = f"{100 * row['gflops']['reduced'] / row['gflops']['dense']:.0f}" if "gflops" in row else "100"
             cells = [f"{row[way][what]:.{digits}f}" for way in directions for what, digits in _COLUMNS]
             lines.append([share, preset.label, *cells])
-    return markdown(lines, headers)
+    return markdown(lines, headers, 2)
 
 
 _COLUMNS = (("accuracy", 1), ("loss", 3))
@@ -80,7 +80,7 @@ def answers(rows: Rows) -> str:
                     lines.append([question, label, r, DIRECTIONS[way], show(points), show(nats, 3), better])
                     question = ""
     headers = ["question", "compared", "r", "found", "r@1, points", "cross-entropy, nats", "by cross-entropy"]
-    return markdown(lines, headers)
+    return markdown(lines, headers, 2)
 
 
 def chapters(results: Sequence[Json]) -> Iterator[str]:

@@ -114,7 +114,7 @@ def methods(rows: Rows) -> str:
                 for base in ("tome", "tome_skip")
             ]
             lines.append([f"{100 * row.share:.1f}", label, show(lost), beside, f"{row.divergence.mean():.4f}", *ratios])
-    return markdown(lines, headers)
+    return markdown(lines, headers, 2)
 
 
 def ideas(rows: Rows) -> str:
@@ -130,7 +130,7 @@ def ideas(rows: Rows) -> str:
             if any(cells):
                 lines.append([title, preset.label, *cells])
                 title = ""
-    return markdown(lines, ["KL in % of that method's", "exchanged", *(f"{b} % of the FLOPs" for b in budgets)])
+    return markdown(lines, ["KL in % of that method's", "exchanged", *(f"{b} % of the FLOPs" for b in budgets)], 2)
 
 
 def chapters(results: Sequence[Json]) -> Iterator[str]:
