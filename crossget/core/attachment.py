@@ -524,8 +524,12 @@ def _choose(
                 f"towers instead, of {sorted(towers)}, as in {{{next(iter(towers))!r}: {reducer}}}"
             )
         main = main_tower(towers)
-        others = [name for name in towers if name != main and reducer.resolved(towers[name].facts).cross_token]
-        return {main: reducer, **{name: replace(reducer, r=0) for name in others}}
+        others = [name for name in towers if name != main and reducer.cross_token]
+        # What has no effect on another tower is not asked of it.
+        plain = replace(
+            reducer, r=0, strip_cross_token=False, class_token_only=None if reducer.class_token_only else False
+        )
+        return {main: reducer, **dict.fromkeys(others, plain)}
     if not isinstance(reducer, Mapping):
         raise TypeError(
             f"reducer is {reducer!r}: give a reducer such as crossget.CrossGET(r=16), or a dict by tower name"

@@ -1,4 +1,4 @@
-"""`class_token_only`: the last block runs for the token that is read, where the call says that it reads one only."""
+"""`class_token_only`: the last block runs for one token, where the result of the call depends on that one alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import crossget
 from crossget.core.adapters import SingleTokenOutput, Tower
 from crossget.methods.reducers import Reducer
 
-timm = pytest.importorskip("timm")
+VisionTransformer = pytest.importorskip("timm").models.VisionTransformer
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def small(**kwargs: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
-    return timm.models.VisionTransformer(**{**sizes, **kwargs}).eval()
+    return VisionTransformer(**{**sizes, **kwargs}).eval()
 
 
 def rows_in_last_mlp(model: Any, call: Any) -> int:
@@ -89,22 +89,46 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
 
 
 def test_the_last_block_leaves_the_others_as_they_came() -> None:
-    model, seen = small(), {}
+    model, found = small(), {}
     with torch.no_grad():
         for skip in (False, True):
-            hook = model.blocks[-1].register_forward_hook(lambda _, __, out, skip=skip: seen.update({skip: out}))
-            with (
-                crossget.attach(model, crossget.ToMe((8, 8, 0), class_token_only=skip)) as attached,
-                attached.recording(),
-            ):
+            reducer = crossget.ToMe((8, 8, 0), class_token_only=skip)
+            with crossget.attach(model, reducer) as attached, attached.recording():
                 model(IMAGE)
                 assert attached.tokens["visual"] == [65, 57, 49]
-                features = [step.features for step in attached.records["visual"]]
+                features = [record.features for record in attached.records["visual"]]
                 assert torch.equal(features[-1][:, 1:], features[-2][:, 1:]) == skip
-            hook.remove()
-    torch.testing.assert_close(seen[True][:, 0], seen[False][:, 0], rtol=1e-5, atol=1e-6)
-    assert seen[True].shape == seen[False].shape == (2, 65, 32)
-    assert not torch.allclose(seen[True][:, 1:], seen[False][:, 1:])
+                found[skip] = features[-1]
+    torch.testing.assert_close(found[True][:, 0], found[False][:, 0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[True][:, 1:], found[False][:, 1:])
+
+
+def test_who_looks_at_the_other_tokens_gets_them() -> None:
+    """Code of a subclass, a method replaced on the model, and hooks behind the last block."""
+
+    class Averaging(VisionTransformer):
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            return self.head(x[:, 1:].mean(1))  # type: ignore[no-any-return]
+
+    def check(model: Any) -> None:
+        outs = []
+        for skip in (False, None):
+            with torch.no_grad(), crossget.attach(model, crossget.ToMe(8, class_token_only=skip)):
+                outs.append(model(IMAGE))
+                assert rows_in_last_mlp(model, lambda: model(IMAGE)) > 1
+        assert torch.equal(*outs)
+
+    model = small()
+    check(Averaging(img_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=5).eval())
+    model.forward_head = lambda x, pre_logits=False: model.head(x[:, 1:].mean(1))
+    check(model)
+    del model.forward_head
+    for part in (model.blocks[-1], model.norm, model.blocks):
+        seen: list[Tensor] = []
+        hook = part.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        check(model)
+        hook.remove()
+        assert torch.equal(seen[0], seen[2])  # each check runs the model twice
 
 
 def test_gradients_are_the_same() -> None:

@@ -252,7 +252,9 @@ class Index:
         return 7
 
 
-@pytest.mark.parametrize("seven", [numpy.int64(7), numpy.uint8(7), torch.tensor(7), Index()], ids=repr)
+@pytest.mark.parametrize(
+    "seven", [numpy.int64(7), numpy.uint8(7), torch.tensor(7), Index()], ids=lambda value: type(value).__name__
+)
 def test_what_python_takes_for_an_index_is_an_int(seven: Any) -> None:
     for reducer in (
         crossget.CrossGET(seven),
