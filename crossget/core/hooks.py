@@ -13,7 +13,9 @@ tokens a prompt has room for. So something is put around these methods, or befor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -136,11 +138,26 @@ def _expect_single_token(attached: AttachedTower, output: SingleTokenOutput) -> 
 
 def _is_watched(tower: Tower, module: nn.Module) -> bool:
     """Whether somebody has hooks that may see the last block's tokens: on that block, or on a part of the host."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _COUNTING.get():
         return False
-    parts = [part for part in module.children() if tower.text is None or part is not tower.text.embedding]
-    hooked = (bool(part._forward_hooks) or bool(part._forward_pre_hooks) for part in parts)
-    return bool(tower.blocks[len(tower.blocks) - 1]._forward_hooks) or any(hooked)
+    last = tower.blocks[len(tower.blocks) - 1]
+    hooks = [*last._forward_hooks.values()]
+    for part in module.children():
+        hooks += [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    return any(getattr(hook, "func", hook).__module__ != __name__ for hook in hooks)
+
+
+_COUNTING: ContextVar[bool] = ContextVar("_COUNTING", default=False)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[None]:
+    """Inside, the hooks on a model's modules count operators, and use no tokens."""
+    token = _COUNTING.set(True)
+    try:
+        yield
+    finally:
+        _COUNTING.reset(token)
 
 
 def _end_single_token(attached: AttachedTower) -> None:

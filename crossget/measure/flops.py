@@ -21,6 +21,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from crossget.core.attachment import find_attachment
+from crossget.core.hooks import counting
 from crossget.measure.flop_formulas import MetaConvolutions, analyse, counts_zero
 from crossget.measure.inputs import Call, Inputs, as_call, tensors_in
 
@@ -269,7 +270,7 @@ def _count(model: nn.Module, call: Call, parameters: Iterable[nn.Parameter] = ()
     traceable = _Traceable(model, call, parameters)
     tensors = (*call.tensors, *model.parameters())
     kernels = MetaConvolutions() if any(tensor.is_meta for tensor in tensors) else nullcontext()
-    with torch.no_grad(), _unchanged(model, tensors), traceable.observing(), kernels:
+    with torch.no_grad(), _unchanged(model, tensors), traceable.observing(), counting(), kernels:
         analysis = analyse(traceable, call.tensors)
         total = int(analysis.total())
     prefix = "model."
