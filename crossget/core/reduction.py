@@ -86,8 +86,7 @@ class Merge(Watch):
         """Values times the norm of the mean direction of their token's members (norm correction)."""
         if self.state.norms is None:
             return values
-        by_head = values.reshape(self.batch, -1, *values.shape[-2:])
-        return (by_head * self.state.norms.to(values.dtype)[:, None, :, None]).reshape(values.shape)
+        return (self.by_head(values) * self.state.norms.to(values.dtype)[:, None, :, None]).reshape(values.shape)
 
     def compare(self, queries: Tensor, keys: Tensor) -> None:
         if self.r > 0:
@@ -111,7 +110,7 @@ class Merge(Watch):
 
     def see_probabilities(self, probabilities: Tensor) -> None:
         if self._wants_attention:
-            heads = probabilities.detach().reshape(self.batch, -1, self.tokens, self.tokens)
+            heads = self.by_head(probabilities.detach())
             self._received.append(by_attention(self._scored_rows(heads).float()).mean(1))
 
     @property
@@ -209,7 +208,7 @@ class ClassTokenOnly(Merge):
         return out.expand(-1, -1, self.tokens, -1)
 
     def project(self, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        row = out[:, :, :1].permute(2, 0, 1, 3).reshape(1, self.batch, -1)
+        row = out[:, :, :1].permute(2, 0, 1, 3).flatten(2)
         return F.linear(row, weight, bias).expand(self.tokens, -1, -1)
 
     def linear(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:

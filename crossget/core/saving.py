@@ -73,8 +73,14 @@ def _local(folder: str | Path) -> Path:
         if absent:
             raise FileNotFoundError(f"{path} has no {' and no '.join(absent)}: expected what Attachment.save wrote")
         return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} is no folder here, and to load it from the Hugging Face hub takes huggingface_hub, which is not "
+            "installed: pip install huggingface_hub"
+        ) from error
 
     try:
         return Path(snapshot_download(str(folder), allow_patterns=list(FILES)))

@@ -125,7 +125,8 @@ class AttachedTower:
         cross = self.cross
         if cross is None:
             raise RuntimeError(f"tower {self.tower.name!r} lost its cross tokens")
-        token = origin.detach() + cross[layer].to(origin.device, origin.dtype)
+        vectors = cross.data if torch._C._is_tracing() else cross  # a trace takes no constants that require gradients
+        token = origin.detach() + vectors[layer].to(origin.device, origin.dtype)
         if torch.is_grad_enabled():
             record.cross_tokens[layer] = token
         return token

@@ -106,7 +106,7 @@ class Watch(TorchFunctionMode):
 
     def project(self, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output projection of `nn.MultiheadAttention` on [B, H, T, D]: [T, B, C]."""
-        return F.linear(out.permute(2, 0, 1, 3).reshape(self.tokens, self.batch, -1), weight, bias)
+        return F.linear(out.permute(2, 0, 1, 3).flatten(2), weight, bias)
 
     def linear(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
         """A linear layer of the block, up to the residual."""
@@ -119,6 +119,13 @@ class Watch(TorchFunctionMode):
     def summands(self, func: Callable[..., Tensor], a: Any, b: Any) -> tuple[Any, Any]:
         """The summands of an addition behind the residual."""
         return a, b
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[B * H, N, M], or with any other axes in front of N, as [B, H, N, M]."""
+        if x.dim() == 4:
+            return x
+        heads = math.prod(x.shape[:-2]) // self.batch if self.batch else 1
+        return x.reshape(self.batch, heads, *x.shape[-2:])
 
     # Recognition ------------------------------------------------------------------------------------------------
 
@@ -233,14 +240,12 @@ class Watch(TorchFunctionMode):
         if not (a.dim() >= 3 and a.dim() == b.dim() and a.shape[-2] == tokens and b.shape[-1] == tokens):
             return
         self._softmax_next = self.attended = True
-        heads = (self.batch, -1)
-        self.compare(a.reshape(*heads, *a.shape[-2:]), b.transpose(-1, -2).reshape(*heads, tokens, b.shape[-2]))
+        self.compare(self.by_head(a), self.by_head(b.transpose(-1, -2)))
 
     def _softmax(self, func: Callable[..., Tensor], logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bias = self.bias(logits.dtype)
         if bias is not None:
-            heads = logits.reshape(self.batch, -1, self.tokens, self.tokens)
-            logits = (heads + bias).reshape(logits.shape)
+            logits = (self.by_head(logits) + bias).reshape(logits.shape)
         self.has_softmax = True
         self._softmax_next, self._values_next = False, self._softmax_next
         weights = func(logits, *args, **kwargs)

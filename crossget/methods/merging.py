@@ -108,7 +108,7 @@ def norm_correction(tokens: Tensor, before: Tensor | None, plan: MergePlan) -> T
     total = change.new_zeros(unmerged.numel(), width).index_add_(0, rows, change.view(-1, width))
     mean = take(total.view(*unmerged.shape, width), plan.new_destination) + normed[:, r:]
     norm = mean.norm(dim=-1).div(width**0.5).clamp(max=1)  # above 1 only where the guided ensemble is no average
-    return unmerged.scatter(1, plan.new_destination, norm)
+    return unmerged.scatter(1, plan.new_destination, norm.to(unmerged.dtype))
 
 
 def unmerge(tokens: Tensor, source: Tensor, fill: Tensor | None = None) -> Tensor:

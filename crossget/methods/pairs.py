@@ -75,7 +75,15 @@ class Square:
 
     def nearest(self, source: Tensor, blocked: Tensor) -> Tensor:
         """[B, r] the token most similar to each source [B, r], after `blocked` [B, T] is added."""
-        return (take(self.similarity, source) + blocked[:, None, :]).argmax(-1)
+        return nearest_of(take(self.similarity, source), blocked)
+
+
+def nearest_of(similarity: Tensor, blocked: Tensor) -> Tensor:
+    """[B, r] the column with the largest similarity [B, r, T] in each row, of those that `blocked` [B, T] leaves.
+
+    A mask, not an addition: where an image has NaN, a sum would be NaN in blocked columns as well, and they would win.
+    """
+    return similarity.masked_fill(blocked.isneginf()[:, None, :], -math.inf).argmax(-1)
 
 
 class Tiles:
@@ -115,10 +123,10 @@ class Tiles:
         """As `Square.nearest`."""
         found = []
         for part in source.split(self.rows, 1):
-            stripe = self.similar(part, ALL).add_(blocked[:, None, :])
+            stripe = self.similar(part, ALL)
             if self.valid is not None:
                 stripe.masked_fill_(unlike(self.valid.gather(1, part), self.valid), -math.inf)
-            found.append(stripe.argmax(-1))
+            found.append(nearest_of(stripe, blocked))
         return torch.cat(found, 1)
 
     def _upper(self) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -493,7 +493,7 @@ def test_coops_own_checkpoint_has_prompts_alone(tmp_path: Path) -> None:
     assert prompts.load_dassl(learner, file) is None
     expected = torch.randn(4, 32, generator=torch.Generator().manual_seed(7)).half().float()
     assert torch.equal(learner.ctx.detach(), expected)
-    with pytest.raises(ValueError, match="has no image_encoder, it has .*'ctx'.*load_dassl"):
+    with pytest.raises(ValueError, match="has no image_encoder.*'ctx'.*load_dassl"):
         crossget.load_reference(clip.model, file)
 
 
@@ -501,8 +501,12 @@ def test_coops_own_checkpoint_has_prompts_alone(tmp_path: Path) -> None:
     ("whole", "changes", "message"),
     [
         (True, {"image_encoder.proj": None}, r"missing: \['visual.proj'\]"),
-        (True, {"text_encoder.surplus": torch.zeros(1)}, r"left over: \['surplus'\]"),
-        (True, {"image_encoder.proj": torch.zeros(3, 3)}, r"misshapen: \['visual.proj: \[3, 3\] for \[32, 16\]'\]"),
+        (True, {"text_encoder.surplus": torch.zeros(1)}, r"unexpected: \['surplus'\]"),
+        (
+            True,
+            {"image_encoder.proj": torch.zeros(3, 3)},
+            r"wrong shape: \['visual.proj: \[3, 3\], expected \[32, 16\]'\]",
+        ),
         (True, {"text_encoder.transformer.cross_text": None}, r"missing: \['transformer.cross_text'\]"),
         (True, {"prompt_learner.ctx": torch.zeros(5, 32)}, r"ctx has shape \[5, 32\], .* needs \[4, 32\]"),
         (False, {"ctx": None}, r"expected the prompts 'ctx', found \['token_prefix', 'token_suffix'\]"),
@@ -531,7 +535,7 @@ class Evil:
 
 def test_other_objects_are_not_read(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "scheduler": Evil()}, tmp_path / "evil.tar")
-    with pytest.raises(ValueError, match=r"holds more than tensors.*weights_only"):
+    with pytest.raises(ValueError, match=r"more than tensors.*weights_only"):
         prompts.load_dassl(PromptLearner(tiny(), NAMES, 4), tmp_path / "evil.tar")
     torch.save({"weights": {}}, tmp_path / "other.tar")
     with pytest.raises(ValueError, match=r"not a file of Dassl's.*\['weights'\]"):
