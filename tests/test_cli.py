@@ -222,6 +222,7 @@ class TestModels:
 
 
 class TestFlops:
+    @pytest.mark.slow
     def test_counts_what_the_library_counts(self, capsys: pytest.CaptureFixture[str]) -> None:
         import timm
         import torch
@@ -247,6 +248,7 @@ class TestFlops:
 
 
 class TestBench:
+    @pytest.mark.slow
     def test_compares_with_dense(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("bench", TINY, "--r", "4", "--rounds", "1", "--batch", "1") == 0
         printed = capsys.readouterr().out

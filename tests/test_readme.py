@@ -14,7 +14,7 @@ from crossget.core.adapters import _adapters, unregister
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = ("measuring.md",)  # ten seconds and more
+LONG = ("measuring.md", "quickstart.md")  # ten seconds and more
 MOST_NOT_RUN = 4  # over all pages; a page of code that nobody runs is soon wrong
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n`]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)

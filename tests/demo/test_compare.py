@@ -137,7 +137,10 @@ class TestNumbers:
         assert tome.tokens == {"visual": [65, 55, 45, 35]}
         assert cross.tokens == {"visual": [66, 56, 46, 36]}
 
-    @pytest.mark.parametrize(("found", "tower", "r"), [("trained", "visual", R), ("pairs", "text", TEXT_R)])
+    @pytest.mark.parametrize(
+        ("found", "tower", "r"),
+        [("trained", "visual", R), pytest.param("pairs", "text", TEXT_R, marks=pytest.mark.slow)],
+    )
     def test_ward_spends_what_tome_style_does(
         self, found: str, tower: str, r: int, request: pytest.FixtureRequest
     ) -> None:
@@ -161,6 +164,7 @@ class TestNumbers:
         assert 0 < first < min(later)
         assert ward.tokens["visual"][1] > tome.tokens["visual"][1]
 
+    @pytest.mark.slow
     def test_where_ward_cannot_cost_as_little_it_says_so(self) -> None:
         found = run(quick(model="test_vit", pretrained="none", r=101), lambda line: None)
         _, ward, tome, _ = found.rows

@@ -72,7 +72,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("task", ["captions", pytest.param("classes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["captions", "classes"])
 def test_from_photographs_to_a_table(clip: Path, task: Any, tmp_path: Path) -> None:
     given = {"images": clip / "photos", "annotations": clip / "captions.json"}
     options: dict[str, Any] = {

@@ -194,6 +194,7 @@ def test_every_measurement_that_needs_a_gpu_has_its_name() -> None:
 HIDDEN = ("tyro", "accelerate", "tensorboard", "matplotlib", "open_clip", "pytest", "skimage")
 
 
+@pytest.mark.slow
 def test_without_other_packages(tmp_path: Path) -> None:
     """Nothing but torch, timm, transformers and crossget is needed for what needs a GPU."""
     code = (

@@ -487,6 +487,7 @@ def test_several_layers_are_read_on_the_full_grid() -> None:
 # Compiled ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not contract.COMPILES or VERSION < (5, 0), reason="LLaVA branches on its data before 5.0")
 def test_compiles_to_one_graph(model: Any, attached: crossget.Attachment) -> None:
     del model.get_decoder().layers[1:]  # the more of them, the longer it takes
