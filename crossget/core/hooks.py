@@ -14,6 +14,7 @@ tokens a prompt has room for. So something is put around these methods, or befor
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
@@ -110,7 +111,7 @@ def _show_intermediates(
     args: tuple[Any, ...], kwargs: dict[str, Any],
 ) -> Any:  # fmt: skip
     """Run a host method that looks at the tokens between the blocks, and show it what it expects there."""
-    if attached.shown.get() is not None:  # from inside another such method, which has said what it wants
+    if attached.shown_now() is not None:  # from inside another such method, which has said what it wants
         return original(*args, **kwargs)
     layers = None if hook.layers is None else hook.layers({**dict(zip(names, args)), **kwargs})  # noqa: B905
     skips = layers is not None and (hook.hides_rest or bool(attached.generating.get()))
@@ -128,7 +129,7 @@ def _expect_single_token(attached: AttachedTower, output: SingleTokenOutput) -> 
 
     Not if another one that has said what it wants calls it.
     """
-    if not attached.reducer.class_token_only or attached.shown.get() is not None:
+    if not attached.reducer.class_token_only or attached.shown_now() is not None:
         return False
     if not output.applies(output.module) or _is_watched(attached.tower, output.module):
         return False
@@ -164,7 +165,7 @@ def _end_single_token(attached: AttachedTower) -> None:
     """Such a method has ended."""
     shown = attached.shown.get()
     if shown is not None and shown.class_token_only:
-        attached.shown.set(None)
+        attached.forget_shown()
 
 
 def _around_single_token(
@@ -182,7 +183,9 @@ def _around_single_token(
 def _before_single_token(
     attached: AttachedTower, output: SingleTokenOutput, module: nn.Module, args: tuple[Any, ...]
 ) -> None:
-    _expect_single_token(attached, output)
+    if _expect_single_token(attached, output) and not torch.compiler.is_compiling():
+        # The module's call. A KeyboardInterrupt ends it without the hook behind it.
+        attached.caller.set(sys._getframe(1))
 
 
 def _behind_single_token(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:

@@ -9,8 +9,10 @@ compiler that compiles blocks one by one shares one graph among them. The two ex
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -76,6 +78,7 @@ class AttachedTower:
         rows: [N] the prompt that each image of the last forward belongs to; None if each has one of its own.
         noted: what the host's entry points found out for the first block.
         shown: what the host sees of the blocks in the forward that comes now.
+        caller: the call that `shown` is for, where nothing else tells that it has ended.
         generating: the host's `generate` runs.
     """
 
@@ -92,6 +95,7 @@ class AttachedTower:
         self._warned = False
         self.noted: ThreadValue[Any] = ThreadValue()
         self.shown: ThreadValue[Shown] = ThreadValue()
+        self.caller: ThreadValue[FrameType] = ThreadValue()
         self.generating: ThreadValue[bool] = ThreadValue()
         self.reducer = reducer
         self.set_reducer(reducer)
@@ -204,7 +208,7 @@ class AttachedTower:
         if recomputing():
             notes = left_notes(tokens)
         else:
-            notes = Notes(self.noted.get(), self.shown.get())
+            notes = Notes(self.noted.get(), self.shown_now())
             self.noted.set(None)
             leave_notes(tokens, notes)
         end, valid = self._text_ends(tokens, notes.input)
@@ -286,6 +290,23 @@ class AttachedTower:
     def shown_by_default(self) -> Shown:
         """What the host sees where no method of it that has a say runs."""
         return Shown("tokens", "grid" if self.tower.restore else self.reduced, self.depth - 1)
+
+    def shown_now(self) -> Shown | None:
+        """What the host sees, as the call says that runs now; None: no call of it says anything."""
+        caller = self.caller.get()
+        if caller is None or torch.compiler.is_compiling():
+            return self.shown.get()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not caller:
+            frame = frame.f_back
+        if frame is None:  # that call was broken off
+            self.forget_shown()
+        return self.shown.get()
+
+    def forget_shown(self) -> None:
+        """The call that said what the host sees has ended."""
+        self.shown.set(None)
+        self.caller.set(None)
 
     @contextlib.contextmanager
     def in_generate(self) -> Iterator[None]:

@@ -131,6 +131,27 @@ def test_who_looks_at_the_other_tokens_gets_them() -> None:
         assert torch.equal(seen[0], seen[2])  # each check runs the model twice
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_a_call_that_is_broken_off_leaves_nothing(error: type[BaseException]) -> None:
+    model = small()
+
+    def interrupt(*_: Any) -> None:
+        raise error
+
+    with torch.no_grad(), crossget.attach(model, crossget.Ward(4)):
+        expected = model.forward_features(IMAGE)
+        for part in (model.patch_embed, model.blocks[0].mlp, model.blocks[-1].mlp):
+            hook = (
+                part.fc1.register_forward_pre_hook(interrupt)
+                if hasattr(part, "fc1")
+                else (part.proj.register_forward_pre_hook(interrupt))
+            )
+            with pytest.raises(error):
+                model(IMAGE)
+            hook.remove()
+            assert torch.equal(model.forward_features(IMAGE), expected)
+
+
 def test_gradients_are_the_same() -> None:
     grads = []
     for skip in (False, True):
