@@ -129,8 +129,11 @@ class AttachedTower:
         cross = self.cross
         if cross is None:
             raise RuntimeError(f"tower {self.tower.name!r} lost its cross tokens")
-        vectors = cross.data if torch._C._is_tracing() else cross  # a trace takes no constants that require gradients
-        token = origin.detach() + vectors[layer].to(origin.device, origin.dtype)
+        if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            vector = cross.data[layer]  # a trace takes no constants that require gradients
+        else:
+            vector = cross[layer]
+        token = origin.detach() + vector.to(origin.device, origin.dtype)
         if torch.is_grad_enabled():
             record.cross_tokens[layer] = token
         return token
