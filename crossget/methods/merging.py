@@ -57,7 +57,7 @@ def size(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: MergePlan) -> 
 
 
 def normalized(tokens: Tensor, sizes: Tensor, importance: Tensor, plan: MergePlan) -> tuple[Tensor, Tensor]:
-    """Convex form of the guided ensemble: the mean of a destination and its sources, weighted by size * exp(importance).
+    """Convex form of `guided`: the mean of a destination and its sources, weighted by size * exp(importance).
 
     The weights of every new token sum to one. For one pair of equal sizes it equals `guided`.
     """
