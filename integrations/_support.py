@@ -106,7 +106,7 @@ def rows_left(table: Tensor, last: Tensor, state: TokenState) -> Tensor:
         state: where the tokens were in the beginning.
     """
     skipped = state.length - int(table.shape[2])
-    if state.cross:
+    if state.has_cross_token:
         table = torch.cat([table, last], 2)
     rows = (state.positions[:, skipped:] - skipped)[:, None, :, None]
     table = table.expand(rows.shape[0], -1, -1, -1)

@@ -227,7 +227,7 @@ def _refit_mask(block: nn.Module, name: str, value: Any, state: TokenState) -> A
 
     So with a cross token the mask must have one more column. What it says there is not used.
     """
-    if name != "attention_mask" or value is None or not state.cross or int(value.shape[-1]) != state.length:
+    if name != "attention_mask" or value is None or not state.has_cross_token or int(value.shape[-1]) != state.length:
         return value
     rows = int(value.shape[-2]) == state.length
     return F.pad(value, (0, 1, 0, int(rows)))
