@@ -105,8 +105,7 @@ class Attachment:
 
     @property
     def records(self) -> dict[str, list[BlockRecord]]:
-        """Per tower, one record for each block of the last forward: which tokens were merged, sizes, scores and
-        features.
+        """Per tower, one record for each block of the last forward.
 
         Raises:
             RuntimeError: the last forward was not recorded.

@@ -3,7 +3,7 @@
 A processor writes one placeholder token into the prompt for every image feature of the dense model. Here, placeholders
 are removed, with their entries in all arguments that have one entry per token: mask, labels, positions, token types. If
 rows of a batch lose different numbers of tokens, the shorter ones are padded. `generate` returns the caller's original
-prompt in front of its answer.
+prompt, followed by the answer.
 """
 
 from __future__ import annotations

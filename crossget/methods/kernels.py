@@ -71,8 +71,8 @@ def complete_graph(
     of the sources. By the number of operations and bytes, computing them a second time on tensor cores costs about as
     much as writing a [B, T, T] matrix and loading it again, and it needs no memory.
 
-    The first call with a new C, a new dtype, or a new power of two above T or r times a few tile sizes, and waits for
-    the GPU.
+    The first call with a new C, a new dtype, or a new power of two above T or r measures the time of a few tile
+    sizes, and waits for the GPU.
 
     Args:
         keys: [B, T, C] float32, float16 or bfloat16, of any norm and strides; copied unless channels are contiguous.
