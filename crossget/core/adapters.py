@@ -23,7 +23,7 @@ from crossget.core.block_class import base_of
 from crossget.core.state import TokenState
 from crossget.methods.reducers import ImportanceName, KeysName, TowerFacts
 
-# The hosts: libraries with adapters, in the module of crossget.integrations with the same name.
+# Libraries with adapters. Those of `timm` are in crossget.integrations.timm, and so on.
 _HOSTS = ("timm", "open_clip", "transformers")
 # transformers has a package for each family of models. Its name -> the module of crossget.integrations with the
 # adapter.
@@ -81,7 +81,7 @@ class Blocks(Sequence[nn.Module]):
 
 @dataclass
 class TextInput:
-    """How the end-of-text token of each text is found. In general, it is the one token that the tower pools.
+    """How the end-of-text token of each text is found. Here this is the token that the tower pools, whichever it is.
 
     Attributes:
         embedding: the token embedding. The host calls it with the token ids [B, T] before the blocks run.
@@ -220,7 +220,7 @@ class Tower:
             needs no change. False: it returns the reduced tokens.
         importance, keys: the importance and keys of the CrossGET authors' code for such a backbone.
         project: a function from cross tokens [N, C] to the joint space of the model's towers [N, E], for the alignment
-            loss. Its parameters must get no gradient. None: there is no such function.
+            loss. The function must give its own parameters no gradient. None: there is no such function.
         embed: a function from tokens [.., C] of the last block to the joint space of images and texts [.., E]: what the
             host applies to the token that it pools. None: there is no such function of a single token.
         intermediates: the methods of the host that use the outputs of several blocks.

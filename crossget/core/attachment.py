@@ -291,10 +291,9 @@ class Attachment:
         )
 
     def set_text_ids(self, ids: Tensor, tower: str = "text") -> None:
-        """Give the token ids of the next forward's texts. They are needed if the tower's embedding does not get them.
+        """Give the token ids of the next forward's texts, from which their end-of-text tokens are found.
 
-        The position of the end-of-text token is found from them. A tower that is called with embeddings needs this, as
-        learned prompts are.
+        This is needed only if the tower's own embedding does not get the ids, as with learned prompts.
 
         Args:
             ids: [B, T] token ids, from the model's tokenizer.
@@ -463,7 +462,7 @@ def find_attachment(model: nn.Module) -> Attachment | None:
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """The handle of an attached model, if `attach` was called elsewhere, or the model is a copy or was unpickled.
+    """The handle of an attached model. Use it for a copy or an unpickled model, for example.
 
     Raises:
         ValueError: the model is not attached.

@@ -38,8 +38,7 @@ def shorten(
         ValueError: the number of placeholders is neither that of the dense nor that of the reduced features, or the
             attention mask is not one of [B, T].
     """
-    # Not in a compiled forward: the number of removed tokens depends on values. `generate` has shortened the prompt
-    # before it calls the forward.
+    # A compiled forward has fixed shapes, so its prompts must be short already. Those of `generate` are.
     if torch.compiler.is_compiling() or _first_given(arguments, "input_ids", "inputs_embeds") is None:
         return dict(arguments)
     images = _count_images(arguments)
@@ -208,7 +207,7 @@ def around_generate(
     prompt: Prompt, attached: AttachedTower, names: list[str], original: Callable[..., Any], args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """Run `generate` on the shortened prompt. The output begins with the caller's prompt, as it would without this."""
+    """Run `generate` on the shortened prompt. The output begins with the caller's original prompt."""
     arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
     if arguments.get("inputs") is not None and arguments.get("input_ids") is None:
         arguments["input_ids"] = arguments.pop("inputs")
