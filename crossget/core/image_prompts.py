@@ -57,8 +57,8 @@ def shorten(
     if (found != images * dense and not has_cache) or bool((per_row % dense).any()):
         raise ValueError(
             f"the prompts have {per_row.tolist()} image tokens for {images} images: expected {dense} for each image, "
-            f"as the processor writes them (crossget reduces them to {reduced}), or {reduced}. Give every image of "
-            "the batch whole, with its pixel values, in the call that has its tokens"
+            f"as the processor writes them (they are cut to {reduced} here), or {reduced}. Give every image of the "
+            "batch whole, with its pixel values, in the call that has its tokens"
         )
     return _Shortening(is_image, _padding(arguments, is_image), dense, reduced).apply(prompt, arguments, generates)
 
