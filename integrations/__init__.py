@@ -1,6 +1,7 @@
-"""Adapters: where the towers of a host's models are.
+"""Adapters: functions that find the towers (lists of transformer blocks) in the models of a library, the host.
 
-One file per host, and in transformers one per family of models (hf_*), loaded when a model of it is first met.
+There is one file per host and, for transformers, one per family of models (hf_*). A file is imported when one of its
+models is first used.
 """
 
 if __name__ == "integrations":

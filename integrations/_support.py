@@ -1,4 +1,4 @@
-"""What the adapters share: ways of single tokens into a joint space, rotary tables, rows for their support_matrix().
+"""Functions that several adapters use: projections of single tokens, rotary tables, rows of support_matrix().
 
 No host is imported here.
 """
@@ -20,12 +20,12 @@ from crossget.core.state import TokenState
 
 
 def project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
-    """Cross tokens [N, C] into the joint space [N, E], without gradient for the parameters on the way.
+    """Project cross tokens [N, C] into the joint space of the towers [N, E]. The parameters get no gradient.
 
     Args:
-        norm: what a token goes through first.
-        owner: whose attribute the projection is.
-        name: of the attribute: a module, a matrix [C, E], or None.
+        norm: a module that is applied first; None: none is.
+        owner: the module that has the projection as an attribute.
+        name: name of this attribute, which is a module, a matrix [C, E], or None.
         tokens: [N, C].
     """
     tokens = tokens if norm is None else frozen(norm, tokens)
@@ -36,12 +36,12 @@ def project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor)
 
 
 def embed(norms: Sequence[nn.Module], owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
-    """Tokens [.., C] behind the last block in the joint space [.., E], as the host takes the one that it pools there.
+    """Project tokens [.., C] of the last block into the joint space [.., E], as the host does with its pooled token.
 
     Args:
-        norms: what a token goes through first.
-        owner: whose attribute the projection is.
-        name: of the attribute, as in `project`.
+        norms: modules that are applied first, in this order.
+        owner: the module that has the projection as an attribute.
+        name: name of this attribute, as in `project`.
         tokens: [.., C].
     """
     for norm in norms:
@@ -56,29 +56,29 @@ def is_of(host: str, module: nn.Module) -> bool:
     """Whether a module runs its host's own code: its class is the host's, and no method is replaced on the instance.
 
     Args:
-        host: the top-level package.
-        module: of that host, or of a subclass.
+        host: name of the host's top-level package.
+        module: a module of the host, or of a subclass.
     """
     cls = type(module)
     if cls.__module__.split(".")[0] != host:
         return False
-    if torch.compiler.is_compiling():  # Dynamo follows no loop over a module's attributes
+    if torch.compiler.is_compiling():  # Dynamo cannot trace a loop over a module's attributes
         return True
     attributes = ((name, value) for name, value in vars(module).items() if callable(value))
     return not any(callable(getattr(cls, name, None)) and not isinstance(value, Wrapped) for name, value in attributes)
 
 
 def frozen(module: nn.Module, tokens: Tensor) -> Tensor:
-    """A module's output, without gradient for its parameters."""
+    """The output of a module, whose parameters get no gradient."""
     out: Tensor = _Frozen.apply(tokens, module)
     return out
 
 
 class _Frozen(torch.autograd.Function):
-    """A module with a backward for its input alone.
+    """Calls a module; the backward pass computes the gradient of its input only.
 
-    The module is called as it is, parameters and hooks included: sharded parameters (ZeRO-3) are whole only then, and
-    detached copies of them would be copies of nothing.
+    The module itself is called, with its parameters and hooks. Detached copies of its parameters would not do: sharded
+    parameters (ZeRO-3) are only gathered by the module's hooks.
     """
 
     @staticmethod
@@ -95,18 +95,21 @@ class _Frozen(torch.autograd.Function):
         return gradient, None
 
 
-def rows_left(table: Tensor, last: Tensor, state: TokenState) -> Tensor:
-    """The rows of a rotary table [B, H, N, D] for the tokens that are left: a merged one keeps its destination's.
+def remaining_rows(table: Tensor, last: Tensor, state: TokenState) -> Tensor:
+    """The rows of a rotary table for the remaining tokens. A merged token has the row of its destination.
 
-    The table's rows are those of the last N tokens; those in front of them are not rotated.
+    The table has rows for the last N of the host's T0 tokens. The first T0 - N tokens are not rotated.
 
     Args:
         table: [B or 1, H or 1, N, D].
         last: [B or 1, H or 1, 1, D] row of the cross token.
-        state: where the tokens were in the beginning.
+        state: of the tokens, of which T remain.
+
+    Returns:
+        [B, H or 1, T - (T0 - N), D].
     """
     skipped = state.length - int(table.shape[2])
-    if state.cross:
+    if state.has_cross_token:
         table = torch.cat([table, last], 2)
     rows = (state.positions[:, skipped:] - skipped)[:, None, :, None]
     table = table.expand(rows.shape[0], -1, -1, -1)
@@ -115,14 +118,14 @@ def rows_left(table: Tensor, last: Tensor, state: TokenState) -> Tensor:
 
 @dataclass(frozen=True)
 class SupportRow:
-    """One model of a host, by the name under which the host builds it.
+    """One model of a host.
 
     Attributes:
-        name: as in the host's own list of models.
-        architecture: the model's class.
+        name: the name in the host's own list of models.
+        architecture: the name of the model's class.
         supported: it has a tower that can be reduced.
-        towers: one line each, "visual: 12 blocks (Block), prefix 1, class token".
-        reason: why it is not supported, or which of its towers is not and why; empty if all of it is.
+        towers: one line per tower, such as "visual: 12 blocks (Block), prefix 1, class token".
+        reason: why the model, or which of its towers, is not supported; empty if all of it is.
     """
 
     name: str
@@ -133,14 +136,14 @@ class SupportRow:
 
 
 def support_row(name: str, model: nn.Module, towers: Sequence[Tower], reason: str = "") -> SupportRow:
-    """The row of a model with these towers, or with none for this reason."""
+    """The row of a model with these towers or, if there are none, with this reason."""
     return SupportRow(name, type(model).__name__, bool(towers), tuple(map(str, towers)), "" if towers else reason)
 
 
 class NumbersOnCPU(TorchFunctionMode):
-    """For building models on the meta device: ranges keep their values.
+    """Mode for building models on the meta device, in which `torch.linspace` and `torch.arange` have values.
 
-    Older versions of timm read rates and sizes out of them while they build.
+    Constructors of older versions of timm read numbers from such tensors.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -149,7 +152,7 @@ class NumbersOnCPU(TorchFunctionMode):
 
 
 def markdown(rows: Iterable[SupportRow]) -> str:
-    """The matrix as a page's text: supported classes, what is not supported and why, and every supported name."""
+    """The rows as a Markdown page: supported classes, reasons for those not supported, and all supported names."""
     rows = list(rows)
     supported = [r for r in rows if r.supported]
     parts = [f"{len(supported)} of {len(rows)} names can be reduced.", "## Supported", _classes(supported)]
@@ -164,7 +167,7 @@ def markdown(rows: Iterable[SupportRow]) -> str:
 
 
 def _classes(rows: list[SupportRow]) -> str:
-    """One line for each class and kind of tower; depths are left out, as they differ between sizes."""
+    """A table with one line per class and kind of tower, without depths, which differ between model sizes."""
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for r in rows:
         kinds[r.architecture, "; ".join(_without_depth(tower) for tower in r.towers)].append(r.name)
@@ -173,11 +176,13 @@ def _classes(rows: list[SupportRow]) -> str:
 
 
 def _without_depth(tower: str) -> str:
+    """The line of a tower without its number of blocks."""
     name, _, text = tower.partition(": ")
     return f"{name}: {text.partition(' blocks ')[2]}"
 
 
 def _reasons(rows: list[SupportRow]) -> str:
+    """A table with one line per reason."""
     families: dict[str, Counter[str]] = defaultdict(Counter)
     for r in rows:
         families[r.reason][r.architecture] += 1

@@ -1,4 +1,4 @@
-"""transformers: what the adapters of its families share. The families are in files of their own, hf_clip and so on."""
+"""Functions that several adapters of transformers use. There is one file per family of models: hf_clip and so on."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from torch import Tensor, nn
 
 from crossget.core.adapters import Blocks, Features, IntermediatesHook, Prompt, Tower, find_towers
 
-# Where a tower's blocks are, below the module that runs them; the names have changed between versions.
-_STACKS = ("encoder.layers", "encoder.layer", "layers", "layer")
-# These compute attention where crossget can see it; the others are kernels that hide it.
-_SEEN = ("eager", "sdpa")
-# What blocks call the masks they get. Some versions check their shape, some cut them to as many keys as they see.
+# Paths from a module to the list of blocks that it runs. They differ between versions.
+_BLOCK_PATHS = ("encoder.layers", "encoder.layer", "layers", "layer")
+# Attention implementations that crossget recognises. The others are fused kernels that are no torch functions.
+_RECOGNISED = ("eager", "sdpa")
+# The names of the blocks' mask arguments. Some versions check the shape of a mask, others cut it to the number of keys.
 MASKS = ("attention_mask", "causal_attention_mask")
 
 
 def tower(name: str, part: Any, **fields: Any) -> Tower:
-    """A tower of the part of a model that has the blocks.
+    """The tower of one part of a model.
 
-    Masks hide padding, and in newer versions any patch that the caller wants to hide.
+    Its masks hide padding and, in newer versions, any patch that the caller chooses.
+
+    Args:
+        name: name of the tower.
+        part: the module that contains the blocks.
+        fields: other fields of the tower.
     """
     config = part.config
     return Tower(
@@ -39,35 +44,40 @@ def vit(model: Any, prefix: int = 1, **fields: Any) -> Tower:
 
 
 def backbone(model: nn.Module) -> list[IntermediatesHook]:
-    """What reads a backbone's blocks: its forward lays the hidden states of several out on the image grid."""
+    """The hook of a backbone, whose forward reshapes the hidden states of several blocks to the image grid."""
     return [IntermediatesHook(model, "forward")]
 
 
 def blocks(tower: nn.Module) -> Blocks:
-    """The blocks of a tower, in the order they run."""
-    for path in _STACKS:
+    """The blocks of a module, in the order they run.
+
+    Raises:
+        RuntimeError: there is no list of blocks at any of the known paths.
+    """
+    for path in _BLOCK_PATHS:
         found: Any = tower
         for name in path.split("."):
             found = getattr(found, name, None)
         if isinstance(found, nn.ModuleList):
             return Blocks(tower, path)
     raise RuntimeError(
-        f"{type(tower).__name__} has its blocks in none of {', '.join(_STACKS)}: a version not known here"
+        f"{type(tower).__name__} has no list of blocks at any of {', '.join(_BLOCK_PATHS)}: this version of "
+        "transformers is not known"
     )
 
 
 def kernel(config: Any) -> list[tuple[Any, str, Any]]:
-    """While attached, a tower set up with another attention kernel runs SDPA, which has fused kernels of its own."""
-    return [] if config._attn_implementation in _SEEN else [(config, "_attn_implementation", "sdpa")]
+    """The overrides that make a tower with another attention implementation use SDPA while it is attached."""
+    return [] if config._attn_implementation in _RECOGNISED else [(config, "_attn_implementation", "sdpa")]
 
 
 def inner(model: Any, name: str) -> Any:
-    """`model.name`, which in older versions stands between a model and its parts, or the model itself."""
+    """`model.name` if there is such a submodule, which only some versions have; otherwise the model itself."""
     return model._modules.get(name, model)
 
 
 def parts_of(model: Any) -> Any:
-    """Where a model of images and text has its image tower and language model: inside of it since 4.52."""
+    """The module that contains image tower and language model: since 4.52 a submodule of the model."""
     return inner(model, "model")
 
 
@@ -82,14 +92,19 @@ def image_tower(parts: Any) -> Tower:
 
 
 def layers_used(config: Any, depth: int, arguments: Mapping[str, Any]) -> list[int]:
-    """The blocks whose output get_image_features reads: hidden state 0 is what the first block gets."""
+    """The blocks whose outputs get_image_features uses, as numbers from 0; -1 is the input of the first block."""
     chosen = arguments.get("vision_feature_layer")
     chosen = config.vision_feature_layer if chosen is None else chosen
     return [index % (depth + 1) - 1 for index in ([chosen] if isinstance(chosen, int) else chosen)]
 
 
 def on_the_grid(model: Any, *methods: str) -> list[Tower]:
-    """The towers of a model that lays image tokens out on their grid: what these methods read is restored."""
+    """The towers of a model that needs image tokens on their grid.
+
+    Args:
+        model: the model.
+        methods: the methods that use the image tower's outputs, and get the full grid.
+    """
     parts = parts_of(model)
     tower = image_tower(parts)
     layers = partial(layers_used, model.config, len(tower.blocks))
@@ -98,7 +113,7 @@ def on_the_grid(model: Any, *methods: str) -> list[Tower]:
 
 
 def prompt(model: Any, parts: Any, features: Callable[[Mapping[str, Any]], Features]) -> Prompt:
-    """Prompts of a model of images and text, with one image token for every feature."""
+    """The form of the prompts of a model of images and text, with one placeholder for every image feature."""
     return Prompt(
         models=[model] if parts is model else [model, parts],
         placeholder=image_token(model.config),
@@ -109,18 +124,21 @@ def prompt(model: Any, parts: Any, features: Callable[[Mapping[str, Any]], Featu
 
 
 def image_token(config: Any) -> int:
-    """The id that stands for image features in a prompt."""
+    """The id of the placeholder for image features."""
     return int(_setting(config, "image_token_id", "image_token_index"))
 
 
 def run_language_model(model: Any, language: Any, cache: Any = None, **tokens: Tensor) -> Any:
-    """Run a language model on some tokens up to the logits of the last one; returns the cache.
+    """Run a language model, with its head on the last token only; returns the cache.
 
     Args:
-        model: has the head, unless the language model has one of its own, as before 4.52.
+        model: the module with the head `lm_head`, unless the language model has one, as before 4.52.
         language: the language model.
-        cache: of the tokens before.
+        cache: keys and values of earlier tokens; None: there are none.
         tokens: `input_ids` or `inputs_embeds`.
+
+    Raises:
+        RuntimeError: the model is on the meta device, which this version of transformers cannot run.
     """
     if runs_on_meta(language) and not hasattr(transformers.utils.generic, "maybe_autocast"):
         raise RuntimeError(
@@ -132,8 +150,8 @@ def run_language_model(model: Any, language: Any, cache: Any = None, **tokens: T
 
 
 def run_decoder(runs: Any, head: Any, cache: Any = None, **given: Any) -> Any:
-    """Run a decoder on some tokens, and its head on the last one; returns the cache."""
-    # The cache's name has changed in 5.24.
+    """Run a decoder on some tokens, and its head on the last one. Returns the cache."""
+    # Up to 5.23 the argument is called past_key_values.
     name = "cache" if "cache" in inspect.signature(runs.forward).parameters else "past_key_values"
     out = runs(**given, use_cache=True, **({} if cache is None else {name: cache}))
     head(out[0][:, -1:])
@@ -146,25 +164,25 @@ def runs_on_meta(module: nn.Module) -> bool:
 
 
 def _setting(config: Any, *names: str) -> Any:
-    """The first of these settings that is there and not None, in a configuration or that of its language model."""
+    """The first of these settings that exists and is not None, in a configuration or in its text_config."""
     holders = (config, getattr(config, "text_config", None))
     values = (getattr(holder, name, None) for holder in holders for name in names)
     return next((value for value in values if value is not None), None)
 
 
 def language_model(model: Any) -> Tower:
-    """A language model that generates, behind an image tower: its first token plays the cross token's part."""
-    runs = inner(model, "model")  # before 4.52 it stood in a model with a head
-    return Tower("text", blocks=blocks(runs), width=runs.config.hidden_size, project=as_it_is, decoder=runs)
+    """The tower of a language model that generates: the cross token replaces its first token."""
+    runs = inner(model, "model")  # before 4.52 a submodule of a model with a head
+    return Tower("text", blocks=blocks(runs), width=runs.config.hidden_size, project=identity, decoder=runs)
 
 
-def as_it_is(tokens: Tensor) -> Tensor:
-    """Cross tokens that are in the shared space already."""
+def identity(tokens: Tensor) -> Tensor:
+    """The projection of cross tokens that are in the joint space already."""
     return tokens
 
 
 def grid_tokens(config: Any) -> int:
-    """How many patches an image has, of the configuration of an image tower."""
+    """The number of patches of an image, from the configuration of an image tower."""
     sizes = [config.image_size, config.patch_size]
     (height, width), (down, across) = (size if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
     return int((height // down) * (width // across))

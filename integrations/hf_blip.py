@@ -1,8 +1,8 @@
 """transformers' BLIP: the image tower and the text encoder.
 
-What follows the image tower in one model attends to its tokens, so it gets the reduced ones, and a mask for as many. A
-text encoder reads out its first token; its tokens are merged in front of the attention to the image. A text decoder
-generates with a cache of keys and values, and is not reduced.
+Inside a larger model, the other parts attend to the image tower's tokens. They get the reduced tokens, and a mask of
+the same length. A text encoder pools its first token. Its tokens are merged before the cross-attention to the image. A
+text decoder generates with a cache of keys and values, and is not reduced.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from crossget.core.state import TokenState
 from crossget.integrations import hf
 from crossget.integrations._support import project
 
-_CACHE = ("past_key_value", "past_key_values", "cache")  # a block's argument; the name has changed between versions
+_CACHE = ("past_key_value", "past_key_values", "cache")  # names of a block's argument in different versions
 _DECODES = (
-    "BLIP's text decoder generates with a cache of keys and values of all its tokens, so these are not merged; it gets "
-    "faster by the reduced image tokens, in the model that it is part of"
+    "BLIP's text decoder generates with a cache of keys and values of all its tokens, so these are not merged; in the "
+    "whole model, it attends to the reduced image tokens"
 )
 
 
 @register(blip.BlipModel)
 def contrastive(model: Any) -> list[Tower]:
-    """Both towers. Either's pooler stands between its first token and the joint space."""
+    """The image tower and the text tower. Their poolers are applied to the first token before it is projected."""
     norm, pooler = model.vision_model.post_layernorm, model.text_model.pooler
     image = partial(project, nn.Sequential(norm, norm), model, "visual_projection")
     words = partial(project, nn.Sequential(pooler.dense, pooler.activation), model, "text_projection")
@@ -37,7 +37,7 @@ def contrastive(model: Any) -> list[Tower]:
 
 @register(blip.BlipForImageTextRetrieval)
 def retrieval(model: Any) -> list[Tower]:
-    """Both towers."""
+    """The image tower and the text tower."""
     image = partial(project, model.vision_model.post_layernorm, model, "vision_proj")
     words = partial(project, None, model, "text_proj")
     return [_visual(model.vision_model, restore=False, project=image), *_text(model.text_encoder, project=words)]
@@ -45,7 +45,7 @@ def retrieval(model: Any) -> list[Tower]:
 
 @register(blip.BlipForQuestionAnswering)
 def question_answering(model: Any) -> list[Tower]:
-    """The image tower and the encoder of questions, all of whose tokens the decoder attends to."""
+    """The image tower and the text tower of questions. The decoder attends to all tokens of the latter."""
     return [_visual(model.vision_model, restore=False), *_text(model.text_encoder)]
 
 
@@ -68,7 +68,7 @@ def text(model: Any) -> list[Tower]:
 
 
 def absent(model: Any) -> dict[str, str]:
-    """Why there is no text tower."""
+    """Why there is no text tower, by the tower's name; empty if there is one."""
     if isinstance(model, blip.BlipForConditionalGeneration):
         return {"text": _DECODES}
     parts = (getattr(model, name, None) for name in ("text_model", "text_encoder"))
@@ -94,6 +94,7 @@ def _text(part: Any, **fields: Any) -> list[Tower]:
 
 
 def _relative(part: Any) -> str:
+    """Why a text encoder cannot be reduced; empty if it can."""
     kind = getattr(part.embeddings, "position_embedding_type", "absolute")  # others were possible before 5.0
     if kind == "absolute":
         return ""
@@ -104,12 +105,12 @@ def _relative(part: Any) -> str:
 
 
 def _first(ids: Tensor) -> tuple[Tensor, None]:
-    """What the heads read out. Padding shows in the attention's mask."""
+    """Position of the token that the heads pool. Padding is found in the attention's mask."""
     return torch.zeros_like(ids[:, 0]), None
 
 
 def _no_cache(block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
-    """A block of an encoder gets no cache. A decoder's text model is of the same class, and gives one in its call."""
+    """Refuse a cache. A block of an encoder gets none, but that of a decoder does, and both have the same class."""
     if name in _CACHE and value is not None:
         raise RuntimeError(f"this is the text model of a decoder: {_DECODES}. Detach, and attach to that model")
     return value
@@ -119,7 +120,7 @@ def _no_cache(block: nn.Module, name: str, value: Any, state: TokenState) -> Any
 
 
 def stages(model: Any) -> Stages:
-    """How BLIP writes captions: one for each image, all of which begin alike."""
+    """The stages of captioning: one caption per image, all with the same first tokens."""
     size = model.config.vision_config.image_size
     return Stages(
         parts={"image tower": [model.vision_model]},

@@ -1,7 +1,7 @@
-"""transformers' BLIP-2 and InstructBLIP: the image tower, whose reduced tokens are what the Q-Former attends to.
+"""transformers' BLIP-2 and InstructBLIP: the image tower, to whose reduced tokens the Q-Former attends.
 
-The Q-Former gives the language model as many features as it has queries, so that prompts stay as they are. Its queries
-are few and are not reduced.
+The Q-Former gives the language model one feature per query, so that prompts do not change. Its few queries are not
+reduced.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def explain(model: nn.Module) -> str:
 
 
 def stages(model: Any) -> Stages:
-    """How BLIP-2 with a language model that only decodes (OPT) generates.
+    """The stages of BLIP-2 with a decoder-only language model (OPT).
 
     Raises:
-        TypeError: its language model has an encoder (T5).
+        TypeError: the language model has an encoder (T5).
     """
     if model.config.text_config.is_encoder_decoder:
         raise TypeError("the stages of BLIP-2 with a language model that has an encoder (T5) are not known: take OPT")

@@ -56,7 +56,7 @@ def _text(model: Any, part: Any) -> Tower:
 
 
 def _end(eos: int, ids: Tensor) -> tuple[Tensor, None]:
-    """Position of the end of text, as the tower itself looks for it. Padding shows in the attention's mask, if any."""
-    if eos == 2:  # what old configurations say; the end of text is the largest id then
+    """Position of the end-of-text token, as the host finds it. Padding is found in the attention's mask, if any."""
+    if eos == 2:  # a wrong value in old configurations; the host then takes the largest id
         return ids.argmax(-1), None
     return ids.eq(eos).int().argmax(-1), None

@@ -16,13 +16,13 @@ from crossget.integrations import hf
     registers.Dinov2WithRegistersModel, registers.Dinov2WithRegistersForImageClassification,
 )  # fmt: skip
 def tower(model: Any) -> list[Tower]:
-    """A model that reads the last block's tokens."""
+    """The image tower of a model that uses the last block's tokens."""
     return [hf.vit(model, _prefix(model))]
 
 
 @register(dinov2.Dinov2Backbone, registers.Dinov2WithRegistersBackbone)
 def backbone(model: Any) -> list[Tower]:
-    """A model that reads the tokens behind several blocks."""
+    """The image tower of a backbone, which uses the tokens of several blocks."""
     return [hf.vit(model, _prefix(model), intermediates=hf.backbone(model))]
 
 

@@ -1,4 +1,4 @@
-"""transformers' DINOv3: rotary positions, and registers behind the class token."""
+"""transformers' DINOv3, with rotary positions, and with registers after the class token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 from crossget.core.adapters import Tower, register
 from crossget.core.state import TokenState
 from crossget.integrations import hf
-from crossget.integrations._support import rows_left
+from crossget.integrations._support import remaining_rows
 
-_BACKBONE = getattr(dinov3, "DINOv3ViTBackbone", None)  # younger than the model
+_BACKBONE = getattr(dinov3, "DINOv3ViTBackbone", None)  # only in newer versions
 
 
 @register(dinov3.DINOv3ViTModel, *filter(None, [_BACKBONE]))
@@ -24,9 +24,9 @@ def tower(model: Any) -> list[Tower]:
 
 
 def _rows(block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
-    """The tables (cosines, sines), [N, D] each, of which only the patches have rows."""
+    """The two rotary tables (cosines, sines), [N, D] each, for the remaining tokens. Only patches have rows."""
     if name != "position_embeddings":
         return value
     cosine, sine = (table[None, None] for table in value)
     ones, zeros = torch.ones_like(cosine[:, :, :1]), torch.zeros_like(sine[:, :, :1])  # the cross token is not rotated
-    return rows_left(cosine, ones, state), rows_left(sine, zeros, state)
+    return remaining_rows(cosine, ones, state), remaining_rows(sine, zeros, state)

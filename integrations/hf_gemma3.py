@@ -1,4 +1,4 @@
-"""transformers' Gemma 3: its projector pools the image's tokens on their grid, so they are restored for that."""
+"""transformers' Gemma 3. Its projector pools image tokens on their grid, so it gets the full grid."""
 
 from __future__ import annotations
 

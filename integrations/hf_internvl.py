@@ -1,4 +1,4 @@
-"""transformers' InternVL: pixels are shuffled on the grid behind the image tower, so it is restored for that."""
+"""transformers' InternVL. A pixel shuffle follows the image tower, so it gets the full grid."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""transformers' LLaVA-1.5: the reference's behaviour, and prompts that make room for fewer image features.
+"""transformers' LLaVA-1.5, reduced as in the CrossGET authors' code, with shorter prompts.
 
-The image tower's tokens are read behind `vision_feature_layer` and reach the language model reduced, the cross token
-among them. The language model's first token plays the cross token's part there.
+The image tower's tokens after `vision_feature_layer` become image features. The language model gets the reduced ones,
+including the cross token. In the language model, the cross token replaces the first token.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from crossget.integrations._support import frozen
 
 _CLASSES = [llava.LlavaForConditionalGeneration, *filter(None, [getattr(llava, "LlavaModel", None)])]
 
-# From 5.0 on get_image_features returns all that the image tower returned, its last hidden state among it.
-_GIVES_FEATURES_ALONE = "Output" not in str(inspect.signature(_CLASSES[-1].get_image_features).return_annotation)
+# Since 5.0 get_image_features returns all outputs of the image tower, including the last hidden state.
+_RETURNS_FEATURES_ONLY = "Output" not in str(inspect.signature(_CLASSES[-1].get_image_features).return_annotation)
 
 
 @register(*_CLASSES)
@@ -37,17 +37,19 @@ def _visual(model: Any, parts: Any) -> Tower:
     config = model.config
     tower = hf.image_tower(parts)
     layers = partial(hf.layers_used, config, len(tower.blocks))
-    several = not isinstance(config.vision_feature_layer, int)  # they are concatenated: the full grid of each
+    several = not isinstance(
+        config.vision_feature_layer, int
+    )  # features of several blocks are concatenated, so each is the full grid
     features = partial(_features, config, hf.grid_tokens(config.vision_config) + tower.prefix, layers)
     return dataclasses.replace(
         tower,
-        prefix=max(tower.prefix, 1),  # what "default" drops, class token or not
+        prefix=max(tower.prefix, 1),  # the strategy "default" drops the first token, class token or not
         restore=several,
         importance="attention",
         keys="mean_heads",
         project=None if several else partial(frozen, parts.multi_modal_projector),
         intermediates=[
-            IntermediatesHook(parts, "get_image_features", layers, grid=several, hides_rest=_GIVES_FEATURES_ALONE)
+            IntermediatesHook(parts, "get_image_features", layers, grid=several, hides_rest=_RETURNS_FEATURES_ONLY)
         ],
         keeps_cross_token=True,
         prompt=None if several else hf.prompt(model, parts, features),
@@ -64,7 +66,7 @@ def _features(config: Any, tokens: int, layers: Any, arguments: Mapping[str, Any
 
 
 def stages(model: Any) -> Stages:
-    """How LLaVA generates. The stages run one by one: between them, its forward looks at the values of ids."""
+    """The stages of LLaVA. They run one by one, as its forward reads the values of ids, which the meta device lacks."""
     parts, size = hf.parts_of(model), model.config.vision_config.image_size
     return Stages(
         parts={"image tower": [parts.vision_tower], "projector": [parts.multi_modal_projector]},

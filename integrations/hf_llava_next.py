@@ -1,4 +1,4 @@
-"""transformers' LLaVA-NeXT: its tiles' tokens are packed on their grid, so they are restored for that."""
+"""transformers' LLaVA-NeXT. It packs the tokens of image tiles by their grid, so it gets the full grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' LLaVA-OneVision: tiles and video frames are packed on their grid, so they are restored for that."""
+"""transformers' LLaVA-OneVision. It packs tiles and video frames by their grid, so it gets the full grid."""
 
 from __future__ import annotations
 

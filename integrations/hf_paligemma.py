@@ -1,6 +1,6 @@
 """transformers' PaliGemma: the image tower's reduced tokens become the first tokens of the prompt.
 
-Its prompts begin with the image, so the language model has no first token that could play the cross token's part.
+The language model has no cross token: the first token of its prompts is an image token.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """transformers' SigLIP: both towers, in one model or alone.
 
-Its image tower has no class token. Its text tower sees forward and backward, and pools the last token, padding or not.
+The image tower has no class token. The text tower is not causal, and pools the last token, whether it is padding or
+not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def both(model: Any) -> list[Tower]:
 
 @register(siglip.SiglipVisionModel, siglip.SiglipForImageClassification)
 def visual(model: Any) -> list[Tower]:
-    """The image tower alone. No single token has a way into the joint space: its head attends to all of them."""
+    """The image tower alone. Single tokens cannot be projected, as its head is an attention pool."""
     return [hf.tower("visual", hf.inner(model, "vision_model"))]
 
 
@@ -37,7 +38,7 @@ def text(model: Any) -> list[Tower]:
         hf.tower(
             "text",
             part,
-            prefix=1,  # as of every text tower, although nothing marks the start of its texts
+            prefix=1,  # the first token is protected as in other text towers, though it is no start-of-text token
             text=TextInput(part.embeddings.token_embedding, _last),
             project=partial(project, part.final_layer_norm, part, "head"),
         )

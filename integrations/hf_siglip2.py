@@ -1,4 +1,4 @@
-"""transformers' SigLIP2: SigLIP's towers, and images of several shapes in one batch, filled up with padding."""
+"""transformers' SigLIP2: the towers of SigLIP, for padded batches of images of several shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' ViT and DeiT, which has a distillation token behind the class token."""
+"""transformers' ViT, and DeiT, which has a distillation token after the class token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crossget.integrations import hf
 
 @register(vit.ViTModel, vit.ViTForImageClassification, vit.ViTForMaskedImageModeling)
 def vit_tower(model: Any) -> list[Tower]:
-    """ViT."""
+    """The image tower of a ViT."""
     return [hf.vit(model)]
 
 
@@ -22,5 +22,5 @@ def vit_tower(model: Any) -> list[Tower]:
     deit.DeiTForMaskedImageModeling,
 )  # fmt: skip
 def deit_tower(model: Any) -> list[Tower]:
-    """DeiT."""
+    """The image tower of a DeiT."""
     return [hf.vit(model, prefix=2)]

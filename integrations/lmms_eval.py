@@ -1,6 +1,6 @@
-"""lmms-eval's `--model llava_crossget`: what its entry point in pyproject.toml gives.
+"""The entry point that adds `--model llava_crossget` to lmms-eval, see pyproject.toml.
 
-Every start of lmms-eval calls this. The model's class is only named here: lmms-eval imports it when it is asked for.
+lmms-eval calls it at every start. So this file does not import the model's class; lmms-eval does if it is used.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """The ModelManifest of llava_crossget."""
+    """The `ModelManifest` of llava_crossget."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    # A chat class alone, which --force_simple gets as well: lmms-eval's simple LlavaHf gives its prompts to the
-    # tokenizer's chat template as plain strings, and those of llava-hf make nothing of that, not even a place for the
-    # image.
+    # Only a chat class, which is used with --force_simple as well. lmms-eval's simple LlavaHf passes prompts as plain
+    # strings to the tokenizer's chat template, and from these the templates of llava-hf make no image placeholder.
     return ModelManifest(
         model_id="llava_crossget",
         chat_class_path="crossget.integrations.lmms_eval_llava.LlavaCrossget",

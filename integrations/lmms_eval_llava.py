@@ -27,30 +27,29 @@ _REFERENCE_R = 13
 
 # lmms-eval has no annotations that a type checker may read (no py.typed).
 class LlavaCrossget(LlavaHf):  # type: ignore[misc]
-    """`--model llava_crossget`: a LLaVA of transformers, its image tokens reduced.
+    """`--model llava_crossget`: a LLaVA of transformers with reduced image tokens.
 
     Args:
-        pretrained: a folder or the id of a repository on the Hugging Face hub. What `Attachment.save` wrote may lie
-            beside the model, as `crossget convert` leaves it: its reducers and cross tokens are attached then.
-        r: tokens that every block of the image tower removes, in place of the saved r. Not given, it is what was
-            saved, otherwise the reference's 13. 0 is the dense model: nothing is attached, saved cross tokens neither
-            (a saved r of 0 keeps them, where no r is given).
-        method: "crossget": the saved reducers, otherwise `crossget.CrossGET`. "tome": `crossget.ToMe`, which has no
-            use for saved cross tokens.
-        image_aspect_ratio: "pad" fills images up to squares, with the mean colour, as LLaVA-1.5 was trained and is
-            evaluated by its authors; "crop" leaves it to transformers' processor, which cuts squares out, as
-            lmms-eval's `llava_hf` does. Models other than LLaVA-1.5 have processors of their own, which stay.
-        revision: of a hub repository.
-        device: that the model is moved to.
-        device_map: transformers'. Not given, it is the process's device.
-        batch_size: 1.
-        more: everything else that lmms-eval's `llava_hf` takes.
+        pretrained: a folder, or the id of a repository on the Hugging Face hub. If it also has the files of
+            `Attachment.save`, as `crossget convert` writes them, the saved reducers and cross tokens are attached.
+        r: number of tokens that every block of the image tower removes. None: the saved r or, without saved files, 13
+            as in the authors' code. 0: nothing is attached, not even saved cross tokens (use a saved r of 0 for them).
+        method: "crossget": the saved reducers or, without saved files, `crossget.CrossGET`. "tome": `crossget.ToMe`,
+            without cross tokens.
+        image_aspect_ratio: "pad": pad images to squares with the mean colour, as the authors of LLaVA-1.5 train and
+            evaluate it. "crop": transformers' processor crops images to squares, as in lmms-eval's `llava_hf`. It has
+            no effect on models other than LLaVA-1.5, which have other processors.
+        revision: revision of a hub repository.
+        device: the device of the model.
+        device_map: as in transformers. If empty, the process's device.
+        batch_size: 1, the only one supported.
+        more: all other arguments of lmms-eval's `llava_hf`.
 
     Raises:
-        ValueError: r, method, image_aspect_ratio, batch_size or pretrained is not one of these.
+        ValueError: one of r, method, image_aspect_ratio, batch_size and pretrained has no valid value.
     """
 
-    is_simple = False  # a chat class, as the manifest says: lmms-eval refuses one that does not agree
+    is_simple = False  # a chat class; lmms-eval refuses a class that does not agree with its manifest
 
     def __init__(
         self,
@@ -64,11 +63,11 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
         batch_size: int | str = 1,
         **more: Any,
     ) -> None:
-        pretrained = str(pretrained)  # lmms-eval makes a number of what looks like one
+        pretrained = str(pretrained)  # lmms-eval converts what looks like a number
         _check(r, method, image_aspect_ratio, batch_size)
         saved = _saved(pretrained, revision) if method == "crossget" and r != 0 else None
         if not device_map and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            device_map = str(device)  # LlavaHf hands its default, "", to transformers, which takes it for a device
+            device_map = str(device)  # LlavaHf passes its default "" on to transformers, which takes it for a device
         super().__init__(
             pretrained=pretrained, revision=revision, device=device, device_map=device_map, batch_size=1, **more
         )
@@ -79,16 +78,16 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
         logger.info(f"llava_crossget: {self.attached or 'the dense model'}{f' from {saved}' if saved else ''}")
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
-        """LlavaHf's, but a failure ends the run: LlavaHf would log it, answer "" and let that be scored."""
+        """LlavaHf's method, except that a failure ends the run. LlavaHf itself logs it, and its answer "" is scored."""
         try:
-            with _failing(self.model):
+            with _raising_failures(self.model):
                 answers: list[Any] = super().generate_until(requests)
         except _Failure as failure:
             raise RuntimeError(f"llava_crossget could not answer: {failure.__cause__}") from failure.__cause__
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Refused: LlavaHf's looks for the answer where it would be if an image were one token.
+        """Refused: LlavaHf computes the position of the answer as if an image were one token.
 
         Raises:
             NotImplementedError: always.
@@ -100,10 +99,10 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
 
 
 class PaddingProcessor:
-    """A processor that fills images up to squares first.
+    """A processor that pads images to squares first.
 
     Args:
-        processor: of transformers. Everything but the images is its own business.
+        processor: the processor of transformers, which does everything else.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -118,7 +117,7 @@ class PaddingProcessor:
 
 
 def _square(image: Image, colour: tuple[int, ...]) -> Image:
-    """The image in the middle of a square of one colour."""
+    """The image, centred on a square of one colour."""
     image = image.convert("RGB")
     size = max(image.size)
     square = new_image("RGB", (size, size), colour)
@@ -127,7 +126,7 @@ def _square(image: Image, colour: tuple[int, ...]) -> Image:
 
 
 def _check(r: Any, method: Any, image_aspect_ratio: Any, batch_size: Any) -> None:
-    # From lmms-eval's command line r=-1 and r=13.0 come as floats, r=None as the string 'None'.
+    # lmms-eval's command line passes r=-1 and r=13.0 as floats, and r=None as the string 'None'.
     if r is not None and (type(r) is not int or r < 0):
         raise ValueError(f"r={r!r}: expected a whole number from 0 on, as in r={_REFERENCE_R}, or no r")
     if method not in _METHODS:
@@ -139,7 +138,7 @@ def _check(r: Any, method: Any, image_aspect_ratio: Any, batch_size: Any) -> Non
 
 
 def _saved(pretrained: str, revision: str) -> Path | None:
-    """The folder with what `Attachment.save` wrote beside the model; None if there is nothing."""
+    """The folder with the files of `Attachment.save`; None if the model has none."""
     folder = Path(pretrained)
     if folder.is_dir():
         return folder if (folder / CONFIG_FILE).is_file() else None
@@ -149,8 +148,8 @@ def _saved(pretrained: str, revision: str) -> Path | None:
         raise ValueError(
             f"pretrained={pretrained}: neither a folder here nor the id of a hub repository ({error})"
         ) from None
-    except LocalEntryNotFoundError:  # the hub is out of reach
-        # None: not in the cache. Otherwise the cache remembers that the repository has no such file.
+    except LocalEntryNotFoundError:  # the hub cannot be reached
+        # None: the cache does not know. Otherwise it has stored that the repository has no such file.
         if try_to_load_from_cache(pretrained, CONFIG_FILE, revision=revision) is None:
             logger.warning(
                 f"the hub cannot be asked whether {pretrained} has a {CONFIG_FILE}, and the cache does not know: going "
@@ -164,6 +163,7 @@ def _saved(pretrained: str, revision: str) -> Path | None:
 
 
 def _attach(model: Any, saved: Path | None, r: int | None, method: str) -> crossget.Attachment | None:
+    """Attach, see `LlavaCrossget` for the arguments; None with r = 0."""
     if r == 0:
         return None
     if saved is None:
@@ -175,23 +175,23 @@ def _attach(model: Any, saved: Path | None, r: int | None, method: str) -> cross
 
 
 class _Failure(BaseException):
-    """What `generate` raised, in a shape that LlavaHf's `except Exception` lets through."""
+    """Wraps an exception of `generate`. It is no `Exception`, so LlavaHf's `except Exception` does not catch it."""
 
 
 @contextlib.contextmanager
-def _failing(model: Any) -> Iterator[None]:
-    """Inside, whatever the model's `generate` raises comes as a `_Failure`."""
+def _raising_failures(model: Any) -> Iterator[None]:
+    """Context in which exceptions of the model's `generate` are raised as `_Failure`."""
     generate = model.generate
     before = model.__dict__.get("generate")
 
     @functools.wraps(generate)
-    def loud(*args: Any, **kwargs: Any) -> Any:
+    def raising(*args: Any, **kwargs: Any) -> Any:
         try:
             return generate(*args, **kwargs)
         except Exception as error:
             raise _Failure from error
 
-    model.generate = loud
+    model.generate = raising
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
-"""open_clip: both towers of CLIP, CustomTextCLIP and CoCa: native, timm's for images, Hugging Face's for texts.
+"""open_clip: the image and text towers of CLIP, CustomTextCLIP and CoCa.
 
-Reduced are the image tower and the text tower. CoCa's multimodal decoder is not: it reads the text tower's tokens on
-the full grid. Features, not captions, are what a reduced CoCa is for: a merged token may tell of words behind it.
+Image towers are open_clip's own or timm's; text towers are open_clip's own or Hugging Face's. CoCa's multimodal decoder
+is not reduced. It gets the text tower's tokens on the full grid, one per word. A merged token may contain later words,
+which a decoder must not see. So use a reduced text tower of CoCa for features, and not for captions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from crossget.integrations import timm as timm_towers
 from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, is_of, project, support_row
 
 _BERT = ("embeddings.word_embeddings", "encoder.layer", None)
-# model_type of the Hugging Face encoders that HFTextEncoder knows -> where their embedding, blocks and last norm are.
+# model_type of Hugging Face encoders in HFTextEncoder -> paths to their embedding, blocks and last norm.
 _HF_PARTS: dict[str, tuple[str, str, str | None]] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -39,15 +40,15 @@ _HF_PARTS: dict[str, tuple[str, str, str | None]] = {
 
 @register(open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa)
 def clip(model: Any) -> list[Tower]:
-    """The image tower and the text tower, without those that cannot be reduced (`absent` says why)."""
+    """The image tower and the text tower, without one that cannot be reduced (`absent` gives the reason)."""
     return [tower for tower in (_visual(model.visual), _text(model)) if isinstance(tower, Tower)]
 
 
 @register(VisionTransformer, TimmModel, TextTransformer, HFTextEncoder)
 def part(model: Any) -> list[Tower]:
-    """One tower on its own."""
-    look = _visual if isinstance(model, (VisionTransformer, TimmModel)) else _text
-    tower = look(model)
+    """A single tower, outside of a CLIP."""
+    find = _visual if isinstance(model, (VisionTransformer, TimmModel)) else _text
+    tower = find(model)
     return [tower] if isinstance(tower, Tower) else []
 
 
@@ -72,7 +73,7 @@ def explain(model: nn.Module) -> str:
 
 
 def _visual(visual: Any) -> Any:
-    """The image tower, or in words why there is none."""
+    """The image tower, or a string with the reason why there is none."""
     if isinstance(visual, TimmModel):
         return _trunk(visual)
     if not isinstance(visual, VisionTransformer):
@@ -87,16 +88,18 @@ def _visual(visual: Any) -> Any:
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
         embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
         intermediates=_intermediates(visual.transformer),
-        single_token_outputs=[SingleTokenOutput(visual, _shows_class_token_alone)],
+        single_token_outputs=[SingleTokenOutput(visual, _returns_class_token_only)],
     )
 
 
-def _shows_class_token_alone(visual: Any) -> bool:
+def _returns_class_token_only(visual: Any) -> bool:
+    """Whether the result of the image tower depends on the class token only."""
     own = is_of("open_clip", visual)
     return own and visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
 
 
 def _trunk(visual: Any) -> Any:
+    """The image tower of a timm model, or a string with the reason why there is none."""
     try:
         (tower,) = find_towers(visual.trunk)
     except TypeError:
@@ -105,7 +108,7 @@ def _trunk(visual: Any) -> Any:
 
 
 def _trunk_projection(visual: Any) -> Any:
-    """What takes one token to the joint space; None behind an attention pool, which has no answer for one token."""
+    """The projection of one token into the joint space; None with an attention pool, which needs all tokens."""
     norm = getattr(visual.trunk, "norm_pre", None)
     if isinstance(getattr(visual.head, "proj", None), nn.Linear):
         return partial(project, norm, visual.head, "proj")
@@ -116,7 +119,7 @@ def _trunk_projection(visual: Any) -> Any:
 
 
 def _trunk_embedding(visual: Any) -> Any:
-    """What `TimmModel` does with the token that its trunk pools; None behind an attention pool."""
+    """What `TimmModel` applies to the pooled token; None with an attention pool, which needs all tokens."""
     trunk = visual.trunk
     if getattr(trunk, "attn_pool", None) is not None or hasattr(visual.head, "pool"):
         return None
@@ -128,8 +131,8 @@ def _trunk_embedding(visual: Any) -> Any:
 
 
 def _text(model: Any) -> Any:
-    """The text tower, or in words why there is none."""
-    text = getattr(model, "text", model)  # CLIP has unpacked its text tower into itself
+    """The text tower, or a string with the reason why there is none."""
+    text = getattr(model, "text", model)  # the modules of CLIP's own text tower are attributes of CLIP itself
     if isinstance(text, HFTextEncoder):
         return _hf_text(text)
     pool = str(getattr(text, "pool_type", None) or getattr(text, "text_pool_type", "argmax"))
@@ -151,37 +154,40 @@ def _text(model: Any) -> Any:
 
 
 def _text_outputs(model: Any, text: Any) -> list[SingleTokenOutput]:
-    """CLIP's own text tower is run by a method of CLIP's; of other towers the tokens may be part of the result."""
+    """The methods whose result depends on the end-of-text token only. CLIP runs its own text tower in `encode_text`."""
     if isinstance(text, TextTransformer):
-        return [SingleTokenOutput(text, _shows_end_alone)]
-    return [SingleTokenOutput(model, _encodes_end_alone, "encode_text")]
+        return [SingleTokenOutput(text, _returns_end_only)]
+    return [SingleTokenOutput(model, _encode_text_uses_end_only, "encode_text")]
 
 
-def _shows_end_alone(text: Any) -> bool:
+def _returns_end_only(text: Any) -> bool:
+    """Whether the result of the text tower depends on the end-of-text token only."""
     return is_of("open_clip", text) and not text.output_tokens
 
 
-def _encodes_end_alone(model: Any) -> bool:
+def _encode_text_uses_end_only(model: Any) -> bool:
+    """Whether `encode_text` is open_clip's own, whose result depends on the end-of-text token only."""
     return is_of("open_clip", model)
 
 
 def _end(pool: str, eos: Any, ids: Tensor) -> tuple[Tensor | None, None]:
-    """Position of the token that a native text tower pools. Padding shows in its attention's mask, if anywhere."""
+    """Position of the token that open_clip's own text towers pool. Padding is found in the attention's mask, if any."""
     if pool == "none":
         return None, None
     if pool == "argmax":
         return ids.argmax(-1), None
     if pool == "eos":
         return ids.eq(eos).int().argmax(-1), None
-    # "appended": CoCa pools a class embedding that it puts behind the text.
+    # "appended": CoCa pools a class embedding that it appends to the text.
     position = {"first": 0, "last": ids.shape[1] - 1, "appended": ids.shape[1]}[pool]
     return torch.full_like(ids[:, 0], position), None
 
 
 def _hf_text(text: Any) -> Any:
+    """The text tower of a Hugging Face encoder, or a string with the reason why there is none."""
     config, kind = text.config, text.config.model_type
     if kind not in _HF_PARTS:
-        return f"the Hugging Face text encoder {kind!r} is not known here; known are {', '.join(_HF_PARTS)}"
+        return f"the Hugging Face text encoder {kind!r} is not known; known are {', '.join(_HF_PARTS)}"
     if getattr(config, "is_decoder", False):
         return f"the Hugging Face text encoder {kind!r} is set up as a decoder (is_decoder=True)"
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
@@ -192,14 +198,15 @@ def _hf_text(text: Any) -> Any:
     if getattr(text.transformer, "layerdrop", 0) > 0:
         return (
             f"{type(text.transformer).__name__} skips layers at random in training (layerdrop="
-            f"{text.transformer.layerdrop}), so its tokens' way cannot be planned; set text.transformer.layerdrop = 0"
+            f"{text.transformer.layerdrop}), so the number of its tokens is not known in advance; "
+            "set text.transformer.layerdrop = 0"
         )
     encoder, names = text.transformer, _HF_PARTS[kind]
     embedding = encoder.get_submodule(names[0])
     norm = None if names[2] is None else encoder.get_submodule(names[2])
     pools_one = hasattr(text.pooler, "cls_token_position")
-    read = partial(_first if pools_one else _all, config.pad_token_id)
-    # A pooler of the encoder's own stands between its tokens and the projection: no way for a single token.
+    locate = partial(_first if pools_one else _all, config.pad_token_id)
+    # The encoder's own pooler comes before the projection, so single tokens cannot be projected.
     own_pooler = getattr(encoder, "pooler", None) is not None
     return Tower(
         "text",
@@ -207,27 +214,30 @@ def _hf_text(text: Any) -> Any:
         width=int(embedding.weight.shape[1]),
         prefix=0 if pools_one else 1,
         padding=True,
-        text=TextInput(embedding, read, pools_one),
+        text=TextInput(embedding, locate, pools_one),
         project=None if own_pooler else partial(project, norm, text, "proj"),
         masks=() if kind == "mt5" else ("attention_mask",),
-        fit_arguments=_refit_mask if kind == "mt5" else None,
+        fit_arguments=_widen_mask if kind == "mt5" else None,
     )
 
 
 def _first(pad: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`TextInput.locate` of a tower that pools the first token."""
     return torch.zeros_like(ids[:, 0]), ids != pad
 
 
 def _all(pad: int, ids: Tensor) -> tuple[None, Tensor]:
+    """`TextInput.locate` of a tower that pools the mean of all tokens."""
     return None, ids != pad
 
 
-def _refit_mask(block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
-    """T5 makes its position bias for as many tokens as it sees, and adds the padding mask to that.
+def _widen_mask(block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
+    """The padding mask of T5, with one more column for the cross token.
 
-    So with a cross token the mask must have one more column. What it says there is not used.
+    T5 makes a position bias for all tokens that it gets, and adds the mask to it. The values in the new column are not
+    used, see `crossget.core.masks.fit_mask`.
     """
-    if name != "attention_mask" or value is None or not state.cross or int(value.shape[-1]) != state.length:
+    if name != "attention_mask" or value is None or not state.has_cross_token or int(value.shape[-1]) != state.length:
         return value
     rows = int(value.shape[-2]) == state.length
     return F.pad(value, (0, 1, 0, int(rows)))
@@ -237,6 +247,11 @@ def _refit_mask(block: nn.Module, name: str, value: Any, state: TokenState) -> A
 
 
 def _blocks(transformer: Any) -> Blocks:
+    """The blocks of one of open_clip's own towers.
+
+    Raises:
+        ValueError: its sequences are [T, B, C].
+    """
     if not getattr(transformer, "batch_first", True):
         raise ValueError(
             "cannot reduce an open_clip tower made with batch_first=False: its blocks pass [T, B, C]; make the model "
@@ -253,9 +268,9 @@ def _intermediates(transformer: nn.Module) -> list[IntermediatesHook]:
     )
 
 
-# What of open_clip is supported ---------------------------------------------------------------------------------------
+# Support matrix -------------------------------------------------------------------------------------------------------
 
-# The encoders on Hugging Face's hub that open_clip's configurations name, so that the matrix needs no network.
+# The configurations of the Hugging Face encoders that open_clip uses, so that the matrix needs no network.
 _HUB: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta-base": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
     "xlm-roberta-base": ("xlm-roberta", {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1}),
@@ -301,7 +316,7 @@ def _build(name: str) -> Any:
     text = config["text_cfg"]
     encoder = text.get("hf_model_name")
     if encoder is not None:
-        config["text_cfg"] = {"layers": 1}  # in its place for a moment
+        config["text_cfg"] = {"layers": 1}  # a placeholder, replaced below
     own = config.pop("custom_text", False) or encoder is not None
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if own else open_clip.CLIP
     model = kind(**config)
@@ -311,7 +326,7 @@ def _build(name: str) -> Any:
 
 
 def _hf_encoder(name: str, width: int, settings: dict[str, Any]) -> Any:
-    """As open_clip's own when it has weights to load: no decoder, and no pooler of the encoder's own unless used."""
+    """The encoder as open_clip builds it with pretrained weights: without decoder, and without an unused pooler."""
     pooler = settings.get("hf_pooler_type", "mean_pooler")
     proj = settings.get("hf_proj_type", "mlp")
     text: Any = HFTextEncoder(name, width, config=hub_config(name), pooler_type=pooler, proj_type=proj)

@@ -1,7 +1,7 @@
 """timm: every architecture whose blocks pass one sequence [B, T, C] from the first to the last.
 
-All of them keep these blocks in `blocks`. What differs: how many tokens stand in front of the patches, whether the
-first of them is a class token, and how the blocks get their rotary tables.
+All of them have these blocks in the attribute `blocks`. They differ in the number of tokens before the patches, in
+whether the first of them is a class token, and in how the blocks get their rotary tables.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, Tower, find_towers, register
 from crossget.core.state import TokenState
-from crossget.integrations._support import NumbersOnCPU, SupportRow, is_of, rows_left, support_row
+from crossget.integrations._support import NumbersOnCPU, SupportRow, is_of, remaining_rows, support_row
 
 
 def _present(*names: str) -> tuple[type[nn.Module], ...]:
-    """The classes of these names that the installed timm has: some are younger than the oldest timm supported."""
+    """The classes of these names in the installed timm. Some exist only in newer versions."""
     found = (getattr(timm.models, name, None) or getattr(_features, name, None) for name in names)
     return tuple(cls for cls in found if cls is not None)
 
@@ -33,12 +33,12 @@ _VIT = _present(
     "Qwen3VitEncoder", "DeepseekVitEncoder", "Gemma4VitEncoder",
 )  # fmt: skip
 _CAIT = _present("Cait")
-_AROUND = _present("Qwen3VitClassifier", "DeepseekVitClassifier", "Gemma4VitClassifier", "FeatureGetterNet")
+_WRAPPERS = _present("Qwen3VitClassifier", "DeepseekVitClassifier", "Gemma4VitClassifier", "FeatureGetterNet")
 
 
 @register(*_VIT)
 def vit(model: Any) -> list[Tower]:
-    """ViT and its kin: class token, distillation token and registers, if any, stand in front."""
+    """ViTs. Class token, distillation token and registers, if any, are the first tokens."""
     embedding = getattr(model, "embeds", model)
     class_token = getattr(embedding, "cls_token", None) is not None
     return [_tower(model, int(model.num_prefix_tokens), class_token)]
@@ -46,13 +46,13 @@ def vit(model: Any) -> list[Tower]:
 
 @register(*_CAIT)
 def cait(model: Any) -> list[Tower]:
-    """CaiT's class token joins behind the blocks over patches; the last ones, which only it attends in, stay."""
+    """CaiT: the blocks over patches. Its class token is added after them, for blocks in which only it attends."""
     return [_tower(model, 0, False)]
 
 
-@register(*_AROUND)
-def around(model: Any) -> list[Tower]:
-    """A classifier around an encoder, or what `features_only=True` puts around a model."""
+@register(*_WRAPPERS)
+def wrapped(model: Any) -> list[Tower]:
+    """A classifier with an encoder, or the wrapper of a model with `features_only=True`."""
     return find_towers(getattr(model, "encoder", None) or model.model)
 
 
@@ -69,13 +69,13 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
         intermediates=[IntermediatesHook(model, "forward_intermediates")]
         if hasattr(model, "forward_intermediates")
         else [],
-        single_token_outputs=[SingleTokenOutput(model, _pools_first)] if class_token else [],
+        single_token_outputs=[SingleTokenOutput(model, _pools_class_token)] if class_token else [],
         fit_arguments=partial(rotary_rows, bool(mixed)),
     )
 
 
-def _pools_first(model: Any) -> bool:
-    """Whether the head takes the class token alone; one that was distilled takes a second token."""
+def _pools_class_token(model: Any) -> bool:
+    """Whether the head uses the class token only. That of a distilled model uses a second token."""
     pooled = getattr(model, "global_pool", None) == "token" and getattr(model, "attn_pool", None) is None
     return pooled and not hasattr(model, "head_dist") and is_of("timm", model)
 
@@ -84,37 +84,40 @@ def _pools_first(model: Any) -> bool:
 
 
 def rotary_rows(mixed: bool, block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
-    """The rows of a rotary table for the tokens that are left; the cross token gets a row that rotates nothing.
+    """The rows of a rotary table for the remaining tokens, with a row for the cross token that does not rotate it.
 
     Args:
-        mixed: a table [H, N, D] has one part per head; otherwise one with three axes is [B, N, D].
-        block: whose argument this is.
-        name: the argument's name. "rope" holds sines and cosines side by side, [.., N, 2 * D].
+        mixed: a table with three axes is [H, N, D], with one part per head; otherwise it is [B, N, D].
+        block: the block whose argument this is.
+        name: name of the argument. "rope" is the concatenation of sines and cosines, [.., N, 2 * D].
         value: the table: [N, D], [H, N, D], [B, N, D] or [B, 1 or H, N, D].
-        state: where the tokens were in the beginning.
+        state: of the tokens, of which T remain.
+
+    Returns:
+        The rows for T tokens, in the same layout; other arguments unchanged.
     """
     if value is None or name not in ("rope", "rope_sin", "rope_cos"):
         return value
     by_image = value.dim() == 3 and not mixed
     table = value[:, None] if by_image else value[(None,) * (4 - value.dim())]
-    table = rows_left(table, _no_rotation(name, table[:, :, :1]), state)
+    table = remaining_rows(table, _no_rotation(name, table[:, :, :1]), state)
     return table.squeeze(1) if by_image else table
 
 
 def _no_rotation(name: str, like: Tensor) -> Tensor:
-    """Rows like `like` with sine 0 and cosine 1."""
+    """Rows with the shape of `like`, with sine 0 and cosine 1."""
     if name == "rope":
         sine, cosine = like.chunk(2, -1)
         return torch.cat([torch.zeros_like(sine), torch.ones_like(cosine)], -1)
     return torch.zeros_like(like) if name == "rope_sin" else torch.ones_like(like)
 
 
-# Everything else in timm --------------------------------------------------------------------------------------------
+# Models without adapter ---------------------------------------------------------------------------------------------
 
 NO_ATTENTION = "its blocks compare no tokens: it is a convolutional, MLP, recurrent or state space network"
 UNKNOWN = "its class is not known, and its blocks have an attention of their own"
-# By the module of timm that defines the model. Where a module has models with and without attention, this is about
-# the former.
+# The reasons, with the modules of timm that define the models. If a module has models with and without attention, the
+# reason is for those with attention.
 REASONS = {
     "convolutions inside or between its blocks need the full image grid": (
         "byobnet coat cpubone csatv2 efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra fastvit "
@@ -126,15 +129,15 @@ REASONS = {
     "the number of tokens changes between its blocks (a pyramid)": "hiera levit mvitv2 pit pvt_v2 twins volo",
     "its blocks pass an image grid [B, H, W, C] and attend in windows of it": "hieradet_sam2 vision_transformer_sam",
     "it attends over channels: there is no T x T attention between tokens": "edgenext xcit",
-    "it has two sequences of tokens that take part in each other": "crossvit tnt",
-    "its first blocks weigh tokens by distances on the full grid, and its class token joins only then": "convit",
+    "it has two sequences of tokens that exchange information": "crossvit tnt",
+    "its first blocks weight tokens by distances on the full grid, and its class token is added after them": "convit",
 }
 _GATES = r"SplitAttn|SelectiveKernelAttn|AttentionPool\w*|RotAttentionPool\w*"
 _ATTENTION = re.compile(rf"(?!(?:{_GATES})$)\w*(?:Attn|Attention|MHSA|GPSA|SHSA|SHMA|LiteMLA|XCA|Lambda)")
 
 
 def explain(model: nn.Module) -> str:
-    """Why a model of timm that has no adapter has none."""
+    """Why a model of timm has no adapter."""
     if not any(_ATTENTION.match(type(module).__name__) for module in model.modules()):
         return NO_ATTENTION
     home = type(model).__module__.rpartition(".")[2]
@@ -145,12 +148,12 @@ def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
     """One row for each name of `timm.list_models(pattern)`."""
     for name in timm.list_models(pattern or ""):
         model = skeleton(name)
-        known = isinstance(model, (*_VIT, *_CAIT, *_AROUND))
+        known = isinstance(model, (*_VIT, *_CAIT, *_WRAPPERS))
         yield support_row(name, model, find_towers(model) if known else [], explain(model))
 
 
 def skeleton(name: str) -> nn.Module:
-    """The model of this name without weights and without memory, on the meta device."""
+    """The model of this name on the meta device, without weights."""
     with torch.device("meta"), NumbersOnCPU():
         model: nn.Module = timm.create_model(name, pretrained=False)
     return model

@@ -1,6 +1,6 @@
-"""transformers: which of its models can be reduced, and why the others cannot.
+"""transformers: which models can be reduced, and the reasons why others cannot.
 
-The adapters are in files of their own, one per family (hf_clip and so on); what these share is in hf.
+The adapters are in one file per family (hf_clip and so on). Functions that they share are in hf.py.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import nn
 from crossget.core.adapters import FAMILIES, find_towers, is_registered
 from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
 
-# By the module that defines the model: why a family has no adapter.
+# Why a family has no adapter: the reasons, with the modules that define the models.
 PACKED = (
     "its image tower packs all images of a batch into one sequence [N, C] without a batch axis, cut into images or "
-    "windows by cumulative lengths, and merges 2 x 2 neighbours behind it"
+    "windows by cumulative lengths, and merges 2 x 2 neighbours after it"
 )
 NO_DEFAULT = "it has an adapter, but in this version no model can be made from its configuration's default values"
 REASONS = {
     PACKED: "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe qwen3_omni_moe glm4v glm4v_moe",
-    "its image tower packs all images of a batch into one sequence, kept apart by a mask": "pixtral mistral3",
+    "its image tower packs all images of a batch into one sequence, separated by a mask": "pixtral mistral3",
     "its attention runs inside windows of the image grid": "swin swinv2 maskformer_swin donut_swin",
     "it is convolutional: it has no sequence of tokens to reduce": "resnet convnext convnextv2 regnet",
 }
@@ -56,13 +56,14 @@ def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
 
 
 def skeleton(cls: Any) -> nn.Module:
-    """A model of this class by its configuration's default values, without weights and without memory."""
+    """A model of this class on the meta device, from its configuration's default values."""
     with torch.device("meta"), NumbersOnCPU():
         model: nn.Module = cls(cls.config_class())
     return model
 
 
 def _adapted() -> Iterator[type]:
+    """The classes with an adapter."""
     for family, adapter in FAMILIES.items():
         home = _home(family)
         if home is not None:
@@ -76,21 +77,22 @@ def _refused() -> Iterator[tuple[type, str]]:
         for family in homes.split():
             home = _home(family)
             if home is not None:
-                # The whole model rather than a part of it: by what its name ends with.
+                # The suffixes of classes that are a whole model, rather than a part of one.
                 ends = ("ForConditionalGeneration", "Model")
                 classes = [cls for end in ends for cls in _models(home) if cls.__name__.endswith(end)]
                 yield classes[0], reason
 
 
 def _models(home: ModuleType) -> Iterator[type]:
+    """The classes of models in a module."""
     for _, cls in inspect.getmembers(home, inspect.isclass):
-        # Those that are made from a configuration of their own: no bases, no layers.
+        # Classes with a configuration of their own, and no base classes or layers.
         if cls.__module__ == home.__name__ and "PreTrained" not in cls.__name__ and hasattr(cls, "config_class"):
             yield cls
 
 
 def _home(family: str) -> ModuleType | None:
-    """The module with a family's models; None where the installed version has none."""
+    """The module with a family's models; None if the installed version has none."""
     try:
         return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     except ModuleNotFoundError:

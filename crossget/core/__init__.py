@@ -1,1 +1,1 @@
-"""What puts a method into a model: adapters, attaching, watching blocks, and the state of their tokens."""
+"""Applies a method to a model: adapters, attaching, recognising attention in blocks, and the state of their tokens."""

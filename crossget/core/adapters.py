@@ -1,6 +1,8 @@
-"""From a model to its towers: class -> adapter, found along the MRO, loaded when the class is first met.
+"""Towers, and the adapters that find them in a model.
 
-An adapter is a function that says where a backbone's towers are; it knows no method. `register` adds one:
+A tower is a list of transformer blocks that pass one sequence of tokens from each to the next. An adapter is a function
+from a model to its towers. It is looked up by the classes in the model's MRO. The module with the adapters of a library
+is imported when a model of that library is first used. `register` adds an adapter:
 
     @crossget.register(MyViT)
     def my_vit(model: MyViT) -> list[crossget.Tower]:
@@ -21,9 +23,10 @@ from crossget.core.block_class import base_of
 from crossget.core.state import TokenState
 from crossget.methods.reducers import ImportanceName, KeysName, TowerFacts
 
-# A host's package -> the module of crossget.integrations that knows it.
+# Libraries with adapters. Those of `timm` are in crossget.integrations.timm, and so on.
 _HOSTS = ("timm", "open_clip", "transformers")
-# transformers has a package for each family of models; families whose adapters are the same share one.
+# transformers has a package for each family of models. Its name -> the module of crossget.integrations with the
+# adapter.
 FAMILIES = {
     "clip": "hf_clip",
     "siglip": "hf_siglip",
@@ -46,25 +49,25 @@ FAMILIES = {
 
 
 class Blocks(Sequence[nn.Module]):
-    """The blocks of a tower, looked up each time: a host's list may be cut or replaced while it is attached.
+    """The blocks of a tower, looked up at every access, so that a host's list may be cut or replaced.
 
     Args:
-        owner: the module that has the list.
-        path: of the list below it, "encoder.layers" for instance.
+        owner: a module that contains the list of blocks.
+        path: the path from it to the list, such as "encoder.layers".
     """
 
     def __init__(self, owner: nn.Module, path: str) -> None:
         self.owner, self.path = owner, path
 
     @property
-    def _now(self) -> Any:
+    def _list(self) -> Any:
         found: Any = self.owner
         for name in self.path.split("."):
             found = getattr(found, name)
         return found
 
     def __len__(self) -> int:
-        return len(self._now)
+        return len(self._list)
 
     @overload
     def __getitem__(self, index: int) -> nn.Module: ...
@@ -73,21 +76,21 @@ class Blocks(Sequence[nn.Module]):
     def __getitem__(self, index: slice) -> list[nn.Module]: ...
 
     def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
-        return list(self._now)[index]
+        return list(self._list)[index]
 
 
 @dataclass
 class TextInput:
-    """How the end of each text is found.
+    """How the end-of-text token of each text is found. Here this is the token that the tower pools, whichever it is.
 
     Attributes:
         embedding: the token embedding. The host calls it with the token ids [B, T] before the blocks run.
-        locate: a function of the ids [B, T]. It returns the position [B] of the token that the tower pools (None: it
-            pools the mean of all tokens), and which tokens are no padding [B, T] (None: the tower treats padding like
-            text, as CLIP does).
-        pools_one: `locate` returns a position. The token there is the guide, and the cross token is a copy of it before
-            every block. Otherwise the cross token starts as the mean of the tokens that are no padding, and is the
-            guide.
+        locate: a function of the ids [B, T] with two results. The first is the position [B] of the end-of-text token;
+            None: the tower pools the mean of all tokens. The second is [B, T] false for padding; None: the tower treats
+            padding like text, as CLIP does, or padding is found in the attention's mask.
+        pools_one: `locate` returns a position. The end-of-text token is then the guide, and the cross token is a copy
+            of it before every block. Otherwise the cross token is the guide, and starts as the mean of the tokens that
+            are no padding.
     """
 
     embedding: nn.Module
@@ -101,11 +104,11 @@ class IntermediatesHook:
 
     Attributes:
         module, method: the module, and the name of its method.
-        layers: a function of a call's arguments, by name. It returns the blocks whose outputs are used. None: possibly
-            every block's.
-        grid: the method expects as many tokens as the first block gets. False: it takes the reduced tokens.
-        hides_rest: the method's result does not depend on blocks after the last used one, so that they need not run.
-            Otherwise these are left out inside `generate` only.
+        layers: a function from a call's arguments, by name, to the numbers of the blocks whose outputs are used (from
+            0). None: every block's may be used.
+        grid: the method expects one token for every input position. False: it can use the reduced tokens.
+        hides_rest: blocks after the last used one have no effect on the method's result, so that they are skipped.
+            Otherwise they are skipped inside `generate` only.
     """
 
     module: nn.Module
@@ -116,12 +119,12 @@ class IntermediatesHook:
 
 
 class Features(NamedTuple):
-    """What of a tower's tokens becomes features of a prompt.
+    """Which tokens of an image tower become the features of an image in a prompt.
 
     Attributes:
-        tokens: T0, the tokens of one image in the dense model.
-        layer: the block whose output becomes features.
-        dropped: leading tokens of that output that are left out.
+        tokens: T0, the number of tokens of one image in the dense model.
+        layer: number of the block whose output is used, from 0; -1: the input of the first block.
+        dropped: number of leading tokens of that output that are not used.
     """
 
     tokens: int
@@ -131,14 +134,14 @@ class Features(NamedTuple):
 
 @dataclass
 class SingleTokenOutput:
-    """A method of the host whose result depends on one token of the tower's output alone.
+    """A method of the host whose result depends on a single token of the tower's output.
 
-    That token is the end of text or, in a tower that takes no text, the class token. See `Reducer.class_token_only`.
+    That token is the end-of-text token or, in a tower of images, the class token. See `Reducer.class_token_only`.
 
     Attributes:
         module, method: the module, and the name of its method.
-        applies: a function of the module: whether this is so with the module's present settings. No lambda, if attached
-            models are to be pickled.
+        applies: a function of the module that returns whether this holds for the module's present settings. It must not
+            be a lambda if attached models are pickled.
     """
 
     module: nn.Module
@@ -148,14 +151,14 @@ class SingleTokenOutput:
 
 @dataclass
 class Prompt:
-    """How prompts hold images: one placeholder token for every feature of an image.
+    """The form of prompts with images, which have one placeholder token for every feature of an image.
 
     Attributes:
-        models: modules whose forward takes such prompts, the outermost first; `generate` is a method of that one.
+        models: the modules whose forward takes such prompts, the outermost first. Only the first has a `generate`.
         placeholder: id of the placeholder token.
-        embedding: the token embedding, to find placeholders in embeddings.
-        features: a function of a call's keyword arguments: what each of its images becomes.
-        pad: id of the token that prompts are padded with.
+        embedding: the token embedding of the language model.
+        features: a function from a call's arguments, by name, to the `Features` of its images.
+        pad: id of the padding token.
     """
 
     models: Sequence[nn.Module]
@@ -166,13 +169,13 @@ class Prompt:
 
 
 class Prefilled(NamedTuple):
-    """What a prefill leaves for the decoding steps.
+    """The results of a prefill.
 
     Attributes:
         cache: keys and values, in the host's own form.
-        image_tokens: tokens of one image that leave the image tower.
-        prompt: tokens that the language model gets.
-        context: anything else that a decoding step needs.
+        image_tokens: number of tokens of one image that the image tower returns.
+        prompt: number of tokens that the language model gets.
+        context: any other input of the decoding steps.
     """
 
     cache: Any
@@ -183,13 +186,14 @@ class Prefilled(NamedTuple):
 
 @dataclass
 class Stages:
-    """How a model of images and text generates, so that `crossget.measure.generation` can count its stages.
+    """The stages in which a model of images and text generates, for `crossget.measure.generation`.
 
     Attributes:
-        parts: modules by name, from the image tower on. Modules in none of them belong to the language model.
-        pixels: shape of one image.
-        prefill: a function of pixel values [N, ...] and text ids [1, T].
-        step: a function of an id [1, 1] and of what the prefill returned; what it returns is not used.
+        parts: lists of modules, by name, from the image tower on. All other modules belong to the language model.
+        pixels: shape of one image, [3, H, W].
+        prefill: a function that runs the prefill, of pixel values [N, 3, H, W] and token ids [1, T].
+        step: a function that runs one decoding step, of a token id [1, 1] and the results of the prefill. Its result is
+            not used.
     """
 
     parts: Mapping[str, Sequence[nn.Module]]
@@ -203,35 +207,35 @@ class Tower:
     """A tower: transformer blocks that pass one sequence of tokens [B, T, C] from each to the next.
 
     Attributes:
-        name: "visual" or "text", usually.
+        name: the name of the tower, usually "visual" or "text".
         blocks: the blocks, in the order they run. `Blocks(model, "blocks")` follows a list that is cut or replaced
             later.
-        width: C, the channels of a token.
-        prefix: number of leading tokens that are never merged: class token, registers, start of text.
+        width: C, the number of channels of a token.
+        prefix: number of leading tokens that are never merged: class token, registers, start-of-text token.
         class_token: the first token is a class token.
         causal: a token attends to itself and earlier tokens only.
-        padding: a mask given to the attention may hide padding.
-        text: how the end of each text is found; None for a tower that takes no text.
-        restore: the last block returns as many tokens as the first one gets, so that the code after it needs no change.
-            False: it returns the reduced tokens.
-        importance, keys: what the reference uses on such a backbone.
-        project: a function of cross tokens [N, C] into the space that the model's towers share, for the alignment loss.
-            That loss must not train its parameters. None: there is no such function.
-        embed: a function of tokens [.., C] of the last block into the joint space of images and texts [.., E]: what the
-            host does with the token that it pools. None: there is no such function of a single token.
-        intermediates: methods of the host that use the outputs of several blocks.
-        single_token_outputs: methods of the host whose result depends on one token of the last block alone. The tower
-            has a class token or ends of text then, and `restore` is True.
-        fit_arguments: a function of a block, an argument's name, its value and the tokens' state. It returns the value
-            for the tokens that are left, where an argument has one row per token (a rotary table, say). It is called
-            when the tokens are no longer the host's own.
-        masks: names of a block's arguments that are masks [B or 1, H or 1, T, T]. The block gets them for the tokens
-            that are left. To be named where a block checks or cuts its mask before the attention gets it.
+        padding: a mask of the attention may hide padding.
+        text: how the end-of-text token is found; None for a tower that takes no text.
+        restore: the last block returns the full grid, one token for every input position, so that the code after it
+            needs no change. False: it returns the reduced tokens.
+        importance, keys: the importance and keys of the CrossGET authors' code for such a backbone.
+        project: a function from cross tokens [N, C] to the joint space of the model's towers [N, E], for the alignment
+            loss. The function must give its own parameters no gradient. None: there is no such function.
+        embed: a function from tokens [.., C] of the last block to the joint space of images and texts [.., E]: what the
+            host applies to the token that it pools. None: there is no such function of a single token.
+        intermediates: the methods of the host that use the outputs of several blocks.
+        single_token_outputs: the methods of the host whose result depends on a single token of the last block. They
+            need a class token or an end-of-text token, and `restore`.
+        fit_arguments: a function (block, name, value, state) that returns an argument of the block for the remaining
+            tokens, if the argument has one row per token (a rotary table, say); otherwise the value itself. It is
+            called if the tokens are no longer exactly the host's. `state` is a `crossget.core.state.TokenState`.
+        masks: names of the block's arguments that are masks [B or 1, H or 1, T, T]. Such an argument is replaced by the
+            mask for the remaining tokens. Name it if the block checks or cuts its mask before the attention gets it.
         keeps_cross_token: the reduced tokens that the tower returns include the cross token.
-        prompt: how prompts hold the tower's tokens, where they have to become shorter with them.
+        prompt: the form of prompts, if they have one placeholder for every token that the tower returns.
         decoder: the module that runs the blocks, if the tower is a language model that generates. Its tokens are not
-            merged, and its first token takes the part of the cross token.
-        overrides: (object, attribute, value) that are set while attached.
+            merged, and the cross token replaces its first token.
+        overrides: triples (object, attribute, value): attributes that have another value while the model is attached.
     """
 
     name: str
@@ -267,7 +271,7 @@ class Tower:
 
     @property
     def facts(self) -> TowerFacts:
-        """What a reducer has to know of this tower."""
+        """The properties of this tower that a reducer needs."""
         return TowerFacts(
             f"tower {self.name!r}",
             self.class_token,
@@ -281,16 +285,19 @@ class Tower:
 
     @property
     def reducible(self) -> bool:
-        """Its tokens can be merged: it is no language model that generates."""
+        """Whether its tokens can be merged: it is no language model that generates."""
         return self.decoder is None
 
     @property
     def has_end(self) -> bool:
-        """The tower pools one token of each text. It is protected, and is the guide."""
+        """Whether its texts have an end-of-text token. It is protected, and is the guide."""
         return self.text is not None and self.text.pools_one
 
     def n_reserved(self, cross_token: bool) -> int:
-        """How many tokens of a row always stay: the protected ones, and in padded texts one of either kind."""
+        """The number of tokens of a row that are never removed.
+
+        These are the protected ones and, in padded texts, one padding token and one other token.
+        """
         padded = self.padding and self.text is not None
         return self.prefix + int(cross_token) + int(self.has_end) + 2 * int(padded)
 
@@ -301,10 +308,13 @@ _adapters: dict[type, Adapter] = {}
 
 
 def register(*backbones: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
-    """Decorator on a function model -> towers, for models of the given classes and their subclasses.
+    """Decorator that registers an adapter, a function from a model to its towers.
+
+    Args:
+        backbones: the classes of the models. The adapter is used for their subclasses, too.
 
     Raises:
-        TypeError: a backbone is not a class of modules.
+        TypeError: a backbone is not a subclass of nn.Module.
         ValueError: a backbone has an adapter already.
     """
     for backbone in backbones:
@@ -329,7 +339,7 @@ def is_registered(cls: type) -> bool:
 
 
 def unregister(backbone: type[nn.Module]) -> None:
-    """Forget the adapter of exactly this class.
+    """Remove the adapter of exactly this class.
 
     Raises:
         KeyError: it has none.
@@ -338,7 +348,7 @@ def unregister(backbone: type[nn.Module]) -> None:
 
 
 def absent_towers(model: nn.Module) -> dict[str, str]:
-    """Why a supported model lacks a tower that its kind may have (a convolutional image tower, say), by name."""
+    """Why a supported model lacks a tower (it is convolutional, say), by the name of the tower."""
     for cls in type(model).__mro__:
         for module in load_integrations(cls):
             if hasattr(module, "absent"):
@@ -348,10 +358,13 @@ def absent_towers(model: nn.Module) -> dict[str, str]:
 
 
 def find_towers(model: nn.Module) -> list[Tower]:
-    """The towers that `attach` would reduce.
+    """The towers of a model, which `attach` reduces.
+
+    Args:
+        model: a model of timm, open_clip or transformers, or of a class with a registered adapter.
 
     Raises:
-        TypeError: no adapter knows the model; the message says why, where that is known.
+        TypeError: no adapter is registered for the model. The message gives the reason, if it is known.
         RuntimeError: the adapter found nothing to reduce.
     """
     reasons: list[str] = []
@@ -362,19 +375,19 @@ def find_towers(model: nn.Module) -> list[Tower]:
             _check(towers, model, _adapters[cls])
             return towers
         found = [module.explain(model) for module in modules if hasattr(module, "explain")]
-        reasons += filter(None, found)  # a family's own, if it has one to give, before its host's
+        reasons += filter(None, found)  # the reason of a family comes before that of its host
     if isinstance(model, torch.jit.ScriptModule):
         reasons = ["it is a TorchScript model, whose compiled code cannot be watched: load it without jit"]
     reason = reasons[0] if reasons else "no adapter is registered for it or its bases"
     known = ", ".join(sorted({_name(cls) for cls in _adapters})) or "none yet"
     raise TypeError(
-        f"cannot reduce {_name(type(model))}: {reason}. If its blocks do carry one sequence [B, T, C], write an "
+        f"cannot reduce {_name(type(model))}: {reason}. If its blocks do pass one sequence [B, T, C], write an "
         f"adapter with crossget.register (docs/backbones.md). Registered in this process: {known}"
     )
 
 
 def load_integrations(cls: type) -> list[Any]:
-    """The adapters' modules for a class, loaded if they were not; the one for its family comes first."""
+    """Import the modules with the adapters for a class. The one of its family (in transformers) comes first."""
     places = cls.__module__.split(".")
     names = [FAMILIES[places[2]]] if places[:2] == ["transformers", "models"] and places[2] in FAMILIES else []
     names += [host for host in _HOSTS if places[0] == host]
@@ -382,6 +395,7 @@ def load_integrations(cls: type) -> list[Any]:
 
 
 def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:
+    """Raise a RuntimeError if an adapter's towers cannot be reduced."""
     where = f"{_name(adapter)} on {_name(type(model))}"
     if not towers:
         reasons = "".join(f"; {name}: {reason}" for name, reason in absent_towers(model).items())
@@ -392,15 +406,15 @@ def _check(towers: list[Tower], model: nn.Module, adapter: Adapter) -> None:
     for tower in towers:
         if len(tower.blocks) == 0:
             raise RuntimeError(f"{where} found no block in tower {tower.name!r}: nothing would be reduced")
-        strangers = [type(block).__name__ for block in tower.blocks if not isinstance(block, nn.Module)]
-        if strangers:
+        not_modules = [type(block).__name__ for block in tower.blocks if not isinstance(block, nn.Module)]
+        if not_modules:
             raise RuntimeError(
-                f"{where}: tower {tower.name!r} lists {strangers} among its blocks, which are no modules"
+                f"{where}: tower {tower.name!r} lists {not_modules} among its blocks, which are no modules"
             )
         if tower.single_token_outputs and not (tower.restore and (tower.class_token or tower.has_end)):
             raise RuntimeError(
-                f"{where}: tower {tower.name!r} has single_token_outputs, which look at its class token or the end "
-                "of its texts on the full grid, and has no such token or restore=False"
+                f"{where}: tower {tower.name!r} has single_token_outputs, which need a class token or end-of-text "
+                "token, and restore=True: it has no such token or restore=False"
             )
 
 

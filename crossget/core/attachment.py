@@ -1,8 +1,9 @@
-"""Attach a reducer to a model in place, and take it off again without a trace.
+"""Attaching a reducer to a model, in place, and detaching it.
 
-`attach` swaps the class of every block (block_class.py), so that an `AttachedTower` (tower.py) runs the host's own
-`forward` under a `Merge` (reduction.py), and wraps the entry points of the host (hooks.py). Nothing is added to the
-module tree: state dicts, `named_modules`, `isinstance` and `repr` stay as they were.
+`attach` swaps the class of every block (block_class.py), so that an `AttachedTower` (tower.py) runs the block's own
+`forward` under a `Merge` (reduction.py). It also wraps the entry points of the host, the library model (hooks.py).
+Nothing is added to the module tree: state dicts, `named_modules`, `isinstance` and `repr` do not change. Detaching
+undoes both.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ from crossget.core import saving
 from crossget.core.adapters import Tower, absent_towers, find_towers
 from crossget.core.block_class import is_intact, owner_of, swap_in, swap_out
 from crossget.core.decoder_tower import AttachedDecoder
-from crossget.core.hooks import Undo, check_free, note_text_ids, wrap_host
+from crossget.core.hooks import Undo, check_not_patched, set_text_ends, wrap_host
 from crossget.core.image_prompts import image_tokens
 from crossget.core.state import BlockRecord
 from crossget.core.tower import AttachedTower
 from crossget.methods.alignment import Divergence, alignment_loss
 from crossget.methods.reducers import Reducer
 
-_HOLDER = "crossget"
+_PARAMETER_MODULE = "crossget"
 _SETTABLE = {"reducer"}
 
 
 class Attachment:
-    """A model's reduction: the handle that `attach` returns.
+    """The handle of an attached model, which `attach` returns.
 
-    A context manager that detaches at its end, also after an exception. Entered again after it has been detached, it
-    attaches again, with the cross tokens that it has.
+    It is a context manager that detaches at its end, also after an exception. If it is entered when it is detached, it
+    attaches again, with its reducers and cross tokens.
+
+    A tower is a list of transformer blocks, such as the image encoder of a CLIP. `Attachment.towers` lists them by
+    name.
     """
 
     def __init__(self, towers: dict[str, AttachedTower]) -> None:
@@ -54,14 +58,14 @@ class Attachment:
         if not name.startswith("_") and name not in _SETTABLE:
             given = "dataclasses.replace(attached.reducer, r=8)" if name == "r" else "crossget.ToMe(r=8)"
             raise AttributeError(
-                f"an Attachment has no attribute {name!r} that could be set: set its reducer, as in "
+                f"an Attachment has no attribute {name!r} that can be set: set its reducer, as in "
                 f"`attached.reducer = {given}`"
             )
         super().__setattr__(name, value)
 
     def __enter__(self) -> Attachment:
         if not self.is_attached:
-            self._attach()
+            self._swap_in_blocks()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -72,41 +76,41 @@ class Attachment:
 
     @property
     def tokens(self) -> dict[str, list[int]]:
-        """Per tower, how many tokens entered each block in the last forward (the cross token counts).
+        """Per tower, the number of tokens before each block in the last forward, including the cross token.
 
-        A tower that has not run has none, nor has a language model without cross token.
+        The list is empty for a tower that has not run, and for a language model without a cross token.
 
         Raises:
-            RuntimeError: no forward came before.
+            RuntimeError: no tower has run.
         """
-        found = {name: t.last.tokens for name, t in self._towers.items()}
+        found = {name: t.last_record.tokens for name, t in self._towers.items()}
         if not any(found.values()):
             raise RuntimeError("no tower has run since crossget.attach: run a forward of the model first")
         return {name: [tokens[layer] for layer in sorted(tokens)] for name, tokens in found.items()}
 
     @property
     def source(self) -> dict[str, Tensor]:
-        """Per tower [B, T0]: the token behind the last block that each input token went into; -1 if it was dropped.
+        """Per tower [B, T0]: for each input token, the index of the token after the last block that it was merged into.
 
-        `crossget.unmerge` brings features of those tokens back to the input's grid with it. How much of each input
-        token is in that token, and the same behind every block, is in the `records` of a forward that is recorded.
+        The index of a dropped token is -1. `crossget.unmerge` expands features of the reduced tokens to one per input
+        token by these indices. The `records` of a recorded forward hold them for every block, with their weights.
 
         Raises:
-            RuntimeError: no forward of a reduced tower came before.
+            RuntimeError: no reduced tower has run.
         """
-        found = {name: t.last.source for name, t in self._towers.items() if t.last.source is not None}
+        found = {name: t.last_record.source for name, t in self._towers.items() if t.last_record.source is not None}
         if not found:
             raise RuntimeError("no reduced tower has run since crossget.attach: run a forward of the model first")
         return found
 
     @property
     def records(self) -> dict[str, list[BlockRecord]]:
-        """Per tower, what each of its blocks did in the last forward: where tokens went, their sizes and scores.
+        """Per tower, one record for each block of the last forward.
 
         Raises:
-            RuntimeError: no tower's last forward was recorded.
+            RuntimeError: the last forward was not recorded.
         """
-        found = {name: t.last.blocks for name, t in self._towers.items() if t.last.blocks is not None}
+        found = {name: t.last_record.blocks for name, t in self._towers.items() if t.last_record.blocks is not None}
         if not found:
             raise RuntimeError(
                 "the last forward was not recorded: run it inside `with attached.recording():`, and not compiled"
@@ -115,9 +119,12 @@ class Attachment:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, forwards leave `records`, which keep every block's tokens in memory until the next forward.
+        """Context in which forwards are recorded, see `records`.
 
-        Compiled forwards leave none, nor do language models that generate, whose tokens are not reduced.
+        A record keeps the tokens of every block in memory.
+
+        The records are those of the last forward. There are none of compiled forwards, and none of language models that
+        generate, as their tokens are not reduced.
         """
         before = {name: attached.recording for name, attached in self._towers.items()}
         for attached in self._towers.values():
@@ -129,21 +136,22 @@ class Attachment:
                 attached.recording = before[name]
 
     def alignment_loss(self, divergence: Divergence = "reference", rows: Tensor | None = None) -> Tensor:
-        """Alignment loss of the last forward's cross tokens, to be added to the task's loss in training.
+        """The alignment loss of the last forward's cross tokens, a scalar to add to the task's loss in training.
 
         Args:
             divergence: see `crossget.methods.alignment.alignment_loss`.
-            rows: [B] the row of the second tower that each row of the first belongs to: the images' labels, where the
-                texts are the classes. Without it row i belongs to row i; of images in prompts it is known.
+            rows: [B] for each row of the first tower, the index of the matching row of the second tower: the labels of
+                the images, if the texts are the class names. None: row i matches row i, and images in prompts match
+                their prompts.
 
         Raises:
-            RuntimeError: there are not two towers with cross tokens, or no forward with gradients came before.
+            RuntimeError: there are not two towers with cross tokens, or no forward with gradients has run.
 
-        Source: CrossGET (arXiv 2305.17455), section 3.1; reference implementation.
+        Source: CrossGET (arXiv 2305.17455), section 3.1; the authors' implementation.
         """
         sides = []
         for name, attached in self._towers.items():
-            tower, record = attached.tower, attached.last
+            tower, record = attached.tower, attached.last_record
             if not attached.reducer.cross_token or tower.project is None:
                 continue
             depth = len(tower.blocks)
@@ -154,13 +162,13 @@ class Attachment:
                 )
             sides.append(torch.stack([tower.project(record.cross_tokens[layer]) for layer in range(depth)]))
             if tower.prompt is not None and rows is None:
-                rows = attached.rows
+                rows = attached.prompt_of_image
         if len(sides) != 2:
             raise RuntimeError(
                 f"alignment_loss() needs two towers with cross tokens in one space, found {len(sides)}"
                 f"{self._without_projection()}: attach CrossGET to a model with an image and a text tower"
             )
-        if rows is not None:  # prompts and classes may have several images, or none
+        if rows is not None:  # a prompt or class may match several images, or none
             sides[1] = sides[1].index_select(1, rows.to(sides[1].device))
         return alignment_loss(sides[0], sides[1], divergence)
 
@@ -177,14 +185,14 @@ class Attachment:
 
     @property
     def reducers(self) -> dict[str, Reducer]:
-        """The reducer of every tower, all fields resolved."""
+        """Per tower, its reducer with all fields resolved."""
         return {name: attached.reducer for name, attached in self._towers.items()}
 
     @property
     def reducer(self) -> Reducer | dict[str, Reducer]:
-        """The reducer, or one per tower when there are several. May be set, to a reducer or a dict, in place.
+        """The reducer of the only tower, or a dict of reducers by tower name. It can be set, to a reducer or a dict.
 
-        A forward that runs in another thread meanwhile ends with the reducer that it began with.
+        A forward that runs in another thread meanwhile finishes with its old reducer.
         """
         reducers = self.reducers
         return next(iter(reducers.values())) if len(reducers) == 1 else reducers
@@ -193,23 +201,23 @@ class Attachment:
     def reducer(self, value: Reducer | Mapping[str, Reducer]) -> None:
         towers = self.towers
         chosen = _choose(towers, value)
-        for name, reducer in chosen.items():  # refuse before anything changes
+        for name, reducer in chosen.items():  # errors are raised before anything changes
             _attached(towers[name], reducer)
         for name, reducer in chosen.items():
             self._towers[name].set_reducer(reducer)
 
     @contextlib.contextmanager
     def with_reducer(self, reducer: Reducer | Mapping[str, Reducer]) -> Iterator[Attachment]:
-        """Inside, the model is reduced by another reducer, in every thread; afterwards as before.
+        """Context in which the model has another reducer, in all threads.
 
-        A compiled model is compiled once for every reducer, and not again for one that it has seen (torch keeps 8
-        variants of a function, `torch._dynamo.config.recompile_limit`, and refuses or gives up on the ninth).
+        A compiled model is compiled once for every reducer. torch keeps 8 variants of a function
+        (`torch._dynamo.config.recompile_limit`): with a ninth one it raises an error or falls back to eager code.
 
         Args:
-            reducer: what `Attachment.reducer` may be set to.
+            reducer: a reducer, or a dict of reducers by tower name, as for `crossget.attach`.
 
         Raises:
-            TypeError: it is none of these.
+            TypeError: it is neither.
             ValueError: the reducer cannot work on the tower, or a tower's name is unknown.
         """
         before = self.reducers
@@ -222,7 +230,11 @@ class Attachment:
     @property
     def cross_tokens(self) -> dict[str, nn.Parameter]:
         """Per tower [L, C]: one learnable vector per block."""
-        return {name: attached.cross for name, attached in self._towers.items() if attached.cross is not None}
+        return {
+            name: attached.cross_vectors
+            for name, attached in self._towers.items()
+            if attached.cross_vectors is not None
+        }
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The cross tokens, for an optimiser."""
@@ -231,57 +243,61 @@ class Attachment:
     def register_parameters(self, module: nn.Module) -> None:
         """Make the cross tokens parameters of a module, until `unregister_parameters` or `detach`.
 
-        They are then `module.crossget.visual`, ... : optimisers over `module.parameters()`, DDP, FSDP2, DeepSpeed,
-        state dicts and checkpoints of training loops see them as any other parameter. Do it before the module is
-        wrapped by one of these.
+        Their names are `crossget.visual` and so on. Optimisers over `module.parameters()`, DDP, FSDP2, DeepSpeed, state
+        dicts and checkpoints of training loops then treat them as any other parameter. Call this before the module is
+        wrapped by DDP, FSDP2 or DeepSpeed.
 
         Args:
-            module: usually the model that is attached.
+            module: usually the attached model.
 
         Raises:
             RuntimeError: they are registered already, or the model is detached.
-            ValueError: the module has a `crossget` of its own.
+            ValueError: the module has an attribute `crossget`.
         """
         if self._registered is not None or not self.is_attached:
             state = (
                 "registered already: call .unregister_parameters() first" if self.is_attached else "detached: attach"
             )
             raise RuntimeError(f"cannot register the cross tokens: they are {state}")
-        if hasattr(module, _HOLDER):
-            raise ValueError(f"{type(module).__name__} has an attribute {_HOLDER!r} already")
-        holder = nn.Module()
+        if hasattr(module, _PARAMETER_MODULE):
+            raise ValueError(f"{type(module).__name__} has an attribute {_PARAMETER_MODULE!r} already")
+        parameter_module = nn.Module()
         for attached in self._towers.values():
-            attached.register(holder)
-        module.add_module(_HOLDER, holder)
+            attached.register(parameter_module)
+        module.add_module(_PARAMETER_MODULE, parameter_module)
         self._registered = module
 
     def unregister_parameters(self) -> None:
-        """Take the cross tokens out of the module tree again; nothing happens if they are not in it."""
+        """Undo `register_parameters`; nothing happens if the cross tokens are not registered."""
         if self._registered is None:
             return
         for attached in self._towers.values():
             attached.register(None)
-        delattr(self._registered, _HOLDER)
+        delattr(self._registered, _PARAMETER_MODULE)
         self._registered = None
 
     @property
     def image_tokens(self) -> tuple[int, int]:
-        """Of a model with images in its prompts: tokens of an image that its processor writes, and how many are left.
+        """Tokens per image in the prompts of a model: as its processor writes them, and after the reduction.
 
         Raises:
-            ValueError: the model has no such prompts.
+            ValueError: the model has no images in its prompts, or gets one token for every position of their grid.
         """
         for attached in self._towers.values():
             if attached.tower.prompt is not None:
                 return image_tokens(attached.tower.prompt, attached, {})
-        raise ValueError(f"no tower of {self} puts images into prompts, or their number of tokens cannot be told")
+        raise ValueError(
+            f"no tower of {self} puts images into prompts in reduced form, so prompts keep their image tokens"
+        )
 
     def set_text_ids(self, ids: Tensor, tower: str = "text") -> None:
-        """Say where the next forward's texts end, when token ids do not go through the tower's own embedding.
+        """Give the token ids of the next forward's texts, from which their end-of-text tokens are found.
+
+        This is needed only if the tower's own embedding does not get the ids, as with learned prompts.
 
         Args:
-            ids: [B, T] token ids, as the model's tokenizer gives them.
-            tower: which tower will run.
+            ids: [B, T] token ids, from the model's tokenizer.
+            tower: name of the tower.
 
         Raises:
             ValueError: there is no such tower, or it takes no text.
@@ -289,34 +305,35 @@ class Attachment:
         attached = self._tower(tower)
         if attached.tower.text is None:
             raise ValueError(f"tower {tower!r} takes no text")
-        note_text_ids(attached, ids)
+        set_text_ends(attached, ids)
 
     def set_text_features(self, features: Tensor | None, tower: str = "visual") -> None:
-        """Say what `importance="text"` compares the tokens of images with, from the next forward on.
+        """Set the text features that `importance="text"` compares image tokens with, from the next forward on.
 
         Args:
-            features: [E] for all images, or [B, E] one for each, as the model's `encode_text` gives them; None forgets.
-            tower: whose tokens are compared.
+            features: [E] for all images, or [B, E] with one row per image, from the model's `encode_text`; None removes
+                them.
+            tower: name of the image tower.
 
         Raises:
-            ValueError: there is no such tower, its tokens cannot be compared with texts, or `features` are not in
-                their space.
+            ValueError: there is no such tower, its tokens cannot be compared with texts, or the shape of `features` is
+                not that of the joint space.
         """
         attached = self._tower(tower)
         if features is None:
-            attached.target = None
+            attached.text_features = None
             return
         if attached.tower.embed is None:
             raise ValueError(
-                f"tower {tower!r} has no known way of single tokens to the space of texts: the image towers of "
-                "open_clip and of transformers' CLIPModel have one, unless they end in an attention pool"
+                f"tower {tower!r} has no known projection of single tokens into the space of texts: the image towers "
+                "of open_clip and of transformers' CLIPModel have one, unless they end in an attention pool"
             )
         like = next(p for p in attached.tower.blocks[0].parameters() if p.is_floating_point())
         with torch.no_grad():
             width = int(attached.tower.embed(like.new_zeros(1, attached.tower.width)).shape[-1])
         if features.dim() not in (1, 2) or int(features.shape[-1]) != width:
             raise ValueError(f"features of shape {list(features.shape)}: expected [{width}] or [images, {width}]")
-        attached.target = F.normalize(features.detach().float(), dim=-1).reshape(-1, width)
+        attached.text_features = F.normalize(features.detach().float(), dim=-1).reshape(-1, width)
 
     def _tower(self, name: str) -> AttachedTower:
         if name not in self._towers:
@@ -324,10 +341,13 @@ class Attachment:
         return self._towers[name]
 
     def save(self, folder: str | Path) -> None:
-        """Write the cross tokens and the reducers to `folder`, see `crossget.load`.
+        """Write the cross tokens and the reducers to a folder, for `crossget.load`.
+
+        Args:
+            folder: created if it does not exist.
 
         Raises:
-            TypeError: a reducer has a schedule or field that JSON cannot hold.
+            TypeError: a reducer has a schedule or field that cannot be written as JSON.
         """
         saving.write(folder, self.reducers, self.cross_tokens)
 
@@ -335,46 +355,46 @@ class Attachment:
 
     @property
     def is_attached(self) -> bool:
-        """Whether the model is reduced now."""
+        """Whether the model is attached now."""
         return bool(self._blocks)
 
     def detach(self) -> None:
-        """Give the model back as it was.
+        """Undo `attach`: the model is as it was before.
 
         Raises:
-            RuntimeError: it is detached already, or something changed a block's class since.
+            RuntimeError: it is detached already, or something has changed a block's class since.
         """
-        self._leave()
+        self._swap_out_blocks()
         self.unregister_parameters()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, the model is the dense one. May be entered again inside.
+        """Context in which the model is detached. It can be nested.
 
         Raises:
             RuntimeError: the model is detached.
         """
         if self._pauses == 0:
-            self._leave()
+            self._swap_out_blocks()
         self._pauses += 1
         try:
             yield
         finally:
             self._pauses -= 1
             if self._pauses == 0:
-                self._attach()
+                self._swap_in_blocks()
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
-        """Inside, forwards run as in the host's `generate`: blocks whose output nobody looks at are left out."""
+        """Context in which forwards run as in the host's `generate`: blocks whose output is not used are skipped."""
         with contextlib.ExitStack() as stack:
             for attached in self._towers.values():
                 stack.enter_context(attached.in_generate())
             yield
 
-    def _attach(self) -> None:
+    def _swap_in_blocks(self) -> None:
         for tower in self.towers.values():
-            check_free(tower)
+            check_not_patched(tower)
         for attached in self._towers.values():
             for number, block in enumerate(attached.tower.blocks):
                 if owner_of(block) is not self:
@@ -382,7 +402,7 @@ class Attachment:
                     self._blocks.append(block)
             self._undo += wrap_host(attached)
 
-    def _leave(self) -> None:
+    def _swap_out_blocks(self) -> None:
         if not self.is_attached:
             raise RuntimeError("already detached: attach again with crossget.attach(model, reducer), or enter `with`")
         for block in self._blocks:
@@ -398,19 +418,19 @@ class Attachment:
 
 
 def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer]) -> Attachment:
-    """Reduce a model's tokens, in place, from its next forward on.
+    """Attach a reducer to a model, in place: its tokens are reduced from the next forward on.
 
     Args:
         model: any model that has an adapter, see `crossget.find_towers`.
-        reducer: one for the model, or a dict by tower name. One reducer on a model with several towers reduces the
-            vision tower and gives the others their cross tokens with r = 0, as the reference does.
+        reducer: one for the model, or a dict by tower name. A single reducer on a model with several towers reduces the
+            image tower. If it has a cross token, the other towers get one, too, with r = 0, as in the authors' code.
 
     Returns:
-        The handle: detach with it, or use it as a context manager.
+        The handle. `Attachment.detach` undoes it, and so does the end of `with` on the handle.
 
     Raises:
         TypeError: the model is not supported (the message says why), or `reducer` is not a reducer.
-        ValueError: it is attached already, a tower's name is unknown, or the reducer cannot work on the tower.
+        ValueError: the model is attached already, a tower's name is unknown, or the reducer cannot work on the tower.
         RuntimeError: the adapter found nothing to reduce.
     """
     previous = find_attachment(model)
@@ -422,11 +442,16 @@ def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer]) -> Attach
     towers = {tower.name: tower for tower in find_towers(model)}
     chosen = _choose(towers, reducer, absent_towers(model))
     attachment = Attachment({name: _attached(towers[name], value) for name, value in chosen.items()})
-    attachment._attach()
+    attachment._swap_in_blocks()
     return attachment
 
 
 def _attached(tower: Tower, reducer: Reducer) -> AttachedTower:
+    """The tower with its reducer.
+
+    Raises:
+        ValueError: the reducer cannot work on the tower.
+    """
     return (AttachedTower if tower.reducible else AttachedDecoder)(tower, reducer)
 
 
@@ -437,7 +462,7 @@ def find_attachment(model: nn.Module) -> Attachment | None:
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """The handle of an attached model, for when `attach` was called elsewhere (a copy, an unpickled model).
+    """The handle of an attached model. Use it for a copy or an unpickled model, for example.
 
     Raises:
         ValueError: the model is not attached.
@@ -449,18 +474,18 @@ def attachment(model: nn.Module) -> Attachment:
 
 
 def load(model: nn.Module, folder: str | Path) -> Attachment:
-    """Attach to `model` what `Attachment.save` wrote.
+    """Attach the reducers and cross tokens that `Attachment.save` has written.
 
     Args:
-        model: of the architecture that was saved, not attached.
+        model: a model of the same architecture, not attached.
         folder: a local folder, or the id of a repository on the Hugging Face hub.
 
     Returns:
-        The attachment.
+        The handle, as from `crossget.attach`.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: the file was written by a newer version, names an unknown method, or does not fit the model.
+        ValueError: the files were written by a newer version, name an unknown method, or do not fit the model.
     """
     reducers, weights, where = saving.open_folder(folder)
     return attach_with(model, reducers, weights, where)
@@ -473,17 +498,21 @@ def attach_with(
     where: str,
     previous: Attachment | None = None,
 ) -> Attachment:
-    """Attach, with these cross tokens; a model that they do not fit stays as it was.
+    """Attach a reducer and set its cross tokens. If they do not fit the model, it stays detached.
 
     Args:
-        model: to be reduced.
+        model: the model.
         reducer: as for `crossget.attach`.
         cross_tokens: per tower [L, C].
-        where: they come from.
-        previous: the model's attachment, which is kept then.
+        where: the source of the cross tokens, for messages.
+        previous: the handle of a model that is attached already. Only its cross tokens are set.
+
+    Returns:
+        The handle.
 
     Raises:
-        ValueError: a tower has no cross tokens, or of another shape, or they are for a tower that is not attached.
+        ValueError: the cross tokens of a tower are missing or have another shape, or there are some for a tower that is
+            not attached.
     """
     attached = previous or attach(model, reducer)
     try:
@@ -496,6 +525,7 @@ def attach_with(
 
 
 def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where: str) -> None:
+    """See `attach_with`."""
     expected = {name: tuple(p.shape) for name, p in attached.cross_tokens.items()}
     found = {name: tuple(value.shape) for name, value in weights.items() if name in expected or name in attached.towers}
     unknown = sorted(set(weights) - set(attached.towers))
@@ -507,7 +537,7 @@ def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where
 
 
 def main_tower(names: Iterable[str]) -> str:
-    """Which tower one reducer is for."""
+    """The name of the tower that a single reducer is for."""
     found = list(names)
     return "visual" if "visual" in found else found[0]
 
@@ -515,7 +545,17 @@ def main_tower(names: Iterable[str]) -> str:
 def _choose(
     towers: Mapping[str, Tower], reducer: Reducer | Mapping[str, Reducer], absent: Mapping[str, str] | None = None
 ) -> dict[str, Reducer]:
-    """Which reducer goes to which tower; `absent` says why a tower is not there."""
+    """The reducers by tower name.
+
+    Args:
+        towers: the towers of the model, by name.
+        reducer: as for `crossget.attach`.
+        absent: why the model lacks a tower, by the tower's name.
+
+    Raises:
+        TypeError: `reducer` is neither a reducer nor a dict of reducers.
+        ValueError: it is for a tower that the model lacks.
+    """
     absent = absent or {}
     if isinstance(reducer, Reducer):
         if "visual" in absent:
@@ -525,7 +565,7 @@ def _choose(
             )
         main = main_tower(towers)
         others = [name for name in towers if name != main and reducer.cross_token]
-        # What has no effect on another tower is not asked of it.
+        # Without fields that may have no effect on the other towers, and would be refused there.
         plain = replace(
             reducer, r=0, strip_cross_token=False, class_token_only=None if reducer.class_token_only else False
         )

@@ -1,8 +1,9 @@
-"""Swapping a block's class, and wrapping a method of one module, without touching the module tree.
+"""Swapping a block's class, and wrapping a method of one module, without changes to the module tree.
 
-`swap_in` gives a block a subclass of its own class. Its `__call__` and its `forward` ask the block's `Runner`, outside
-and inside of the block's hooks. `wrap` puts something around one method of one module. Both are undone exactly; neither
-changes parameters, names or `isinstance`.
+`swap_in` replaces a block's class by a subclass of it. The subclass's `__call__`, which runs outside of the block's
+hooks, and its `forward`, which runs inside of them, call the block's `Runner`. `wrap` replaces one method of one module
+by a function that gets the original method. Both can be undone exactly. Neither changes parameters, names or
+`isinstance`.
 """
 
 from __future__ import annotations
@@ -16,31 +17,40 @@ from torch import nn
 
 _ATTACHED = "_crossget_attached"
 _BASE = "_crossget_base"
-_RUN = "crossget_run"
-# Where a bound forward may lie on the instance: transformers 4.57 to 5.1 leaves one there after it has recorded hidden
-# states, accelerate keeps one behind its hook. Both are to run the class that the block has now.
-_BOUND = ("forward", "_old_forward")
+_CALL = "crossget_call"
+# Attributes of an instance that may hold its bound forward: transformers 4.57 to 5.1 leaves one there after it has
+# recorded hidden states, and accelerate calls one from its hook. They must lead to the block's present class.
+_BOUND_FORWARDS = ("forward", "_old_forward")
 
 
 class Runner(Protocol):
-    """Runs a block in its own way, in two steps."""
+    """Runs a block in two steps: `call_block` outside of the block's hooks, `run_forward` inside of them."""
 
-    def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call the block, with all hooks on it: `call(*args, run=what run() is to get, **kwargs)`."""
+    def call_block(self, block: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the block with its hooks, by `proceed(*args, block_call=..., **kwargs)`.
+
+        Args:
+            block: the swapped block.
+            proceed: runs the hooks and then `run_forward`, which gets the same `block_call`.
+            args: positional arguments of the block's call.
+            kwargs: keyword arguments of the block's call.
+        """
         ...
 
-    def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, run: Any) -> Any:
-        """Run `forward`, the block's own, with the arguments that its hooks have left."""
+    def run_forward(
+        self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, block_call: Any
+    ) -> Any:
+        """Run `forward`, the block's own, with the arguments that its hooks have returned."""
         ...
 
 
 class Attached(NamedTuple):
-    """What a swapped block knows.
+    """What a swapped block holds.
 
     Attributes:
-        owner: who swapped it.
-        runner: who runs it.
-        key: its number among the blocks of its tower, when it was swapped.
+        owner: the object on whose behalf it was swapped (an `Attachment`).
+        runner: runs the block (an `AttachedTower`).
+        key: number of the block in its tower when it was swapped, from 0.
     """
 
     owner: object
@@ -49,48 +59,48 @@ class Attached(NamedTuple):
 
 
 def swap_in(block: nn.Module, owner: object, runner: Runner, key: int) -> None:
-    """Let `runner` run the block, which is number `key` of its tower."""
+    """Let `runner` run the block, which is number `key` of its tower. See `Attached` for the arguments."""
     block.__dict__[_ATTACHED] = Attached(owner, runner, key)
     _become(block, _subclass(type(block)))
 
 
 def swap_out(block: nn.Module) -> None:
-    """Give the block its class back."""
+    """Give a swapped block its original class."""
     _become(block, base_of(block))
     del block.__dict__[_ATTACHED]
 
 
 def owner_of(block: nn.Module) -> Any:
-    """Who swapped the block; None if nobody did."""
+    """The owner of a swapped block; None for any other."""
     found = block.__dict__.get(_ATTACHED)
     return None if found is None else found.owner
 
 
 def runner_of(block: nn.Module) -> Any:
-    """Who runs the block; None if nobody but itself."""
+    """The runner of a swapped block; None for any other."""
     found = block.__dict__.get(_ATTACHED)
     return None if found is None else found.runner
 
 
 def key_of(block: nn.Module) -> int:
-    """The number that a swapped block got; -1 for any other."""
+    """The number of a swapped block in its tower; -1 for any other."""
     found = block.__dict__.get(_ATTACHED)
     return -1 if found is None else found.key
 
 
 def is_intact(block: nn.Module) -> bool:
-    """Whether a swapped block still has the class it was given."""
+    """Whether a block still has the subclass that `swap_in` gave it."""
     return _ATTACHED in block.__dict__ and _SUBCLASSES.get(base_of(block)) is type(block)
 
 
 def base_of(block: nn.Module) -> Any:
-    """The class that the host gave the block."""
+    """The host's class of the block, swapped or not."""
     return getattr(type(block), _BASE, type(block))
 
 
 def has_own_forward(block: nn.Module) -> bool:
-    """Whether somebody put a forward on the instance that does not lead to the class's own."""
-    found = [block.__dict__[name] for name in _BOUND if name in block.__dict__]
+    """Whether the instance has a forward of its own, other than its class's forward (another patch, say)."""
+    found = [block.__dict__[name] for name in _BOUND_FORWARDS if name in block.__dict__]
     return bool(found) and not any(_leads_to_class(block, forward) for forward in found)
 
 
@@ -99,7 +109,8 @@ def _leads_to_class(block: nn.Module, forward: Any) -> bool:
 
 
 def _become(block: nn.Module, cls: type) -> None:
-    bound = [name for name in _BOUND if _leads_to_class(block, block.__dict__.get(name))]
+    """Set the block's class, and bind its bound forwards to that class."""
+    bound = [name for name in _BOUND_FORWARDS if _leads_to_class(block, block.__dict__.get(name))]
     block.__class__ = cls
     for name in bound:
         block.__dict__[name] = types.MethodType(cls.forward, block)  # type: ignore[attr-defined]
@@ -111,49 +122,53 @@ _SUBCLASSES: dict[type, type] = {}
 
 
 def _subclass(base: type) -> Any:
-    """The swapped subclass of a block's class: one per class, so that compiled code sees a single type."""
+    """The subclass of a block's class. There is one per class, so that compiled code meets a single type."""
     if base not in _SUBCLASSES:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # `swapped`, not type(self): others (FSDP2) may subclass the block again.
+            # `swapped`, not type(self): FSDP2 and others may subclass the block again.
             own: Callable[..., Any] = super(swapped, self).forward
             found = self.__dict__.get(_ATTACHED)
-            if found is None:  # swapped out, but a host that broke off while it recorded still calls this
+            if (
+                found is None
+            ):  # swapped out, but still called by a host that was interrupted while it recorded hidden states
                 return own(*args, **kwargs)
-            run = kwargs.pop(_RUN, None)
-            if run is not None:
-                return found.runner.run(self, own, args, kwargs, run)
+            block_call = kwargs.pop(_CALL, None)
+            if block_call is not None:
+                return found.runner.run_forward(self, own, args, kwargs, block_call)
 
-            # Called without `__call__`: by Dynamo, or by a host.
-            def call(*args: Any, run: Any, **kwargs: Any) -> Any:
-                return found.runner.run(self, own, args, kwargs, run)
+            # `forward` was called without `__call__`: by Dynamo, or by a host.
+            def proceed(*args: Any, block_call: Any, **kwargs: Any) -> Any:
+                return found.runner.run_forward(self, own, args, kwargs, block_call)
 
-            return found.runner.call(self, call, args, kwargs)
+            return found.runner.call_block(self, proceed, args, kwargs)
 
-        def whole(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            hooked: Callable[..., Any] = super(swapped, self).__call__
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            call_with_hooks: Callable[..., Any] = super(swapped, self).__call__
             found = self.__dict__.get(_ATTACHED)
             if found is None:
-                return hooked(*args, **kwargs)
+                return call_with_hooks(*args, **kwargs)
 
-            def call(*args: Any, run: Any, **kwargs: Any) -> Any:
-                return hooked(*args, **kwargs, **{_RUN: run})
+            def proceed(*args: Any, block_call: Any, **kwargs: Any) -> Any:
+                return call_with_hooks(*args, **kwargs, **{_CALL: block_call})
 
-            return found.runner.call(self, call, args, kwargs)
+            return found.runner.call_block(self, proceed, args, kwargs)
 
         def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-            # The subclass cannot be imported by name: pickle its base, and swap again while unpickling.
+            # The subclass cannot be imported by name. So its base is pickled, and the block is swapped while
+            # unpickling.
             state = super(swapped, self).__reduce_ex__(protocol)[2]
             return _blank, (base,), state
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body = {"forward": forward, "__call__": whole, "__reduce_ex__": reduce, _BASE: base, **names}
+        body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, _BASE: base, **names}
         swapped: Any = type(base.__name__, (base,), body)
         _SUBCLASSES[base] = swapped
     return _SUBCLASSES[base]
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
+    """A swapped block without attributes, which unpickling sets."""
     swapped = _subclass(base)
     block: nn.Module = swapped.__new__(swapped)
     return block
@@ -165,11 +180,12 @@ Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Wrapped:
-    """A method of one module with something around it.
+    """The replacement of a method of one module.
 
     Args:
-        module, method: whose and which.
-        around: called with the method itself and the arguments of the call.
+        module: the module.
+        method: the name of its method.
+        around: called instead, with the original method, the positional and the keyword arguments of the call.
     """
 
     def __init__(self, module: nn.Module, method: str, around: Around) -> None:
@@ -185,20 +201,20 @@ class Wrapped:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Hosts ask which arguments a method takes."""
+        """The signature of the original method: hosts look up which arguments a method takes."""
         return inspect.signature(self._original)
 
 
 def wrap(module: nn.Module, method: str, around: Around) -> None:
-    """Put `around` around a method, on this instance."""
+    """Replace a method on this instance by `around`, see `Wrapped`."""
     module.__dict__[method] = Wrapped(module, method, around)
 
 
 def unwrap(module: nn.Module, method: str) -> None:
-    """Take it off again."""
+    """Remove the replacement that `wrap` has made."""
     del module.__dict__[method]
 
 
 def argument_names(function: Callable[..., Any]) -> list[str]:
-    """Parameter names of an unbound method, without self."""
+    """The names of the parameters of an unbound method, without self."""
     return [parameter.name for parameter in inspect.signature(function).parameters.values()][1:]

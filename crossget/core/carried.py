@@ -1,27 +1,27 @@
-"""What is carried from block to block, and by whom: attributes of tensors, one extra argument, and values of a thread.
+"""How state gets from block to block: attributes of tensors, one extra argument, and values of a thread.
 
-Between two blocks the host passes on one tensor, the tokens. Everything else that the next block needs goes along as an
-attribute of that very tensor (`Passed`). Nothing is kept on modules between blocks, so gradient checkpointing, threads,
-copies of a model and interrupted forwards need no care and no reset.
+Between two blocks the host passes on one tensor, the tokens. Everything else that the next block needs is an attribute
+of that tensor object (`Carried`). Nothing is stored on modules between blocks. So gradient checkpointing, threads,
+copies of a model and interrupted forwards need no special treatment and no reset.
 
-Who puts other tensors in place of those that a block gets or returns, and why the attribute is found all the same:
+Some code replaces the tensors that a block gets or returns by other ones. This is why the attribute is found all the
+same:
 
 - **Hooks on a block** run inside the block's `__call__`. FSDP2's pre-forward hook casts the block's arguments and wraps
-  them in a function of its own, DeepSpeed's hooks exchange arguments and results, accelerate's move them to another
-  device. The attribute is looked up on the tensor that `__call__` gets, and set on the tensor that `__call__` returns
-  (block_class.py), so on either side of all hooks. Between the two, inside the hooks, the block's `BlockRun` travels as
-  a keyword argument of the call, which hooks leave alone.
-- **Gradient checkpointing that wraps blocks from outside** (timm, open_clip, torch's `checkpoint_wrapper`) calls the
-  block a second time with the tensors of the first call. Their attributes are still there, and `TokenState` is frozen.
+  them in a function of its own, DeepSpeed's hooks replace arguments and results, accelerate's move them to another
+  device. The attribute is read from the tensor that `__call__` gets, and set on the tensor that `__call__` returns
+  (block_class.py): before and after all hooks. Inside `__call__`, the `BlockCall` is a keyword argument, which these
+  hooks leave unchanged.
+- **Gradient checkpointing around blocks** (timm, open_clip, torch's `checkpoint_wrapper`) calls the block a second time
+  with the tensor objects of the first call. They still have their attributes, and `TokenState` is immutable.
 - **Gradient checkpointing inside the block's `__call__`** (transformers) runs the block's `forward` a second time with
-  the arguments of the first call, the `BlockRun` among them.
+  the arguments of the first call, including the `BlockCall`.
 - **Re-entrant checkpointing** makes new tensors outside of `__call__`. Their attribute is lost, which is an error.
-- **The first block's input** has no attribute yet. What the host's entry points found out for it (where texts end, what
-  is looked at) is a value of the thread, and is put onto the tensor when the first block takes it, for the
-  recomputation of a checkpoint.
+- **The first block's input** has no attribute yet. What the host's entry points have found (`EntryInfo`) is a value of
+  the thread (`ThreadValue`). The first block also stores it on its input, for the recomputation of a checkpoint.
 
-A whole model that is compiled is traced through all of this. Dynamo calls a module's `forward` and not its `__call__`;
-`forward` then does what `__call__` would have done.
+If a whole model is compiled, all this is traced. Dynamo calls a module's `forward` and not its `__call__`; `forward`
+then does what `__call__` does otherwise.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ from torch import Tensor
 from crossget.core.state import TokenState
 
 T = TypeVar("T")
-_PASSED, _NOTED = "_crossget_passed", "_crossget_noted"
+_CARRIED, _ENTRY_INFO = "_crossget_carried", "_crossget_entry_info"
 
 
-class Passed(NamedTuple):
-    """What a block leaves on its output for the next one.
+class Carried(NamedTuple):
+    """The state that a block sets on its output, for the next block.
 
     Attributes:
-        state: of the tokens behind the block.
-        layer: of the next block, counted from 0.
-        on_grid: the tensor shows the host's grid; the block's tokens are its rows at `state.positions`.
-        cross_token: [B, C] the cross token without its graph, where the tensor does not show it; else None.
+        state: of the tokens after the block.
+        layer: number of the next block, from 0.
+        is_full_grid: the tensor is the full grid [B, T0, C]; the tokens are its rows at `state.positions`.
+        hidden_cross_token: [B, C] the cross token, detached, if the tensor does not include it; otherwise None.
     """
 
     state: TokenState
     layer: int
-    on_grid: bool
-    cross_token: Tensor | None
+    is_full_grid: bool
+    hidden_cross_token: Tensor | None
 
 
-def pass_on(tokens: Tensor, passed: Any) -> None:
-    """Leave something on a block's output, for the next block."""
-    setattr(tokens, _PASSED, passed)
+def set_carried(tokens: Tensor, carried: Any) -> None:
+    """Set the state for the next block on a block's output."""
+    setattr(tokens, _CARRIED, carried)
 
 
-def passed_with(tokens: Tensor) -> Any:
-    """What the block in front left on these tokens; None if nothing."""
-    return getattr(tokens, _PASSED, None)
+def get_carried(tokens: Tensor) -> Any:
+    """The state that the previous block has set on these tokens; None if there is none."""
+    return getattr(tokens, _CARRIED, None)
 
 
 class ThreadValue(Generic[T]):
-    """A value, or None, for each thread; copies start with none.
+    """A value, or None, for each thread. A copy of the object has no values.
 
-    While a graph is traced the value is an attribute: Dynamo follows that, but neither threading.local nor, in every
-    host, changes of a dict. A graph is traced by one thread at a time, and what is set while tracing is used up then.
+    During tracing the value is an attribute. Dynamo can trace that, but not threading.local and, in some hosts, not
+    changes of a dict. One thread at a time traces a graph, and what is set while tracing is read within the same trace.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class ThreadValue(Generic[T]):
         return self.traced if torch.compiler.is_compiling() else self.values.get(threading.get_ident())
 
     def set(self, value: T | None) -> None:
-        """Another value for this thread; None forgets it."""
+        """Set the value of this thread; None removes it."""
         if torch.compiler.is_compiling():
             self.traced = value
         elif value is None:
@@ -92,30 +92,30 @@ class ThreadValue(Generic[T]):
         return ThreadValue, ()
 
 
-class Notes(NamedTuple):
-    """What the host's entry points found out for the first block of a forward.
+class EntryInfo(NamedTuple):
+    """What the host's entry points (hooks.py) have found for the first block of a forward.
 
     Attributes:
-        input: where texts end, or where the first token is; None: nothing.
-        shown: what the host sees of the blocks; None: as the tower says.
+        text: a text tower's `TextEnds`, or a decoder's `FirstToken`; None: neither.
+        outputs: `HostOutputs`; None: the tower's default.
     """
 
-    input: Any = None
-    shown: Any = None
+    text: Any = None
+    outputs: Any = None
 
 
 def recomputing() -> bool:
-    """Whether a backward pass runs, so that a forward is the recomputation of a gradient checkpoint."""
+    """Whether a backward pass runs in this thread, so that a forward is the recomputation of a gradient checkpoint."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def leave_notes(tokens: Tensor, notes: Notes) -> None:
-    """Leave the notes of a forward on its first block's input [B, T, C], for the recomputation of a checkpoint."""
+def store_entry_info(tokens: Tensor, info: EntryInfo) -> None:
+    """Store the info on the first block's input [B, T, C], for the recomputation of a gradient checkpoint."""
     if not torch.compiler.is_compiling():
-        setattr(tokens, _NOTED, notes)
+        setattr(tokens, _ENTRY_INFO, info)
 
 
-def left_notes(tokens: Tensor) -> Notes:
-    """The notes of the forward that the recomputed one was."""
-    notes: Notes = getattr(tokens, _NOTED, None) or Notes()
-    return notes
+def stored_entry_info(tokens: Tensor) -> EntryInfo:
+    """The info that was stored on these tokens in the forward that is recomputed now."""
+    info: EntryInfo = getattr(tokens, _ENTRY_INFO, None) or EntryInfo()
+    return info

@@ -1,7 +1,11 @@
-"""A language model that generates: none of its tokens is merged, and its first one plays the cross token's part.
+"""Cross tokens in a language model that generates. None of its tokens is merged, and none is appended.
 
-The cross token takes the place of each row's first real token wherever that token is computed: in a forward without
-cache, and in the part of a prefill that it lies in. A decoding step, with that token in the cache, is the host's own.
+Before every block, the cross token replaces the first token of each row that is no padding: the block gets a copy of
+this token plus the block's learned vector. This happens in the forward that computes the token: one without a cache, or
+the chunk of a prefill that contains it. In a decoding step the token is in the cache, and the host's code runs
+unchanged.
+
+Source: the CrossGET authors' implementation for LLaVA-1.5.
 """
 
 from __future__ import annotations
@@ -13,38 +17,45 @@ import torch
 from torch import Tensor, nn
 
 from crossget.core.block_class import key_of
-from crossget.core.carried import Notes, leave_notes, left_notes, pass_on, passed_with, recomputing
+from crossget.core.carried import (
+    EntryInfo,
+    get_carried,
+    recomputing,
+    set_carried,
+    store_entry_info,
+    stored_entry_info,
+)
 from crossget.core.masks import visible
-from crossget.core.state import Record
+from crossget.core.state import ForwardRecord
 from crossget.core.tower import AttachedTower, split_tokens
 from crossget.methods.indexing import size_of
 from crossget.methods.reducers import Reducer
 
 
 class FirstToken:
-    """Where a decoder's cross tokens are, in one forward.
+    """The state of a decoder's tokens in one forward. It is set on the output of each block, for the next one.
 
     Attributes:
-        position: [B] index of each row's first real token among the tokens of this call, outside of them if it was
-            in an earlier call; None if it is so for every row: a decoding step.
-        owner: whose forward it is.
-        layer: of the block that comes next.
-        record: what the user will see.
+        position: [B] index of each row's first token that is no padding, among the tokens of this call. It is negative
+            if that token is in the cache. None: it is in the cache for all rows (a decoding step).
+        owner: the `AttachedDecoder`.
+        layer: number of the next block, from 0.
+        record: what the user can read after the forward.
     """
 
     def __init__(
-        self, position: Tensor | None, owner: Any = None, layer: int = 0, record: Record | None = None
+        self, position: Tensor | None, owner: Any = None, layer: int = 0, record: ForwardRecord | None = None
     ) -> None:
         self.position, self.owner, self.layer = position, owner, layer
-        self.record = record or Record()
+        self.record = record or ForwardRecord()
 
 
-class Replacement:
-    """What one block of a decoder is to do. No tuple: hooks map those to others, with other tensors inside.
+class DecoderCall:
+    """One call of one block of a decoder. Not a tuple: hooks rebuild tuples, with other tensors inside.
 
     Attributes:
-        position: [B] of the first real token of each row.
-        token: [B, C] what takes its place; None: it stays.
+        position: [B] see `FirstToken`.
+        token: [B, C] the cross token, which replaces the token at `position`; None: nothing is replaced.
     """
 
     def __init__(self, position: Tensor | None = None, token: Tensor | None = None) -> None:
@@ -52,10 +63,10 @@ class Replacement:
 
 
 class AttachedDecoder(AttachedTower):
-    """A language model whose first real token plays the cross token's part; no token is appended or merged.
+    """A language model that generates, in which the cross token replaces the first token of each row.
 
     Raises:
-        ValueError: the reducer would remove tokens, which a cache of keys and values cannot follow.
+        ValueError: the reducer would remove tokens, but the positions in a cache of keys and values are fixed.
     """
 
     def set_reducer(self, reducer: Reducer) -> None:
@@ -67,67 +78,70 @@ class AttachedDecoder(AttachedTower):
             )
         super().set_reducer(reducer)
 
-    def call(self, block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call the block with the cross token in the place of the first real token, if that is among the tokens."""
+    def call_block(self, block: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """See `Runner.call_block`."""
         if not self.reducer.cross_token:
-            return call(*args, run=Replacement(), **kwargs)
+            return proceed(*args, block_call=DecoderCall(), **kwargs)
         tokens = args[0] if args else kwargs[self._names_of(block)[0]]
-        state: FirstToken | None = passed_with(tokens)
+        state: FirstToken | None = get_carried(tokens)
         if state is None or state.owner is not self:
-            state = self._begin(block, tokens)
+            state = self._first_state(block, tokens)
         record, layer, position = state.record, state.layer, state.position
         token = None
         if position is not None:
             record.tokens[layer] = size_of(tokens, 1)
-            token = self.cross_token(tokens.gather(1, _at(position, tokens)).squeeze(1), record, layer)
-        out = call(*args, run=Replacement(position, token), **kwargs)
+            token = self.make_cross_token(tokens.gather(1, _gather_index(position, tokens)).squeeze(1), record, layer)
+        out = proceed(*args, block_call=DecoderCall(position, token), **kwargs)
         if layer < self.depth - 1:
-            left = FirstToken(position, self, layer + 1, record)
-            pass_on(out[0] if isinstance(out, tuple) else out, left)
+            next_state = FirstToken(position, self, layer + 1, record)
+            set_carried(out[0] if isinstance(out, tuple) else out, next_state)
         if position is not None and (layer > 0 or self.depth == 1):
-            self.last = record
+            self.last_record = record
         return out
 
-    def run(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, run: Any) -> Any:
-        """Run `forward`, the block's own, with another token in the place of the first real one."""
-        if run.token is None:
+    def run_forward(
+        self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, block_call: Any
+    ) -> Any:
+        """See `Runner.run_forward`."""
+        if block_call.token is None:
             return forward(*args, **kwargs)
         tokens, args, kwargs = split_tokens(self._names_of(block), args, kwargs)
-        position = run.position.to(tokens.device)
-        here = _at(position, tokens)
+        position = block_call.position.to(tokens.device)
+        index = _gather_index(position, tokens)
         inside = (position >= 0) & (position < tokens.shape[1])
-        new = torch.where(
-            inside[:, None, None], run.token[:, None].to(tokens.device, tokens.dtype), tokens.gather(1, here)
-        )
-        return forward(tokens.scatter(1, here, new), *args, **kwargs)
+        token = block_call.token[:, None].to(tokens.device, tokens.dtype)
+        new = torch.where(inside[:, None, None], token, tokens.gather(1, index))
+        return forward(tokens.scatter(1, index, new), *args, **kwargs)
 
-    def _begin(self, block: nn.Module, tokens: Tensor) -> FirstToken:
+    def _first_state(self, block: nn.Module, tokens: Tensor) -> FirstToken:
+        """The state before the first block."""
         if recomputing():
-            found = left_notes(tokens).input
+            found = stored_entry_info(tokens).text
         else:
-            found = self.noted.get()
-            self.noted.set(None)
-            leave_notes(tokens, Notes(found))
+            found = self.text_info.get()
+            self.text_info.set(None)
+            store_entry_info(tokens, EntryInfo(found))
         if found is None or key_of(block) != key_of(self.tower.blocks[0]):
             raise RuntimeError(
                 f"block {key_of(block)} of tower {self.tower.name!r} got tokens {list(tokens.shape)} without their "
-                "state: something made a new tensor between two blocks, or the block was called on its own"
+                "state: something made a new tensor between two blocks, or the block was called outside of its tower"
             )
         return FirstToken(found.position, self)
 
 
-def _at(position: Tensor, tokens: Tensor) -> Tensor:
-    """[B, 1, C] the index of the token of each row at `position` [B], or of the nearest one that there is."""
+def _gather_index(position: Tensor, tokens: Tensor) -> Tensor:
+    """[B, 1, C] index, along T, of the token at `position` [B], or of the nearest token if that is outside."""
     return position.clamp(0, tokens.shape[1] - 1)[:, None, None].expand(-1, 1, tokens.shape[2])
 
 
 def first_token(tokens: Tensor, mask: Any, cached: Any) -> FirstToken:
-    """Find each row's first real token in one call of a decoder.
+    """The state of a decoder's tokens before its first block: where each row's first token that is no padding is.
 
     Args:
         tokens: [B, T, ..] embeddings or ids of this call.
-        mask: [B, S + T] or [B, H, T, S + T] over cached and new tokens, a dict of such by kind of layer, or None.
-        cached: S, how many tokens are in the cache.
+        mask: attention mask over cached and new tokens, [B, S + T] or [B, H, T, S + T]; or a dict of masks by kind of
+            layer; or None, if there is no padding.
+        cached: S, the number of tokens in the cache.
     """
     if isinstance(cached, int) and cached > 0 and int(tokens.shape[1]) == 1:
         return FirstToken(None)
@@ -136,16 +150,16 @@ def first_token(tokens: Tensor, mask: Any, cached: Any) -> FirstToken:
     if mask is None:
         position = torch.zeros(int(tokens.shape[0]), dtype=torch.long, device=tokens.device)
     else:
-        # What the last query sees; later keys it may not see are not first anyway.
+        # The mask of the last query. It may exclude later keys, which are not the first one.
         seen = mask != 0 if mask.dim() == 2 else visible(mask[:, :, -1:], int(tokens.shape[0]))
         position = seen.long().argmax(1).to(tokens.device)
     return FirstToken(position - cached)
 
 
 def cached_tokens(cache: Any) -> Any:
-    """How many tokens a cache of keys and values holds: an int, or a tensor for a static one."""
+    """The number of tokens in a cache of keys and values: an int, or a tensor for a static cache."""
     if cache is None:
         return 0
-    if isinstance(cache, tuple | list):  # as transformers had them before 4.56: keys and values [B, H, S, D] by layer
+    if isinstance(cache, tuple | list):  # before transformers 4.56: keys and values [B, H, S, D] by layer
         return int(cache[0][0].shape[-2]) if cache else 0
     return cache.get_seq_length()

@@ -1,14 +1,15 @@
-"""The host's entry points that are wrapped while a model is attached, all of them.
+"""All entry points of the host that are wrapped while a model is attached.
 
-Blocks do not know what the host's methods know: where a text ends, which blocks' outputs are looked at, how many image
-tokens a prompt has room for. So something is put around these methods, or before these modules, on this model alone:
+A block does not have all that it needs: where a text ends, which blocks' outputs the host uses, how many image tokens a
+prompt has. So these methods of the host are wrapped, or get a forward hook, on the attached model only:
 
-- A method that returns tokens of several blocks (`Tower.intermediates`): the grid is shown behind every block.
-- A method that returns one token of the last block (`Tower.single_token_outputs`): that block may compute it alone.
-- A text tower's token embedding (`Tower.text`): it tells where each text ends.
-- A decoder's forward (`Tower.decoder`): it tells where each row's first real token is.
+- Methods that use tokens of several blocks (`Tower.intermediates`): every block then returns the full grid.
+- Methods that use one token of the last block (`Tower.single_token_outputs`): that block then computes this token only.
+- The token embedding of a text tower (`Tower.text`): it gets the token ids, from which the end of each text is found.
+- The forward of a decoder (`Tower.decoder`): it gets the mask, from which each row's first token is found.
 - forward and generate of a model with images in its prompts (`Tower.prompt`): prompts get fewer image tokens.
-- Attributes of the host (`Tower.overrides`) have other values meanwhile.
+
+Attributes of the host (`Tower.overrides`) have other values while the model is attached.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from crossget.core.adapters import IntermediatesHook, Prompt, SingleTokenOutput,
 from crossget.core.block_class import argument_names, has_own_forward, unwrap, wrap
 from crossget.core.decoder_tower import cached_tokens, first_token
 from crossget.core.image_prompts import around_generate, before_forward
-from crossget.core.state import Shown
+from crossget.core.state import HostOutputs
 from crossget.core.tower import AttachedTower
 from crossget.methods.indexing import size_of
 
 Undo = Callable[[], Any]
 
 
-def check_free(tower: Tower) -> None:
-    """Refuse a tower on whose blocks or methods somebody else has put a forward or a method.
+def check_not_patched(tower: Tower) -> None:
+    """Check that no instance has a patched forward or method where crossget sets its own.
 
     Raises:
-        ValueError: somebody has.
+        ValueError: a block has a forward, or a module a method, of its own on the instance.
     """
     for layer, block in enumerate(tower.blocks):
         if has_own_forward(block):
@@ -54,7 +55,7 @@ def check_free(tower: Tower) -> None:
 
 
 def _wrapped_methods(tower: Tower) -> list[tuple[nn.Module, str]]:
-    """The host's methods that get something around them."""
+    """The modules and names of the host's methods that are wrapped."""
     found = [(hook.module, hook.method) for hook in tower.intermediates]
     found += [(output.module, output.method) for output in tower.single_token_outputs if output.method != "forward"]
     if tower.prompt is not None and hasattr(tower.prompt.models[0], "generate"):
@@ -66,24 +67,24 @@ def wrap_host(attached: AttachedTower) -> list[Undo]:
     """Wrap the entry points of a tower's host.
 
     Returns:
-        What undoes it, to be called from the last to the first.
+        Functions that undo it, to be called from the last to the first.
     """
     tower, undo = attached.tower, list[Undo]()
     for hook in tower.intermediates:
         names = argument_names(getattr(type(hook.module), hook.method))
-        wrap(hook.module, hook.method, partial(_show_intermediates, attached, hook, names))
+        wrap(hook.module, hook.method, partial(_around_intermediates, attached, hook, names))
     for output in tower.single_token_outputs:
-        if output.method == "forward":  # which others wrap, too (Accelerate)
-            before, behind = partial(_before_single_token, attached, output), partial(_behind_single_token, attached)
+        if output.method == "forward":  # hooks, as others replace forward, too (accelerate)
+            before, after = partial(_before_single_token, attached, output), partial(_after_single_token, attached)
             undo.append(output.module.register_forward_pre_hook(before).remove)
-            undo.append(output.module.register_forward_hook(behind, always_call=True).remove)
+            undo.append(output.module.register_forward_hook(after, always_call=True).remove)
         else:
             wrap(output.module, output.method, partial(_around_single_token, attached, output))
     if tower.text is not None:
-        undo.append(tower.text.embedding.register_forward_pre_hook(partial(_note_ids, attached)).remove)
+        undo.append(tower.text.embedding.register_forward_pre_hook(partial(_before_embedding, attached)).remove)
     if tower.decoder is not None:
-        note = partial(_note_first_token, attached, argument_names(type(tower.decoder).forward))
-        undo.append(tower.decoder.register_forward_pre_hook(note, with_kwargs=True).remove)
+        before = partial(_before_decoder, attached, argument_names(type(tower.decoder).forward))
+        undo.append(tower.decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
     if tower.prompt is not None:
         undo += _wrap_prompts(attached, tower.prompt)
     for holder, attribute, value in tower.overrides:
@@ -103,42 +104,44 @@ def _wrap_prompts(attached: AttachedTower, prompt: Prompt) -> list[Undo]:
     return undo
 
 
-# What is looked at ------------------------------------------------------------------------------------------------
+# Which outputs the host uses ---------------------------------------------------------------------------------------
 
 
-def _show_intermediates(
+def _around_intermediates(
     attached: AttachedTower, hook: IntermediatesHook, names: list[str], original: Callable[..., Any],
     args: tuple[Any, ...], kwargs: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """Run a host method that looks at the tokens between the blocks, and show it what it expects there."""
-    if attached.shown_now() is not None:  # from inside another such method, which has said what it wants
+    """Run a host method that uses the outputs of several blocks, which then return what it expects."""
+    if attached.current_outputs() is not None:  # called inside another entry point, whose outputs apply
         return original(*args, **kwargs)
     layers = None if hook.layers is None else hook.layers({**dict(zip(names, args)), **kwargs})  # noqa: B905
-    skips = layers is not None and (hook.hides_rest or bool(attached.generating.get()))
-    last = max(layers) if layers is not None and skips else attached.depth - 1
-    visible = "grid" if hook.grid else attached.reduced
-    attached.shown.set(Shown(visible, visible, last))
+    can_skip = layers is not None and (hook.hides_rest or bool(attached.generating.get()))
+    last_used = max(layers) if layers is not None and can_skip else attached.depth - 1
+    form = "grid" if hook.grid else attached.reduced_form
+    attached.outputs.set(HostOutputs(form, form, last_used))
     try:
         return original(*args, **kwargs)
     finally:
-        attached.shown.set(None)
+        attached.outputs.set(None)
 
 
 def _expect_single_token(attached: AttachedTower, output: SingleTokenOutput) -> bool:
-    """Say that the host method that runs from now on looks at one token; returns whether it does.
+    """Let the last block compute one token only, for the host method that is about to run.
 
-    Not if another one that has said what it wants calls it.
+    Returns:
+        Whether it will: the reducer asks for it, the method's result depends on one token only, no hook may read the
+        others, and the method is not called inside another entry point.
     """
-    if not attached.reducer.class_token_only or attached.shown_now() is not None:
+    if not attached.reducer.class_token_only or attached.current_outputs() is not None:
         return False
-    if not output.applies(output.module) or _is_watched(attached.tower, output.module):
+    if not output.applies(output.module) or _has_token_hooks(attached.tower, output.module):
         return False
-    attached.shown.set(Shown("tokens", "grid", attached.depth - 1, class_token_only=True))
+    attached.outputs.set(HostOutputs("tokens", "grid", attached.depth - 1, class_token_only=True))
     return True
 
 
-def _is_watched(tower: Tower, module: nn.Module) -> bool:
-    """Whether somebody has hooks that may see the last block's tokens: on that block, or on a part of the host."""
+def _has_token_hooks(tower: Tower, module: nn.Module) -> bool:
+    """Whether hooks of others may read the last block's tokens: on this block, or on a child of the host's module."""
     if torch.compiler.is_compiling() or _COUNTING.get():
         return False
     last = tower.blocks[len(tower.blocks) - 1]
@@ -153,7 +156,7 @@ _COUNTING: ContextVar[bool] = ContextVar("_COUNTING", default=False)
 
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
-    """Inside, the hooks on a model's modules count operators, and use no tokens."""
+    """Context in which hooks on a model's modules only count operators, and do not read tokens."""
     token = _COUNTING.set(True)
     try:
         yield
@@ -162,10 +165,10 @@ def counting() -> Iterator[None]:
 
 
 def _end_single_token(attached: AttachedTower) -> None:
-    """Such a method has ended."""
-    shown = attached.shown.get()
-    if shown is not None and shown.class_token_only:
-        attached.forget_shown()
+    """Undo `_expect_single_token`, when the host method has ended."""
+    outputs = attached.outputs.get()
+    if outputs is not None and outputs.class_token_only:
+        attached.forget_outputs()
 
 
 def _around_single_token(
@@ -188,28 +191,28 @@ def _before_single_token(
         attached.caller.set(sys._getframe(1))
 
 
-def _behind_single_token(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+def _after_single_token(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
     _end_single_token(attached)
 
 
-# Where texts end, where tokens begin ------------------------------------------------------------------------------
+# Where texts end, and where decoders' tokens begin ------------------------------------------------------------------
 
 
-def note_text_ids(attached: AttachedTower, ids: Tensor) -> None:
-    """Keep for the tower's next forward where the texts with these token ids [B, T] end."""
+def set_text_ends(attached: AttachedTower, ids: Tensor) -> None:
+    """Set, for the tower's next forward, where the texts with these token ids [B, T] end."""
     if attached.tower.text is not None:
-        attached.noted.set((size_of(ids, 0), *attached.tower.text.locate(ids)))
+        attached.text_info.set((size_of(ids, 0), *attached.tower.text.locate(ids)))
 
 
-def _note_ids(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...]) -> None:
-    note_text_ids(attached, args[0])
+def _before_embedding(attached: AttachedTower, module: nn.Module, args: tuple[Any, ...]) -> None:
+    set_text_ends(attached, args[0])
 
 
-def _note_first_token(
+def _before_decoder(
     attached: AttachedTower, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     given = {**dict(zip(names, args)), **kwargs}  # noqa: B905
     tokens = given.get("inputs_embeds")
     cache = given.get("cache", given.get("past_key_values"))
-    seen = given["input_ids"] if tokens is None else tokens
-    attached.noted.set(first_token(seen, given.get("attention_mask"), cached_tokens(cache)))
+    tokens = given["input_ids"] if tokens is None else tokens
+    attached.text_info.set(first_token(tokens, given.get("attention_mask"), cached_tokens(cache)))

@@ -1,4 +1,4 @@
-"""The host's attention masks, brought to the tokens that are left: functions of tensors and the tokens' state."""
+"""Attention masks of the host, selected for the remaining tokens: functions of tensors and of the tokens' state."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from torch import Tensor
 
 from crossget.core.state import TokenState
 
-# An additive mask hides with -inf, with the smallest number, or, as BERT once did, with -10000, which bfloat16 rounds.
+# An additive mask hides a token by -inf, by the smallest number of its dtype or, in old BERTs, by -10000, which
+# bfloat16 rounds.
 _HIDDEN = -9000.0
 
 
 def visible(mask: Tensor, batch: int) -> Tensor:
-    """[B, T] which tokens any query may see under a mask [B or 1, H or 1, T or 1, T], boolean or additive."""
+    """[B, T] true for keys that some query attends to, by a boolean or additive mask [B or 1, H or 1, T or 1, T]."""
     seen = mask if mask.dtype == torch.bool else mask > _HIDDEN
     return seen.any(2).any(1).expand(batch, -1)
 
 
 def find_padding(mask: Tensor, state: TokenState) -> Tensor:
-    """[B, T] which tokens any query (in a causal tower: the last one) may see; the cross token is one of them."""
+    """[B, T] false for padding: keys that no query (in a causal tower: not the last one) attends to.
+
+    The cross token is no padding.
+    """
     batch, tokens = state.positions.shape
     mask = _four_axes(mask)
     seen = visible(mask[:, :, -1:] if state.forward.causal else mask, batch)
@@ -28,34 +32,34 @@ def find_padding(mask: Tensor, state: TokenState) -> Tensor:
 
 
 def fit_mask(mask: Tensor, state: TokenState) -> Tensor:
-    """A mask that was made for the host's tokens, for the tokens that are left.
+    """A mask of the host's T0 tokens, for the T tokens that remain.
 
     Args:
-        mask: [.., T0 or 1, T0] of up to four axes, boolean or additive; or [.., T0 + 1, T0 + 1], made inside a block
-            which took the cross token for one more of the host's.
-        state: of the tokens. While they are exactly the host's, the mask is returned as it came: the number of its
-            axes decides which kernel runs.
+        mask: boolean or additive, with up to four axes, [.., T0 or 1, T0]. Or [.., T0 + 1 or 1, T0 + 1], if a block has
+            made it inside and counted the cross token as one of the host's tokens.
+        state: of the tokens. If they are exactly the host's, the mask itself is returned: torch selects the attention
+            kernel by the number of its axes.
 
     Returns:
         [B, H or 1, T or 1, T].
 
     Raises:
-        RuntimeError: it was made for another number of tokens.
+        RuntimeError: the mask was made for another number of tokens.
     """
     batch, tokens = state.positions.shape
-    if state.pristine and mask.shape[-1] == tokens:
+    if state.unmodified and mask.shape[-1] == tokens:
         return mask
-    mask, cross, length = _four_axes(mask), state.forward.cross, state.forward.length
-    total = length + int(cross)
-    if cross and mask.shape[-1] == total:
+    mask, has_cross_token, length = _four_axes(mask), state.forward.has_cross_token, state.forward.length
+    total = length + int(has_cross_token)
+    if has_cross_token and mask.shape[-1] == total:
         mask = mask[..., :length, :length] if mask.shape[-2] == total else mask[..., :length]
-    if cross and mask.shape[-1] == length:
+    if has_cross_token and mask.shape[-1] == length:
         mask = _with_cross_token(mask, state)
     if mask.shape[-1] != total or mask.shape[-2] not in (1, total):
         raise RuntimeError(
             f"the attention got a mask of shape {list(mask.shape)} in a block with {tokens} tokens of "
-            f"originally {length}: expected {length} keys. The tower's mask cannot follow "
-            "its tokens; detach, or give the tower's adapter a way to make the mask"
+            f"originally {length}: expected {length} keys. So it cannot be selected for "
+            "the remaining tokens: name the block's mask arguments in Tower.masks, or detach"
         )
     heads, kept = mask.shape[1], state.positions
     mask = mask.expand(batch, *mask.shape[1:])
@@ -65,23 +69,25 @@ def fit_mask(mask: Tensor, state: TokenState) -> Tensor:
 
 
 def _four_axes(mask: Tensor) -> Tensor:
+    """[.., .., T or 1, T] the mask with leading axes of size 1."""
     return mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
 
 
 def _with_cross_token(mask: Tensor, state: TokenState) -> Tensor:
-    """A row and a column for the cross token.
+    """The mask with a row and a column for the cross token.
 
-    A cross token that copies the class token has the class token's row and column. Any other is seen by all tokens and
-    sees what the first token sees. In a causal tower no token sees it, and it sees what the last token sees.
+    A cross token that is a copy of the class token gets the class token's row and column. Otherwise, all tokens attend
+    to the cross token, and it attends to the same tokens as the first token. In a causal tower no other token attends
+    to the cross token, and it attends to the same tokens as the last token.
     """
     causal = state.forward.causal
     like_first = state.forward.class_token and not causal
-    shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, -math.inf)
-    column = mask[..., :1] if like_first else torch.full_like(mask[..., :1], hidden if causal else shown)
+    visible_value, hidden_value = (True, False) if mask.dtype == torch.bool else (0.0, -math.inf)
+    column = mask[..., :1] if like_first else torch.full_like(mask[..., :1], hidden_value if causal else visible_value)
     mask = torch.cat([mask, column], -1)
     if mask.shape[-2] == 1:
         return mask
     row = mask[..., -1:, :] if causal else mask[..., :1, :]
     if not like_first:
-        row = torch.cat([row[..., :-1], torch.full_like(row[..., :1], shown)], -1)
+        row = torch.cat([row[..., :-1], torch.full_like(row[..., :1], visible_value)], -1)
     return torch.cat([mask, row], -2)

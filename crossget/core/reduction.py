@@ -1,12 +1,12 @@
-"""What is done where `Watch` sees the attention and the residual of a block.
+"""How a block is reduced: subclasses of `Watch`, which recognises the attention and the residual of a block.
 
-`Merge` applies a method: it adds log(size) to the attention's scores (proportional attention), fits the host's masks to
-the tokens that are left, and reduces the tokens at the residual. The block's MLP, layer scale, drop path and second
-residual follow on fewer tokens, as the block never learns how many there were.
+`Merge` applies a method. It adds log(size) to the attention scores (proportional attention), selects the host's masks
+for the remaining tokens, and reduces the tokens at the residual. What follows in the block (MLP, layer scale, drop
+path, second residual) computes the remaining tokens.
 
-`ClassTokenOnly` computes the last block for the one token that is looked at behind it.
+`ClassTokenOnly` computes the last block for one token, if the host uses no other token of its output.
 
-Nothing here depends on the layer, so that a compiler shares one graph among all blocks of a tower.
+Nothing here depends on the layer, so that a compiler can share one graph among all blocks of a tower.
 """
 
 from __future__ import annotations
@@ -29,45 +29,48 @@ from crossget.methods.reducers import View
 
 
 class Merge(Watch):
-    """A block whose tokens are merged at the residual behind its attention.
+    """Reduces the tokens of a block at the residual after its attention.
 
     Args:
         tokens: [B, T, C] the block's input.
-        state: of these tokens; replaced by the state behind the reduction.
-        r: tokens to remove.
+        state: of these tokens.
+        r: number of tokens to remove.
 
     Attributes:
-        state: the tokens' state.
+        state: of the tokens; after the reduction, of the remaining ones.
         reducer: the method.
-        score: [B, T] what the reducer scored the tokens with, or None.
+        score: [B, T] the importance scores that the reducer used; None before, or if it used none.
     """
 
     def __init__(self, tokens: Tensor, state: TokenState, r: int) -> None:
         super().__init__(tokens)
         self.state, self.reducer, self.r = state, state.forward.reducer, r
         self.score: Tensor | None = None
-        # Several attentions in front of one residual (parallel, differential) count as one with all their heads.
+        # Several attentions before one residual (parallel, differential) count as one attention with all their heads.
         self._queries: list[Tensor] = []
         self._keys: list[Tensor] = []
         self._received: list[Tensor] = []
-        self._masks_fit = False  # those among the block's arguments were fitted, and the attention's are made of such
-        self._merged: Tensor | None = None  # the tokens that the MLP's output is added to, if their norms matter
+        # The block's mask arguments are for the remaining tokens, so the mask that it makes from them is, too.
+        self._arguments_fitted = False
+        # With norm correction: the tensor that the MLP's output is added to, which tells this addition from others.
+        self._mlp_residual: Tensor | None = None
 
     # Masks ------------------------------------------------------------------------------------------------------
 
     def fit_argument(self, mask: Tensor) -> Tensor:
-        """A mask among the block's arguments, for the tokens that are left.
+        """A mask argument of the block, for the remaining tokens.
 
-        The attention's masks are made of such from then on. Their size could not tell: T may be T0 by accident.
+        The block makes its attention's mask from this one, so that mask is not fitted again. Its size would not show
+        that, as T can be equal to T0 by accident.
         """
-        self._masks_fit = True
+        self._arguments_fitted = True
         return self._fit(mask)
 
     def fit_mask(self, mask: Tensor) -> Tensor:
-        return mask if self._masks_fit else self._fit(mask)
+        return mask if self._arguments_fitted else self._fit(mask)
 
-    def is_mask(self, columns: int) -> bool:
-        return columns in (self.state.length, self.state.length + int(self.state.cross))
+    def is_mask_width(self, columns: int) -> bool:
+        return columns in (self.state.length, self.state.length + int(self.state.has_cross_token))
 
     def _fit(self, mask: Tensor) -> Tensor:
         if self.state.forward.padding and self.state.valid is None:
@@ -76,24 +79,24 @@ class Merge(Watch):
 
     # The attention ----------------------------------------------------------------------------------------------
 
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """log(size); None while every token stands for itself."""
+    def key_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """[B, 1, 1, T] log(size); None if all sizes are 1, or without proportional attention."""
         if self.state.sizes is None or not self.reducer.proportional_attention:
             return None
         return self.state.sizes.log().to(dtype)[:, None, None, :]
 
     def scale_values(self, values: Tensor) -> Tensor:
-        """Values times the norm of the mean direction of their token's members (norm correction)."""
+        """The values times the norms of the tokens (norm correction)."""
         if self.state.norms is None:
             return values
         return (self.by_head(values) * self.state.norms.to(values.dtype)[:, None, :, None]).reshape(values.shape)
 
-    def compare(self, queries: Tensor, keys: Tensor) -> None:
+    def on_queries_and_keys(self, queries: Tensor, keys: Tensor) -> None:
         if self.r > 0:
             self._queries.append(queries)
             self._keys.append(keys)
 
-    def see_fused(
+    def on_fused_attention(
         self, queries: Tensor, keys: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
     ) -> None:
         if not self._wants_attention:
@@ -108,7 +111,7 @@ class Merge(Watch):
             scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
             self._received.append(attention_received(self._scored_rows(queries), keys, bias, scale))
 
-    def see_probabilities(self, probabilities: Tensor) -> None:
+    def on_probabilities(self, probabilities: Tensor) -> None:
         if self._wants_attention:
             heads = self.by_head(probabilities.detach())
             self._received.append(by_attention(self._scored_rows(heads).float()).mean(1))
@@ -118,17 +121,17 @@ class Merge(Watch):
         return self.r > 0 and self.reducer.needs_attention
 
     def _scored_rows(self, rows: Tensor) -> Tensor:
-        """Of [B, H, T, ..] queries, or what belongs to them, those whose attention scores the tokens."""
+        """The rows of a tensor [B, H, T, ..] for the queries that score the tokens: all, or the first one."""
         return rows[:, :, :1] if self.reducer.needs_class_attention else rows
 
     # The residual -----------------------------------------------------------------------------------------------
 
     def add_residual(self, a: Tensor, b: Tensor, options: dict[str, Any]) -> Tensor:
         total = torch.add(a, b, **options)
-        if not self.has_softmax and self.state.sizes is not None:
+        if not self.softmax_seen and self.state.sizes is not None:
             raise RuntimeError(
-                "the block's attention has no softmax over its scores that could be seen, so token sizes could not "
-                "take part; set proportional_attention=False, or use F.scaled_dot_product_attention in the block"
+                "no softmax over the attention scores was seen in the block, so log(size) could not be added: "
+                "set proportional_attention=False, or use F.scaled_dot_product_attention in the block"
             )
         reduced = self._reduce(total) if self.r > 0 else None
         if reduced is not None:
@@ -137,16 +140,16 @@ class Merge(Watch):
             self.state = self.state.advance(plan, sizes, norms)
             total = tokens
         if self.state.norms is not None:
-            self._merged = total
+            self._mlp_residual = total
         return total
 
-    def summands(self, func: Callable[..., Tensor], a: Any, b: Any) -> tuple[Any, Any]:
-        """The MLP's output times the norm of the mean direction of the token's members (norm correction)."""
+    def scale_summands(self, func: Callable[..., Tensor], a: Any, b: Any) -> tuple[Any, Any]:
+        """The MLP's output is multiplied by the norms of the tokens (norm correction)."""
         norms = self.state.norms
-        if norms is None or self._merged is None or (a is self._merged) == (b is self._merged):
+        if norms is None or self._mlp_residual is None or (a is self._mlp_residual) == (b is self._mlp_residual):
             return a, b
         factor = norms.to(a.dtype)[:, :, None]
-        if a is self._merged:
+        if a is self._mlp_residual:
             return a, b * factor
         return a.mul_(factor) if func in IN_PLACE else a * factor, b
 
@@ -157,15 +160,16 @@ class Merge(Watch):
             if device == "meta" or not torch.is_autocast_enabled(device):
                 reduced = self.reducer.reduce(view, self.r)
             else:
-                with torch.autocast(device, enabled=False):  # the choice of tokens is made in full precision
+                with torch.autocast(device, enabled=False):  # tokens are compared in full precision
                     reduced = self.reducer.reduce(view, self.r)
         except TypeError as error:
-            # Of a TypeError below `x + y` torch says that the two cannot be added, and nothing else.
+            # torch replaces a TypeError inside `x + y` by one that says only that the two cannot be added.
             raise RuntimeError(f"{type(self.reducer).__name__}.reduce() failed: {error}") from error
         self.score = view.score
         return reduced
 
     def _view(self, total: Tensor) -> View:
+        """The input of the reducer. The queries and keys are not kept."""
         state, forward = self.state, self.state.forward
         queries, keys = self._queries, self._keys
         received = torch.stack(self._received).mean(0) if self._received else None
@@ -179,24 +183,25 @@ class Merge(Watch):
             state.protected,
             forward.n_protected,
             state.valid,
-            (self.tokens - 1 if forward.cross else None) if state.end is None else state.end,
+            (self.tokens - 1 if forward.has_cross_token else None) if state.end is None else state.end,
             relevance=forward.relevance,
         )
 
 
 class ClassTokenOnly(Merge):
-    """The last block where the host looks at one token behind it: class token, or end of text.
+    """Computes the last block for one token, the class token or the end-of-text token. Nothing is merged.
 
-    The attention is computed for this token's query, and output projection and MLP run on it alone. All others stay as
-    they came, and nothing is merged.
+    The attention is computed for this token's query, and output projection and MLP for this token. All other tokens of
+    the block's output are those of its input.
 
     Attributes:
-        others: [B, T, C] the block's input, to put the one token back into; None where all tokens were computed.
+        block_input: [B, T, C] the block's input, into which the caller puts the computed token; None: all tokens were
+            computed.
     """
 
     def __init__(self, tokens: Tensor, state: TokenState) -> None:
         super().__init__(tokens, state, 0)
-        self.others: Tensor | None = None
+        self.block_input: Tensor | None = None
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool,
@@ -207,24 +212,24 @@ class ClassTokenOnly(Merge):
         out = F.scaled_dot_product_attention(row, key, value, mask, dropout, **options)
         return out.expand(-1, -1, self.tokens, -1)
 
-    def project(self, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def project_output(self, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         row = out[:, :, :1].permute(2, 0, 1, 3).flatten(2)
         return F.linear(row, weight, bias).expand(self.tokens, -1, -1)
 
     def linear(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if x.dim() == 3 and x.shape[1] == self.tokens > 1 and x.stride(1) == 0:  # one row, seen T times
+        if x.dim() == 3 and x.shape[1] == self.tokens > 1 and x.stride(1) == 0:  # one row, expanded to T
             return F.linear(x[:, :1], *rest, **options).expand(-1, self.tokens, -1)
         return F.linear(x, *rest, **options)
 
     def add_residual(self, a: Tensor, b: Tensor, options: dict[str, Any]) -> Tensor:
         if a.shape != b.shape:
             return super().add_residual(a, b, options)
-        self.others = a if any(a is known for known in self.residuals) else b
+        self.block_input = a if any(a is candidate for candidate in self.residual_inputs) else b
         end = self.state.end
         return torch.add(token_at(a, end), token_at(b, end), **options)
 
     def _row(self, rows: Tensor) -> Tensor:
-        """Of [.., T or 1, N] queries, or a mask, the row of the one token: [.., 1, N]."""
+        """[.., 1, N] the row of the computed token, from queries or a mask [.., T or 1, N]."""
         end = self.state.end
         if end is None or rows.shape[-2] == 1:
             return rows[..., :1, :]

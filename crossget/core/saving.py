@@ -1,7 +1,7 @@
-"""The files of a saved attachment.
+"""Writing and reading the reducers and cross tokens of an attached model.
 
-A saved attachment is a folder with `crossget.safetensors` (the cross tokens) and `crossget_config.json` (the
-reducers): tens of kilobytes. Nothing here unpickles code.
+They are saved as a folder with two files of tens of kilobytes: `crossget.safetensors` holds the cross tokens,
+`crossget_config.json` the reducers. Reading them executes no code from the files.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, PerLayer, Ratio, R
 
 
 def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Mapping[str, Tensor]) -> None:
-    """Write what `crossget.load` loads.
+    """Write a folder for `crossget.load`.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         reducers: per tower, all fields resolved.
         cross_tokens: per tower [L, C].
 
     Raises:
-        TypeError: a reducer has a schedule or field that JSON cannot hold.
+        TypeError: a reducer has a schedule or field that cannot be written as JSON.
     """
     from safetensors.torch import save_file
 
@@ -44,17 +44,17 @@ def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Map
 
 
 def open_folder(folder: str | Path) -> tuple[dict[str, Reducer], dict[str, Tensor], str]:
-    """What `write` wrote.
+    """Read a folder that `write` has written.
 
     Args:
         folder: a local folder, or the id of a repository on the Hugging Face hub.
 
     Returns:
-        The reducers and the cross tokens [L, C], per tower, and the path of the latter.
+        The reducers per tower, the cross tokens [L, C] per tower, and the path of the file with the cross tokens.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: the file was written by a newer version, or names an unknown method.
+        ValueError: the folder was written by a newer version, or names an unknown method.
     """
     from safetensors.torch import load_file
 
@@ -67,6 +67,11 @@ def open_folder(folder: str | Path) -> tuple[dict[str, Reducer], dict[str, Tenso
 
 
 def _local(folder: str | Path) -> Path:
+    """The folder itself, or a hub repository's local copy.
+
+    Raises:
+        FileNotFoundError: there is neither, or the folder lacks one of the two files.
+    """
     path = Path(folder)
     if path.is_dir():
         absent = [name for name in FILES if not (path / name).is_file()]
@@ -125,7 +130,7 @@ def _schedule_from_json(r: Any) -> int | tuple[int, ...] | Schedule:
 
 
 def _methods(base: type[Reducer]) -> dict[str, type[Reducer]]:
-    """Every method that is defined in this process, by name: reading a file imports nothing."""
+    """All methods that are defined in this process, by name. So reading a file imports no module."""
     found = {}
     for cls in base.__subclasses__():
         found.update({cls.__name__: cls, **_methods(cls)})

@@ -1,10 +1,14 @@
-"""What the blocks of a tower know of their tokens in one forward.
+"""The data that the blocks of a tower share in one forward.
 
-`Forward` is what all blocks of one forward share. `TokenState` is what changes when tokens are merged; it is never
-changed in place, so that a block which is computed again (gradient checkpointing) begins with what it began with.
-`Record` is what a forward leaves behind for the user.
+- `Forward` holds what is constant during the forward.
+- `TokenState` holds what changes when tokens are merged. It is immutable: a block that is recomputed by gradient
+  checkpointing starts from the same state as the first time.
+- `ForwardRecord` holds what the user can read after the forward.
 
-Shapes: B batch, T tokens that a block has, T0 tokens of the host, C channels.
+The host is the library model, and its code. Its sequence has T0 tokens, without a cross token. The full grid is a
+sequence of T0 tokens, one for every input position: each gets the token that its input token was merged into.
+
+Shapes: B batch, T tokens of a block, T0 tokens of the host, C channels.
 """
 
 from __future__ import annotations
@@ -22,25 +26,26 @@ from crossget.methods.matching import MergePlan, shares
 from crossget.methods.merging import unmerge
 from crossget.methods.reducers import Reducer
 
-Visible = Literal["tokens", "without_cross_token", "grid"]
-"""What the host sees behind a block: the reduced tokens; these without the cross token; or its own grid [B, T0, C]."""
+OutputForm = Literal["tokens", "without_cross_token", "grid"]
+"""What a block returns to the host: all its tokens; these without the cross token; or the full grid [B, T0, C]."""
 
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What one block did to the tokens, for one forward that was recorded. Nothing in it has a gradient.
+    """What one block did to the tokens in a recorded forward. No tensor has a gradient.
 
-    T tokens entered the block and T' left it; T0 is the host's own number of tokens, without cross token.
+    T is the number of tokens before the block, T' the number after it, and T0 that of the host's sequence, without a
+    cross token.
 
     Attributes:
-        source: [B, T0] the token behind the block that each input token is in; -1 if it was dropped.
-        sizes: [B, T'] float32 how many input tokens each token behind the block stands for.
-        weights: [B, T0] float32 how much of each input token is in the token it is in, as the blocks so far have joined
-            them; 0 for one that was dropped. With "size" and "normalized" those of a group add up to one. None where an
-            ensemble does not tell.
-        score: [B, T] the importance of the tokens that entered, as the reducer saw it; None where it asked for none, or
-            removed nothing.
-        features: [B, T', C] the tokens behind the block, the cross token last if there is one.
+        source: [B, T0] for each input token, the index among the T' tokens of the one that it was merged into; -1 if it
+            was dropped.
+        sizes: [B, T'] float32, the number of input tokens that each token stands for.
+        weights: [B, T0] float32, the weight of each input token in the token that it was merged into, over all blocks
+            so far; 0 for a dropped token. With the ensembles "size" and "normalized" the weights of the members of a
+            token sum to one. None if an ensemble does not set its weights in the `MergePlan`.
+        score: [B, T] the importance scores that the reducer used; None if it used none, or removed no token.
+        features: [B, T', C] the tokens after the block. The cross token is the last one, if there is one.
     """
 
     source: Tensor
@@ -50,18 +55,18 @@ class BlockRecord:
     features: Tensor
 
 
-class Record:
-    """What one forward through one tower leaves behind for its user to look at.
+class ForwardRecord:
+    """What the user can read about one forward through one tower.
 
     Attributes:
-        tokens: layer -> how many tokens entered the block.
-        cross_tokens: layer -> [B, C] the cross token as it entered the block, with its graph.
-        source: [B, T0] output token of each input token.
+        tokens: layer -> number of tokens before the block.
+        cross_tokens: layer -> [B, C] the cross token before the block, with its autograd graph.
+        source: [B, T0] see `BlockRecord`, after the last block that has run.
         blocks: layer -> what its block did; None in a forward that is not recorded.
-        class_token_only: the last block computed one token alone, see `Reducer.class_token_only`.
+        class_token_only: the last block computed one token only, see `Reducer.class_token_only`.
     """
 
-    # No dataclass: not every Dynamo knows default factories.
+    # Not a dataclass: some versions of Dynamo cannot trace default factories.
     def __init__(self) -> None:
         self.tokens: dict[int, int] = {}
         self.cross_tokens: dict[int, Tensor] = {}
@@ -72,85 +77,85 @@ class Record:
 
 @dataclass(frozen=True)
 class Relevance:
-    """How near tokens are to the text features that the user gave.
+    """The cosine of tokens with text features, see `Attachment.set_text_features`.
 
     Attributes:
-        embed: tokens [B, T, C] -> [B, T, E] in the space of texts.
-        target: [B or 1, E] of unit length.
+        embed: a function from tokens [B, T, C] to the joint space of images and texts [B, T, E].
+        text_features: [B or 1, E] of unit length.
     """
 
     embed: Callable[[Tensor], Tensor]
-    target: Tensor
+    text_features: Tensor
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """[B, T] cosines of tokens [B, T, C] with the target."""
-        return (F.normalize(self.embed(tokens).float(), dim=-1) * self.target[:, None].to(tokens.device)).sum(-1)
+        """[B, T] cosines of tokens [B, T, C] with the text features."""
+        return (F.normalize(self.embed(tokens).float(), dim=-1) * self.text_features[:, None].to(tokens.device)).sum(-1)
 
 
-class Shown(NamedTuple):
-    """What the host sees of a tower's blocks in one forward.
+class HostOutputs(NamedTuple):
+    """What the blocks of a tower return to the host in one forward.
 
     Attributes:
-        between: behind every block but the last.
-        behind: behind the last block.
-        last: the last block whose output anybody looks at.
-        class_token_only: of the last block's output one token alone is looked at.
+        between: what every block but the last returns.
+        after_last: what the last block returns.
+        last_used: the last block (counted from 0) whose output the host uses. Later blocks need not be computed.
+        class_token_only: the host uses only one token of the last block's output.
     """
 
-    between: Visible
-    behind: Visible
-    last: int
+    between: OutputForm
+    after_last: OutputForm
+    last_used: int
     class_token_only: bool = False
 
 
 class Forward:
-    """What all blocks of one forward share. Nothing in it changes while the forward runs, except the record.
+    """What is constant in one forward through one tower. All blocks share it. Only the record in it changes.
 
     Attributes:
-        owner: whose forward it is.
-        reducer: the method, with all fields resolved. A forward has one, whatever is set meanwhile.
-        depth: how many blocks the tower has.
-        length: T0, the host's own number of tokens, without cross token.
-        cross: a cross token stands at the end.
-        prefix: leading protected tokens.
-        n_protected: protected tokens in a row, at most.
-        causal: tokens see earlier tokens only.
-        class_token: the first token is a class token, of which the cross token is a copy.
-        padding: a mask given to the attention may hide padding.
-        shown: what the host sees.
-        relevance: how near tokens are to a text; None: no text was given.
-        record: what the user will see.
+        owner: the `AttachedTower`.
+        reducer: the method, with all fields resolved. It stays the same if the user sets another one meanwhile.
+        depth: number of blocks of the tower.
+        length: T0, the number of tokens of the host's sequence, without a cross token.
+        has_cross_token: a cross token is appended, as the last token.
+        prefix: number of leading tokens that are protected.
+        n_protected: the largest number of protected tokens in a row.
+        causal: a token attends to itself and earlier tokens only.
+        class_token: the first token is a class token, and the cross token starts as its copy.
+        padding: a mask of the attention may hide padding.
+        outputs: what the blocks return to the host.
+        relevance: cosines of tokens with text features; None: no features were given.
+        record: what the user can read after the forward.
     """
 
     def __init__(
         self, owner: Any, reducer: Reducer, depth: int, length: int, *, prefix: int, causal: bool, class_token: bool,
-        padding: bool, has_end: bool, shown: Shown, relevance: Relevance | None = None,
+        padding: bool, has_end: bool, outputs: HostOutputs, relevance: Relevance | None = None,
     ) -> None:  # fmt: skip
         self.owner, self.reducer, self.depth, self.length = owner, reducer, depth, length
-        self.cross = bool(reducer.cross_token)
+        self.has_cross_token = bool(reducer.cross_token)
         self.prefix, self.causal, self.class_token, self.padding = prefix, causal, class_token, padding
-        self.n_protected = prefix + int(self.cross) + int(has_end)
-        self.shown = shown
+        self.n_protected = prefix + int(self.has_cross_token) + int(has_end)
+        self.outputs = outputs
         self.relevance = relevance
-        self.record = Record()
+        self.record = ForwardRecord()
 
 
 @dataclass(frozen=True)
 class TokenState:
-    """The tokens' history in one forward.
+    """The state of the tokens at one point of a forward. T0' is T0, plus one with a cross token.
 
     Attributes:
-        forward: what does not change.
-        positions: [B, T] the input position of each token (a merged token keeps that of its destination).
-        source: [B, T0 + cross] the current token of each input token, -1 if dropped.
-        protected: [B, T] bool.
-        valid: [B, T] false for padding, or None.
-        end: [B] current position of the end of text, or None.
-        sizes: [B, T] float32 input tokens per token, None while all are one.
-        norms: [B, T] float32, see `crossget.methods.merging.norm_correction`; None while all are one, or not asked for.
-        weights: [B, T0 + cross] see `BlockRecord`; None unless the forward is recorded.
-        dropped: some token may have been dropped.
-        changed: tokens were removed since the first block.
+        forward: what is constant in the forward.
+        positions: [B, T] the input position of each token; a merged token has that of its destination.
+        source: [B, T0'] for each input token, the index of the token that it was merged into; -1 if it was dropped.
+        protected: [B, T] true for tokens that must not be merged or dropped.
+        valid: [B, T] false for padding; None: there is no padding, or it is not known yet.
+        end: [B] index of the end-of-text token; None: the tower has none.
+        sizes: [B, T] float32, the number of input tokens that each token stands for; None: all are 1.
+        norms: [B, T] float32, see `crossget.methods.merging.norm_correction`; None: all are 1, or it is switched off.
+        weights: [B, T0'] see `BlockRecord`; None: the forward is not recorded, or an ensemble does not set them.
+        has_dropped: a block has dropped tokens.
+        reduced: a block has removed tokens.
     """
 
     forward: Forward
@@ -162,78 +167,78 @@ class TokenState:
     sizes: Tensor | None = None
     norms: Tensor | None = None
     weights: Tensor | None = None
-    dropped: bool = False
-    changed: bool = False
+    has_dropped: bool = False
+    reduced: bool = False
 
     @staticmethod
     def start(
         forward: Forward, batch: int, device: torch.device, *, end: Tensor | None = None, valid: Tensor | None = None
     ) -> TokenState:
-        """The state in front of the first block.
+        """The state before the first block.
 
         Args:
-            forward: that begins.
+            forward: what is constant in the forward.
             batch: B.
-            device: where the tokens are.
-            end: [B] position of the end of text, which is protected.
-            valid: [B, T0] false for padding.
+            device: the device of the tokens.
+            end: [B] index of the end-of-text token, which is protected; None: the tower has none.
+            valid: [B, T0] false for padding; None: there is no padding, or it is not known yet.
         """
-        total = forward.length + int(forward.cross)
+        total = forward.length + int(forward.has_cross_token)
         order = torch.arange(total, device=device)
         positions = order.expand(batch, total)
         protected = ((order < forward.prefix) | (order >= forward.length)).expand(batch, total)
         if end is not None:
             protected = protected | (order == end[:, None])
-        if valid is not None and forward.cross:
+        if valid is not None and forward.has_cross_token:
             valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
         weights = None if forward.record.blocks is None else torch.ones_like(positions, dtype=torch.float32)
         return TokenState(forward, positions, positions, protected, valid, end, weights=weights)
 
     @property
     def length(self) -> int:
-        """T0, see `Forward`."""
+        """T0, the number of tokens of the host's sequence."""
         return self.forward.length
 
     @property
-    def cross(self) -> bool:
-        """Whether a cross token stands at the end."""
-        return self.forward.cross
+    def has_cross_token(self) -> bool:
+        """Whether a cross token is appended, as the last token."""
+        return self.forward.has_cross_token
 
     @property
-    def pristine(self) -> bool:
-        """The tokens are still exactly the host's."""
-        return not self.changed and not self.forward.cross
+    def unmodified(self) -> bool:
+        """Whether the tokens are exactly the host's sequence."""
+        return not self.reduced and not self.forward.has_cross_token
 
     def with_padding(self, valid: Tensor) -> TokenState:
-        """The same tokens, of which some [B, T] are known to be padding."""
+        """The same state, with `valid` [B, T]: false for padding."""
         return TokenState(
             self.forward, self.positions, self.source, self.protected, valid, self.end, self.sizes, self.norms,
-            self.weights, self.dropped, self.changed,
+            self.weights, self.has_dropped, self.reduced,
         )  # fmt: skip
 
     def advance(self, plan: MergePlan, sizes: Tensor | None, norms: Tensor | None = None) -> TokenState:
-        """The state behind a reduction.
+        """The state after a reduction to T' tokens.
 
         Args:
-            plan: which tokens left, and where to.
-            sizes: [B, T'] of the tokens that are left.
-            norms: [B, T'] of the tokens that are left.
+            plan: which tokens were removed, and what they were merged into.
+            sizes: [B, T'] the new sizes; None: all are 1.
+            norms: [B, T'] the new norms; None: all are 1, or norm correction is switched off.
         """
-        known = self.source.clamp(min=0) if self.dropped else self.source
-        source = plan.index.gather(1, known)
+        index = self.source.clamp(min=0) if self.has_dropped else self.source
+        source = plan.index.gather(1, index)
         share = None if self.weights is None else shares(plan)
         return TokenState(
             self.forward,
             positions=self.positions.gather(1, plan.kept),
-            source=torch.where(self.source < 0, self.source, source) if self.dropped else source,
+            source=torch.where(self.source < 0, self.source, source) if self.has_dropped else source,
             protected=self.protected.gather(1, plan.kept),
             valid=None if self.valid is None else self.valid.gather(1, plan.kept),
             end=None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1),
             sizes=sizes,
             norms=norms,
-            weights=None if self.weights is None or share is None else self.weights * share.gather(1, known),
-            dropped=self.dropped or plan.destination is None,
-            changed=True,
+            weights=None if self.weights is None or share is None else self.weights * share.gather(1, index),
+            has_dropped=self.has_dropped or plan.destination is None,
+            reduced=True,
         )
 
     def to(self, device: torch.device) -> TokenState:
@@ -247,43 +252,46 @@ class TokenState:
         return TokenState(
             self.forward, self.positions.to(device), self.source.to(device), self.protected.to(device),
             moved(self.valid), moved(self.end), moved(self.sizes), moved(self.norms), moved(self.weights),
-            self.dropped, self.changed,
+            self.has_dropped, self.reduced,
         )  # fmt: skip
 
-    def record_of(self, tokens: Tensor, score: Tensor | None) -> BlockRecord:
-        """What a block did that this is the state behind.
+    def block_record(self, tokens: Tensor, score: Tensor | None) -> BlockRecord:
+        """The record of the block that this is the state after.
 
         Args:
-            tokens: [B, T', C] that left it.
+            tokens: [B, T', C] the tokens after the block.
             score: [B, T] see `BlockRecord`.
         """
         length = self.forward.length
         sizes = torch.ones_like(self.positions, dtype=torch.float32) if self.sizes is None else self.sizes
         weights = None if self.weights is None else self.weights[:, :length]
-        # A copy of the tokens: the next block writes another cross token among them while it runs.
+        # A copy of the tokens: the next block temporarily overwrites the cross token in them.
         return BlockRecord(self.source[:, :length], sizes, weights, score, tokens.detach().clone())
 
-    def restored(self, tokens: Tensor) -> Tensor:
-        """Reduced tokens [B, T, C] on the host's grid [B, T0, C], without the cross token."""
-        cross, length = self.forward.cross, self.forward.length
-        if not self.changed:
-            return tokens[:, :length] if cross else tokens
+    def full_grid(self, tokens: Tensor) -> Tensor:
+        """[B, T0, C] one token for every input position, from reduced tokens [B, T, C].
+
+        The cross token is left out. A dropped token is replaced by the mean of the remaining tokens after the prefix.
+        """
+        has_cross_token, length = self.forward.has_cross_token, self.forward.length
+        if not self.reduced:
+            return tokens[:, :length] if has_cross_token else tokens
         source = self.source[:, :length]
-        if not self.dropped:
+        if not self.has_dropped:
             return unmerge(tokens, source)
-        last = size_of(tokens, 1) - int(cross)
-        return unmerge(tokens, source, tokens[:, self.forward.prefix : last].mean(1, keepdim=True))
+        stop = size_of(tokens, 1) - int(has_cross_token)
+        return unmerge(tokens, source, tokens[:, self.forward.prefix : stop].mean(1, keepdim=True))
 
 
 def token_at(tokens: Tensor, position: Tensor | None) -> Tensor:
-    """[B, 1, C] the token of each row at `position` [B]; None: the first one."""
+    """[B, 1, C] the token of each row at `position` [B]; None: the first token."""
     if position is None:
         return tokens[:, :1]
     return tokens.gather(1, position[:, None, None].expand(-1, 1, tokens.shape[2]))
 
 
-def with_token(tokens: Tensor, token: Tensor, position: Tensor | None) -> Tensor:
-    """[B, T, C] the tokens with another one [B, 1, C] at `position` [B]; None: in front."""
+def replace_token(tokens: Tensor, token: Tensor, position: Tensor | None) -> Tensor:
+    """[B, T, C] a copy of `tokens` with `token` [B, 1, C] at `position` [B]; None: at the first position."""
     if position is None:
         return torch.cat([token, tokens[:, 1:]], 1)
     return tokens.scatter(1, position[:, None, None].expand(-1, 1, tokens.shape[2]), token)

@@ -1,4 +1,4 @@
-"""What training a reduced model takes beside the host's own: which parameters are trained."""
+"""Choosing the parameters that are trained in a reduced model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ def parameter_groups(
     train: Trained = "all",
     prompts: Iterable[nn.Parameter] = (),
 ) -> dict[str, list[nn.Parameter]]:
-    """Choose what is trained: gradients are asked for there and nowhere else in the model.
+    """Choose the parameters that are trained. `requires_grad` is set to True for these, and to False for all others.
 
     Args:
-        model: whose weights may be trained.
-        attached: whose cross tokens are trained; None for a model without.
-        train: "cross_tokens" alone; "prompts": the cross tokens and `prompts`; "all": these and the model's weights.
+        model: the model whose weights may be trained.
+        attached: the handle of the attached model, whose cross tokens are trained; None: there are none.
+        train: "cross_tokens": these only; "prompts": the cross tokens and `prompts`; "all": these and the model's
+            weights.
         prompts: learnable context tokens, which need not be parameters of `model`.
 
     Returns:
-        Of "cross_tokens", "prompts" and "weights" those that are trained and not empty, for the groups of an optimiser:
-        `[{"params": params, "name": name} for name, params in groups.items()]`. A shared parameter is in one group.
+        The trained parameters in up to three groups, "cross_tokens", "prompts" and "weights", without empty ones and
+        without duplicates. `[{"params": params, "name": name} for name, params in groups.items()]` are the groups of an
+        optimiser.
 
     Raises:
         ValueError: nothing would be trained.

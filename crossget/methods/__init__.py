@@ -1,1 +1,1 @@
-"""The methods: functions of tensors and the dataclasses made of them. Nothing here knows a model."""
+"""The methods: functions of tensors, and the dataclasses that combine them. Nothing here depends on a model."""

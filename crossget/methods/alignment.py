@@ -1,4 +1,4 @@
-"""The alignment loss: the cross tokens of the two towers, projected to their joint space, should agree."""
+"""The alignment loss: it draws the cross tokens of two towers together, in the joint space of both."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ Divergence = Literal["reference", "jensen_shannon"]
 
 
 def alignment_loss(first: Tensor, second: Tensor, divergence: Divergence = "reference") -> Tensor:
-    """Divergence between the cross tokens of two towers, layer by layer.
+    """Divergence between the projected cross tokens of two towers, averaged over layers.
 
     Args:
-        first: [L1, B, E] projected cross tokens of each block.
-        second: [L2, B, E]. Layers of the tower that has fewer are repeated to match the other's number.
+        first: [L1, B, E] cross tokens of each block of one tower, projected into the joint space.
+        second: [L2, B, E] the same for the other tower. If L1 and L2 differ, the layers of the smaller tower are
+            repeated.
         divergence: "reference" is (KL(m||a) + KL(m||b)) / 2 with m the mean of the two distributions a and b (softmax
-            over E), as the released checkpoints were trained with; "jensen_shannon" is (KL(a||m) + KL(b||m)) / 2,
+            over E), which the released checkpoints were trained with; "jensen_shannon" is (KL(a||m) + KL(b||m)) / 2,
             as in the paper.
 
     Returns:
@@ -27,7 +28,7 @@ def alignment_loss(first: Tensor, second: Tensor, divergence: Divergence = "refe
     Raises:
         ValueError: the batches or widths differ.
 
-    Source: CrossGET (arXiv 2305.17455), section 3.1; reference implementation.
+    Source: CrossGET (arXiv 2305.17455), section 3.1; the authors' implementation.
     """
     if first.shape[1:] != second.shape[1:]:
         raise ValueError(
@@ -51,7 +52,7 @@ def alignment_loss(first: Tensor, second: Tensor, divergence: Divergence = "refe
 
 
 def _repeat(side: Tensor, layers: int) -> Tensor:
-    """Repeat l layers evenly to get L of them: layer i comes floor((i+1) L / l) - floor(i L / l) times."""
+    """Repeat l layers evenly to get L: layer i is repeated floor((i+1) L / l) - floor(i L / l) times."""
     given = side.shape[0]
     if given == layers:
         return side

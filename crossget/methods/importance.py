@@ -1,9 +1,10 @@
-"""How tokens are scored: by the query of a guide, by the attention they receive, or by their similarity to a text.
+"""Importance scores of tokens: by the query of a guide, by the attention received, or by the similarity to a text.
 
-A guide is one token whose query scores all tokens: the cross token, the class token, or the end-of-text token.
-A high score keeps a token from becoming a source, and gives it more weight when two tokens are merged.
+The guide is one token whose query is compared with the keys of all tokens: the cross token, the class token, or the
+end-of-text token. A token with a high score is less likely to become a source (a token that is removed), and it gets a
+larger weight when two tokens are merged.
 
-Shapes: B batch, T tokens, C channels, H heads, D channels of a head. Scores are float32 or wider, without gradient.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head. Scores are float32 or float64, without gradient.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
 
     Args:
         keys: [B, T, C].
-        inverse_norms: [B, T] one over the norm of each key.
-        query: [B, 1, C] of the guide.
+        inverse_norms: [B, T] reciprocal of the norm of each key.
+        query: [B, 1, C] query of the guide.
 
     Returns:
         [B, T] in [-1, 1].
@@ -35,9 +36,10 @@ def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
 
 
 def by_attention(weights: Tensor) -> Tensor:
-    """The attention each token receives: the mean over all queries but the last, plus that of the last query.
+    """The attention that each token receives: from all queries but the last on average, plus that from the last query.
 
-    The last token is the cross token, if there is one. Otherwise it is an ordinary token whose query weighs more.
+    The last token is the cross token, if there is one. Without one, the query of an ordinary last token gets the same
+    large weight.
 
     Args:
         weights: [.., T, T] attention probabilities (query, key).
@@ -45,7 +47,7 @@ def by_attention(weights: Tensor) -> Tensor:
     Returns:
         [.., T].
 
-    Source: the reference implementation for LLaVA-1.5.
+    Source: the CrossGET authors' implementation for LLaVA-1.5.
     """
     if weights.shape[-2] == 1:
         return weights[..., 0, :]
@@ -53,16 +55,17 @@ def by_attention(weights: Tensor) -> Tensor:
 
 
 def by_class_attention(attention: Tensor, sizes: Tensor) -> Tensor:
-    """log(1 + a), where a is the class token's attention to a token over that token's share of all sizes.
+    """log(1 + a / s): a is the class token's attention to a token, s is the token's size over the sum of all sizes.
 
-    `matching.ward` and `merging.normalized` weigh a token by its mass, size * exp(score). With this score the mass is
-    the token's size, plus the class token's attention to it times the sum of all sizes: half of all mass is spread by
-    size, half by attention. Where attention is proportional to size, all masses double, which changes nothing. A token
-    that gets no attention has the mass of its size.
+    `matching.ward` and `merging.normalized` weight a token by its mass, size * exp(score). With this score the mass is
+    size + a * (sum of all sizes): half of the total mass is distributed by size, and half by attention. If attention is
+    proportional to size, all masses double, which has no effect. A token that gets no attention has a mass equal to its
+    size.
 
     Args:
-        attention: [B, T] of the class token, averaged over heads, computed with log(size) added to the scores.
-        sizes: [B, T] input tokens per token.
+        attention: [B, T] attention probabilities of the class token's query, averaged over heads, computed with
+            log(size) added to the attention scores.
+        sizes: [B, T] number of input tokens that each token stands for.
 
     Returns:
         [B, T], at least 0.
@@ -73,24 +76,25 @@ def by_class_attention(attention: Tensor, sizes: Tensor) -> Tensor:
 def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """`by_attention`, averaged over heads, for a fused attention, which does not return its probabilities.
 
-    Of [B, H, T, T] probabilities one number per token is needed. So they are computed and summed up a few heads at a
-    time: on a CPU as many as fit its cache, elsewhere and in a compiled graph as many as bound the memory.
+    The [B, H, T, T] probabilities are computed again and reduced to one number per token, a few heads at a time. On a
+    CPU, the heads of one step fit the cache. On other devices and in a compiled graph, their number bounds the memory.
 
     Args:
         queries: [B, H, T, D], or [B, H, 1, D] for the attention of one token.
         keys: [B, H, T, D].
-        bias: [B or 1, H or 1, T or 1, T] added to the scores: mask and log(size). None: nothing is added.
-        scale: of the scores.
+        bias: [B or 1, H or 1, T or 1, T] additive mask plus log(size), added to the attention scores; None for
+            neither.
+        scale: factor of the attention scores.
 
     Returns:
-        [B, T] in float32 or wider.
+        [B, T] in float32 or float64.
     """
     batch, heads, tokens = size_of(keys, 0), size_of(keys, 1), size_of(keys, 2)
-    cached = queries.device.type == "cpu" and not torch.compiler.is_compiling()
-    most = _CACHED if cached else _BOUND
-    if batch * heads * tokens**2 <= most:  # Asked first: below it no size enters a compiled graph as a constant.
+    eager_cpu = queries.device.type == "cpu" and not torch.compiler.is_compiling()
+    limit = _CPU_SCORES if eager_cpu else _MAX_SCORES
+    if batch * heads * tokens**2 <= limit:  # Compared first: the code below would fix sizes in a compiled graph.
         return _received(queries, keys, bias, scale) / heads
-    at_once = max(1, most // tokens**2)
+    at_once = max(1, limit // tokens**2)
     rows, heads_at_once = max(1, at_once // heads), min(heads, at_once)
     received = []
     for row in range(0, batch, rows):
@@ -103,16 +107,16 @@ def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale
 def by_text(cosines: Tensor, free: Tensor) -> Tensor:
     """The similarity of each token to a text, scaled to [0, 1] within each row.
 
-    A CLIP's cosines between tokens and a text span a small range, far below that of the similarities between tokens
-    from which a matching subtracts them. So they are scaled: the least similar free token of a row gets 0, the most
-    similar one 1.
+    In CLIP the cosines between tokens and a text span a much smaller range than the similarities between tokens, from
+    which a matching subtracts them. So they are scaled: of the free tokens of a row, the least similar one gets 0 and
+    the most similar one 1.
 
     Args:
-        cosines: [B, T] of tokens, in the space of texts, with the text.
-        free: [B, T] false for protected tokens and padding, which do not count here.
+        cosines: [B, T] cosine of each token with the text, in the joint space of images and texts.
+        free: [B, T] false for protected tokens and padding, which are left out of the scaling.
 
     Returns:
-        [B, T] in [0, 1] for free tokens; 0 for all others, and where all free ones are equally similar.
+        [B, T] in [0, 1] for free tokens; 0 for all others, and in rows whose free tokens are equally similar.
     """
     low = cosines.masked_fill(~free, torch.inf).amin(1, keepdim=True)
     high = cosines.masked_fill(~free, -torch.inf).amax(1, keepdim=True)
@@ -120,7 +124,8 @@ def by_text(cosines: Tensor, free: Tensor) -> Tensor:
     return torch.where(free & (span > 0), (cosines - low) / span, torch.zeros_like(cosines))
 
 
-_CACHED, _BOUND = 1 << 20, 1 << 27  # scores at a time
+# Attention scores that are computed at a time.
+_CPU_SCORES, _MAX_SCORES = 1 << 20, 1 << 27
 
 
 def _received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -133,7 +138,7 @@ def _received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) 
 
 
 def _part(bias: Tensor | None, rows: slice, heads: slice) -> Tensor | None:
-    """The part of a bias for some images and heads; an axis of size 1 is for all of them."""
+    """The part of a bias for some images and heads; an axis of size 1 is broadcast, and stays."""
     if bias is None:
         return None
     bias = bias if bias.shape[0] == 1 else bias[rows]

@@ -1,6 +1,6 @@
-"""Sizes and rows of tensors, in a form that suits eager code, tracing and compilers.
+"""Sizes and rows of tensors, written so that they work eagerly, traced and compiled.
 
-Shapes: B batch, T tokens, C channels, N rows that are picked.
+Shapes: B batch, T tokens, C channels, N selected rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ def size_of(x: Tensor, dim: int) -> int:
     """The size of one dimension: symbolic while torch compiles or exports, otherwise a plain int.
 
     A symbolic size lets one compiled graph serve every number of tokens. `torch.jit.trace` gives sizes as tensors, on
-    which Python's arithmetic and comparisons do not work as on ints, so there they become constants.
+    which Python's arithmetic and comparisons differ from those on ints. So a size becomes a constant there.
     """
     size = x.shape[dim]
     return size if torch.compiler.is_compiling() else int(size)
@@ -21,14 +21,14 @@ def size_of(x: Tensor, dim: int) -> int:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """The rows [B, N, C] of `x` [B, T, C] at `index` [B, N]."""
-    # index_select copies whole rows of a flat tensor; a gather would read an index for every number.
+    # index_select copies whole rows of a flat tensor; a gather would need one index per element.
     batch, tokens, width = (size_of(x, dim) for dim in range(3))
     picked = x.reshape(batch * tokens, width).index_select(0, flat(index, tokens))
     return picked.view(batch, size_of(index, 1), width)
 
 
 def flat(index: Tensor, tokens: int) -> Tensor:
-    """Positions [B, N] in sequences of `tokens` tokens, as positions [B * N] in all sequences laid end to end."""
+    """Positions [B, N] in sequences of `tokens` tokens, as positions [B * N] in the concatenation of all sequences."""
     batch = size_of(index, 0)
     if batch == 1:
         return index.reshape(-1)

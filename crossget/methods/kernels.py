@@ -1,9 +1,9 @@
-"""Triton kernels that replace the many small ones of `matching.complete_graph` and of the ensembles, on CUDA.
+"""Triton kernels for `matching.complete_graph` and for the ensembles, which otherwise take many small CUDA kernels.
 
-`usable` says whether they can. All results are deterministic. Once tile sizes are chosen, the host never waits for the
-device.
+`usable` says whether they are used. Their results are deterministic. Once tile sizes are chosen, the CPU never waits
+for the GPU.
 
-Shapes: B batch, T tokens, C channels, r removed, N = T - r left.
+Shapes: B batch, T tokens, C channels, r removed, N = T - r kept.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch.autograd.function import once_differentiable
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _lock = threading.Lock()
-_launching = threading.Lock()  # Triton's tuner stores the arguments of a call on itself.
+_launching = threading.Lock()  # Triton's autotuner stores the arguments of a call on itself.
 _disabled = 0
 
 OLDEST_TRITON = (3, 4)  # In the interpreter of 3.0 the kernels compute wrong results; 3.1 to 3.3 are not tested.
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the kernels can compute with `tensor`; otherwise plain tensor operators are used.
+    """Whether the kernels are used for `tensor`; otherwise plain tensor operators are.
 
-    They need CUDA (compute capability 8.0), Triton, and float32, float16 or bfloat16. They are not used where operators
-    are observed, which does not see kernels: while tracing, compiling or exporting, inside `torch.func` and dispatch
-    modes (such as those that count FLOPs), and for tensors that hold no data. They are switched off by `disabled`
-    and by the environment variable CROSSGET_TRITON=0.
+    The kernels need CUDA (compute capability 8.0 or higher), Triton, and float32, float16 or bfloat16. They are not
+    used where something records operators, as a kernel is not an operator: while tracing, compiling or exporting,
+    inside `torch.func` and dispatch modes (such as those that count FLOPs). Nor are they for tensors without data.
+    `disabled` and the environment variable CROSSGET_TRITON=0 switch them off.
     """
-    # Compilation is asked first, so that nothing below it is traced.
+    # Compilation is tested first, so that the other conditions are not traced.
     return (
         not torch.compiler.is_compiling()
         and not _disabled
@@ -51,7 +51,7 @@ def usable(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Inside, `usable` is False, in all threads: a backward pass that recomputes blocks runs in another one."""
+    """Context in which `usable` is False, in all threads: autograd recomputes checkpointed blocks in another thread."""
     global _disabled
     with _lock:
         _disabled += 1
@@ -67,21 +67,22 @@ def complete_graph(
 ) -> tuple[Tensor, Tensor]:
     """`matching.complete_graph` with `ties="stable"`, without any [T, T] matrix in memory.
 
-    The similarities are computed three times, tile by tile: for row maxima, for priorities, and for the r rows of the
-    sources. By count of operations and bytes, the second set of products on tensor cores costs about as much as writing
-    a [B, T, T] matrix and loading it again, and it needs no memory.
+    The similarities are computed three times, tile by tile: for the row maxima, for the priorities, and for the r rows
+    of the sources. By the number of operations and bytes, computing them a second time on tensor cores costs about as
+    much as writing a [B, T, T] matrix and loading it again, and it needs no memory.
 
-    The first call with a new C, dtype, or power of two above T or r times a few tile sizes, and waits for them.
+    The first call with a new C, a new dtype, or a new power of two above T or r measures the time of a few tile
+    sizes, and waits for the GPU.
 
     Args:
         keys: [B, T, C] float32, float16 or bfloat16, of any norm and strides; copied unless channels are contiguous.
         protected: [B, T] true for tokens that are neither source nor destination.
-        valid: [B, T] tokens of different value are not matched; None when all are alike.
-        r: how many sources, at most `Candidates.limit(r)`.
-        importance: [B, T]; None leaves importance out of the choice.
+        valid: [B, T] false for padding, which is matched with padding only; None: there is no padding.
+        r: number of sources, at most `Candidates.limit(r)`.
+        importance: [B, T] scores; None: the choice of sources uses none.
 
     Returns:
-        sources [B, r] in the order in which they were picked, and destinations [B, r].
+        Sources [B, r] in the order in which they were picked, and their destinations [B, r].
     """
     kernels = _kernels()
     keys = _contiguous_channels(keys.detach())
@@ -92,7 +93,7 @@ def complete_graph(
     norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
     best, priority = torch.empty_like(norms), torch.empty_like(norms)
     group = torch.empty(batch, tokens, dtype=torch.int8, device=keys.device)
-    leaves = torch.empty_like(group)
+    is_source = torch.empty_like(group)
     bucket, r_bucket = _power_of_two(tokens), _power_of_two(r)
     strides = keys.stride()[:2]
 
@@ -101,7 +102,7 @@ def complete_graph(
 
     with _launching, _device_of(keys):
         kernels.row_max[tiles(tokens)](
-            keys, norms, protected, valid, best, group, leaves, tokens, bucket, *strides, *protected.stride(),
+            keys, norms, protected, valid, best, group, is_source, tokens, bucket, *strides, *protected.stride(),
             *((0, 0) if valid is None else valid.stride()), channels,
         )  # fmt: skip
         kernels.priority[tiles(tokens)](
@@ -109,44 +110,53 @@ def complete_graph(
             *((0, 0) if importance is None else importance.stride()), channels,
         )  # fmt: skip
         source = torch.topk(priority, r, dim=1, largest=False, sorted=True).indices
-        leaves.scatter_(1, source, 1)
+        is_source.scatter_(1, source, 1)
         destination = torch.empty_like(source)
         kernels.nearest[tiles(r)](
-            keys, norms, group, leaves, source, destination, tokens, r, bucket, r_bucket, *strides, channels
+            keys, norms, group, is_source, source, destination, tokens, r, bucket, r_bucket, *strides, channels
         )
     return source, destination
 
 
 def pull(
-    tokens: Tensor, kept: Tensor, source: Tensor, destination: Tensor, arrived: Tensor, take: Tensor, give: Tensor
+    tokens: Tensor,
+    kept: Tensor,
+    source: Tensor,
+    destination: Tensor,
+    new_destination: Tensor,
+    taken: Tensor,
+    given: Tensor,
 ) -> Tensor:
-    """The tokens that stay, each with its sources merged in; summed in float32, rounded once.
+    """The kept tokens, each with its sources merged into it; summed in float32, rounded once.
 
-    out[b, n] = tokens[b, kept[b, n]] + sum over sources a with arrived[b, a] == n of
-    take[b, a] * tokens[b, source[b, a]] - give[b, a] * tokens[b, destination[b, a]]
+    out[b, n] = tokens[b, kept[b, n]] + sum over sources a with new_destination[b, a] == n of
+    taken[b, a] * tokens[b, source[b, a]] - given[b, a] * tokens[b, destination[b, a]]
 
     Args:
-        tokens: [B, T, C] float32, float16 or bfloat16; the only input with a gradient, which is differentiable once.
-        kept: [B, N] tokens that stay; together with `source` every token exactly once.
-        source: [B, r] tokens that leave.
-        destination: [B, r] the token each source joins. It is `kept` at `arrived`, and therefore not used.
-        arrived: [B, r] the position of each destination among the tokens that stay.
-        take: [B, r] float32, the weight of each source.
-        give: [B, r] float32, the weight that its destination loses.
+        tokens: [B, T, C] float32, float16 or bfloat16. It is the only input with a gradient, and has no second one.
+        kept: [B, N] positions of the kept tokens. `kept` and `source` hold every position exactly once.
+        source: [B, r] positions of the tokens that are removed.
+        destination: [B, r] position of the token that each source is merged into. Not used, as it is equal to `kept`
+            at `new_destination`.
+        new_destination: [B, r] position of each destination among the kept tokens.
+        taken: [B, r] float32, the weight of each source.
+        given: [B, r] float32, the weight that its destination loses.
 
     Returns:
         [B, N, C] in the dtype of `tokens`.
     """
-    out: Tensor = _Pull.apply(tokens, kept, source, arrived, take, give)
+    out: Tensor = _Pull.apply(tokens, kept, source, new_destination, taken, given)
     return out
 
 
 class _Pull(torch.autograd.Function):
+    """`pull`, with `push` as its gradient."""
+
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, kept: Tensor, source: Tensor, arrived: Tensor, take: Tensor, give: Tensor
+        ctx: Any, tokens: Tensor, kept: Tensor, source: Tensor, new_destination: Tensor, taken: Tensor, given: Tensor
     ) -> Tensor:
-        plan = [_contiguous_channels(x) for x in (kept, source, arrived, take, give)]
+        plan = [_contiguous_channels(x) for x in (kept, source, new_destination, taken, given)]
         ctx.save_for_backward(*plan)
         return _move("pull", tokens, plan, rows=int(kept.shape[1]))
 
@@ -158,6 +168,7 @@ class _Pull(torch.autograd.Function):
 
 
 def _move(kernel: str, x: Tensor, plan: list[Tensor], rows: int) -> Tensor:
+    """[B, rows, C] the output of the kernel `pull` or `push` on `x` [B, T or N, C]."""
     x = _contiguous_channels(x)
     kept, source = plan[:2]
     batch, _, channels = x.shape
@@ -187,7 +198,7 @@ def _runs_on(tensor: Tensor) -> bool:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module of the kernels; None without Triton, which only some builds of torch bring along."""
+    """The module with the kernels; None if there is no Triton, which is a dependency of only some builds of torch."""
     if importlib.util.find_spec("triton") is None:
         return None
     major, minor, *_ = importlib.import_module("triton").__version__.split(".")

@@ -1,10 +1,10 @@
-"""Who joins whom: complete-graph, bipartite, Ward's and random matching as pure tensor functions.
+"""Matchings, which choose the tokens to merge: complete-graph, bipartite, Ward's and random matching.
 
-Every matching picks `r` *sources*, tokens that are removed, and for each source a *destination*, a token that stays and
-that the source is merged into. `Candidates` holds what a matching chooses from; `MergePlan` holds what it chose and
-where every token ends up. Similarities of all pairs are in `crossget.methods.pairs`.
+A matching picks `r` *sources*, tokens that are removed, and for each source a *destination*, the kept token that the
+source is merged into. `Candidates` is its input: the tokens that it may choose from. `MergePlan` is its result: the
+pairs, and the new position of every token. The similarities of all pairs are in `crossget.methods.pairs`.
 
-Shapes: B batch, T tokens, C channels, r removed. Nothing here carries a gradient or knows a model.
+Shapes: B batch, T tokens, C channels, r removed. Matchings are functions of tensors and compute no gradient.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ Ties = Literal["torch", "stable"]
 
 
 class Candidates:
-    """What a matching may choose from.
+    """The tokens that a matching may choose from, and how they are compared.
 
     Args:
-        given: [B, T, C] the vectors that tokens are compared by, of any norm and dtype; usually keys.
+        vectors: [B, T, C] the vectors that tokens are compared by, of any norm and dtype; usually keys.
         protected: [B, T] true for tokens that are neither source nor destination.
-        n_protected: an upper bound of the protected tokens in a row, one for all rows, so that shapes are static.
-        valid: [B, T] false for padding. Padding is only ever matched with padding. None: there is no padding.
+        n_protected: the largest number of protected tokens in a row. It is one int for all rows, so that shapes are
+            static.
+        valid: [B, T] false for padding, which is matched with padding only. None: there is no padding.
         ties: how equal similarities are ranked, see `complete_graph`.
-        seed: of the random matching.
-        budget: similarities to hold at a time.
-        sizes: [B, T] input tokens per token; None while all are one.
+        seed: seed of the random matching.
+        budget: number of similarities that are in memory at a time.
+        sizes: [B, T] number of input tokens that each token stands for; None: all are 1.
     """
 
     def __init__(
         self,
-        given: Tensor,
+        vectors: Tensor,
         protected: Tensor,
         n_protected: int,
         valid: Tensor | None = None,
@@ -48,12 +49,12 @@ class Candidates:
         budget: int = BUDGET,
         sizes: Tensor | None = None,
     ) -> None:
-        batch, tokens = size_of(given, 0), size_of(given, 1)
-        self.given = given
+        batch, tokens = size_of(vectors, 0), size_of(vectors, 1)
+        self.vectors = vectors
         self.sizes = sizes
-        self.is_half = given.dtype in (torch.float16, torch.bfloat16)
-        # In float32 the kernels would run without tensor cores.
-        self.by_kernels = self.is_half and kernels.usable(given)
+        self.is_half = vectors.dtype in (torch.float16, torch.bfloat16)
+        # In float32 the kernels would not use tensor cores.
+        self.by_kernels = self.is_half and kernels.usable(vectors)
         self.in_tiles = batch * tokens**2 > budget
         self.protected = protected
         self.n_free = tokens - n_protected
@@ -61,49 +62,53 @@ class Candidates:
         self.ties = ties
         self.seed = seed
         self.budget = budget
-        # Computed on demand. By hand: Dynamo cannot enter the lock of older Pythons' cached_property.
+        # Computed on demand. Dynamo cannot trace functools.cached_property, which takes a lock in Python 3.10 and 3.11.
         self._keys: Tensor | None = None
         self._inverse_norms: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
-        """[B, T, C] `given` in float32 or wider: half precision has too few digits to rank cosines."""
+        """[B, T, C] `vectors` in float32 or float64: half precision has too few digits to rank cosines."""
         if self._keys is None:
-            self._keys = self.given.float() if self.is_half else self.given
+            self._keys = self.vectors.float() if self.is_half else self.vectors
         return self._keys
 
     @property
     def inverse_norms(self) -> Tensor:
-        """[B, T] one over the norm of each key, rounded alike with tiles and without."""
+        """[B, T] reciprocal of the norm of each key. Computed once, so that its rounding does not depend on tiles."""
         if self._inverse_norms is None:
             self._inverse_norms = torch.linalg.vector_norm(self.keys, dim=-1).clamp_min(1e-12).reciprocal()
         return self._inverse_norms
 
     def limit(self, r: int) -> int:
-        """The number of tokens that can be removed, at most `r`: half of those that are not protected.
+        """The number of tokens that can be removed: `r`, but at most half of the unprotected ones.
 
-        With padding, one destination is reserved for each of the two groups that must not mix.
+        With padding, one destination is reserved among the padding and one among the other tokens, as the two are
+        never matched with each other.
         """
         most = (self.n_free - (0 if self.valid is None else 2)) // 2
-        # Comparisons, not min and max: then a compiled graph that removes r tokens is shared by all lengths that can.
+        # Comparisons instead of min and max: one compiled graph then serves all lengths from which r can be removed.
         return r if r <= most else most if most > 0 else 0
 
     def cosines(self, rows: Tensor | slice = ALL, columns: Tensor | slice = ALL) -> Tensor:
-        """Cosines between some tokens and others, nothing masked: S in section 3.2 of the paper.
+        """Cosines between the vectors of some tokens and of others, without masks.
 
-        The products are scaled, not the keys, which have more numbers. Scaled by the product of both norms, S_ij and
-        S_ji stay equal to the last bit where the processor's products are. They are not on every processor, see `ties`.
+        The products are divided by the norms, rather than the vectors, which have more elements. The two reciprocal
+        norms are multiplied with each other first. So S_ij and S_ji are equal to the last bit if the matrix product
+        gives equal numbers for both, which not every processor does (see `complete_graph` on ties).
 
         Args:
-            rows: which tokens, as a slice or as [B, N] positions.
-            columns: which others.
+            rows: the tokens of the rows, as a slice or as positions [B, N].
+            columns: the tokens of the columns, in the same form.
 
         Returns:
             [B, rows, columns].
+
+        Source: S in CrossGET (arXiv 2305.17455), section 3.2.
         """
         (a, a_norms), (b, b_norms) = self._part(rows), self._part(columns)
         products = torch.bmm(a, b.transpose(1, 2))
-        if rows is columns:  # All pairs: the float32 keys are not needed again, and take more memory than what follows.
+        if rows is columns:  # All pairs at once: the float32 keys are not needed again, so their memory is freed.
             del a, b
             self._keys = None
         for band in bands(products):
@@ -111,6 +116,7 @@ class Candidates:
         return products
 
     def _part(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Keys [B, N, C] and their reciprocal norms [B, N], of some tokens."""
         if which is ALL:
             return self.keys, self.inverse_norms
         if isinstance(which, slice):
@@ -118,57 +124,62 @@ class Candidates:
         return take(self.keys, which), self.inverse_norms.gather(1, which)
 
     def blocked(self) -> Tensor:
-        """[B, T] what is added to similarities with each token: -inf for a protected token, otherwise 0."""
-        zeros = self.given.new_zeros(self.protected.shape, dtype=torch.float32 if self.is_half else self.given.dtype)
+        """[B, T] a term to add to all similarities of a token: -inf for a protected token, otherwise 0."""
+        zeros = self.vectors.new_zeros(
+            self.protected.shape, dtype=torch.float32 if self.is_half else self.vectors.dtype
+        )
         return zeros.masked_fill_(self.protected, -math.inf)
 
     def argsort(self, values: Tensor, descending: bool = False) -> Tensor:
-        """Sorted order of `values` [B, N] along the last axis, with this object's rule for ties."""
+        """[B, N] indices that sort `values` [B, N] along the last axis; `ties` decides on equal values."""
         if self.ties == "stable":
             return torch.sort(values, dim=1, descending=descending, stable=True).indices
         return torch.argsort(values, dim=1, descending=descending)
 
     def noise(self, *shape: int) -> Tensor:
-        """Numbers in [0, 1) that depend on the seed, the shape and the number of tokens alone.
+        """Numbers in [0, 1) that depend only on the seed, the shape and the number of tokens.
 
-        A hash instead of a generator: the recomputation of gradient checkpointing, another thread, a compiled graph
-        and another device all get the same numbers.
+        They are a hash and come from no random generator. So the recomputation of gradient checkpointing, other
+        threads, compiled graphs and other devices all get the same numbers.
         """
-        n = torch.arange(math.prod(shape), device=self.given.device).view(shape)
-        n = n + (7919 * (self.seed + 1) + 104729 * size_of(self.given, 1))
+        n = torch.arange(math.prod(shape), device=self.vectors.device).view(shape)
+        n = n + (7919 * (self.seed + 1) + 104729 * size_of(self.vectors, 1))
         for _ in range(2):
             n = ((n ^ (n >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
         return ((n ^ (n >> 16)) & 0xFFFFFF).float() / 2**24
 
 
 class MergePlan:
-    """The outcome of a matching, and where every token ends up. The tokens that stay keep their order.
+    """The result of a matching: which tokens are removed, and the new position of every token.
+
+    Kept tokens stay in order.
 
     Args:
-        source: [B, r] tokens that are removed, each at most once.
-        destination: [B, r] the token that each source is merged into; None when sources are dropped.
-        tokens: T.
+        source: [B, r] positions of the tokens that are removed, without duplicates.
+        destination: [B, r] position of the token that each source is merged into; None if sources are dropped.
+        tokens: T, the number of tokens before the removal.
 
     Attributes:
-        source, destination: as given.
-        new_destination: [B, r] position of each destination among the tokens that stay; -1 when sources are dropped.
-        kept: [B, T - r] tokens that stay, ascending.
-        index: [B, T] the new position of each token's content; -1 where it is dropped.
+        source, destination: the arguments.
+        new_destination: [B, r] position of each destination among the kept tokens; -1 if sources are dropped.
+        kept: [B, T - r] positions of the kept tokens, ascending.
+        index: [B, T] position among the kept tokens of the token that each token is part of; -1 if it is dropped.
         taken, given: [B, r] float32, set by an ensemble: a destination x_b becomes x_b + sum over its sources a of
-            (taken_a x_a - given_a x_b). None until then, and for ensembles that do not report it.
+            (taken_a x_a - given_a x_b). None before that, and with an ensemble that does not set them.
     """
 
     taken: Tensor | None = None
     given: Tensor | None = None
 
     def __init__(self, source: Tensor, destination: Tensor | None, tokens: int) -> None:
-        batch, left = size_of(source, 0), tokens - size_of(source, 1)
+        batch, n_kept = size_of(source, 0), tokens - size_of(source, 1)
         order = torch.arange(tokens, device=source.device).expand(batch, tokens)
-        # Integers, not booleans: tracing has no scatter with a boolean value.
+        # Integers instead of booleans: torch.jit.trace cannot scatter a boolean value.
         new = order - torch.zeros_like(order).scatter(1, source, 1).cumsum(1)
-        # All sources are written to one place behind the others: shapes are static, and nothing waits for the device.
-        place = new.scatter(1, source, left)
-        self.kept = new.new_empty(batch, left + 1).scatter(1, place, order)[:, :left]
+        # All sources are scattered to one extra position, which is cut off. So shapes are static, and the CPU does not
+        # wait for the device.
+        place = new.scatter(1, source, n_kept)
+        self.kept = new.new_empty(batch, n_kept + 1).scatter(1, place, order)[:, :n_kept]
         self.source = source
         self.destination = destination
         self.new_destination = torch.full_like(source, -1) if destination is None else new.gather(1, destination)
@@ -176,10 +187,10 @@ class MergePlan:
         self._pairs: Tensor | None = None
 
     def destinations(self) -> Tensor:
-        """`destination`, where there is one.
+        """`destination`, as a tensor.
 
         Raises:
-            ValueError: the plan drops its sources.
+            ValueError: it is None, as the plan drops its sources.
         """
         if self.destination is None:
             raise ValueError("the plan drops its sources, so nothing is merged; use a plan with destinations")
@@ -187,16 +198,16 @@ class MergePlan:
 
     @property
     def pairs(self) -> Tensor:
-        """[B, 2 r] sources, then their destinations."""
+        """[B, 2 r] the sources, followed by their destinations."""
         if self._pairs is None:
             self._pairs = torch.cat([self.source, self.destinations()], 1)
         return self._pairs
 
 
 def shares(plan: MergePlan) -> Tensor | None:
-    """[B, T] the weight of each token in the token it was merged into.
+    """[B, T] the weight of each token in the token that it is part of after a merge.
 
-    It is 0 for dropped tokens. None is returned where the ensemble does not report its weights.
+    The weight of a dropped token is 0. The result is None if the ensemble did not set `MergePlan.taken` and `given`.
     """
     kept = torch.ones_like(plan.index, dtype=torch.float32)
     if plan.destination is None:
@@ -207,39 +218,39 @@ def shares(plan: MergePlan) -> Tensor | None:
 
 
 def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Complete-graph soft matching: every token may join every other.
+    """Complete-graph soft matching: every token may be merged into every other.
 
-    Tokens are ranked by their largest similarity. Each token looks for the most similar one among those below it in
-    that ranking. The `r` tokens for which importance minus that similarity is least become sources. Each source then
-    joins the most similar of all tokens that stay.
+    First, tokens are ranked by their largest similarity to any other token. Second, each token gets its largest
+    similarity to the tokens below it in this ranking. The `r` tokens with the smallest (importance minus this
+    similarity) become sources. Third, the destination of a source is the most similar of all kept tokens.
 
     Ties are common: two mutual nearest neighbours have the same largest similarity, and their order in the ranking
-    decides which of them may become the source. `ties="torch"` leaves the order to `torch.argsort`, which is not
-    stable. The reference does so, and its results depend on it; they differ between devices, and between processors,
-    whose products S_ij and S_ji may differ in the last bit. `ties="stable"` puts the token that comes first in the
-    sequence first, on every device. The Triton kernels (`crossget.methods.kernels`), which take over on a GPU in half
-    precision, do the same under either setting.
+    decides which of them may become the source. With `ties="torch"` they are ordered by `torch.argsort`, which is not
+    stable, as in the authors' code. Its results differ between devices, and between processors whose products S_ij and
+    S_ji differ in the last bit. With `ties="stable"` the token that is earlier in the sequence comes first, on every
+    device. The Triton kernels (`crossget.methods.kernels`), which are used on a GPU in half precision, always order
+    ties in this way.
 
     Args:
-        candidates: what may be matched.
-        r: how many sources, at most `candidates.limit(r)`.
-        importance: [B, T]; None leaves importance out of the choice.
+        candidates: the tokens that may be matched.
+        r: number of sources, at most `candidates.limit(r)`.
+        importance: [B, T] scores; None: the choice of sources uses none.
 
     Returns:
-        sources [B, r] in the order in which they were picked, and destinations [B, r].
+        Sources [B, r] in the order in which they were picked, and their destinations [B, r].
 
     Source: CrossGET (arXiv 2305.17455), section 3.2 and algorithm 1.
     """
     if candidates.by_kernels:
-        return kernels.complete_graph(candidates.given, candidates.protected, candidates.valid, r, importance)
-    return _in_a_graph(candidates, candidates.cosines, r, importance)
+        return kernels.complete_graph(candidates.vectors, candidates.protected, candidates.valid, r, importance)
+    return _complete_graph_by(candidates, candidates.cosines, r, importance)
 
 
-def _in_a_graph(
+def _complete_graph_by(
     candidates: Candidates, similar: Similarity, r: int, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`complete_graph` by any similarity."""
-    tokens = size_of(candidates.given, 1)
+    """`complete_graph`, with any similarity between tokens."""
+    tokens = size_of(candidates.vectors, 1)
     blocked, valid = candidates.blocked(), candidates.valid
     if candidates.in_tiles:
         pairs: Square | Tiles = Tiles(similar, blocked, valid, candidates.budget)
@@ -256,20 +267,20 @@ def _in_a_graph(
 def bipartite(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Bipartite soft matching: tokens are split into two sets, one for sources and one for destinations.
 
-    The tokens that are not protected go alternately, in order, to the set of destinations and to that of sources.
-    Every token of the sources' set proposes its most similar destination, and the `r` best proposals are taken.
+    The unprotected tokens are assigned alternately, in order, to the set of destinations and to the set of sources.
+    Every token of the second set is paired with its most similar destination. The `r` best pairs are merged.
 
-    Args, returns: as `complete_graph`.
+    Args and returns: as for `complete_graph`.
 
     Source: ToMe (arXiv 2210.09461), section 3.
     """
-    return _of_two_sets(candidates, candidates.cosines, r, importance)
+    return _bipartite_by(candidates, candidates.cosines, r, importance)
 
 
-def _of_two_sets(
+def _bipartite_by(
     candidates: Candidates, similar: Similarity, r: int, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`bipartite` by any similarity."""
+    """`bipartite`, with any similarity between tokens."""
     a, b = _split(candidates)
     similarity = similar(a, b)
     if candidates.valid is not None:
@@ -283,53 +294,54 @@ def _of_two_sets(
 def ward(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Bipartite matching by Ward's criterion: the `r` pairs are merged whose merging changes the tokens least.
 
-    Tokens are split as in `bipartite`. Merging a and b into their weighted mean changes them, summed over both, by
-    m_a m_b / (m_a + m_b) |x_a - x_b|^2, where the mass m of a token is its size times exp(importance). So tokens are
-    merged that are close to each other, and among equally close ones those of small mass: a token that stands for many
-    input tokens, or for important ones, stays as it is. Distances, unlike cosines, do not depend on an offset that all
-    tokens share.
+    Tokens are split as in `bipartite`. The mass m of a token is its size times exp(importance). Merging a and b into
+    their mean, weighted by mass, changes both by m_a m_b / (m_a + m_b) |x_a - x_b|^2 in total. So close tokens are
+    merged, and of equally close ones those with a small mass: a token that stands for many input tokens, or for
+    important ones, is seldom merged. Unlike cosines, distances do not depend on an offset that all tokens share.
 
     Args:
-        candidates: what may be matched, with their sizes.
-        r: how many sources, at most `candidates.limit(r)`.
-        importance: [B, T] logarithm of the factor of the mass; None: the mass is the size.
+        candidates: the tokens that may be matched, with their sizes.
+        r: number of sources, at most `candidates.limit(r)`.
+        importance: [B, T] the mass is size * exp(importance); None: the mass is the size.
 
     Returns:
-        sources [B, r], least change first, and destinations [B, r].
+        Sources [B, r], smallest change first, and their destinations [B, r].
 
     Source: J. H. Ward, Hierarchical grouping to optimize an objective function, JASA 58 (1963), for pairs of two sets.
     """
-    return _of_two_sets(candidates, WardSimilarity(candidates, importance), r)
+    return _bipartite_by(candidates, WardSimilarity(candidates, importance), r)
 
 
 def ward_graph(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Ward's criterion in a complete graph: every token may join every other, as in `complete_graph`.
+    """Complete-graph matching by Ward's criterion: every token may be merged into every other.
 
-    It computes 3/4 of T^2 products, three times as many as `ward`.
+    It computes 3/4 T^2 products of vectors, three times as many as `ward`.
 
-    Args, returns: as `ward`.
+    Args and returns: as for `ward`.
     """
-    return _in_a_graph(candidates, WardSimilarity(candidates, importance), r)
+    return _complete_graph_by(candidates, WardSimilarity(candidates, importance), r)
 
 
 class WardSimilarity:
-    """Minus the change that merging two tokens makes, by Ward's criterion.
+    """A `Similarity`: minus the change that merging two tokens makes, by Ward's criterion, see `ward`.
 
-    Args: as `ward`.
+    Args:
+        candidates: the tokens, with their sizes.
+        importance: [B, T] as for `ward`.
     """
 
     def __init__(self, candidates: Candidates, importance: Tensor | None) -> None:
-        # Centred, so that few digits are lost when large squares are subtracted from each other.
+        # Centred: fewer digits cancel when |a - b|^2 is computed as |a|^2 + |b|^2 - 2 a b.
         self.points = candidates.keys - candidates.keys.mean(1, keepdim=True)
         self.squares = self.points.square().sum(-1)
         mass = torch.ones_like(self.squares) if candidates.sizes is None else candidates.sizes.to(self.squares.dtype)
         mass = mass if importance is None else mass * importance.exp()
-        self.inverse = mass.reciprocal()  # m_a m_b / (m_a + m_b) is 1 / (1 / m_a + 1 / m_b)
+        self.inverse_mass = mass.reciprocal()  # m_a m_b / (m_a + m_b) is 1 / (1 / m_a + 1 / m_b)
 
     def __call__(self, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
-        """As `Candidates.cosines`."""
+        """Args and returns: as for `Candidates.cosines`."""
         (a, a_squares, a_inverse), (b, b_squares, b_inverse) = self._part(rows), self._part(columns)
-        # Of all pairs, each is computed once.
+        # Between all tokens, the product of most pairs is computed once for both orders.
         pairs = symmetric(a) if rows is columns else torch.bmm(a, b.transpose(1, 2))
         for band in bands(pairs):
             part, squares = pairs[:, band], a_squares[:, band, None] + b_squares[:, None, :]
@@ -337,24 +349,26 @@ class WardSimilarity:
         return pairs
 
     def _part(self, which: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors [B, N, C], their squared norms and inverse masses [B, N], of some tokens."""
         if which is ALL:
-            return self.points, self.squares, self.inverse
+            return self.points, self.squares, self.inverse_mass
         if isinstance(which, slice):
-            return self.points[:, which], self.squares[:, which], self.inverse[:, which]
-        return take(self.points, which), self.squares.gather(1, which), self.inverse.gather(1, which)
+            return self.points[:, which], self.squares[:, which], self.inverse_mass[:, which]
+        return take(self.points, which), self.squares.gather(1, which), self.inverse_mass.gather(1, which)
 
 
 def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Random sources and destinations: the baseline that every matching has to beat.
+    """Random sources and destinations, as a control.
 
-    The choice depends on the seed, the place in the batch and the number of tokens, not on the tokens.
+    The choice depends on the seed, the index in the batch and the number of tokens, but not on the tokens' values.
 
-    Args, returns: as `complete_graph`; importance is ignored, see `crossget.methods.reducers.Merging`.
+    Args and returns: as for `complete_graph`; importance is ignored.
     """
-    batch, tokens = size_of(candidates.given, 0), size_of(candidates.given, 1)
+    batch, tokens = size_of(candidates.vectors, 0), size_of(candidates.vectors, 1)
     free = ~candidates.protected
     valid = candidates.valid if candidates.valid is not None else torch.ones_like(free)
-    # The first token of each group is never a source, so that every source finds a destination of its group.
+    # The first token of either group (padding, others) is never a source. So every source has a destination in its
+    # group.
     first = _first(free & valid) | _first(free & ~valid)
     draw = candidates.noise(batch, tokens).masked_fill(~free | first, 2.0)
     source = draw.argsort(1)[:, :r]
@@ -370,10 +384,10 @@ MATCHINGS: dict[str, Matching] = {
 
 
 def _split(candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """The tokens that are not protected, alternately in two sets: of sources [B, n] and of destinations [B, m]."""
+    """The unprotected tokens, alternately in two sets: possible sources [B, n] and destinations [B, m]."""
     free = ~candidates.protected
     turn = free.long().cumsum(1)
-    # Sorted by set: sources, destinations, others. The sets have one size in every row, so that shapes are static.
+    # Sorted by set: sources, destinations, all others. A set has the same size in every row: shapes are static.
     group = torch.where(free & (turn <= candidates.n_free), turn % 2, 2)
     tokens = size_of(group, 1)
     order = (group * tokens + torch.arange(tokens, device=group.device)).argsort(1)
@@ -382,8 +396,10 @@ def _split(candidates: Candidates) -> tuple[Tensor, Tensor]:
 
 
 def _priority(similarity: Tensor, importance: Tensor | None) -> Tensor:
+    """[B, N] the tokens with the smallest values become sources."""
     return -similarity if importance is None else importance - similarity
 
 
 def _first(mask: Tensor) -> Tensor:
+    """[B, T] true for the first true element of each row of `mask` [B, T]."""
     return mask & (mask.long().cumsum(1) == 1)

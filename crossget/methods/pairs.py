@@ -1,7 +1,7 @@
-"""Similarities of all pairs of tokens: as one [B, T, T] tensor, in tiles of bounded memory, or in bands of rows.
+"""Similarities of all pairs of tokens, as one [B, T, T] tensor or in tiles of bounded memory.
 
-`Square` and `Tiles` answer the same three questions for a matching: each token's largest similarity, its largest
-similarity to the tokens below it in a ranking, and the token that is most similar to a source.
+`Square` and `Tiles` have the same three methods: a token's largest similarity, its largest similarity to the tokens
+below it in a ranking, and the most similar token of each source.
 
 Shapes: B batch, T tokens, C channels, r removed.
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 from crossget.methods.indexing import size_of, take
 
 BUDGET = 1 << 26
-"""Similarities that a matching holds at a time, over the whole batch. Above, they are computed in tiles, and twice."""
+"""Similarities that a matching keeps in memory, over the whole batch. If there are more, they are computed in tiles."""
 BAND = 1 << 18
-"""Similarities that are scaled or compared at a time on a CPU, so that temporary copies of them stay small."""
+"""Similarities that are scaled or compared in one step on a CPU, so that temporary tensors stay small."""
 ALL = slice(None)
 """All tokens, for a `Similarity`."""
 
@@ -31,23 +31,23 @@ class Square:
     """The similarities of all tokens with each other, as one tensor [B, T, T].
 
     Args:
-        similar: how tokens are compared.
-        blocked: [B, T] -inf for tokens that take no part, otherwise 0.
-        valid: [B, T] tokens of different value are not matched; None when all are alike.
+        similar: computes the similarities.
+        blocked: [B, T] -inf for tokens that must not be matched, otherwise 0.
+        valid: [B, T] false for padding, which is matched with padding only; None: there is no padding.
         mirrored: make S_ij and S_ji equal to the last bit.
     """
 
     def __init__(self, similar: Similarity, blocked: Tensor, valid: Tensor | None, mirrored: bool) -> None:
         self.similarity = similar(ALL, ALL)
         if mirrored:
-            # Kernels may round S_ij and S_ji differently, which would break the tie of two nearest neighbours.
+            # A matrix product may round S_ij and S_ji differently, which would break the tie of mutual neighbours.
             for band in bands(self.similarity):
                 rest = slice(band.start, None)
                 one, other = self.similarity[:, band, rest], self.similarity[:, rest, band].transpose(1, 2)
                 larger = torch.maximum(one, other)
                 one.copy_(larger)
                 other.copy_(larger)
-        # Additions and minima instead of masks: masks of this size take a CPU twenty times as long.
+        # Additions and minima instead of boolean masks, which take a CPU twenty times as long.
         self.similarity += blocked[:, None, :]
         tokens = size_of(blocked, 1)
         self.similarity.view(-1, tokens * tokens)[:, :: tokens + 1].fill_(-math.inf)  # the diagonal
@@ -59,13 +59,13 @@ class Square:
         return self.similarity.amax(-1)
 
     def best_below(self, place: Tensor) -> Tensor:
-        """The largest similarity of each token to those that come after it in a ranking.
+        """The largest similarity of each token to the tokens below it in a ranking.
 
         Args:
-            place: [B, T] each token's place in the ranking, counted from 0.
+            place: [B, T] each token's place in the ranking, from 0.
 
         Returns:
-            [B, T], -inf for the last one.
+            [B, T], -inf for the last token of the ranking.
         """
         best = []
         for band in bands(self.similarity):
@@ -74,32 +74,33 @@ class Square:
         return best[0] if len(best) == 1 else torch.cat(best, 1)
 
     def nearest(self, source: Tensor, blocked: Tensor) -> Tensor:
-        """[B, r] the token most similar to each source [B, r], after `blocked` [B, T] is added."""
+        """[B, r] the most similar token of each source [B, r], among those that `blocked` [B, T] allows."""
         return nearest_of(take(self.similarity, source), blocked)
 
 
 def nearest_of(similarity: Tensor, blocked: Tensor) -> Tensor:
-    """[B, r] the column with the largest similarity [B, r, T] in each row, of those that `blocked` [B, T] leaves.
+    """[B, r] the column of the largest similarity [B, r, T], among those that `blocked` [B, T] allows.
 
-    A mask, not an addition: where an image has NaN, a sum would be NaN in blocked columns as well, and they would win.
+    A mask, not an addition: in an image with NaN a sum would be NaN in blocked columns as well, and argmax takes NaN.
     """
     return similarity.masked_fill(blocked.isneginf()[:, None, :], -math.inf).argmax(-1)
 
 
 class Tiles:
-    """The same similarities in stripes of rows, which are computed anew each time they are needed.
+    """The same similarities in tiles, which each method computes again.
 
-    Each pair of tokens is computed once and serves both tokens: half the work, and S_ij equals S_ji.
+    A tile is above or on the diagonal, and is used for its rows and for its columns. So a pair of tokens is computed
+    once for both orders, and S_ij equals S_ji.
 
     Args:
         similar, blocked, valid: as for `Square`.
-        budget: similarities to hold at a time, over the whole batch.
+        budget: similarities in memory at a time, over the whole batch.
     """
 
     def __init__(self, similar: Similarity, blocked: Tensor, valid: Tensor | None, budget: int) -> None:
         self.similar, self.blocked, self.valid = similar, blocked, valid
         self.tokens = size_of(blocked, 1)
-        # Scaling and comparing a tile needs temporary tensors of its size.
+        # 4: a tile and the temporary tensors of its size, for scaling and comparing.
         self.rows = max(1, budget // (4 * size_of(blocked, 0) * self.tokens))
 
     def best(self) -> Tensor:
@@ -130,7 +131,7 @@ class Tiles:
         return torch.cat(found, 1)
 
     def _upper(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and [B, rows, columns] of all tiles on and above the diagonal."""
+        """Rows, columns and similarities [B, rows, columns] of all tiles on and above the diagonal."""
         blocked, valid = self.blocked, self.valid
         for first in range(0, self.tokens, self.rows):
             rows, columns = slice(first, first + self.rows), slice(first, None)
@@ -148,9 +149,9 @@ Pairs = Square | Tiles
 
 
 def bands(pairs: Tensor) -> list[slice]:
-    """The rows of `pairs` [B, N, M] as slices that hold about `BAND` numbers each, over the whole batch.
+    """Slices of the rows of `pairs` [B, N, M], each with about `BAND` elements over the whole batch.
 
-    On other devices than a CPU, and in a compiled graph, which fuses what is done to the rows, one slice holds all.
+    On devices other than a CPU, and in a compiled graph, which fuses the operators on the rows, one slice has all rows.
     """
     if pairs.device.type != "cpu" or torch.compiler.is_compiling():
         return [ALL]
@@ -160,26 +161,26 @@ def bands(pairs: Tensor) -> list[slice]:
 
 
 def bound_of(place: Tensor, other: Tensor) -> Tensor:
-    """Upper bounds that keep only the similarities to tokens further down a ranking.
+    """Upper bounds for similarities: a minimum with them leaves only the tokens below in a ranking.
 
     Args:
-        place: [B, N] places of the rows in the ranking, counted from 0.
-        other: [B, M] those of the columns.
+        place: [B, N] places of the rows' tokens in the ranking, from 0.
+        other: [B, M] places of the columns' tokens.
 
     Returns:
-        [B, N, M] infinity where the column comes after the row, otherwise -inf.
+        [B, N, M] inf where the column's token is below the row's, otherwise -inf.
     """
-    # The half keeps a token's own pair from 0 * inf, which is not a number.
+    # Without the 0.5 the pair of a token with itself would be 0 * inf, which is NaN.
     return torch.sub(other[:, None, :], (place + 0.5)[:, :, None]).mul_(math.inf)
 
 
 def unlike(a: Tensor, b: Tensor) -> Tensor:
-    """[B, N, M] where one of a pair is padding and the other is not, for `a` [B, N] and `b` [B, M]."""
+    """[B, N, M] true where one token of a pair is padding and the other is not, from `a` [B, N] and `b` [B, M]."""
     return a[:, :, None] != b[:, None, :]
 
 
 def symmetric(x: Tensor) -> Tensor:
-    """[B, T, T] products of all rows of `x` [B, T, C] with each other; those between its halves are computed once."""
+    """[B, T, T] x @ x^T of `x` [B, T, C]. The products between the two halves of its rows are computed once."""
     batch, tokens, _ = (size_of(x, dim) for dim in range(3))
     half = tokens // 2
     a, b = x[:, :half], x[:, half:]

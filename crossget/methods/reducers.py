@@ -1,15 +1,18 @@
-"""The methods: frozen dataclasses made of a matching, an importance, an ensemble and a schedule.
+"""The methods: frozen dataclasses that combine a matching, an importance, an ensemble and a schedule.
 
-A reducer *is* its configuration: it prints, compares, pickles, and an ablation is `dataclasses.replace`. It sees
-tensors only (`View`), never a model.
+A reducer is its configuration: it can be printed, compared and pickled, and an ablation is one call of
+`dataclasses.replace`. Its input is a `View` of one block, which holds tensors only; it never gets the model.
 
-Every field takes effect or is refused: with a ValueError or TypeError when the reducer is made, or, where it depends on
-the tower, when it is attached (`Reducer.resolved`). A field that is None has the method's value or, for `importance`
-and `keys`, the value that the reference uses on that tower. `resolved` fills it in; fields that have no meaning beside
-the others stay None.
+"The reference" is the CrossGET authors' code. A tower is a list of transformer blocks, such as the image encoder of a
+CLIP.
 
-To add a method, subclass as a frozen dataclass: `Merging` to change a part of it, `Joining` for another way to choose
-sources and destinations, `Reducer` for anything else.
+Every field takes effect, or is refused with a ValueError or TypeError: when the reducer is constructed or, if it
+depends on the tower, when the reducer is attached (`Reducer.resolved`). None means the method's own value or, for
+`importance` and `keys`, the value of the reference on that tower. `resolved` fills these values in. A field that has no
+effect in combination with the other fields stays None.
+
+To add a method, define a frozen dataclass: a subclass of `Merging` to change one of its parts, of `Joining` for another
+choice of sources and destinations, of `Reducer` for anything else.
 """
 
 from __future__ import annotations
@@ -42,23 +45,23 @@ _BY_ATTENTION = ("attention", "class_attention")
 
 @dataclass
 class View:
-    """What a reducer sees of one block, between attention and MLP.
+    """The input of a reducer: the tokens of one block, between attention and MLP.
 
     Attributes:
-        tokens: [B, T, C] after the attention's residual.
+        tokens: [B, T, C] after the addition of the attention's output to the block's input.
         queries, keys: [B, H, T, D] of the block's attention.
-        received: [B, T] attention received by each token, averaged over heads: of all queries, as in
-            `crossget.methods.importance.by_attention`, or of the class token's query alone
+        received: [B, T] attention received by each token, averaged over heads: from all queries, as in
+            `crossget.methods.importance.by_attention`, or from the class token's query alone
             (`Reducer.needs_class_attention`). None unless the reducer asks for it (`Reducer.needs_attention`).
-        sizes: [B, T] float32 input tokens per token; None while all are one.
-        protected: [B, T] true for tokens that must stay as they are.
-        n_protected: an upper bound of the protected tokens in a row.
-        valid: [B, T] false for padding; None when there is none.
-        guide: position of the guide, see `crossget.methods.importance`: an int for the cross token, [B] for the ends of
-            text. None when the tower has neither.
-        relevance: [B, T, C] tokens -> [B, T] their cosines with the features given to `Attachment.set_text_features`;
-            None when none were given.
-        score: [B, T] set by `reduce`, for records: the scores that it used.
+        sizes: [B, T] float32, the number of input tokens that each token stands for; None: all are 1.
+        protected: [B, T] true for tokens that must not be merged or dropped.
+        n_protected: the largest number of protected tokens in a row.
+        valid: [B, T] false for padding; None: there is no padding.
+        guide: position of the guide, see `crossget.methods.importance`: an int for the cross token, [B] for the
+            end-of-text tokens. None: the tower has neither.
+        relevance: function from tokens [B, T, C] to their cosines [B, T] with the features given to
+            `Attachment.set_text_features`; None: no features were given.
+        score: [B, T] the scores that `reduce` used. It sets this attribute, for `Attachment.records`.
     """
 
     tokens: Tensor
@@ -74,7 +77,7 @@ class View:
     score: Tensor | None = field(default=None, kw_only=True)
 
     def sizes_or_ones(self) -> Tensor:
-        """[B, T] float32 input tokens per token."""
+        """[B, T] float32, the number of input tokens that each token stands for."""
         if self.sizes is not None:
             return self.sizes
         return torch.ones(self.tokens.shape[:2], dtype=torch.float32, device=self.tokens.device)
@@ -82,16 +85,17 @@ class View:
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """What a reducer has to know of a tower, to fill in its None fields and to refuse what cannot work there.
+    """The properties of a tower that a reducer needs, to fill in its None fields and to refuse fields without effect.
 
     Attributes:
-        name: for messages.
+        name: name of the tower in messages.
         has_class_token: token 0 is a class token.
-        guides_itself: the end-of-text token is a guide, so that scoring by a guide needs no cross token.
-        importance, keys: what the reference uses on such a tower.
+        guides_itself: the end-of-text token is the guide, so that scores by a guide need no cross token.
+        importance, keys: the values that the reference uses on such a tower.
         embeds: single tokens can be compared with a text, see `Tower.embed`.
-        keeps_cross_token: the tower's features include the cross token, as in the reference, unless it is stripped.
-        single_token_output: some call of the host shows a single token of the tower, see `Tower.single_token_outputs`.
+        keeps_cross_token: the tower's features include the cross token in the reference (LLaVA).
+        single_token_output: some methods of the model return a single token of the tower, see
+            `Tower.single_token_outputs`.
     """
 
     name: str
@@ -106,17 +110,16 @@ class TowerFacts:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Reducer:
-    """Base of all methods: when to reduce (`r`), and what takes effect under any method. `reduce` is the method.
+    """Base of all methods: the schedule `r`, and the fields that every method has. Subclasses implement `reduce`.
 
     Args:
         r: tokens to remove per block: an int, one int per block, or a schedule.
         cross_token: append one cross token to the sequence, see `CrossGET`.
-        strip_cross_token: remove it from the features of towers whose features include it in the reference (LLaVA).
-        class_token_only: in the last block, compute attention output and MLP for one token only, where the result of
-            the call depends on no other (the logits of a class token, say). Nothing is merged in that block. The result
-            is the same up to rounding, for fewer multiply-adds. Only towers with `Tower.single_token_outputs` have such
-            calls, and only the calls named there are affected: whoever asks for features of all tokens gets them.
-            None: on all towers that have such calls.
+        strip_cross_token: remove the cross token from a tower's features that include it in the reference (LLaVA).
+        class_token_only: in calls whose result depends on one token of the last block (logits from a class token, say),
+            compute that block's attention output and MLP for this token only, and merge nothing in it. The result is
+            the same up to rounding, and takes fewer multiply-adds. `Tower.single_token_outputs` lists these calls;
+            all others compute all tokens. None: True on towers that list such calls.
 
     Raises:
         TypeError: `r` is none of an int, a sequence of ints, a schedule.
@@ -130,12 +133,12 @@ class Reducer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__repr__" not in cls.__dict__:  # @dataclass would replace an inherited one
+        if "__repr__" not in cls.__dict__:  # otherwise @dataclass(repr=True) would replace the inherited one
             cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         schedule = as_schedule(self.r)
-        if not isinstance(self.r, Schedule):  # Constant or PerLayer hold plain ints, and a tuple hashes
+        if not isinstance(self.r, Schedule):  # plain ints of Constant or PerLayer; a tuple is hashable
             object.__setattr__(self, "r", schedule.r)  # type: ignore[attr-defined]
         _check_choices(self)
         if self.strip_cross_token and not self.cross_token:
@@ -160,12 +163,12 @@ class Reducer:
 
     @property
     def proportional_attention(self) -> bool:
-        """Whether log(size) is added to the attention's scores on the key side. A field of `Joining`."""
+        """Whether log(size) of each key is added to the attention scores. A field of `Joining`."""
         return True
 
     @property
     def norm_correction(self) -> bool:
-        """Whether values and MLP outputs are corrected for merging. A field of `Joining`."""
+        """Whether attention values and MLP outputs are corrected for merging. A field of `Joining`."""
         return False
 
     @property
@@ -175,14 +178,16 @@ class Reducer:
 
     @property
     def needs_class_attention(self) -> bool:
-        """Whether `View.received` is to hold the attention of token 0 alone."""
+        """Whether `View.received` must hold the attention of the class token's query alone."""
         return False
 
     def resolved(self: Self, tower: TowerFacts) -> Self:
-        """This reducer with every None field filled in that has a meaning beside the others.
+        """A copy of this reducer in which None fields have their values for one tower.
+
+        Fields that have no effect in combination with the others stay None.
 
         Args:
-            tower: where it will work.
+            tower: the tower that the reducer is attached to.
 
         Raises:
             ValueError: the tower lacks what the method needs, or a field has no effect there.
@@ -199,41 +204,43 @@ class Reducer:
                 "a single token of the last block; leave class_token_only out, or name such a call in "
                 "Tower.single_token_outputs"
             )
-        empty = {name: value for name, value in self.defaults(tower).items() if getattr(self, name) is None}
-        full = dataclasses.replace(self, **empty)
-        full.check(tower)
-        return full
+        missing = {name: value for name, value in self.defaults(tower).items() if getattr(self, name) is None}
+        resolved = dataclasses.replace(self, **missing)
+        resolved.check(tower)
+        return resolved
 
     def defaults(self, tower: TowerFacts) -> dict[str, Any]:
-        """Values for the fields that are None, of those that have a meaning beside the others."""
+        """Values for the fields that are None, without those that have no effect in combination with the others."""
         return {"class_token_only": tower.single_token_output}
 
     def check(self, tower: TowerFacts) -> None:
-        """Refuse, with a ValueError, a tower that lacks what the method needs. All fields are filled in."""
+        """Raise a ValueError if the tower lacks what the method needs. All None fields are filled in before."""
 
     def reduce(self, view: View, r: int) -> Reduced | None:
-        """Remove about `r` tokens. It is called on a reducer that is `resolved`.
+        """Remove r' <= r tokens. Called on the result of `resolved`.
 
         Args:
-            view: the block's tokens and what its attention saw.
-            r: wished number, at least 1.
+            view: the block's tokens, and the queries and keys of its attention.
+            r: number of tokens to remove, at least 1.
 
         Returns:
-            tokens [B, T - r', C], sizes [B, T - r'] (None: all one), and the plan; None when nothing can be removed.
+            Tokens [B, T - r', C], sizes [B, T - r'] (None: all are 1) and the plan; None if no token can be removed.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no reduce(): a method is a Reducer with reduce()")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no reduce(): a subclass of Reducer implements reduce(view, r)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Joining(Reducer):
-    """Base of the methods that merge removed tokens into others, rather than drop them.
+    """Base of the methods that merge a removed token into a kept one, rather than drop it.
 
     Args:
-        proportional_attention: add log(size) to the attention's scores on the key side, so that a merged token gets the
-            attention of all the tokens it stands for.
-        norm_correction: multiply values and MLP outputs by the norm of the mean direction of the merged tokens.
-            LayerNorm rescales the (shorter) mean of merged tokens to full norm; this undoes it. See
-            `crossget.methods.merging.norm_correction`.
+        proportional_attention: add log(size) of each key to the attention scores, so that a merged token gets the
+            attention of all the tokens it stands for (ToMe, arXiv 2210.09461, section 3).
+        norm_correction: multiply the attention values and MLP outputs of a merged token by the norm of the mean
+            direction of its members. The LayerNorm before them rescales the (shorter) mean of tokens to full norm, and
+            this factor undoes it. See `crossget.methods.merging.norm_correction`.
     """
 
     proportional_attention: bool = True
@@ -242,28 +249,29 @@ class Joining(Reducer):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Merging(Joining):
-    """Sources are merged into destinations: matching, importance and ensemble, each of them exchangeable alone.
+    """Merging in three parts, each of which can be exchanged alone: a matching, an importance and an ensemble.
 
-    Without any other field, sources and destinations are chosen by complete-graph matching and merged into their
-    size-weighted mean. Where a field is None, the method's own value below applies.
+    By default, complete-graph matching chooses sources and destinations, and a destination becomes the size-weighted
+    mean of itself and its sources. Below, "None: x" says which value a field has that is None.
 
     Args:
         matching: how sources and their destinations are chosen, see `crossget.methods.matching`.
-        guided_matching: importance takes part in the choice of sources. None: False.
-        importance: what tokens are scored by, see `crossget.methods.importance`. "cross_token": the cross token or the
-            end of text as guide; "class_token": the class token as guide; "attention": the attention received;
-            "class_attention": that of the class token alone; "text": similarity to the text that was given to
-            `Attachment.set_text_features`. None: as in the reference on that tower; there, without a cross token, the
-            class token stands in for it or, where there is none, the attention received.
-            Refused where neither the choice of sources nor the ensemble uses scores.
+        guided_matching: the importance scores take part in the choice of sources. None: False.
+        importance: how tokens are scored, see `crossget.methods.importance`. "cross_token": by the query of the cross
+            token, or of the end-of-text token; "class_token": by the query of the class token; "attention": by the
+            attention received from all queries; "class_attention": by the attention received from the class token;
+            "text": by the similarity to the features given to `Attachment.set_text_features`. None: as in the reference
+            on that tower. If this is "cross_token" and there is no such token, it is "class_token" or, on a tower
+            without class token, "attention". Refused if neither the choice of sources nor the ensemble uses scores.
         ensemble: how a source and its destination become one token, see `crossget.methods.merging`. "guided" and
             "normalized" use scores. None: "size".
-        keys: what tokens are compared by: "all_heads", the attention's keys with all heads concatenated; "mean_heads",
-            their mean over heads; "tokens", the tokens after the attention's residual. A guide's query is compared with
-            keys in either case ("tokens": of all heads). None: as in the reference on that tower.
-        key_stride: tokens are compared by every `key_stride`-th channel of these; 2 halves the multiply-adds. None: 1.
+        keys: the vectors that tokens are compared by. "all_heads": the attention's keys with all heads concatenated;
+            "mean_heads": the mean of the keys over heads; "tokens": `View.tokens`. The query of a guide is always
+            compared with keys (those of all heads, if this is "tokens"). None: as in the reference on that tower.
+        key_stride: only every `key_stride`-th channel of these vectors is used; 2 halves the multiply-adds of the
+            comparison. None: 1.
         ties: how equal similarities are ranked, see `crossget.methods.matching.complete_graph`. None: "torch".
-        seed: of the random matching; refused with any other. None: 0.
+        seed: seed of the random matching; refused with any other matching. None: 0.
     """
 
     matching: MatchingName = "complete_graph"
@@ -284,26 +292,27 @@ class Merging(Joining):
             if value is not None and value is not False:
                 raise ValueError(f"{type(self).__name__}({name}={value!r}) has no effect: {why}; leave {name} out")
 
-    def _own(self) -> dict[str, Any]:
-        """The method's own values for fields that are None, on any tower."""
+    def _method_defaults(self) -> dict[str, Any]:
+        """The method's own values for fields that are None, on every tower."""
         return {"guided_matching": False, "ensemble": "size", "keys": None, "key_stride": 1, "ties": "torch", "seed": 0}
 
-    def _chosen(self, name: str) -> Any:
+    def _value(self, name: str) -> Any:
+        """The value of a field, or the method's own value if it is None."""
         value = getattr(self, name)
-        return self._own()[name] if value is None else value
+        return self._method_defaults()[name] if value is None else value
 
     @property
     def _guided(self) -> bool:
         """Whether scores take part in the choice of sources."""
-        return self.matching != "random" and bool(self._chosen("guided_matching"))
+        return self.matching != "random" and bool(self._value("guided_matching"))
 
     @property
     def _scores(self) -> bool:
-        """Whether tokens are scored at all."""
-        return self._guided or self._chosen("ensemble") != "size"
+        """Whether any part of the method uses importance scores."""
+        return self._guided or self._value("ensemble") != "size"
 
     def _without_effect(self) -> dict[str, str]:
-        """The fields that have no meaning beside the others, and why."""
+        """The fields that have no effect in combination with the others, and why."""
         fields = {}
         if not self._scores:
             fields["importance"] = "with guided_matching=False and ensemble='size' nothing uses scores"
@@ -319,7 +328,7 @@ class Merging(Joining):
         return fields
 
     def defaults(self, tower: TowerFacts) -> dict[str, Any]:
-        values = {**super().defaults(tower), **self._own()}
+        values = {**super().defaults(tower), **self._method_defaults()}
         if self._scores:
             values["importance"] = self.importance or _importance_on(tower, self.cross_token)
         values["keys"] = values["keys"] or tower.keys
@@ -344,12 +353,12 @@ class Merging(Joining):
     def reduce(self, view: View, r: int) -> Reduced | None:
         with torch.no_grad():
             candidates = Candidates(
-                _compared(self, view),
+                _vectors(self, view),
                 view.protected,
                 view.n_protected,
                 view.valid,
-                self._chosen("ties"),
-                self._chosen("seed"),
+                self._value("ties"),
+                self._value("seed"),
                 sizes=view.sizes,
             )
             r = candidates.limit(r)
@@ -359,19 +368,19 @@ class Merging(Joining):
             pairs = MATCHINGS[self.matching](candidates, r, score if self._guided else None)
             plan = MergePlan(*pairs, size_of(view.tokens, 1))
         sizes = view.sizes_or_ones()
-        merge = ENSEMBLES[self._chosen("ensemble")]
+        merge = ENSEMBLES[self._value("ensemble")]
         tokens, sizes = merge(view.tokens, sizes, sizes if score is None else score, plan)
         return tokens, sizes, plan
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CrossGET(Merging):
-    """Cross-Guided Ensemble of Tokens: complete-graph matching and ensemble, guided by a cross token.
+    """Cross-Guided Ensemble of Tokens: complete-graph matching and ensemble, both guided by a cross token.
 
-    A cross token is appended to the sequence: a copy of the class token (in text: of the end-of-text token) plus a
-    vector that every block learns. With `r` alone this computes what the reference computes on that tower.
+    The cross token is appended to the sequence. It is a copy of the class token (in text: of the end-of-text token)
+    plus a learned vector, one for every block. `CrossGET(r)` computes the same as the reference.
 
-    Args: as `Merging`, `Joining` and `Reducer`. `guided_matching`: None is True, unless the matching is random.
+    Args: as for `Merging`, `Joining` and `Reducer`. `guided_matching`: None is True, unless the matching is random.
 
     Source: CrossGET (ICML 2024, https://arxiv.org/abs/2305.17455).
     """
@@ -379,51 +388,53 @@ class CrossGET(Merging):
     cross_token: bool = True
     ensemble: EnsembleName | None = "guided"
 
-    def _own(self) -> dict[str, Any]:
-        return {**super()._own(), "guided_matching": True, "ensemble": "guided"}
+    def _method_defaults(self) -> dict[str, Any]:
+        return {**super()._method_defaults(), "guided_matching": True, "ensemble": "guided"}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ToMe(Merging):
-    """Token Merging: bipartite soft matching on mean keys, size-weighted mean, proportional attention.
+    """Token Merging: bipartite soft matching on keys averaged over heads, size-weighted mean, proportional attention.
 
-    Args: as `Merging`, `Joining` and `Reducer`. `keys`: None is "mean_heads".
+    Args: as for `Merging`, `Joining` and `Reducer`. `keys`: None is "mean_heads".
 
-    Source: ToMe (ICLR 2023, https://arxiv.org/abs/2210.09461), from the paper's equations.
+    Source: ToMe (ICLR 2023, https://arxiv.org/abs/2210.09461), section 3.
     """
 
     matching: MatchingName = "bipartite"
 
-    def _own(self) -> dict[str, Any]:
-        return {**super()._own(), "keys": "mean_heads"}
+    def _method_defaults(self) -> dict[str, Any]:
+        return {**super()._method_defaults(), "keys": "mean_heads"}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Ward(Merging):
-    """Merging by Ward's criterion, for models that are not trained further: the pairs whose merging changes least.
+    """Merging of the pairs that changes tokens least (Ward's criterion), for models that are not trained further.
 
-    The change is that of the tokens themselves, each weighted by its size; the ensemble is the size-weighted mean.
-    There is no cross token, and nothing is scored. Every token may join every other. Their distances are estimated from
-    every second channel, which costs 1.5 times as many multiply-adds as the bipartite matching on all channels
-    (`matching="ward", key_stride=1`). `crossget.RampedRatio` removes fewer tokens in the first blocks, see
-    docs/methods.md.
+    The change of a pair is the squared distance of its tokens, weighted by their sizes, see
+    `crossget.methods.matching.ward`. A destination becomes the size-weighted mean. There is no cross token, and no
+    importance by default. Every token may be merged into every other. Distances are estimated from every second
+    channel, which costs 1.5 times as many multiply-adds as the bipartite matching on all channels (`matching="ward",
+    key_stride=1`). With `crossget.RampedRatio` fewer tokens are removed in the first blocks, see docs/methods.md.
 
-    With an importance, the mass of a token in matching and ensemble is size * exp(importance): with "class_attention",
-    one half by the token's share of all sizes, one half by its share of the class token's attention, see
+    With an importance, tokens are weighted by size * exp(importance) in matching and ensemble. "class_attention" gives
+    half of the total weight by size and half by the class token's attention, see
     `crossget.methods.importance.by_class_attention`.
 
-    Args: as `Merging`, `Joining` and `Reducer`. Where they are None, an `importance` makes `guided_matching` True and
-        `ensemble` "normalized", `keys` is "tokens", `key_stride` 2 and `ties` "stable".
+    Args: as for `Merging`, `Joining` and `Reducer`. None is "tokens" for `keys`, 2 for `key_stride` and "stable" for
+        `ties`. If `importance` is given, None is True for `guided_matching` and "normalized" for `ensemble`.
+
+    Source: the criterion is that of `crossget.methods.matching.ward`; the method is this project's own.
     """
 
     matching: MatchingName = "ward_graph"
     norm_correction: bool = True
     class_token_only: bool | None = None
 
-    def _own(self) -> dict[str, Any]:
+    def _method_defaults(self) -> dict[str, Any]:
         scored = self.importance is not None
         return {
-            **super()._own(),
+            **super()._method_defaults(),
             "guided_matching": scored,
             "ensemble": "normalized" if scored else "size",
             "keys": "tokens",
@@ -434,10 +445,10 @@ class Ward(Merging):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Random(Joining):
-    """Random sources are merged into random destinations, size-weighted: the baseline that every matching has to beat.
+    """Random sources are merged into random destinations, by their size-weighted mean. This is a control.
 
-    Args: as `Joining` and `Reducer`, and
-        seed: what the choice depends on, beside the place in the batch and the number of tokens.
+    Args: as for `Joining` and `Reducer`, and
+        seed: the choice depends on it, on the index in the batch and on the number of tokens.
     """
 
     seed: int = 0
@@ -459,14 +470,14 @@ class Random(Joining):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TopK(Reducer):
-    """Importance pruning: the `r` least important tokens are dropped.
+    """Importance pruning: the `r` least important tokens are dropped. This is a control.
 
-    Where the full grid is needed again, a dropped token gets the mean of the remaining patch tokens, so that average
-    pooling sees these only.
+    When tokens are expanded to one per input position, a dropped token is replaced by the mean of the remaining patch
+    tokens. So average pooling gives the mean of the remaining ones.
 
-    Args: as `Reducer`, and
-        importance: what tokens are scored by, as in `Merging`.
-        keys: the keys that a guide's query is compared with, as in `Merging`; refused where no guide scores.
+    Args: as for `Reducer`, and
+        importance: how tokens are scored, as in `Merging`.
+        keys: the keys that a guide's query is compared with, as in `Merging`; refused if `importance` has no guide.
     """
 
     importance: ImportanceName | None = "class_token"
@@ -512,35 +523,41 @@ class TopK(Reducer):
 
 
 def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tensor:
-    """[B, T] the importance of every token. `candidates.given` is reused where it holds the keys that are needed."""
+    """[B, T] the importance of every token. The vectors of `candidates` are reused if they are the keys needed here."""
     if reducer.importance in _BY_ATTENTION:
         if view.received is None:
-            raise RuntimeError(f"importance={reducer.importance!r} got no attention probabilities from the block")
+            raise RuntimeError(
+                f"importance={reducer.importance!r} needs attention probabilities, and the block computed none: use "
+                "another importance"
+            )
         if reducer.importance == "attention":
             return view.received
         return by_class_attention(view.received, view.sizes_or_ones())
     if reducer.importance == "text":
         if view.relevance is None:
-            raise RuntimeError("importance='text' has no text: call Attachment.set_text_features(text features) first")
+            raise RuntimeError("importance='text' has no text: call Attachment.set_text_features(features) first")
         free = ~view.protected if view.valid is None else ~view.protected & view.valid
         return by_text(view.relevance(view.tokens), free)
     guide = 0 if reducer.importance == "class_token" else view.guide
     if guide is None:
-        raise RuntimeError("importance='cross_token' found no guide among the tokens")
+        raise RuntimeError(
+            "importance='cross_token' needs a cross token or an end-of-text token, and the block has neither: use "
+            "another importance"
+        )
     if isinstance(guide, int):
         query = view.queries[:, :, guide : guide + 1]
     else:
         heads, width = size_of(view.queries, 1), size_of(view.queries, 3)
         query = view.queries.gather(2, guide[:, None, None, None].expand(-1, heads, 1, width))
-    if isinstance(reducer, Merging) and (reducer.keys == "tokens" or reducer._chosen("key_stride") != 1):
+    if isinstance(reducer, Merging) and (reducer.keys == "tokens" or reducer._value("key_stride") != 1):
         candidates = Candidates(_flat(view.keys, reducer.keys), view.protected, view.n_protected)
     return by_guide(candidates.keys, candidates.inverse_norms, _flat(query, reducer.keys))
 
 
-def _compared(reducer: Merging, view: View) -> Tensor:
-    """[B, T, C] what tokens are compared by."""
+def _vectors(reducer: Merging, view: View) -> Tensor:
+    """[B, T, C] the vectors that tokens are compared by."""
     keys = view.tokens if reducer.keys == "tokens" else _flat(view.keys, reducer.keys)
-    stride = 1 if reducer.matching == "random" else reducer._chosen("key_stride")
+    stride = 1 if reducer.matching == "random" else reducer._value("key_stride")
     return keys if stride == 1 else keys[:, :, ::stride]
 
 
@@ -550,14 +567,15 @@ def _flat(heads: Tensor, keys: KeysName | None) -> Tensor:
 
 
 def _heads(keys: KeysName) -> HeadsName:
-    """What a guide's query is compared with under `keys`."""
+    """The keys that a guide's query is compared with, if tokens are compared by `keys`."""
     return "all_heads" if keys == "tokens" else keys
 
 
 def _importance_on(tower: TowerFacts, cross_token: bool) -> ImportanceName:
-    """What the reference scores tokens by on `tower`.
+    """The importance of the reference on `tower`.
 
-    Without a cross token, the class token that it would be a copy of takes its place, or else the attention received.
+    Without a cross token, the class token is the guide, as the cross token would be its copy. Without either, it is the
+    attention received.
     """
     if tower.importance == "cross_token" and not cross_token and not tower.guides_itself:
         return "class_token" if tower.has_class_token else "attention"
@@ -565,6 +583,7 @@ def _importance_on(tower: TowerFacts, cross_token: bool) -> ImportanceName:
 
 
 def _check_importance(reducer: Merging | TopK, tower: TowerFacts) -> None:
+    """Raise a ValueError if the tower lacks what the importance needs."""
     if reducer.importance in ("class_token", "class_attention") and not tower.has_class_token:
         raise ValueError(
             f"importance={reducer.importance!r} needs a class token, and {tower.name} has none: use "
@@ -579,16 +598,16 @@ def _check_importance(reducer: Merging | TopK, tower: TowerFacts) -> None:
     if reducer.importance == "cross_token" and not (reducer.cross_token or tower.guides_itself):
         raise ValueError(
             f"importance='cross_token' needs cross_token=True on {tower.name}: use importance='class_token' or "
-            "'attention', or do without importance (guided_matching=False, ensemble='size')"
+            "'attention', or use no importance (guided_matching=False, ensemble='size')"
         )
 
 
 def _check_choices(reducer: Reducer) -> None:
-    """Compare every field of a boolean or Literal type with its choices.
+    """Check every field of a boolean or Literal type.
 
     Raises:
-        TypeError: a boolean field is no boolean.
-        ValueError: a name is not among the choices.
+        TypeError: the value of a boolean field is not a boolean.
+        ValueError: the value of a Literal field is not among its choices.
     """
     cls = type(reducer)
     for name, hint in _hints(cls).items():
@@ -605,10 +624,10 @@ def _check_choices(reducer: Reducer) -> None:
 
 
 def _check_int(reducer: Reducer, name: str, least: int) -> None:
-    """Store a field's integer as a plain int.
+    """Convert the value of an integer field to a plain int.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the value is not an integer.
         ValueError: it is below `least`, or does not fit 32 bits.
     """
     value = getattr(reducer, name)
@@ -623,5 +642,6 @@ def _check_int(reducer: Reducer, name: str, least: int) -> None:
 
 
 def _hints(cls: type[Reducer]) -> dict[str, Any]:
+    """The types of the fields, by name."""
     names = {one.name for one in dataclasses.fields(cls)}
     return {name: hint for name, hint in get_type_hints(cls).items() if name in names}

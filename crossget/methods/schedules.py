@@ -1,7 +1,7 @@
-"""How many tokens each block removes: constant, per layer, linear, by ratio, by a ratio that rises.
+"""How many tokens each block removes: constant, per layer, linear, a ratio, or a ratio that rises in the first blocks.
 
-A schedule answers one question, in plain integers: of the `tokens` that enter block `layer` of `depth`, how many
-should be removed? A block removes fewer where the answer is more than half of the tokens that are not protected.
+A schedule maps the number of `tokens` that enter block `layer` of `depth` to the number of tokens to remove there. A
+block removes at most half of its unprotected tokens, whatever the schedule asks for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What `r` may be, besides an int or a sequence of ints."""
+    """The protocol of a schedule: what `r` may be, besides an int or a sequence of ints."""
 
     # Not called `remove`: a list has a method of that name, and would pass for a schedule.
     def removed(self, layer: int, depth: int, tokens: int) -> int:
@@ -25,7 +25,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """The same number in every block, as in the reference. `r=16` stands for `Constant(16)`."""
+    """The same number in every block, as in the CrossGET authors' code. `r=16` stands for `Constant(16)`."""
 
     r: int
 
@@ -56,9 +56,9 @@ class PerLayer:
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` in the first block to `end` in the last, on a straight line, rounded to whole tokens.
+    """Tokens to remove, linear in the layer: `start` in the first block, `end` in the last, rounded to integers.
 
-    `Linear(2 * r, 0)` removes as many tokens in all as `r` in every block, but earlier, so it saves more
+    `Linear(2 * r, 0)` removes as many tokens in total as `r` in every block, but earlier. So it saves more
     multiply-adds and costs more accuracy.
     """
 
@@ -99,7 +99,7 @@ class Ratio:
 class RampedRatio:
     """A share of the tokens that enter each block, rounded down, which rises over the first third of the blocks.
 
-    `RampedRatio(0.1)` removes a tenth in every block behind the first third. In block l of that third, counted from 0,
+    `RampedRatio(0.1)` removes a tenth in every block after the first third. In block l of that third, counted from 0,
     it removes a tenth times 3 (l + 1/2) / (number of blocks - 1). Tokens that are merged early stay merged in all
     blocks that follow, and the features of early blocks say less about which tokens can be merged without loss.
 
@@ -125,16 +125,16 @@ def as_schedule(r: int | Sequence[int] | Schedule) -> Schedule:
         ValueError: a count is negative.
     """
     if as_int(r) is not None:
-        return Constant(r)  # type: ignore[arg-type]  # anything that Python takes for an index
-    if isinstance(r, Schedule):  # slow, so asked second
+        return Constant(r)  # type: ignore[arg-type]  # an integer of any library
+    if isinstance(r, Schedule):  # an isinstance check of a protocol is slow, so it comes second
         return r
     if isinstance(r, Sequence) and not isinstance(r, str | bytes):
         return PerLayer(tuple(r))
-    raise TypeError(f"r is {r!r}: {_instead(r)}")
+    raise TypeError(f"r is {r!r}: {_suggestion(r)}")
 
 
 def as_int(value: Any) -> int | None:
-    """`value` as a plain int where it is an integer, NumPy's and others' included; None for others and for booleans."""
+    """`value` as a plain int if it is an integer of any library (NumPy's, say); None for booleans and all else."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
@@ -146,14 +146,14 @@ def as_int(value: Any) -> int | None:
 
 
 def planned_tokens(schedule: Schedule, depth: int, tokens: int, n_protected: int, first: int = 0) -> list[int]:
-    """Tokens entering each block, and those behind the last one.
+    """The number of tokens that enter each block, and the number after the last block.
 
     Args:
         schedule: how many tokens each block should remove.
         depth: number of blocks.
-        tokens: entering block `first`, the cross token included.
-        n_protected: tokens that are never removed; of the others, at most half are removed in one block.
-        first: the block to begin with.
+        tokens: number of tokens that enter block `first`, including the cross token.
+        n_protected: number of tokens that are never removed. Of the others, one block removes at most half.
+        first: the block to start from.
 
     Returns:
         `depth + 1 - first` numbers.
@@ -168,14 +168,14 @@ def planned_tokens(schedule: Schedule, depth: int, tokens: int, n_protected: int
 def _count(name: str, value: Any) -> int:
     count = as_int(value)
     if count is None:
-        raise TypeError(f"{name} is {value!r}: {_instead(value)}")
+        raise TypeError(f"{name} is {value!r}: {_suggestion(value)}")
     if count < 0:
         raise ValueError(f"{name} is {count}: the number of tokens to remove cannot be negative; 0 removes none")
     return count
 
 
-def _instead(value: Any) -> str:
-    """What to give instead of a value that is no number of tokens."""
+def _suggestion(value: Any) -> str:
+    """The part of an error message that says what to give instead of `value`."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         number = float(value)
         if number.is_integer():

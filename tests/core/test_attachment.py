@@ -149,10 +149,10 @@ def test_every_way_to_add_gives_the_same(residual: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"residual": "onto"}, "showed no residual addition behind its attention"),
+        ({"residual": "onto"}, "showed no residual addition after its attention"),
         ({"attention": "none"}, "showed no attention over its tokens"),
         ({"residual": "statement"}, "adds its residual in place and goes on with the old tensor"),
-        ({"attention": "own_softmax"}, "no softmax over its scores.*proportional_attention=False"),
+        ({"attention": "own_softmax"}, "no softmax over the attention scores.*proportional_attention=False"),
     ],
 )
 def test_what_cannot_be_seen_is_an_error(kwargs: dict[str, str], message: str) -> None:
@@ -482,7 +482,7 @@ def test_what_a_host_keeps_of_its_blocks_does_not_change_afterwards(
         attached.cross_tokens["visual"].normal_()
         found = model(TOKENS.clone())
         assert found[0].data_ptr() != found[1].data_ptr()
-        monkeypatch.setattr("crossget.core.tower._may_be_lent", lambda tokens: False)
+        monkeypatch.setattr("crossget.core.tower._can_overwrite", lambda tokens: False)
         for state, expected in zip(found, model(TOKENS.clone()), strict=True):
             assert torch.equal(state, expected)
 

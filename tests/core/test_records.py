@@ -339,7 +339,7 @@ class TestLookFor:
                 "vision",
                 r"tower='vision': attached are the towers \['text', 'visual'\]",
             ),
-            (torch.ones(24), "text", "tower 'text' has no known way of single tokens to the space of texts"),
+            (torch.ones(24), "text", "tower 'text' has no known projection of single tokens into the space of texts"),
         ],
         ids=["width", "axes", "name", "tower"],
     )

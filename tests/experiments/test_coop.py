@@ -312,7 +312,7 @@ def test_cross_tokens_behind_prompts_are_what_they_would_be_by_hand() -> None:
     learner = PromptLearner(clip, NAMES, 4)
     attached = attach(clip)
     learner()
-    recorded = attached._towers["text"].last.cross_tokens
+    recorded = attached._towers["text"].last_record.cross_tokens
     with attached.paused():
         blocks, seen = clip.model.transformer.resblocks, []
         handles = [block.register_forward_pre_hook(lambda m, args: seen.append(args[0][:, -1])) for block in blocks]

@@ -29,7 +29,7 @@ ANSWER = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token
 def case(id: str, **settings: Any) -> Any:
     # Compiled prompts have to fit already, see below. What transformers leaves behind to record hidden states cannot be
     # pickled, attached or not.
-    skipped = int(hf_llava._GIVES_FEATURES_ALONE)
+    skipped = int(hf_llava._RETURNS_FEATURES_ONLY)
     sdpa = settings.get("attention", "sdpa") == "sdpa"
     flags = {"shortens": True, "compiles": False, "pickles": False, "fused": sdpa, "skipped": skipped}
     if "vision_feature_layer" in settings:
@@ -443,7 +443,7 @@ def test_the_block_that_nobody_reads_is_not_run(model: Any, attached: crossget.A
     assert calls_of_last_block(model, attached, lambda: parts.vision_tower(images(1))) == 1
     # From 5.0 on a forward gives the tower's last hidden state away.
     forward = partial(model, input_ids=ids, attention_mask=mask, pixel_values=images(1))
-    assert calls_of_last_block(model, attached, forward) == int(not hf_llava._GIVES_FEATURES_ALONE)
+    assert calls_of_last_block(model, attached, forward) == int(not hf_llava._RETURNS_FEATURES_ONLY)
     assert len(tower.blocks) == 4
 
 

@@ -549,7 +549,7 @@ def test_a_trunk_that_timms_adapter_refuses_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not known here; known are bert, roberta"),
+        ({"model_type": "gpt2"}, "'gpt2' is not known; known are bert, roberta"),
         ({"is_decoder": True}, "is_decoder=True"),
         ({"position_embedding_type": "relative_key"}, "'relative_key' positions inside its attention"),
     ],

@@ -474,8 +474,8 @@ def test_a_process_without_triton() -> None:
 # Compilation, for which a device is only a name -----------------------------------------------------------------------
 
 _POINTERS = {
-    "norms": "fp32", "best": "fp32", "protected": "i1", "valid": "i1", "group": "i8", "leaves": "i8",
-    "importance": "fp32", "kept": "i64", "source": "i64", "arrived": "i64", "take": "fp32", "give": "fp32",
+    "norms": "fp32", "best": "fp32", "protected": "i1", "valid": "i1", "group": "i8", "is_source": "i8",
+    "importance": "fp32", "kept": "i64", "source": "i64", "new_destination": "i64", "taken": "fp32", "given": "fp32",
 }  # fmt: skip
 _OUT = {"priority": "fp32", "nearest": "i64"}
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

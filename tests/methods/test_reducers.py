@@ -507,7 +507,7 @@ def test_text_guides_without_cross_token() -> None:
 @pytest.mark.parametrize("bias", [None, (1, 1, 1, 9), (3, 1, 9, 9), (3, 4, 1, 9), (1, 4, 9, 9)], ids=str)
 @pytest.mark.parametrize("at_once", [1, 81, 200, 324, 700, 10**6])
 def test_attention_received_in_parts(bias: Any, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "_CACHED", at_once)
+    monkeypatch.setattr(importance, "_CPU_SCORES", at_once)
     queries, keys = torch.randn(2, 3, 4, 9, 5, dtype=torch.float64).unbind(0)
     added = None if bias is None else torch.randn(bias, dtype=torch.float64)
     scores = queries @ keys.mT * 0.3 + (0 if added is None else added)

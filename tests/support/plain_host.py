@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import crossget
 from crossget.core.reduction import Merge
-from crossget.core.state import Forward, Shown, TokenState
+from crossget.core.state import Forward, HostOutputs, TokenState
 from crossget.methods.reducers import Reducer
 
 TOKENS = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
@@ -99,7 +99,7 @@ def merge(tokens: Tensor, reducer: Reducer, r: int, **state: Any) -> Merge:
     """What a block runs under on tokens [B, T, C] of which the first is protected; `state` sets fields of its state."""
     forward = Forward(
         None, reducer, 1, tokens.shape[1], prefix=1, causal=False, class_token=True, padding=False, has_end=False,
-        shown=Shown("tokens", "tokens", 0),
+        outputs=HostOutputs("tokens", "tokens", 0),
     )  # fmt: skip
     begun = TokenState.start(forward, tokens.shape[0], tokens.device)
     return Merge(tokens, dataclasses.replace(begun, **state), r)
