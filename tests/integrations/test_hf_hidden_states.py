@@ -41,7 +41,7 @@ def test_tokens_by_kind_of_tower(reducer: Any, between: list[int], last: dict[st
         ),
         "llava": hf_models.llava(),
     }
-    towers = {"blip": lambda m: m.vision_model, "llava": lambda m: getattr(m, "model", m).vision_tower}
+    towers: dict[str, Any] = {"blip": lambda m: m.vision_model, "llava": lambda m: getattr(m, "model", m).vision_tower}
     for name, behind in last.items():
         with crossget.attach(models[name], reducer):
             tower = towers.get(name, lambda m: m)(models[name])
