@@ -156,10 +156,9 @@ class AttachedTower:
                 f"tower {self.tower.name!r} has no cross tokens, though its reducer needs them: detach, and "
                 "attach again"
             )
-        if not torch.compiler.is_compiling() and torch._C._is_tracing():
-            vector = vectors.data[layer]  # a trace takes no constants that require gradients
-        else:
-            vector = vectors[layer]
+        # A trace takes no constants that require gradients.
+        is_tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()
+        vector = (vectors.data if is_tracing else vectors)[layer]
         token = origin.detach() + vector.to(origin.device, origin.dtype)
         if torch.is_grad_enabled():
             record.cross_tokens[layer] = token
