@@ -14,6 +14,7 @@ from crossget.core.adapters import _adapters, unregister
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").rglob("*.md"))]
 LONG = ("measuring.md", "quickstart.md")  # ten seconds and more
 MOST_NOT_RUN = 4  # over all pages; a page of code that nobody runs is soon wrong
 

@@ -188,7 +188,8 @@ class AttachedTower:
         if resolved.cross_token and self.cross_vectors is None:
             # The first parameter of floating point: quantised weights are integers.
             like = next(p for p in self.tower.blocks[0].parameters() if p.is_floating_point())
-            vectors = nn.Parameter(torch.zeros((depth, self.tower.width), dtype=like.dtype, device=like.device))
+            device = like.device if not like.is_meta else _execution_device(self.tower.blocks[0])
+            vectors = nn.Parameter(torch.zeros((depth, self.tower.width), dtype=like.dtype, device=device))
             if self.parameter_owner is None:
                 self._own_cross_vectors = vectors
             else:
@@ -538,6 +539,17 @@ class AttachedTower:
             "nn.MultiheadAttention or matmul and softmax over [.., T, T], then an addition to the block's own input. "
             "docs/backbones.md lists what can be recognised"
         )
+
+
+def _execution_device(block: nn.Module) -> torch.device:
+    """The device on which accelerate runs a block whose weights are offloaded; the meta device of any other block."""
+    for module in block.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):  # several hooks are one SequentialHook
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return torch.device("meta")
 
 
 def split_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -52,7 +53,9 @@ class ScheduledModel:
 
     def run(self) -> Any:
         """Call the model, and return what it returns."""
-        return self.call.run(self.model)
+        with warnings.catch_warnings():  # the search asks for more than there is, on purpose
+            warnings.filterwarnings("ignore", "r of .* asks tower")
+            return self.call.run(self.model)
 
     @property
     def entered(self) -> list[int]:
