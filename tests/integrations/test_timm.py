@@ -532,7 +532,7 @@ def test_equal_padding_leaves_first(kind: str) -> None:
         ("xcit_nano_12_p16_224", "over channels"),
         ("pit_ti_224", "number of tokens changes"),
         ("crossvit_9_240", "two sequences"),
-        ("convit_tiny", "class token joins"),
+        ("convit_tiny", "class token is added"),
     ],
 )
 def test_says_why_not(name: str, words: str) -> None:
