@@ -189,7 +189,8 @@ _UNTAGGED = """
     swapdims unflatten diagonal diag diag_embed tril triu pad unfold im2col col2im pixel_shuffle pixel_unshuffle
     broadcast_to broadcast_tensors meshgrid hstack vstack concat concatenate tensor_split unsafe_chunk unsafe_split
     numpy_T mT real imag view_as_complex view_as_real _cast_Float float half bfloat16 long int bool cpu cuda item
-    is_nonzero numel _shape_as_tensor scalar_tensor IntImplicit FloatImplicit Float Bool __or__ __xor__ __lshift__ __rshift__
+    is_nonzero numel _shape_as_tensor scalar_tensor IntImplicit FloatImplicit Float Bool __or__ __xor__ __lshift__
+    __rshift__
     empty_like ones_like fill zero new_ones linspace eye rand rand_like randn randn_like randint randperm bernoulli
     uniform normal multinomial native_dropout feature_dropout
     max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool2d

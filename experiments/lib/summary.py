@@ -24,7 +24,9 @@ SKIPPED = frozenset(
 METHOD = ("preset", "method")
 NAMED = ("setting", "task", "tower", "size", "model", "cost", "benchmark")
 NOT_SETTING = frozenset({*METHOD, *NAMED, "r", "seed", "weights", "data", "reducer", "batch"})
-INTERVALS = frozenset({"interval", "quartiles", "chosen_quartiles", "other_quartiles", "over_ideal_quartiles", "spread"})
+INTERVALS = frozenset(
+    {"interval", "quartiles", "chosen_quartiles", "other_quartiles", "over_ideal_quartiles", "spread"}
+)
 
 
 @dataclass(frozen=True)
