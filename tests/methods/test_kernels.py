@@ -466,7 +466,7 @@ def test_a_process_without_triton() -> None:
         sys.modules["triton"] = None
         import crossget.methods.kernels
         assert "crossget.methods._triton" not in sys.modules
-        assert _kernels() is None
+        assert crossget.methods.kernels._kernels() is None
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
