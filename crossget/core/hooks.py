@@ -117,7 +117,7 @@ def _around_intermediates(
     layers = None if hook.layers is None else hook.layers({**dict(zip(names, args)), **kwargs})  # noqa: B905
     can_skip = layers is not None and (hook.hides_rest or bool(attached.generating.get()))
     last_used = max(layers) if layers is not None and can_skip else attached.depth - 1
-    form = "grid" if hook.grid else attached.reduced_form
+    form = "grid" if hook.grid else attached.reduced_form(attached.reducer)
     attached.outputs.set(HostOutputs(form, form, last_used))
     try:
         return original(*args, **kwargs)

@@ -171,10 +171,9 @@ class AttachedTower:
         """The present number of blocks of the tower."""
         return len(self.tower.blocks)
 
-    @property
-    def keeps_cross_token(self) -> bool:
-        """Whether the reduced tokens that the tower returns to the host include the cross token."""
-        return self.tower.keeps_cross_token and bool(self.reducer.cross_token) and not self.reducer.strip_cross_token
+    def keeps_cross_token(self, reducer: Reducer) -> bool:
+        """Whether the reduced tokens that the tower returns to the host include the cross token, under a reducer."""
+        return self.tower.keeps_cross_token and reducer.cross_token and not reducer.strip_cross_token
 
     def set_reducer(self, reducer: Reducer) -> None:
         """Set the reducer of the forwards that begin from now on. Cross vectors that exist are kept.
@@ -204,10 +203,10 @@ class AttachedTower:
         """
         if layer < 0:
             return tokens
-        cross = int(bool(self.reducer.cross_token))
-        reserved = self.tower.n_reserved(bool(cross))
-        remaining = planned_tokens(self.reducer.schedule, self.depth, tokens + cross, reserved)[layer + 1]
-        return remaining - (cross - int(self.keeps_cross_token))
+        reducer = self.reducer
+        cross, reserved = int(reducer.cross_token), self.tower.n_reserved(reducer.cross_token)
+        remaining = planned_tokens(reducer.schedule, self.depth, tokens + cross, reserved)[layer + 1]
+        return remaining - (cross - int(self.keeps_cross_token(reducer)))
 
     # A call of a block, outside of its hooks ----------------------------------------------------------------------
 
@@ -244,11 +243,11 @@ class AttachedTower:
             mask = next((arguments[name] for name in candidates if arguments.get(name) is not None), None)
             if mask is not None and mask.dim() == 4:  # otherwise padding is found when the attention gets its mask
                 valid = visible(mask[:, :, -1:] if self.tower.causal else mask, batch)
-        tower = self.tower
+        tower, reducer = self.tower, self.reducer  # once: another thread may set another one meanwhile
         forward = Forward(
-            self, self.reducer, self.depth, length, prefix=tower.prefix, causal=tower.causal,
+            self, reducer, self.depth, length, prefix=tower.prefix, causal=tower.causal,
             class_token=tower.class_token, padding=tower.padding, has_end=end is not None,
-            outputs=info.outputs or self.default_outputs(), relevance=self._relevance(batch),
+            outputs=info.outputs or self.default_outputs(reducer), relevance=self._relevance(batch),
         )  # fmt: skip
         if self.recording and not torch.compiler.is_compiling():
             forward.record.blocks = {}
@@ -319,9 +318,9 @@ class AttachedTower:
             return True
         return layer < forward.depth - 1 and forward.has_cross_token and torch.is_grad_enabled()
 
-    def default_outputs(self) -> HostOutputs:
-        """What the blocks return, unless an entry point of the host has set `outputs`."""
-        return HostOutputs("tokens", "grid" if self.tower.restore else self.reduced_form, self.depth - 1)
+    def default_outputs(self, reducer: Reducer) -> HostOutputs:
+        """What the blocks return under a reducer, unless an entry point of the host has set `outputs`."""
+        return HostOutputs("tokens", "grid" if self.tower.restore else self.reduced_form(reducer), self.depth - 1)
 
     def current_outputs(self) -> HostOutputs | None:
         """What the blocks return, as an entry point that runs now has set it; None: no entry point has."""
@@ -350,10 +349,9 @@ class AttachedTower:
         finally:
             self.generating.set(outer)
 
-    @property
-    def reduced_form(self) -> OutputForm:
-        """The form of reduced tokens for the host."""
-        return "tokens" if self.keeps_cross_token or not self.reducer.cross_token else "without_cross_token"
+    def reduced_form(self, reducer: Reducer) -> OutputForm:
+        """The form of reduced tokens for the host, under a reducer."""
+        return "tokens" if self.keeps_cross_token(reducer) or not reducer.cross_token else "without_cross_token"
 
     # A call of a block, inside of its hooks -----------------------------------------------------------------------
 
