@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -574,3 +575,10 @@ def test_distance() -> None:
     out = {"logits": a[:, None], "ids": torch.ones(2, 3), "scale": torch.tensor(2.0)}
     dense = {"logits": long, "ids": torch.ones(2, 3, dtype=torch.long), "scale": torch.tensor(3.0)}
     assert distance(out, dense).tolist() == [pytest.approx(16 / 9), 0.0]
+
+
+def test_the_search_warns_of_nothing() -> None:
+    """It asks blocks for more tokens than there are, which is no fault of the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        crossget.fit_schedule(vit(depth=2), images(2), flops=0.8, reducer=TOME, distribution="constant")
