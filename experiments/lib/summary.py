@@ -41,7 +41,7 @@ class Row:
         seed: of the run; `mean` and `sd` over all seeds; empty where there is none.
         flops_share: multiply-adds over those of the dense model; empty where they were not counted.
         metric: path of the number in the result file.
-        value: in full precision.
+        value: with 12 digits.
         device: what was measured on.
         commit: of the code, 12 digits.
         file: result file, or folder of the seeds' files, relative to `experiments`.
@@ -179,5 +179,8 @@ def over_seeds(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def number(value: float | None) -> str:
-    """Return a number in full precision; nothing for None."""
-    return "" if value is None else repr(value)
+    """Return a number with 12 digits; nothing for None.
+
+    The last digits of a mean or a deviation differ between versions of Python.
+    """
+    return "" if value is None else f"{value:.12g}"
