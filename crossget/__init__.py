@@ -4,7 +4,7 @@
 """
 
 from crossget.checkpoints.authors import load_reference
-from crossget.core.adapters import Tower, find_towers, register, unregister
+from crossget.core.adapters import Blocks, Tower, find_towers, register, unregister
 from crossget.core.attachment import Attachment, attach, attachment, load
 from crossget.measure.doctor import doctor
 from crossget.measure.fit import fit_schedule
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attachment",
+    "Blocks",
     "CrossGET",
     "Linear",
     "RampedRatio",

@@ -11,12 +11,10 @@ from typing import Any
 import transformers.utils.generic
 from torch import Tensor, nn
 
-from crossget.core.adapters import Blocks, Features, IntermediatesHook, Prompt, Tower, find_towers
+from crossget.core.adapters import RECOGNISED_KERNELS, Blocks, Features, IntermediatesHook, Prompt, Tower, find_towers
 
 # Paths from a module to the list of blocks that it runs. They differ between versions.
 _BLOCK_PATHS = ("encoder.layers", "encoder.layer", "layers", "layer")
-# Attention implementations that crossget recognises. The others are fused kernels that are no torch functions.
-_RECOGNISED = ("eager", "sdpa")
 # The names of the blocks' mask arguments. Some versions check the shape of a mask, others cut it to the number of keys.
 MASKS = ("attention_mask", "causal_attention_mask")
 
@@ -59,7 +57,7 @@ def blocks(tower: nn.Module) -> Blocks:
         for name in path.split("."):
             found = getattr(found, name, None)
         if isinstance(found, nn.ModuleList):
-            return Blocks(tower, path)
+            return Blocks(path, tower)
     raise RuntimeError(
         f"{type(tower).__name__} has no list of blocks at any of {', '.join(_BLOCK_PATHS)}: this version of "
         "transformers is not known"
@@ -68,7 +66,7 @@ def blocks(tower: nn.Module) -> Blocks:
 
 def kernel(config: Any) -> list[tuple[Any, str, Any]]:
     """The overrides that make a tower with another attention implementation use SDPA while it is attached."""
-    return [] if config._attn_implementation in _RECOGNISED else [(config, "_attn_implementation", "sdpa")]
+    return [] if config._attn_implementation in RECOGNISED_KERNELS else [(config, "_attn_implementation", "sdpa")]
 
 
 def inner(model: Any, name: str) -> Any:

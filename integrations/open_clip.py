@@ -210,7 +210,7 @@ def _hf_text(text: Any) -> Any:
     own_pooler = getattr(encoder, "pooler", None) is not None
     return Tower(
         "text",
-        blocks=Blocks(encoder, names[1]),
+        blocks=Blocks(names[1], encoder),
         width=int(embedding.weight.shape[1]),
         prefix=0 if pools_one else 1,
         padding=True,
@@ -257,7 +257,7 @@ def _blocks(transformer: Any) -> Blocks:
             "cannot reduce an open_clip tower made with batch_first=False: its blocks pass [T, B, C]; make the model "
             "with batch_first=True"
         )
-    return Blocks(transformer, "resblocks")
+    return Blocks("resblocks", transformer)
 
 
 def _intermediates(transformer: nn.Module) -> list[IntermediatesHook]:

@@ -61,7 +61,7 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
     mixed = getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False)
     return Tower(
         "visual",
-        blocks=Blocks(model, "blocks"),
+        blocks=Blocks("blocks", model),
         width=int(model.embed_dim),
         prefix=prefix,
         class_token=class_token,

@@ -136,7 +136,7 @@ def _expect_single_token(attached: AttachedTower, output: SingleTokenOutput) -> 
         return False
     if not output.applies(output.module) or _has_token_hooks(attached.tower, output.module):
         return False
-    attached.outputs.set(HostOutputs("tokens", "grid", attached.depth - 1, class_token_only=True))
+    attached.outputs.set(HostOutputs("grid", "grid", attached.depth - 1, class_token_only=True))
     return True
 
 
