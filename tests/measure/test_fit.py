@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -343,7 +344,7 @@ def test_a_dictionary_of_towers_and_a_model_of_two() -> None:
 def test_tokens_out(settings: dict[str, Any], distribution: Any) -> None:
     model = vit(**settings)
     for asked in (64, 17):
-        fitted = crossget.fit_schedule(model, images(4), tokens_out=asked, distribution=distribution)
+        fitted = crossget.fit_schedule(model, images(4), tokens_out=asked, reducer=CROSS, distribution=distribution)
         assert fitted.measured == fitted.predicted == asked
         kept = fitted.tokens[-1] - 1 - settings.get("reg_tokens", 0) - settings.get("class_token", True)
         assert kept == asked
@@ -356,11 +357,13 @@ def test_tokens_out(settings: dict[str, Any], distribution: Any) -> None:
 def test_image_tokens_of_llava(distribution: Any) -> None:
     """The image tokens of the prompt: the cross token, which LLaVA has among its features, is one of them."""
     model, inputs = hf_models.llava(), prompts(4)
-    fitted = crossget.fit_schedule(model, inputs, tokens_out=7, distribution=distribution)
+    fitted = crossget.fit_schedule(model, inputs, tokens_out=7, reducer=CROSS, distribution=distribution)
     assert fitted.measured == 7
     assert fitted.schedule.r[-1] == 0  # the model does not use the last block
     if distribution == "measured":  # by the last token's logits, which alone can be compared
-        by_hand = crossget.fit_schedule(model, inputs, tokens_out=7, output=lambda out: out.logits[:, -1])
+        by_hand = crossget.fit_schedule(
+            model, inputs, tokens_out=7, reducer=CROSS, output=lambda out: out.logits[:, -1]
+        )
         assert (by_hand.losses, by_hand.schedule) == (fitted.losses, fitted.schedule)
     with crossget.attach(model, fitted.reducer) as attached:
         assert attached.image_tokens == (16, 7)
@@ -399,8 +402,9 @@ def test_of_several_methods_the_one_that_loses_least(distribution: Any) -> None:
 
 
 def test_the_constant_schedule_stays_where_nothing_is_better() -> None:
-    constant = crossget.fit_schedule(vit(), images(4), tokens_out=20, distribution="constant")
-    fitted = crossget.fit_schedule(vit(), images(4), tokens_out=20, output=lambda logits: torch.ones_like(logits))
+    fit = partial(crossget.fit_schedule, vit(), images(4), tokens_out=20, reducer=CROSS)
+    constant = fit(distribution="constant")
+    fitted = fit(output=lambda logits: torch.ones_like(logits))
     assert fitted.distribution == "constant"
     assert fitted.losses == {"measured": 0.0, "constant": 0.0}
     assert fitted.schedule == constant.schedule
@@ -459,6 +463,7 @@ def test_latency(monkeypatch: pytest.MonkeyPatch, distribution: Any) -> None:
     model, inputs = vit(), images(4)
     with clock(model, monkeypatch, lambda tokens: 1e-3 + 1e-4 * tokens + 1e-6 * tokens**2):
         fitted = crossget.fit_schedule(model, inputs, latency=0.7, distribution=distribution, rounds=2)
+        assert fitted.reducer == crossget.Ward(fitted.schedule)  # no method is named
         assert fitted.met
         assert fitted.predicted == pytest.approx(fitted.measured, abs=1e-2)
         assert 0.68 < fitted.measured <= 0.7 + 1e-3
@@ -509,9 +514,9 @@ def test_a_missed_latency_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tokens_out": 12.0}, TypeError, "tokens_out is 12.0: the number of tokens is an int"),
         ({"tokens_out": 0}, ValueError, "tokens_out is 0: expected at least 1"),
         ({"tokens_out": 65}, ValueError, "tokens_out=65 cannot be kept: the nearest possible is 64"),
-        ({"tokens_out": 7}, ValueError, "tokens_out=7 cannot be kept: the nearest possible is 8"),
+        ({"tokens_out": 7}, ValueError, "tokens_out=7 cannot be kept: the nearest possible is 16"),
         ({"flops": 0.5, "distribution": "linear"}, ValueError, "distribution is 'linear': choose 'measured', 'con"),
-        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give a reducer such as crossget.ToMe"),
+        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give a reducer such as crossget.Ward"),
         ({"flops": 0.5, "reducer": []}, TypeError, r"reducer is \[\]: give a reducer"),
         ({"flops": 0.5, "reducer": [crossget.ToMe(0), "Ward"]}, TypeError, r"'Ward'\]: give a reducer"),
         ({"flops": 0.5, "rounds": 0}, ValueError, "rounds=0: expected at least 1"),
@@ -537,7 +542,7 @@ def test_the_nearest_possible_is_possible(vit_costs: FlopModel, monkeypatch: pyt
     """No schedule costs less than the nearest possible one that the message names."""
     monkeypatch.setattr("crossget.measure.fit.derive", lambda model, space: vit_costs)
     with pytest.raises(ValueError, match="nearest possible") as caught:
-        crossget.fit_schedule(vit(), images(2), flops=0.05)
+        crossget.fit_schedule(vit(), images(2), flops=0.05, reducer=CROSS)
     share = float(str(caught.value).split("possible is ")[1].split(". ")[0])
     dense = crossget.count_flops(vit(), images(2)).total
     space, counts = vit_costs.space, torch.arange(1, vit_costs.space.n_tokens + 1)
@@ -557,7 +562,7 @@ def test_an_attached_model_is_refused() -> None:
 
 
 def test_too_few_tokens_is_an_error() -> None:
-    with pytest.raises(ValueError, match="has 3 tokens, of which 2 always stay: nothing can be merged"):
+    with pytest.raises(ValueError, match="has 2 tokens, of which 1 always"):
         crossget.fit_schedule(vit(img_size=4), images(1, 4), flops=0.5)
 
 
