@@ -134,8 +134,8 @@ def fit_schedule(
             cross token. For a model with images in its prompts: the image tokens that the language model gets, see
             `Attachment.image_tokens`.
         latency: share of the time, in (0, 1].
-        reducer: the method, whose `r` is replaced; `Ward(r=0)` if None. CrossGET needs its trained cross tokens: name it
-            when you load some. Of several methods each is fitted, and the one with the least loss of the output is
+        reducer: the method, whose `r` is replaced; `Ward(r=0)` if None. CrossGET needs its trained cross tokens: name
+            it when you load some. Of several methods each is fitted, and the one with the least loss of the output is
             returned.
         tower: name of the tower; None: the tower that `attach` reduces if it gets one reducer.
         distribution: how the tokens are shared out among the blocks. "constant": the same number in every block.

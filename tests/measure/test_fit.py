@@ -458,18 +458,20 @@ def clock(model: Any, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], 
         hook.remove()
 
 
-@pytest.mark.parametrize("distribution", ["constant", "measured"])
-def test_latency(monkeypatch: pytest.MonkeyPatch, distribution: Any) -> None:
+@pytest.mark.parametrize(("distribution", "reducer"), [("constant", None), ("measured", CROSS)])
+def test_latency(monkeypatch: pytest.MonkeyPatch, distribution: Any, reducer: Any) -> None:
+    """Also by the default method, which computes the last block for one token."""
     model, inputs = vit(), images(4)
     with clock(model, monkeypatch, lambda tokens: 1e-3 + 1e-4 * tokens + 1e-6 * tokens**2):
-        fitted = crossget.fit_schedule(model, inputs, latency=0.7, distribution=distribution, rounds=2)
-        assert fitted.reducer == crossget.Ward(fitted.schedule)  # no method is named
+        fit = partial(crossget.fit_schedule, model, inputs, reducer=reducer, rounds=2)
+        fitted = fit(latency=0.7, distribution=distribution)
+        assert isinstance(fitted.reducer, crossget.Ward if reducer is None else crossget.CrossGET)
         assert fitted.met
         assert fitted.predicted == pytest.approx(fitted.measured, abs=1e-2)
         assert 0.68 < fitted.measured <= 0.7 + 1e-3
         assert fitted.spread == pytest.approx((fitted.measured, fitted.measured))
         with pytest.raises(ValueError, match=r"latency=0.2 cannot be kept: the nearest possible is 0.\d+"):
-            crossget.fit_schedule(model, inputs, latency=0.2, rounds=2)
+            fit(latency=0.2)
 
 
 def test_time_that_does_not_fall_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
