@@ -182,7 +182,7 @@ class Odd(crossget.ToMe):
 
 
 def test_costs_of_another_form_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"are no polynomial in the tokens of the blocks of tower 'visual'.*tiles"):
+    with pytest.raises(RuntimeError, match=r"no polynomial.*tower 'visual'.*tiles"):
         crossget.fit_schedule(vit(depth=2), images(1), flops=0.7, reducer=Odd(r=0), distribution="constant")
 
 
@@ -421,11 +421,11 @@ def test_tokens_out_on_the_meta_device() -> None:
 
 def test_what_cannot_be_done_on_the_meta_device() -> None:
     model, inputs = vit().to("meta"), images(2).to("meta")
-    with pytest.raises(ValueError, match="nothing can be measured: set distribution='constant'"):
+    with pytest.raises(ValueError, match="distribution='constant'"):
         crossget.fit_schedule(model, inputs, flops=0.7)
     with pytest.raises(ValueError, match="nothing can be measured: .* give one reducer"):
         crossget.fit_schedule(model, inputs, flops=0.7, distribution="constant", reducer=[CROSS, TOME])
-    with pytest.raises(ValueError, match="latency cannot be measured on the meta device"):
+    with pytest.raises(ValueError, match="latency .*meta device"):
         crossget.fit_schedule(model, inputs, latency=0.7)
 
 
@@ -470,7 +470,7 @@ def test_latency(monkeypatch: pytest.MonkeyPatch, distribution: Any, reducer: An
         assert fitted.predicted == pytest.approx(fitted.measured, abs=1e-2)
         assert 0.68 < fitted.measured <= 0.7 + 1e-3
         assert fitted.spread == pytest.approx((fitted.measured, fitted.measured))
-        with pytest.raises(ValueError, match=r"latency=0.2 cannot be kept: the nearest possible is 0.\d+"):
+        with pytest.raises(ValueError, match=r"latency=0.2 .*nearest possible is 0.\d+"):
             fit(latency=0.2)
 
 
@@ -508,22 +508,22 @@ def test_a_missed_latency_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "give exactly one budget of flops, tokens_out, latency; got none"),
+        ({}, ValueError, "exactly one .*flops, tokens_out, latency; got none"),
         ({"flops": 0.5, "latency": 0.5}, ValueError, "exactly one budget .*'flops': 0.5, 'latency': 0.5"),
-        ({"flops": 1.2}, ValueError, r"flops is 1.2: expected a share of the dense model's, in \(0, 1\]"),
+        ({"flops": 1.2}, ValueError, r"flops is 1.2: .*\(0, 1\]"),
         ({"latency": 0}, ValueError, "latency is 0: expected a share"),
         ({"flops": "half"}, TypeError, "flops is 'half': expected a number"),
-        ({"tokens_out": 12.0}, TypeError, "tokens_out is 12.0: the number of tokens is an int"),
+        ({"tokens_out": 12.0}, TypeError, "tokens_out is 12.0: .*int"),
         ({"tokens_out": 0}, ValueError, "tokens_out is 0: expected at least 1"),
-        ({"tokens_out": 65}, ValueError, "tokens_out=65 cannot be kept: the nearest possible is 64"),
-        ({"tokens_out": 7}, ValueError, "tokens_out=7 cannot be kept: the nearest possible is 16"),
+        ({"tokens_out": 65}, ValueError, "tokens_out=65 .*nearest possible is 64"),
+        ({"tokens_out": 7}, ValueError, "tokens_out=7 .*nearest possible is 16"),
         ({"flops": 0.5, "distribution": "linear"}, ValueError, "distribution is 'linear': choose 'measured', 'con"),
-        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give a reducer such as crossget.Ward"),
+        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give .*crossget.Ward"),
         ({"flops": 0.5, "reducer": []}, TypeError, r"reducer is \[\]: give a reducer"),
         ({"flops": 0.5, "reducer": [crossget.ToMe(0), "Ward"]}, TypeError, r"'Ward'\]: give a reducer"),
         ({"flops": 0.5, "rounds": 0}, ValueError, "rounds=0: expected at least 1"),
-        ({"flops": 0.5, "tower": "text"}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
-        ({"tokens_out": 30, "output": lambda out: [1]}, ValueError, "cannot be compared with the dense model's"),
+        ({"flops": 0.5, "tower": "text"}, ValueError, r"\['text'\].*\['visual'\]"),
+        ({"tokens_out": 30, "output": lambda out: [1]}, ValueError, "cannot be compared.*output="),
     ],
 )
 def test_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -569,7 +569,7 @@ def test_too_few_tokens_is_an_error() -> None:
 
 
 def test_a_tower_that_does_not_run_is_an_error() -> None:
-    with pytest.raises(ValueError, match="tower 'visual' did not run on these inputs"):
+    with pytest.raises(ValueError, match="tower 'visual' did not run"):
         crossget.fit_schedule(clip(), {"text": torch.randint(1, 60, (2, 12))}, flops=0.5)
 
 
