@@ -1,6 +1,6 @@
 """CrossGET: cross-guided ensemble of tokens for vision and vision-language transformers.
 
-`with crossget.attach(model, crossget.CrossGET(r=16)) as attached:` reduces a model, in place, until the end.
+`with crossget.attach(model, crossget.Ward(r=16)) as attached:` reduces a model, in place, until the end.
 """
 
 from crossget.checkpoints.authors import load_reference

@@ -146,7 +146,7 @@ def _text(model: Any) -> Any:
         prefix=0 if pool == "first" else 1,
         causal=text.attn_mask is not None,
         padding=pool == "appended" or getattr(text, "use_pad_mask", False),
-        text=TextInput(text.token_embedding, partial(_end, pool, eos), pools_one=pool != "none"),
+        text=TextInput(text.token_embedding, partial(_end, pool, eos), single_token=pool != "none"),
         project=partial(project, text.ln_final, text, "text_projection"),
         intermediates=_intermediates(text.transformer),
         single_token_outputs=[] if pool == "none" else _text_outputs(model, text),
@@ -204,17 +204,17 @@ def _hf_text(text: Any) -> Any:
     encoder, names = text.transformer, _HF_PARTS[kind]
     embedding = encoder.get_submodule(names[0])
     norm = None if names[2] is None else encoder.get_submodule(names[2])
-    pools_one = hasattr(text.pooler, "cls_token_position")
-    locate = partial(_first if pools_one else _all, config.pad_token_id)
+    single_token = hasattr(text.pooler, "cls_token_position")
+    locate = partial(_first if single_token else _all, config.pad_token_id)
     # The encoder's own pooler comes before the projection, so single tokens cannot be projected.
     own_pooler = getattr(encoder, "pooler", None) is not None
     return Tower(
         "text",
         blocks=Blocks(names[1], encoder),
         width=int(embedding.weight.shape[1]),
-        prefix=0 if pools_one else 1,
+        prefix=0 if single_token else 1,
         padding=True,
-        text=TextInput(embedding, locate, pools_one),
+        text=TextInput(embedding, locate, single_token),
         project=None if own_pooler else partial(project, norm, text, "proj"),
         masks=() if kind == "mt5" else ("attention_mask",),
         fit_arguments=_widen_mask if kind == "mt5" else None,

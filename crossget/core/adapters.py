@@ -103,14 +103,14 @@ class TextInput:
         locate: a function of the ids [B, T] with two results. The first is the position [B] of the end-of-text token;
             None: the tower pools the mean of all tokens. The second is [B, T] false for padding; None: the tower treats
             padding like text, as CLIP does, or padding is found in the attention's mask.
-        pools_one: `locate` returns a position. The end-of-text token is then the guide, and the cross token is a copy
-            of it before every block. Otherwise the cross token is the guide, and starts as the mean of the tokens that
-            are no padding.
+        single_token: the tower pools a single token, whose position `locate` returns. The end-of-text token is then the
+            guide, and the cross token is a copy of it before every block. Otherwise the cross token is the guide, and
+            starts as the mean of the tokens that are no padding.
     """
 
     embedding: nn.Module
     locate: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
-    pools_one: bool = True
+    single_token: bool = True
 
 
 @dataclass
@@ -342,7 +342,7 @@ class Tower:
     @property
     def has_end(self) -> bool:
         """Whether its texts have an end-of-text token. It is protected, and is the guide."""
-        return self.text is not None and self.text.pools_one
+        return self.text is not None and self.text.single_token
 
     def n_reserved(self, cross_token: bool) -> int:
         """The number of tokens of a row that are never removed.

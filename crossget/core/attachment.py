@@ -571,14 +571,12 @@ def _choose(
         )
         return {main: reducer, **dict.fromkeys(others, plain)}
     if not isinstance(reducer, Mapping):
-        raise TypeError(
-            f"reducer is {reducer!r}: give a reducer such as crossget.CrossGET(r=16), or a dict by tower name"
-        )
+        raise TypeError(f"reducer is {reducer!r}: give a reducer such as crossget.Ward(r=16), or a dict by tower name")
     unknown = sorted(set(reducer) - set(towers))
     if unknown or not reducer:
         reasons = "".join(f"; {name!r}: {absent[name]}" for name in unknown if name in absent)
         raise ValueError(f"reducer names the towers {sorted(reducer)}: this model has {sorted(towers)}{reasons}")
     for name, value in reducer.items():
         if not isinstance(value, Reducer):
-            raise TypeError(f"reducer[{name!r}] is {value!r}: give a reducer such as crossget.CrossGET(r=16)")
+            raise TypeError(f"reducer[{name!r}] is {value!r}: give a reducer such as crossget.Ward(r=16)")
     return dict(reducer)

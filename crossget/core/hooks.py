@@ -156,7 +156,7 @@ _COUNTING: ContextVar[bool] = ContextVar("_COUNTING", default=False)
 
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
-    """Context in which hooks on a model's modules only count operators, and do not read tokens."""
+    """Context in which hooks on a model's modules only count operators or take the time, and do not read tokens."""
     token = _COUNTING.set(True)
     try:
         yield

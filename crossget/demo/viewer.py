@@ -86,7 +86,7 @@ class ViewerOptions:
     image: Path | None = None
     model: str = "ViT-B-16"
     r: Reduction = 16
-    methods: Sequence[str] = ("ward", "crossget")
+    methods: Sequence[str] = ("ward", "tome")
     text: Sequence[str] = ()
     checkpoint: Path | None = None
     pretrained: str = DEFAULT
@@ -320,7 +320,8 @@ class ViewerReport:
     def _subtitle(self) -> str:
         if self.backbone.random:
             return "Random weights: the merged patches are not those of a trained model."
-        return f"Weights: {self._weights()}; the cross tokens are untrained."
+        untrained = "; the cross tokens are untrained" if "crossget" in self.options.methods else ""
+        return f"Weights: {self._weights()}{untrained}."
 
     def _row(self, name: str, run: Run, blocks: Sequence[int]) -> tuple[str, list[figures.Panel]]:
         colours, who = self.colours(name), NAMES[name]

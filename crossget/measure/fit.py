@@ -39,7 +39,7 @@ from crossget.measure.cost_model import ScheduledModel, derive, no_polynomial
 from crossget.measure.flops import count_once
 from crossget.measure.inputs import Inputs, as_call, tensors_in
 from crossget.measure.speed import calling, in_eval_mode, quartiles, take_turns
-from crossget.methods.reducers import CrossGET, Reducer
+from crossget.methods.reducers import Reducer, Ward
 from crossget.methods.schedules import PerLayer, planned_tokens
 
 __all__ = ["FittedSchedule", "fit_schedule"]
@@ -134,8 +134,9 @@ def fit_schedule(
             cross token. For a model with images in its prompts: the image tokens that the language model gets, see
             `Attachment.image_tokens`.
         latency: share of the time, in (0, 1].
-        reducer: the method, whose `r` is replaced; `CrossGET(r=0)` if None. Of several methods each is fitted, and the
-            one with the least loss of the output is returned.
+        reducer: the method, whose `r` is replaced; `Ward(r=0)` if None. CrossGET needs its trained cross tokens: name
+            it when you load some. Of several methods each is fitted, and the one with the least loss of the output is
+            returned.
         tower: name of the tower; None: the tower that `attach` reduces if it gets one reducer.
         distribution: how the tokens are shared out among the blocks. "constant": the same number in every block.
             "ramped": as by `crossget.RampedRatio`. "measured": with the least loss of the output on the inputs, or
@@ -194,10 +195,10 @@ def fit_schedule(
 
 def _methods(given: Reducer | Sequence[Reducer] | None) -> list[Reducer]:
     """The methods to fit, with r = 0."""
-    methods = [CrossGET(r=0)] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    methods = [Ward(r=0)] if given is None else list(given) if isinstance(given, Sequence) else [given]
     if not methods or not all(isinstance(method, Reducer) for method in methods):
         raise TypeError(
-            f"reducer is {given!r}: give a reducer such as crossget.ToMe(r=0), whose r will be found, or several"
+            f"reducer is {given!r}: give a reducer such as crossget.Ward(r=0), whose r will be found, or several"
         )
     return [replace(method, r=0) for method in methods]
 

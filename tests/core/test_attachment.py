@@ -149,9 +149,9 @@ def test_every_way_to_add_gives_the_same(residual: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"residual": "onto"}, "showed no residual addition after its attention"),
+        ({"residual": "onto"}, "no residual addition"),
         ({"attention": "none"}, "showed no attention over its tokens"),
-        ({"residual": "statement"}, "adds its residual in place and goes on with the old tensor"),
+        ({"residual": "statement"}, "in place.*old tensor"),
         ({"attention": "own_softmax"}, "no softmax over the attention scores.*proportional_attention=False"),
     ],
 )
@@ -223,9 +223,9 @@ def test_a_dict_names_the_towers(pair: Pair) -> None:
     [
         ({"vision": crossget.CrossGET(3)}, ValueError, r"names the towers \['vision'\].*has \['other', 'visual'\]"),
         ({}, ValueError, r"names the towers \[\]"),
-        ({"visual": 3}, TypeError, r"reducer\['visual'\] is 3: give a reducer such as"),
-        (16, TypeError, r"reducer is 16: give a reducer such as crossget.CrossGET\(r=16\)"),
-        ({"visual": crossget.CrossGET([1, 2])}, ValueError, "lists 2 layers but the tower has 3 blocks"),
+        ({"visual": 3}, TypeError, r"reducer\['visual'\] is 3: give.*Ward\(r=16\)"),
+        (16, TypeError, r"reducer is 16: give.*Ward\(r=16\)"),
+        ({"visual": crossget.CrossGET([1, 2])}, ValueError, "2 layers.*3 blocks"),
         (
             {
                 "visual": crossget.CrossGET(3),
@@ -246,7 +246,7 @@ def test_bad_input_leaves_nothing_attached(pair: Pair, reducer: Any, error: type
 def test_a_patched_block_is_refused_and_nothing_is_half_attached(pair: Pair) -> None:
     pair.other.stages[1].forward = lambda x: x
     before = contract.identity(pair)
-    with pytest.raises(ValueError, match="block 1 of tower 'other' has a forward of its own on the instance"):
+    with pytest.raises(ValueError, match="block 1 of tower 'other'.*instance"):
         crossget.attach(pair, crossget.CrossGET(3))
     assert contract.identity(pair) == before
 
@@ -295,7 +295,7 @@ def test_attaching_a_part_of_an_attached_model_is_refused(pair: Pair) -> None:
 
 
 def test_unknown_backbone() -> None:
-    with pytest.raises(TypeError, match=r"cannot reduce torch.nn.modules.linear.Linear: no adapter.*crossget.register"):
+    with pytest.raises(TypeError, match=r"modules.linear.Linear.*crossget.register"):
         crossget.attach(nn.Linear(2, 2), crossget.CrossGET(3))
 
 
@@ -316,9 +316,9 @@ def test_a_subclass_is_found_along_the_mro() -> None:
 @pytest.mark.parametrize(
     ("towers", "message"),
     [
-        ([], "found no tower: nothing would be reduced"),
-        ([crossget.Tower("visual", [], 32)], "found no block in tower 'visual': nothing would be reduced"),
-        ([crossget.Tower("a", [nn.Identity()], 1)] * 2, r"\['a', 'a'\]: each tower needs a name of its own"),
+        ([], "no tower"),
+        ([crossget.Tower("visual", [], 32)], "no block in tower 'visual'"),
+        ([crossget.Tower("a", [nn.Identity()], 1)] * 2, r"\['a', 'a'\].*name of its own"),
         ([crossget.Tower("a", ["block"], 1)], r"lists \['str'\] among its blocks"),  # type: ignore[list-item]
     ],
 )
@@ -364,7 +364,7 @@ def test_a_mistake_in_a_method_is_told_as_it_is(pair: Pair) -> None:
     # It runs below the block's `x + attention`, of which torch would say that tensors cannot be added.
     with (
         crossget.attach(pair, Mistaken(1)),
-        pytest.raises(RuntimeError, match=r"Mistaken.reduce\(\) failed: object of type 'int' has no len"),
+        pytest.raises(RuntimeError, match=r"Mistaken.reduce\(\).*'int' has no len"),
     ):
         pair(TOKENS)
 
@@ -378,7 +378,7 @@ def test_paused_is_the_dense_model(pair: Pair) -> None:
                 assert torch.equal(pair(TOKENS), dense)
             assert torch.equal(pair(TOKENS), reduced)
             assert crossget.attachment(pair) is attached
-    with pytest.raises(ValueError, match="Pair is not attached: call crossget.attach"):
+    with pytest.raises(ValueError, match="Pair .*crossget.attach"):
         crossget.attachment(pair)
 
 
@@ -399,7 +399,7 @@ def test_a_block_that_is_called_out_of_order_is_an_error() -> None:
     model = Plain().eval()
     with (
         crossget.attach(model, crossget.CrossGET(3)),
-        pytest.raises(RuntimeError, match=r"block 1 of tower 'visual' got tokens \[2, 17, 32\]"),
+        pytest.raises(RuntimeError, match=r"block 1 of tower 'visual' got tokens \[2, 20, 32\]"),
     ):
         model.stages[1](TOKENS)
 
@@ -407,7 +407,7 @@ def test_a_block_that_is_called_out_of_order_is_an_error() -> None:
 def test_alignment_loss_says_what_is_missing(pair: Pair) -> None:
     with crossget.attach(pair, crossget.CrossGET(3)) as attached:
         pair(TOKENS)
-        with pytest.raises(RuntimeError, match="needs two towers with cross tokens in one space, found 0"):
+        with pytest.raises(RuntimeError, match="two towers with cross tokens.*found 0"):
             attached.alignment_loss()
 
 
@@ -486,7 +486,7 @@ def test_what_a_host_keeps_of_its_blocks_does_not_change_afterwards(residual: st
 def test_more_tokens_asked_for_than_there_are_is_a_warning_once() -> None:
     model = Plain().eval()
     with torch.no_grad(), crossget.attach(model, crossget.ToMe(9)) as attached:
-        with pytest.warns(UserWarning, match="asks tower 'visual' to remove 18 tokens.* remove 14 of 20.*block 1 on"):
+        with pytest.warns(UserWarning, match="tower 'visual'.* 18 .* 14 of 20.*block 1 on"):
             model(TOKENS)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -502,9 +502,7 @@ def test_the_handle_says_what_it_has_and_takes_nothing_else() -> None:
     for what in ("tokens", "source", "records"):
         with pytest.raises(RuntimeError, match="forward"):
             getattr(attached, what)
-    with pytest.raises(
-        AttributeError, match=r"'r'.*attached\.reducer = dataclasses\.replace\(attached\.reducer, r=8\)"
-    ):
+    with pytest.raises(AttributeError, match=r"'r'.*replace\(attached\.reducer, r=8\)"):
         attached.r = 20
     attached.detach()
     dense = contract.run(model, (TOKENS,))
@@ -543,7 +541,7 @@ def test_a_list_of_blocks_that_is_cut_or_replaced() -> None:
             assert out.shape == TOKENS.shape
             assert attached.tokens["visual"] == [21, 18, 15][: len(model.stages)]
         model.stages = nn.ModuleList([*whole[:2], Block()])
-        with pytest.raises(RuntimeError, match=r"blocks \[2\] of tower 'visual' came after crossget.attach"):
+        with pytest.raises(RuntimeError, match=r"\[2\] of tower 'visual'.*crossget.attach"):
             model(TOKENS)
         model.stages = whole
         model(TOKENS)

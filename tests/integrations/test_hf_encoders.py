@@ -597,7 +597,7 @@ def test_no_alignment_behind_an_attention_pool() -> None:
     model, inputs = contract.build(chosen("SiglipModel-sdpa")[0].values[0])
     with crossget.attach(model, crossget.CrossGET(R)) as attached:
         model(*inputs)
-        with pytest.raises(RuntimeError, match="no projection of single tokens is known for: visual"):
+        with pytest.raises(RuntimeError, match="no projection .*: visual"):
             attached.alignment_loss()
         way: Any = attached.towers["text"].project
     tokens, text = torch.randn(5, 32), model.text_model

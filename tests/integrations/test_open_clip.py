@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import transformers
 from open_clip import coca_model
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.transformer import TextTransformer, Transformer
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -505,7 +504,7 @@ def test_alignment_loss(case: contract.Case) -> None:
         model(*inputs)
         blind = [name for name, tower in attached.towers.items() if tower.project is None]
         if blind:
-            with pytest.raises(RuntimeError, match=f"no projection of single tokens is known for: {blind[0]}"):
+            with pytest.raises(RuntimeError, match=f"no projection .*: {blind[0]}"):
                 attached.alignment_loss()
             return
         attached.alignment_loss().backward()
@@ -528,9 +527,9 @@ def resnet() -> nn.Module:
 def test_a_convolutional_image_tower_is_not_there() -> None:
     model = resnet()
     assert [tower.name for tower in crossget.find_towers(model)] == ["text"]
-    with pytest.raises(ValueError, match=r"\['visual'\].*has \['text'\]; 'visual': ModifiedResNet is convolutional"):
+    with pytest.raises(ValueError, match=r"\['visual'\].*\['text'\]; 'visual': ModifiedResNet"):
         crossget.attach(model, {"visual": crossget.CrossGET(r=2)})
-    with pytest.raises(ValueError, match=r"one reducer is for the tower 'visual'.*ModifiedResNet is convol.*'text'"):
+    with pytest.raises(ValueError, match=r"one reducer.*'visual'.*ModifiedResNet.*'text'"):
         crossget.attach(model, crossget.CrossGET(r=2))
     with crossget.attach(model, {"text": crossget.CrossGET(r=2)}) as attached:
         encode(model, texts())
@@ -579,7 +578,7 @@ def test_tokens_first_is_refused() -> None:
 
 def test_torchscript_is_refused() -> None:
     scripted = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
-    with pytest.raises(TypeError, match="TorchScript model, whose compiled code cannot be watched: load it without"):
+    with pytest.raises(TypeError, match="TorchScript .*load it without"):
         crossget.attach(scripted, crossget.CrossGET(r=2))
 
 
