@@ -41,11 +41,6 @@ def vit(model: Any, prefix: int = 1, **fields: Any) -> Tower:
     return tower("visual", model.base_model, prefix=prefix, class_token=True, **fields)
 
 
-def backbone(model: nn.Module) -> list[IntermediatesHook]:
-    """The hook of a backbone, whose forward reshapes the hidden states of several blocks to the image grid."""
-    return [IntermediatesHook(model, "forward")]
-
-
 def blocks(tower: nn.Module) -> Blocks:
     """The blocks of a module, in the order they run.
 

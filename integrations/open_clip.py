@@ -22,7 +22,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, TextInput, Tower, find_towers, register
+from crossget.core.adapters import Blocks, SingleTokenOutput, TextInput, Tower, find_towers, register
 from crossget.core.state import TokenState
 from crossget.integrations import timm as timm_towers
 from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, is_of, project, support_row
@@ -87,7 +87,6 @@ def _visual(visual: Any) -> Any:
         class_token=True,
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
         embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
-        intermediates=_intermediates(visual.transformer),
         single_token_outputs=[SingleTokenOutput(visual, _returns_class_token_only)],
     )
 
@@ -148,7 +147,6 @@ def _text(model: Any) -> Any:
         padding=pool == "appended" or getattr(text, "use_pad_mask", False),
         text=TextInput(text.token_embedding, partial(_end, pool, eos), single_token=pool != "none"),
         project=partial(project, text.ln_final, text, "text_projection"),
-        intermediates=_intermediates(text.transformer),
         single_token_outputs=[] if pool == "none" else _text_outputs(model, text),
     )
 
@@ -258,14 +256,6 @@ def _blocks(transformer: Any) -> Blocks:
             "with batch_first=True"
         )
     return Blocks("resblocks", transformer)
-
-
-def _intermediates(transformer: nn.Module) -> list[IntermediatesHook]:
-    return (
-        [IntermediatesHook(transformer, "forward_intermediates")]
-        if hasattr(transformer, "forward_intermediates")
-        else []
-    )
 
 
 # Support matrix -------------------------------------------------------------------------------------------------------

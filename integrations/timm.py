@@ -17,7 +17,7 @@ import torch
 from timm.models import _features
 from torch import Tensor, nn
 
-from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, Tower, find_towers, register
+from crossget.core.adapters import Blocks, SingleTokenOutput, Tower, find_towers, register
 from crossget.core.state import TokenState
 from crossget.integrations._support import NumbersOnCPU, SupportRow, is_of, remaining_rows, support_row
 
@@ -66,9 +66,6 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
         prefix=prefix,
         class_token=class_token,
         padding=not arguments.keys().isdisjoint({"attn_mask", "patch_valid"}),
-        intermediates=[IntermediatesHook(model, "forward_intermediates")]
-        if hasattr(model, "forward_intermediates")
-        else [],
         single_token_outputs=[SingleTokenOutput(model, _pools_class_token)] if class_token else [],
         fit_arguments=partial(rotary_rows, bool(mixed)),
     )

@@ -115,12 +115,12 @@ class TextInput:
 
 @dataclass
 class IntermediatesHook:
-    """A method of the host that uses the outputs of several blocks, such as `forward_intermediates`.
+    """A method of the host that uses the outputs of certain blocks, such as `get_image_features`.
 
     Attributes:
         module, method: the module, and the name of its method.
         layers: a function from a call's arguments, by name, to the numbers of the blocks whose outputs are used (from
-            0). None: every block's may be used.
+            0).
         grid: the method expects one token for every input position. False: it can use the reduced tokens.
         hides_rest: blocks after the last used one have no effect on the method's result, so that they are skipped.
             Otherwise they are skipped inside `generate` only.
@@ -128,7 +128,7 @@ class IntermediatesHook:
 
     module: nn.Module
     method: str
-    layers: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
+    layers: Callable[[Mapping[str, Any]], Sequence[int]]
     grid: bool = True
     hides_rest: bool = False
 
@@ -242,7 +242,7 @@ class Tower:
             loss. The function must give its own parameters no gradient. None: there is no such function.
         embed: a function from tokens [.., C] of the last block to the joint space of images and texts [.., E]: what the
             host applies to the token that it pools. None: there is no such function of a single token.
-        intermediates: the methods of the host that use the outputs of several blocks.
+        intermediates: the methods of the host that use the outputs of certain blocks only, or take reduced tokens.
         single_token_outputs: the methods of the host whose result depends on a single token of the last block. They
             need a class token or an end-of-text token, and `restore`.
         fit_arguments: a function (block, name, value, state) that returns an argument of the block for the remaining
