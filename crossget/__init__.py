@@ -4,8 +4,9 @@
 """
 
 from crossget.checkpoints.authors import load_reference
-from crossget.core.adapters import Blocks, Tower, find_towers, register, unregister
-from crossget.core.attachment import Attachment, attach, attachment, load
+from crossget.core.adapters import Blocks, Tower, register, unregister
+from crossget.core.attach import attach, attachment, find_towers, load
+from crossget.core.attachment import Attachment
 from crossget.measure.doctor import doctor
 from crossget.measure.fit import fit_schedule
 from crossget.measure.flops import count_flops

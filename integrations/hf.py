@@ -11,7 +11,15 @@ from typing import Any
 import transformers.utils.generic
 from torch import Tensor, nn
 
-from crossget.core.adapters import RECOGNISED_KERNELS, Blocks, Features, IntermediatesHook, Prompt, Tower, find_towers
+from crossget.core.adapters import (
+    RECOGNISED_KERNELS,
+    Blocks,
+    Features,
+    IntermediatesHook,
+    Prompt,
+    Tower,
+    adapted_towers,
+)
 
 # Paths from a module to the list of blocks that it runs. They differ between versions.
 _BLOCK_PATHS = ("encoder.layers", "encoder.layer", "layers", "layer")
@@ -80,7 +88,7 @@ def image_tower(parts: Any) -> Tower:
     Raises:
         TypeError: it is of a class that cannot be reduced; the message says why.
     """
-    (tower,) = find_towers(parts.vision_tower)
+    (tower,) = adapted_towers(parts.vision_tower)
     return tower
 
 

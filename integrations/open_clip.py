@@ -22,7 +22,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossget.core.adapters import Blocks, SingleTokenOutput, TextInput, Tower, find_towers, register
+from crossget.core.adapters import Blocks, SingleTokenOutput, TextInput, Tower, adapted_towers, register
 from crossget.core.state import TokenState
 from crossget.integrations import timm as timm_towers
 from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, is_of, project, support_row
@@ -100,7 +100,7 @@ def _returns_class_token_only(visual: Any) -> bool:
 def _trunk(visual: Any) -> Any:
     """The image tower of a timm model, or a string with the reason why there is none."""
     try:
-        (tower,) = find_towers(visual.trunk)
+        (tower,) = adapted_towers(visual.trunk)
     except TypeError:
         return f"timm's {type(visual.trunk).__name__}: {timm_towers.explain(visual.trunk)}"
     return dataclasses.replace(tower, project=_trunk_projection(visual), embed=_trunk_embedding(visual))

@@ -307,7 +307,7 @@ class Tower:
                 f"tower {self.name!r} lists modules as its blocks: give the path to them, such as 'encoder.layers'"
             )
         path = self.blocks.path
-        overrides = [] if model is None else recognised_kernels(model, path)
+        overrides = () if model is None else recognised_kernels(model, path)
         return replace(self, blocks=Blocks(path, model), overrides=overrides)
 
     def __str__(self) -> str:
@@ -353,15 +353,16 @@ class Tower:
         return self.prefix + len(self.fixed) + int(cross_token) + int(self.has_end) + 2 * int(padded)
 
 
-def recognised_kernels(model: nn.Module, path: str | Sequence[str]) -> list[tuple[Any, str, Any]]:
+def recognised_kernels(model: nn.Module, path: str | Sequence[str]) -> tuple[tuple[Any, str, Any], ...]:
     """The overrides that make the blocks at a path use SDPA, if their model's attention is a kernel not recognised."""
-    path, overrides, module = path if isinstance(path, str) else path[0], [], model
+    path, module = path if isinstance(path, str) else path[0], model
+    overrides: list[tuple[Any, str, Any]] = []
     for name in ("", *path.split(".")):
         module = getattr(module, name) if name else module
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) not in (None, *RECOGNISED_KERNELS):
             overrides.append((config, "_attn_implementation", "sdpa"))
-    return overrides
+    return tuple(overrides)
 
 
 Adapter = Callable[[Any], "list[Tower]"]
@@ -443,33 +444,45 @@ def absent_towers(model: nn.Module) -> dict[str, str]:
     return {}
 
 
-def find_towers(model: nn.Module) -> list[Tower]:
-    """The towers of a model, which `attach` reduces.
+def has_adapter(model: nn.Module) -> bool:
+    """Whether the model's class, or one of its bases, has an adapter."""
+    return _adapter_of(model) is not None
 
-    Args:
-        model: a model of timm, open_clip or transformers, or of a class with a registered adapter.
+
+def _adapter_of(model: nn.Module) -> Adapter | None:
+    for cls in type(model).__mro__:
+        load_integrations(cls)
+        if cls in _adapters:
+            return _adapters[cls]
+    return None
+
+
+def reason_against(model: nn.Module) -> str:
+    """Why no tower can be found in a model without adapter; empty if this is not known before a forward."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "it is a TorchScript model, whose compiled code cannot be watched: load it without jit"
+    for cls in type(model).__mro__:
+        for module in load_integrations(cls):
+            reason: str = module.explain(model) if hasattr(module, "explain") else ""
+            if reason:
+                return reason
+    return ""
+
+
+def adapted_towers(model: nn.Module) -> list[Tower]:
+    """The towers of a model, by its adapter.
 
     Raises:
-        TypeError: no adapter is registered for the model. The message gives the reason, if it is known.
+        TypeError: it has none. The message gives the reason, if it is known.
         RuntimeError: the adapter found nothing to reduce.
     """
-    reasons: list[str] = []
-    for cls in type(model).__mro__:
-        modules = load_integrations(cls)
-        if cls in _adapters:
-            towers = _adapters[cls](model)
-            _check(towers, model, _adapters[cls])
-            return towers
-        found = [module.explain(model) for module in modules if hasattr(module, "explain")]
-        reasons += filter(None, found)  # the reason of a family comes before that of its host
-    if isinstance(model, torch.jit.ScriptModule):
-        reasons = ["it is a TorchScript model, whose compiled code cannot be watched: load it without jit"]
-    reason = reasons[0] if reasons else "no adapter is registered for it or its bases"
-    known = ", ".join(sorted({_name(cls) for cls in _adapters})) or "none yet"
-    raise TypeError(
-        f"cannot reduce {_name(type(model))}: {reason}. If its blocks do pass one sequence [B, T, C], write an "
-        f"adapter with crossget.register (docs/backbones.md). Registered in this process: {known}"
-    )
+    adapter = _adapter_of(model)
+    if adapter is None:
+        reason = reason_against(model) or "no adapter is registered for it or its bases"
+        raise TypeError(f"cannot reduce {_name(type(model))}: {reason}")
+    towers = adapter(model)
+    _check(towers, model, adapter)
+    return towers
 
 
 def load_integrations(cls: type) -> list[Any]:

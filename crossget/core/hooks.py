@@ -3,8 +3,8 @@
 A block does not have all that it needs: where a text ends, which blocks' outputs the host uses, how many image tokens a
 prompt has. So these methods of the host are wrapped, or get a forward hook, on the attached model only:
 
-- Methods that use tokens of certain blocks (`Tower.intermediates`): later blocks are skipped where their output cannot be
-  seen, and a method that takes reduced tokens gets these.
+- Methods that use tokens of certain blocks (`Tower.intermediates`): later blocks are skipped where their output cannot
+  be seen, and a method that takes reduced tokens gets these.
 - Methods that use one token of the last block (`Tower.single_token_outputs`): that block then computes this token only.
 - The token embedding of a text tower (`Tower.text`): it gets the token ids, from which the end of each text is found.
 - The forward of a decoder (`Tower.decoder`): it gets the mask, from which each row's first token is found.

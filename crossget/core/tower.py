@@ -459,7 +459,7 @@ class AttachedTower:
             kwargs = {name: self._fit_argument(block, name, value, watch) for name, value in kwargs.items()}
         with watch:
             out = forward(tokens, *args, **kwargs)
-        if not watch.residual_seen:
+        if not watch.complete:
             raise RuntimeError(self._not_recognised(block, watch))
         tokens_after = watch.to_batch(out[0] if isinstance(out, tuple) else out)
         if isinstance(watch, ClassTokenOnly) and watch.block_input is not None:

@@ -34,7 +34,7 @@ ADD = (
     torch.Tensor.__iadd__,
 )
 _SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
-_MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
 
 
@@ -137,6 +137,11 @@ class Watch(TorchFunctionMode):
         heads = math.prod(x.shape[:-2]) // self.batch if self.batch else 1
         return x.reshape(self.batch, heads, *x.shape[-2:])
 
+    @property
+    def complete(self) -> bool:
+        """All that is needed was recognised."""
+        return self.residual_seen
+
     def is_sequence(self, x: Tensor) -> bool:
         """Whether a tensor has the shape of the block's tokens, with any number of channels."""
         return x.dim() == 3 and x.shape[1] == self.tokens
@@ -159,7 +164,7 @@ class Watch(TorchFunctionMode):
             return self._add(func, args[0], args[1], kwargs)
         if func is torch.einsum:
             args = self._see_einsum(*args)
-        if func in _MATMUL:
+        if func in MATMUL:
             if self._values_next:
                 args = (args[0], self.scale_values(args[1]), *args[2:])
             self._see_product(*args)

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossget import __version__
-from crossget.core.adapters import Tower, find_towers
-from crossget.core.attachment import Attachment, attach
+from crossget.core.adapters import Tower
+from crossget.core.attach import attach, find_towers
+from crossget.core.attachment import Attachment
 from crossget.core.state import BlockRecord
 from crossget.demo import figures
 from crossget.demo.backbones import DEFAULT, Backbone, make
@@ -301,7 +302,7 @@ class ViewerReport:
 
     def picture(self) -> Any:
         """A matplotlib figure with the same groups in the same colours."""
-        blocks = _columns(len(self.tower.blocks))
+        blocks = _columns(self.tower.depth)
         rows = [self._row(name, run, blocks) for name, runs in self.runs.items() for run in runs]
         curves = [figures.Curve("dense", self.dense.tokens[:-1], self.dense.count.total / 1e9, 1.0, None)]
         for name, runs in self.runs.items():

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from crossget.core.attachment import Attachment
+from crossget.core.inputs import Inputs, as_call
 from crossget.measure.allocation import ScheduleSpace, Tokens
 from crossget.measure.flops import count_once
-from crossget.measure.inputs import Inputs, as_call
 
 
 class ScheduledModel:

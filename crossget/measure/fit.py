@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from crossget.core.attachment import attach, find_attachment
+from crossget.core.attach import attach, find_attachment
+from crossget.core.inputs import Inputs, as_call, tensors_in
 from crossget.measure.allocation import (
     Cost,
     Family,
@@ -37,7 +38,6 @@ from crossget.measure.allocation import (
 from crossget.measure.block_times import BlockTimes, time_blocks
 from crossget.measure.cost_model import ScheduledModel, derive, no_polynomial
 from crossget.measure.flops import count_once
-from crossget.measure.inputs import Inputs, as_call, tensors_in
 from crossget.measure.speed import calling, in_eval_mode, quartiles, take_turns
 from crossget.methods.reducers import Reducer, Ward
 from crossget.methods.schedules import PerLayer, planned_tokens
@@ -267,7 +267,7 @@ class _Search:
         tower, reducer = model.tower, model.attachment.reducers[model.name]
         if not tower.reducible:
             raise ValueError(f"tower {model.name!r} is a language model that generates: its tokens are not merged")
-        depth, cross_token = len(tower.blocks), int(bool(reducer.cross_token))
+        depth, cross_token = tower.depth, int(bool(reducer.cross_token))
         model.set_removed([0] * depth)
         self.unmerged_output = self.run_model()
         if len(model.entered) != depth:
@@ -303,7 +303,7 @@ class _Search:
 
         Padding adds two to the `least`: one of the padding tokens and one of the others always stay.
         """
-        depth = len(self.model.tower.blocks)
+        depth = self.model.tower.depth
         self.run_model([n_tokens] * depth)
         for n_reserved in (least, least + 2):
             tokens = planned_tokens(PerLayer((n_tokens,) * depth), depth, n_tokens, n_reserved)
@@ -316,7 +316,7 @@ class _Search:
 
     def last_block_merges_nothing(self, n_tokens: int) -> bool:
         """Whether the last block keeps all tokens when it is told to remove them."""
-        depth = len(self.model.tower.blocks)
+        depth = self.model.tower.depth
         self.model.set_removed([0] * (depth - 1) + [n_tokens])
         return self.model.run_and_count_left() == n_tokens
 

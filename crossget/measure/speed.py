@@ -25,9 +25,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from crossget.core.attachment import attach, find_attachment
+from crossget.core.attach import attach, find_attachment
+from crossget.core.inputs import Inputs, as_call
 from crossget.measure.environment import environment
-from crossget.measure.inputs import Inputs, as_call
 from crossget.methods.reducers import Reducer
 
 __all__ = ["BenchmarkReport", "Measurement", "benchmark"]

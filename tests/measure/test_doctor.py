@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import crossget
-from crossget.core.attachment import find_attachment
+from crossget.core.attach import find_attachment
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SIZES: dict[str, Any] = {

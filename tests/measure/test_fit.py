@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import crossget
-from crossget.core.attachment import find_attachment
+from crossget.core.attach import find_attachment
 from crossget.measure.allocation import (
     Family,
     OutputLoss,
