@@ -333,6 +333,19 @@ class ParallelBlock(nn.Module):
         return x + (self.attn(y) + self.mlp(y))
 
 
+class InPlaceBlock(Block):
+    """The input is added to the branch, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.attn(self.norm1(x))
+        x += shortcut
+        shortcut = x
+        x = self.mlp(self.norm2(x))
+        x += shortcut
+        return x
+
+
 class LayerScale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -397,6 +410,13 @@ class AddBlock(Block):
         return self.add2(x, self.mlp(self.norm2(x)))
 
 
+class NamedTokensBlock(Block):
+    """Tokens come by name."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states)
+
+
 class TupleBlock(Block):
     def forward(self, x: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
         return super().forward(x, *rest, **options), None
@@ -415,6 +435,21 @@ class ConvBlock(Block):
         shape = (SIDE, SIDE) if self.grid else (-1,)
         x = x + self.conv(x.transpose(1, 2).unflatten(2, shape)).flatten(2).transpose(1, 2)
         return x + self.mlp(self.norm2(x))
+
+
+class SpaceTimeBlock(Block):
+    """Patches of one place attend to each other over time, then those of one frame over space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm0, self.temporal = nn.LayerNorm(WIDTH), FusedAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, frames = len(x), 4
+        x = x.unflatten(1, (frames, -1))
+        over_time = x.transpose(1, 2).flatten(0, 1)
+        x = x + self.temporal(self.norm0(over_time)).unflatten(0, (batch, -1)).transpose(1, 2)
+        return super().forward(x.flatten(0, 1)).unflatten(0, (batch, frames)).flatten(1, 2)
 
 
 class MixerBlock(nn.Module):
@@ -481,6 +516,13 @@ class Vit(nn.Module):
     def forward(self, x: Tensor) -> Any:
         x = self.features(x)
         return self.head(x.mean(1) if self.cls_token is None else x[:, 0])
+
+
+class NamedTokens(Vit):
+    def encode(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(hidden_states=x)
+        return x
 
 
 class TupleVit(Vit):
@@ -633,6 +675,14 @@ class Frames(Vit):
         return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
 
+class TwoViews(Vit):
+    """[B, 2, 3, 64, 64]: each view of an image runs by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (super(TwoViews, self).forward(view) for view in x.unbind(1))
+        return first + second
+
+
 class Volume(Vit):
     """Patches of three axes: [B, channels, frames or depth, height, width]."""
 
@@ -646,16 +696,20 @@ class Volume(Vit):
         return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
 
 
+def torch_encoder(batch_first: bool, norm_first: bool) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, HEADS, 2 * WIDTH, activation="gelu", batch_first=batch_first, norm_first=norm_first
+    )
+    return nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False)
+
+
 class TorchEncoder(Vit):
     """torch's own encoder, of [B, T, C] or of [T, B, C]."""
 
     def __init__(self, batch_first: bool, norm_first: bool) -> None:
         super().__init__()
         self.batch_first = batch_first
-        layer = nn.TransformerEncoderLayer(
-            WIDTH, HEADS, 2 * WIDTH, activation="gelu", batch_first=batch_first, norm_first=norm_first
-        )
-        self.encoder = nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False)
+        self.encoder = torch_encoder(batch_first, norm_first)
 
     def make_blocks(self, block: Callable[[], nn.Module]) -> None:
         pass
@@ -1028,18 +1082,35 @@ class LanguageModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.positions = nn.Embedding(50, WIDTH), nn.Embedding(2 * TEXT, WIDTH)
+        self.embedding, self.positions = nn.Embedding(50, WIDTH), nn.Embedding(128, WIDTH)
         self.layers = nn.ModuleList(CausalBlock() for _ in range(DEPTH))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 50)
 
     def forward(self, ids: Tensor, past_key_values: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        return self.decode(self.embedding(ids), past_key_values)
+
+    def decode(self, x: Tensor, past_key_values: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """As `forward`, of embedded tokens [B, T, C]."""
         past = [None] * DEPTH if past_key_values is None else past_key_values
         start = 0 if past[0] is None else past[0][0].shape[2]
-        x, cache = self.embedding(ids) + self.positions(torch.arange(start, start + ids.shape[1])), []
+        x, cache = x + self.positions(torch.arange(start, start + x.shape[1])), []
         for layer, before in zip(self.layers, past, strict=True):
             x, kept = layer(x, past_key_value=before)
             cache.append(kept)
         return self.head(self.norm(x)), cache
+
+
+class VisionLanguage(nn.Module):
+    """Features of an image's patches are in front of a prompt: logits [B, N + T, 50]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower, self.projector, self.language_model = Vit(), nn.Linear(WIDTH, WIDTH), LanguageModel()
+        self.vision_tower.head = nn.Identity()
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        x = self.projector(self.vision_tower.features(images)[:, 1:])
+        return self.language_model.decode(torch.cat([x, self.language_model.embedding(ids)], 1))[0]
 
 
 class QueryBlock(Block):
@@ -1110,6 +1181,10 @@ KINDS: dict[str, Kind] = {
     "relative bias, fused": vit(partial(RelativeAttention, True)),
     "torch encoder": with_class_token(partial(TorchEncoder, True, False)),
     "torch encoder [T, B, C]": with_class_token(partial(TorchEncoder, False, True)),
+    "torch encoder alone": Kind(partial(torch_encoder, True, True), lambda: random(2, PATCHES, WIDTH), (Expected(),)),
+    "torch encoder alone [T, B, C]": Kind(
+        partial(torch_encoder, False, False), lambda: random(PATCHES, 2, WIDTH), (Expected(),)
+    ),
     "CLIP's images [T, B, C]": with_class_token(ClipImages),
     "CLIP's texts [T, B, C]": Kind(ClipTexts, token_ids, (CAUSAL_TEXTS,)),
     "CLIP": Kind(Clip, lambda: {"image": images(), "text": token_ids()}, (CLASS_TOKEN, CAUSAL_TEXTS)),
@@ -1121,10 +1196,13 @@ KINDS: dict[str, Kind] = {
     "chunks": with_class_token(ListChunks),
     "residual module": with_class_token(partial(Vit, residual_block)),
     "addition module": with_class_token(partial(Vit, AddBlock)),
+    "in-place additions": with_class_token(partial(Vit, InPlaceBlock)),
+    "tokens by name": with_class_token(partial(NamedTokens, NamedTokensBlock)),
     "tuples": with_class_token(partial(TupleVit, TupleBlock)),
     "attributes": with_class_token(Attributes),
     "video": with_class_token(partial(Volume, 3, (2, 16, 16)), lambda: random(2, 3, 8, 64, 64)),
     "volume": with_class_token(partial(Volume, 1, (8, 8, 8)), lambda: random(2, 1, 32, 32, 32)),
+    "two views": with_class_token(TwoViews, lambda: random(2, 2, 3, 64, 64)),
     "frames in the batch": with_class_token(Frames, lambda: random(2, 3, 3, 64, 64)),
     "registers": Kind(Registers, images, (Expected(tokens=PATCHES + 6, prefix=6, class_token=True),)),
     "detection tokens": Kind(
@@ -1160,10 +1238,12 @@ KINDS: dict[str, Kind] = {
     "image, text, decoder": Kind(
         ImageTextDecoder, lambda: {**padded_texts(), "images": images()}, (CLASS_TOKEN, TEXTS), others=("decoder.",)
     ),
+    "vision and language": Kind(VisionLanguage, lambda: {"images": images(), "ids": token_ids()}, (CLASS_TOKEN,)),
     # Refused.
     "convolution over the sequence": refused(partial(Vit, partial(ConvBlock, False)), "blocks", "convolution"),
     "convolution over the grid": refused(partial(Vit, partial(ConvBlock, True), False), "blocks", "convolution"),
     "windows": refused(plain_patches(WindowAttention), "blocks", "window"),
+    "space and time": refused(partial(Vit, SpaceTimeBlock, False), "blocks", "attention"),
     "convolutional network": refused(ConvNet, "blocks", "grid"),
     "mixer": refused(partial(Vit, MixerBlock, False), "blocks", "no attention"),
     "positions made inside": refused(plain_patches(CurrentPositions), "blocks", "position"),
