@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import unregistered_models as models
-from contract import all_equal, identity, leaves, without_fast_path
 from torch import Tensor, nn
 
 import crossget
+from contract import all_equal, identity, leaves, without_fast_path
 from crossget.core.adapters import is_registered
 from crossget.methods.reducers import Reducer
 
