@@ -104,8 +104,9 @@ def build(kind: Kind) -> tuple[nn.Module, Any]:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """What the model returns for the inputs."""
-    with torch.no_grad():
+    """What the model returns for the inputs. Random numbers in its forward are the same in every call."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         if isinstance(inputs, dict):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -188,6 +189,56 @@ class EinsumAttention(Projections):
         return self.to_out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
 
 
+class HeadsInBatch(Projections):
+    """torch's fused attention over [B * H, T, D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (z.flatten(0, 1) for z in self.project(x))
+        return self.to_out(join_heads(F.scaled_dot_product_attention(q, k, v).unflatten(0, (len(x), HEADS))))
+
+
+class SequenceFirstAttention(Projections):
+    """Products of [B * H, T, D], from tokens [T, B, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        length, batch, _ = x.shape
+        q, k, v = (to(x) for to in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (z.view(length, batch * HEADS, -1).transpose(0, 1) for z in (q * self.scale, k, v))
+        weights = F.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1)
+        return self.to_out(torch.bmm(weights, v).transpose(0, 1).reshape(length, batch, WIDTH))
+
+
+class CutMaskAttention(Projections):
+    """A causal mask for the longest text is cut to the tokens that arrive."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(2 * TEXT, 2 * TEXT, dtype=torch.bool).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        mask = self.mask[: x.shape[1], : x.shape[1]]
+        return self.to_out(join_heads((q @ k.mT * self.scale).masked_fill(~mask, float("-inf")).softmax(-1) @ v))
+
+
+class PositionedAttention(Projections):
+    """A position embedding [B, T, C] is added to what queries and keys are made of, but not to the values."""
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        q, k, v = (split_heads(z) for z in (self.to_q(x + pos), self.to_k(x + pos), self.to_v(x)))
+        return self.to_out(join_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+class BiasedAttention(Projections):
+    """A bias [H, T, T] that all blocks share is passed in."""
+
+    def forward(self, x: Tensor, rel_pos_bias: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        return self.to_out(join_heads((q @ k.mT * self.scale + rel_pos_bias).softmax(-1) @ v))
+
+
 class TalkingHeads(Projections):
     """Heads are mixed before and after the softmax."""
 
@@ -240,11 +291,20 @@ class RelativeAttention(Projections):
 
 
 class CurrentPositions(Projections):
-    """Scores get a bias by the distance of two tokens, made from the number of tokens that arrive."""
+    """Positions are made from the number of tokens that arrive, for a bias by distance or for a rotation."""
+
+    def __init__(self, rotary: bool) -> None:
+        super().__init__()
+        self.rotary = rotary
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
         place = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
+        if self.rotary:
+            angle = place[:, None] * torch.linspace(0.1, 1.0, WIDTH // HEADS // 2)
+            cos, sin = (torch.cat([z, z], -1) for z in (angle.cos(), angle.sin()))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            return self.to_out(join_heads(F.scaled_dot_product_attention(q, k, v)))
         bias = -0.3 * (place[:, None] - place[None]).abs()
         return self.to_out(join_heads((q @ k.mT * self.scale + bias).softmax(-1) @ v))
 
@@ -260,11 +320,15 @@ class WindowAttention(FusedAttention):
 
 
 class OwnKernel(torch.autograd.Function):
-    """Attention whose products and softmax are inside an operator of its own."""
+    """Attention as an operator of its own: it reads the keys in parts, so that no product is [T, T]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        total, norm = torch.zeros_like(v), torch.zeros_like(v[..., :1])
+        for keys, values in zip(k.split(16, -2), v.split(16, -2), strict=True):
+            weights = (q @ keys.mT * q.shape[-1] ** -0.5).exp()
+            total, norm = total + weights @ values, norm + weights.sum(-1, keepdim=True)
+        return total / norm
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -285,10 +349,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RotaryAttention(Projections):
     """Queries and keys of the patches, which are last, are rotated by tables (cos, sin) of [N, D] or [1, N, D]."""
 
+    def __init__(self, unsqueezes: bool) -> None:
+        super().__init__()
+        self.unsqueezes = unsqueezes
+
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.project(x)
         first = q.shape[-2] - tables[0].shape[-2]
-        q, k = (torch.cat([z[:, :, :first], rotate(z[:, :, first:], *tables)], -2) for z in (q, k))
+        cos, sin = (table.unsqueeze(1) if self.unsqueezes else table for table in tables)
+        q, k = (torch.cat([z[:, :, :first], rotate(z[:, :, first:], cos, sin)], -2) for z in (q, k))
         return self.to_out(join_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
@@ -417,6 +486,11 @@ class NamedTokensBlock(Block):
         return super().forward(hidden_states)
 
 
+class DictBlock(Block):
+    def forward(self, x: Any, *rest: Any, **options: Any) -> dict[str, Tensor]:
+        return {"tokens": super().forward(x["tokens"])}
+
+
 class TupleBlock(Block):
     def forward(self, x: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
         return super().forward(x, *rest, **options), None
@@ -525,6 +599,60 @@ class NamedTokens(Vit):
         return x
 
 
+class Dicts(Vit):
+    def encode(self, x: Tensor) -> Tensor:
+        passed = {"tokens": x}
+        for block in self.blocks:
+            passed = block(passed)
+        return passed["tokens"]
+
+
+class ConvBetween(Vit):
+    """A convolution over the grid behind every block, outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__(class_token=False)
+        self.convs = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH) for _ in range(DEPTH))
+
+    def encode(self, x: Tensor) -> Tensor:
+        for block, conv in zip(self.blocks, self.convs, strict=True):
+            x = block(x)
+            x = x + conv(x.transpose(1, 2).unflatten(2, (SIDE, SIDE))).flatten(2).transpose(1, 2)
+        return x
+
+
+class SequenceFirst(Vit):
+    """The blocks get [T, B, C]."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x.transpose(0, 1)).transpose(0, 1)
+
+
+class QueryKeyPositions(Vit):
+    """Every block gets the position embedding again."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(Block, PositionedAttention))
+
+    def encode(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, pos=self.pos_embed.expand(len(x), -1, -1))
+        return x
+
+
+class SharedBias(Vit):
+    """One relative bias for all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(Block, BiasedAttention))
+        self.bias = nn.Parameter(torch.randn(HEADS, PATCHES + 1, PATCHES + 1))
+
+    def encode(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, rel_pos_bias=self.bias)
+        return x
+
+
 class TupleVit(Vit):
     def encode(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -619,12 +747,16 @@ class DenseHead(Vit):
 
 
 class Rotary(Vit):
-    """Tables for the patches are made once and passed to every block: [N, D] by place, or [1, N, D] by name."""
+    """Tables for the patches are made once and passed to every block: [N, D] or [1, N, D].
+
+    Those of [1, N, D] become [1, 1, N, D] in the block, or meet [B, H, N, D] as they are.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, class_token: bool) -> None:
-        super().__init__(partial(Block, RotaryAttention), class_token)
+    def __init__(self, batched: bool, unsqueezes: bool = False) -> None:
+        super().__init__(partial(Block, partial(RotaryAttention, unsqueezes)), class_token=not batched)
+        self.batched = batched
         self.register_buffer("frequencies", torch.rand(2, WIDTH // HEADS // 2))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -632,7 +764,7 @@ class Rotary(Vit):
         angle = torch.stack([place // SIDE, place % SIDE], -1) @ self.frequencies
         cos, sin = (torch.cat([z, z], -1) for z in (angle.cos(), angle.sin()))
         for block in self.blocks:
-            x = block(x, (cos, sin)) if self.cls_token is not None else block(x, tables=(cos[None], sin[None]))
+            x = block(x, tables=(cos[None], sin[None])) if self.batched else block(x, (cos, sin))
         return x
 
 
@@ -809,7 +941,7 @@ class Pyramid(Vit):
 
 
 class MaskedAutoencoder(Vit):
-    """The blocks see the kept patches. A decoder fills in mask tokens and predicts the pixels of all patches."""
+    """The blocks see a random half of the patches. A decoder predicts the pixels of all, with tokens for the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -819,8 +951,9 @@ class MaskedAutoencoder(Vit):
         self.decoder_blocks = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(WIDTH, 192)
 
-    def forward(self, x: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
-        """The pixels [B, N, 192]; `kept` [B, K] are indices of patches."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The pixels [B, N, 192]."""
+        kept = torch.rand(len(x), PATCHES).argsort(1)[:, : PATCHES // 2]
         x = self.embed(x)
         rows = kept[:, :, None].expand(-1, -1, WIDTH) + 1
         x = self.norm(self.encode(torch.cat([x[:, :1], x.gather(1, rows)], 1)))
@@ -1024,6 +1157,21 @@ def padded_texts() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
+class CausalTextEncoder(nn.Module):
+    """Causal blocks, and the last token's output [B, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_embedding, self.positions = nn.Embedding(50, WIDTH), nn.Parameter(torch.randn(TEXT, WIDTH))
+        self.blocks = nn.ModuleList(Block(CutMaskAttention) for _ in range(DEPTH))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token_embedding(ids) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return x[:, -1]
+
+
 class AudioEncoder(nn.Module):
     """Two convolutions over a spectrogram [B, 16, time], then blocks: [B, time / 2, C]."""
 
@@ -1175,6 +1323,7 @@ KINDS: dict[str, Kind] = {
     "layer scale, drop path": with_class_token(partial(Vit, ScaledBlock)),
     "einsum": vit(EinsumAttention),
     "einsum, heads first": vit(partial(EinsumAttention, True)),
+    "fused, heads in the batch": vit(HeadsInBatch),
     "talking heads": vit(TalkingHeads),
     "grouped queries": vit(GroupedAttention),
     "relative bias, eager": vit(partial(RelativeAttention, False)),
@@ -1185,6 +1334,7 @@ KINDS: dict[str, Kind] = {
     "torch encoder alone [T, B, C]": Kind(
         partial(torch_encoder, False, False), lambda: random(PATCHES, 2, WIDTH), (Expected(),)
     ),
+    "products [T, B, C]": with_class_token(partial(SequenceFirst, partial(Block, SequenceFirstAttention))),
     "CLIP's images [T, B, C]": with_class_token(ClipImages),
     "CLIP's texts [T, B, C]": Kind(ClipTexts, token_ids, (CAUSAL_TEXTS,)),
     "CLIP": Kind(Clip, lambda: {"image": images(), "text": token_ids()}, (CLASS_TOKEN, CAUSAL_TEXTS)),
@@ -1210,13 +1360,17 @@ KINDS: dict[str, Kind] = {
         images,
         (Expected(tokens=PATCHES + 6, prefix=1, class_token=True, fixed=(-5, -4, -3, -2, -1)),),
     ),
-    "rotary [N, D]": with_class_token(partial(Rotary, True)),
-    "rotary [1, N, D]": Kind(partial(Rotary, False), images, (Expected(),)),
+    "rotary [N, D]": with_class_token(partial(Rotary, False)),
+    "rotary [1, N, D], unsqueezed inside": Kind(partial(Rotary, True, True), images, (Expected(),)),
+    "rotary [1, N, D]": Kind(partial(Rotary, True), images, (Expected(),)),
+    "positions of queries and keys": with_class_token(QueryKeyPositions),
+    "shared bias": with_class_token(SharedBias),
     "positions between blocks": with_class_token(PositionsBetween),
     "cloned tokens": with_class_token(ClonedTokens),
     "dense head": with_class_token(DenseHead),
     "packed, one size": Kind(PackedVit, partial(packed, (SIDE, SIDE), (SIDE, SIDE)), (Expected(),)),
     "text with padding": Kind(TextEncoder, padded_texts, (TEXTS,)),
+    "causal text": Kind(CausalTextEncoder, token_ids, (CAUSAL_TEXTS,)),
     "audio": Kind(AudioEncoder, lambda: random(2, 16, 2 * PATCHES), (Expected("audio"),)),
     "pyramid": Kind(
         Pyramid,
@@ -1228,7 +1382,7 @@ KINDS: dict[str, Kind] = {
     ),
     "masked autoencoder": Kind(
         MaskedAutoencoder,
-        lambda: (images(), kept_patches()),
+        images,
         (Expected(tokens=PATCHES // 2 + 1, prefix=1, class_token=True),),
         others=("decoder_blocks",),
     ),
@@ -1246,7 +1400,10 @@ KINDS: dict[str, Kind] = {
     "space and time": refused(partial(Vit, SpaceTimeBlock, False), "blocks", "attention"),
     "convolutional network": refused(ConvNet, "blocks", "grid"),
     "mixer": refused(partial(Vit, MixerBlock, False), "blocks", "no attention"),
-    "positions made inside": refused(plain_patches(CurrentPositions), "blocks", "position"),
+    "positions made inside": refused(plain_patches(partial(CurrentPositions, False)), "blocks", "position"),
+    "rotation made inside": refused(plain_patches(partial(CurrentPositions, True)), "blocks", "position"),
+    "convolutions between blocks": refused(ConvBetween, "blocks", "between"),
+    "dictionaries": refused(partial(Dicts, DictBlock), "blocks", "dict"),
     "shared block": refused(SharedBlock, "blocks", "more than once"),
     "queries of a decoder": refused(QueryDecoder, "layers", "quer"),
     "language model": refused(LanguageModel, "layers", "generates", token_ids),
