@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head, N patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,13 +128,13 @@ def join_heads(x: Tensor) -> Tensor:
 class FusedAttention(nn.Module):
     """One projection for queries, keys and values, and torch's fused attention."""
 
-    def __init__(self, width: int = WIDTH, causal: bool = False) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.qkv, self.proj, self.causal = nn.Linear(width, 3 * width), nn.Linear(width, width), causal
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(part) for part in self.qkv(x).chunk(3, -1))
-        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)))
+        return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
 class Projections(nn.Module):
@@ -361,6 +361,24 @@ class RotaryAttention(Projections):
         return self.to_out(join_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
+class OwnTables(Projections):
+    """The attention has its tables [N, D] of the patches' rotation as buffers. The class token is not rotated."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        angle = torch.rand(PATCHES, WIDTH // HEADS // 2) * torch.arange(PATCHES)[:, None]
+        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], -1))
+        self.register_buffer("sin", torch.cat([angle.sin(), angle.sin()], -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        q, k = (torch.cat([z[:, :, :1], rotate(z[:, :, 1:], self.cos, self.sin)], 2) for z in (q, k))
+        return self.to_out(join_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
 # Blocks -------------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +418,17 @@ class ParallelBlock(nn.Module):
         if self.chained:
             return x + self.attn(y) + self.mlp(y)
         return x + (self.attn(y) + self.mlp(y))
+
+
+class PositionBlock(Block):
+    """Every block has a position embedding of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos = nn.Parameter(torch.randn(PATCHES + 1, WIDTH))
+
+    def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return super().forward(x + self.pos)
 
 
 class InPlaceBlock(Block):
@@ -742,8 +771,28 @@ class DenseHead(Vit):
         for block in self.blocks:
             x = block(x)
             hidden.append(x)
-        grids = [self.norm(hidden[n])[:, 1:].transpose(1, 2).unflatten(2, (SIDE, SIDE)) for n in (1, 3)]
+        return self.read(hidden[1::2])
+
+    def read(self, hidden: Iterable[Tensor]) -> Tensor:
+        grids = [self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, (SIDE, SIDE)) for x in hidden]
         return self.head(torch.cat(grids, 1))
+
+
+class HookedBlocks(DenseHead):
+    """The grids are collected by hooks on the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collected: dict[nn.Module, Tensor] = {}
+        for number in (1, 3):
+            self.blocks[number].register_forward_hook(self.collect)
+
+    def collect(self, block: nn.Module, args: Any, out: Tensor) -> None:
+        self.collected[block] = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.encode(self.embed(x))
+        return self.read(self.collected.pop(self.blocks[number]) for number in (1, 3))
 
 
 class Rotary(Vit):
@@ -1363,11 +1412,14 @@ KINDS: dict[str, Kind] = {
     "rotary [N, D]": with_class_token(partial(Rotary, False)),
     "rotary [1, N, D], unsqueezed inside": Kind(partial(Rotary, True, True), images, (Expected(),)),
     "rotary [1, N, D]": Kind(partial(Rotary, True), images, (Expected(),)),
+    "rotation of the attention's own": vit(OwnTables),
+    "positions of the block's own": with_class_token(partial(Vit, PositionBlock)),
     "positions of queries and keys": with_class_token(QueryKeyPositions),
     "shared bias": with_class_token(SharedBias),
     "positions between blocks": with_class_token(PositionsBetween),
     "cloned tokens": with_class_token(ClonedTokens),
     "dense head": with_class_token(DenseHead),
+    "hooks on blocks": with_class_token(HookedBlocks),
     "packed, one size": Kind(PackedVit, partial(packed, (SIDE, SIDE), (SIDE, SIDE)), (Expected(),)),
     "text with padding": Kind(TextEncoder, padded_texts, (TEXTS,)),
     "causal text": Kind(CausalTextEncoder, token_ids, (CAUSAL_TEXTS,)),
