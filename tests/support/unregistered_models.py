@@ -486,8 +486,8 @@ class Residual(nn.Module):
 def residual_block() -> nn.Module:
     """A block of two modules, each with its own residual."""
     return nn.Sequential(
-        Residual(nn.Sequential(nn.LayerNorm(WIDTH), EagerAttention())),
-        Residual(nn.Sequential(nn.LayerNorm(WIDTH), mlp())),
+        Residual(Normed(EagerAttention())),
+        Residual(Normed(mlp())),
     )
 
 
@@ -913,12 +913,12 @@ def one_sequential() -> nn.Module:
     return nn.Sequential(Patches(), *(Block() for _ in range(DEPTH)), Head())
 
 
-class NormedEager(nn.Module):
-    """An attention with its norm, for stacks that add the residual themselves."""
+class Normed(nn.Module):
+    """A branch with its norm, for stacks that add the residual themselves."""
 
-    def __init__(self, attention: Callable[[], nn.Module] = EagerAttention) -> None:
+    def __init__(self, branch: nn.Module) -> None:
         super().__init__()
-        self.norm, self.fn = nn.LayerNorm(WIDTH), attention()
+        self.norm, self.fn = nn.LayerNorm(WIDTH), branch
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fn(self.norm(x))
@@ -930,7 +930,7 @@ class PairStack(nn.Module):
     def __init__(self, names: Sequence[str] = (), attention: Callable[[], nn.Module] = EagerAttention) -> None:
         super().__init__()
         self.names, self.norm = names, nn.LayerNorm(WIDTH)
-        self.layers = nn.ModuleList(self.pair(NormedEager(attention), NormedEager(mlp)) for _ in range(DEPTH))
+        self.layers = nn.ModuleList(self.pair(Normed(attention()), Normed(mlp())) for _ in range(DEPTH))
 
     def pair(self, *members: nn.Module) -> nn.Module:
         return nn.ModuleDict(dict(zip(self.names, members, strict=True))) if self.names else nn.ModuleList(members)
@@ -1163,7 +1163,7 @@ class PackedVit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch_embed = nn.Conv2d(3, WIDTH, 8, stride=8)
-        self.blocks = nn.ModuleList(Block(partial(PackedAttention)) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(Block(PackedAttention) for _ in range(DEPTH))
         self.register_buffer("frequencies", torch.rand(2, WIDTH // HEADS // 2))
         self.norm, self.merger = nn.LayerNorm(WIDTH), mlp(4 * WIDTH)
 
