@@ -39,7 +39,8 @@ def reducers(kind: models.Kind, reducer: Reducer) -> Reducer | dict[str, Reducer
 
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:
-    return leaves(models.call(model, inputs))
+    with torch.no_grad():
+        return leaves(models.call(model, inputs))
 
 
 def describe(model: nn.Module) -> Any:
@@ -61,6 +62,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
     assert torch.backends.mha.get_fastpath_enabled() == fast
     assert torch.is_grad_enabled() == with_gradients
     assert not is_registered(type(model))
+
+
+@found_kind
+def test_every_parameter_of_a_model_matters(kind: models.Kind) -> None:
+    """Of the material: what has no influence would prove nothing."""
+    model, inputs = models.build(kind)
+    out = leaves(models.call(model, inputs))
+    sum((x * torch.randn_like(x)).sum() for x in out).backward()  # type: ignore[union-attr]
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 class TestFound:
@@ -197,9 +207,9 @@ class TestDetails:
         model, inputs = models.build(models.KINDS["text with padding"])
         real = int(inputs["attention_mask"][1].sum())
         with crossget.attach(model, {"text": crossget.ToMe(2)}, inputs=inputs):
-            padded = models.call(model, {name: value[1:] for name, value in inputs.items()})
-            bare = models.call(model, {name: value[1:, :real] for name, value in inputs.items()})
-        torch.testing.assert_close(padded["pooler_output"], bare["pooler_output"], rtol=1e-4, atol=1e-4)
+            _, padded = run(model, {name: value[1:] for name, value in inputs.items()})
+            _, bare = run(model, {name: value[1:, :real] for name, value in inputs.items()})
+        torch.testing.assert_close(padded, bare, rtol=1e-4, atol=1e-4)
 
     def test_gradients_reach_every_parameter(self) -> None:
         for name in ("plain", "pairs", "CLIP's images [T, B, C]", "positions between blocks"):

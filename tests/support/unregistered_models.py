@@ -105,7 +105,7 @@ def build(kind: Kind) -> tuple[nn.Module, Any]:
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """What the model returns for the inputs. Random numbers in its forward are the same in every call."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if isinstance(inputs, dict):
             return model(**inputs)
