@@ -84,6 +84,7 @@ class TestFound:
         assert len(by_name) == len(towers)
         for expected in kind.towers:
             tower = by_name.pop(expected.name)
+            assert tower.depth == expected.blocks
             assert tower.width == expected.width
             assert tower.prefix == expected.prefix
             assert tower.class_token == expected.class_token
@@ -127,7 +128,7 @@ class TestFound:
             expected, tokens = run(model, inputs), attached.tokens
         second, _ = models.build(kind)
         count = forwards(second)
-        crossget.register(type(model), towers)
+        crossget.register(type(model), towers=towers)
         try:
             with crossget.attach(second, reducer) as attached:
                 assert not count

@@ -485,10 +485,7 @@ class Residual(nn.Module):
 
 def residual_block() -> nn.Module:
     """A block of two modules, each with its own residual."""
-    return nn.Sequential(
-        Residual(Normed(EagerAttention())),
-        Residual(Normed(mlp())),
-    )
+    return nn.Sequential(Residual(Normed(EagerAttention())), Residual(Normed(mlp())))
 
 
 class Add(nn.Module):
@@ -1446,8 +1443,12 @@ KINDS: dict[str, Kind] = {
     ),
     "vision and language": Kind(VisionLanguage, lambda: {"images": images(), "ids": token_ids()}, (CLASS_TOKEN,)),
     # Refused.
-    "convolution over the sequence": refused(partial(Vit, partial(ConvBlock, False)), "blocks", "convolution"),
-    "convolution over the grid": refused(partial(Vit, partial(ConvBlock, True), False), "blocks", "convolution"),
+    "convolution over the sequence": refused(
+        partial(Vit, partial(ConvBlock, False)), "blocks", "convolution|some of its tokens"
+    ),
+    "convolution over the grid": refused(
+        partial(Vit, partial(ConvBlock, True), False), "blocks", "convolution|some of its tokens"
+    ),
     "windows": refused(plain_patches(WindowAttention), "blocks", "window"),
     "space and time": refused(partial(Vit, SpaceTimeBlock, False), "blocks", "attention"),
     "convolutional network": refused(ConvNet, "blocks", "grid"),
