@@ -18,6 +18,9 @@ from contract import all_equal, identity, leaves, without_fast_path
 from crossget.core.adapters import is_registered
 from crossget.methods.reducers import Reducer
 
+# That an attachment rests on a discovery is said in a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:.* has no adapter:UserWarning")
+
 METHODS = [crossget.Ward(2), crossget.ToMe(2), crossget.CrossGET(2)]
 PLAIN = models.KINDS["plain"]
 
@@ -218,6 +221,13 @@ class TestDetails:
             with crossget.attach(model, crossget.ToMe(2), inputs=inputs):
                 model(inputs).square().sum().backward()
             assert all(p.grad is not None and p.grad.any() for p in model.parameters()), name
+
+    def test_what_was_found_is_said(self) -> None:
+        model, inputs = models.build(models.KINDS["registers"])
+        with pytest.warns(UserWarning, match="Registers has no adapter") as caught:
+            crossget.attach(model, crossget.Ward(2), inputs=inputs).detach()
+        (warning,) = caught
+        assert all(fact in str(warning.message) for fact in ("visual", "prefix 6", "class token", "crossget.register"))
 
     def test_what_else_a_model_has_is_listed_as_refused(self) -> None:
         model, inputs = models.build(models.KINDS["vision and language"])
