@@ -1444,10 +1444,10 @@ KINDS: dict[str, Kind] = {
     "vision and language": Kind(VisionLanguage, lambda: {"images": images(), "ids": token_ids()}, (CLASS_TOKEN,)),
     # Refused.
     "convolution over the sequence": refused(
-        partial(Vit, partial(ConvBlock, False)), "blocks", "convolution|some of its tokens"
+        partial(Vit, partial(ConvBlock, False)), "blocks", r"convolution|\[8, 8\]"
     ),
     "convolution over the grid": refused(
-        partial(Vit, partial(ConvBlock, True), False), "blocks", "convolution|some of its tokens"
+        partial(Vit, partial(ConvBlock, True), False), "blocks", r"convolution|\[8, 8\]"
     ),
     "windows": refused(plain_patches(WindowAttention), "blocks", "window"),
     "space and time": refused(partial(Vit, SpaceTimeBlock, False), "blocks", "attention"),
@@ -1455,12 +1455,12 @@ KINDS: dict[str, Kind] = {
     "mixer": refused(partial(Vit, MixerBlock, False), "blocks", "no attention"),
     "positions made inside": refused(plain_patches(partial(CurrentPositions, False)), "blocks", "position"),
     "rotation made inside": refused(plain_patches(partial(CurrentPositions, True)), "blocks", "position"),
-    "convolutions between blocks": refused(ConvBetween, "blocks", "between"),
+    "convolutions between blocks": refused(ConvBetween, "blocks", "next block gets"),
     "dictionaries": refused(partial(Dicts, DictBlock), "blocks", "dict"),
     "shared block": refused(SharedBlock, "blocks", "more than once"),
     "queries of a decoder": refused(QueryDecoder, "layers", "quer"),
     "language model": refused(LanguageModel, "layers", "generates", token_ids),
-    "packed, several sizes": refused(PackedVit, "blocks", "sizes", partial(packed, (SIDE, SIDE), (SIDE, SIDE // 2))),
+    "packed, several sizes": refused(PackedVit, "blocks", "one size", partial(packed, (SIDE, SIDE), (SIDE, SIDE // 2))),
     "own kernel": refused(partial(Vit, partial(Block, KernelAttention)), "blocks", "kernel|no attention"),
 }
 
