@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from crossget.core.adapters import Tower
 from crossget.core.attachment import Attachment, attach_towers, attached_tower
@@ -28,6 +29,7 @@ from crossget.core.probe import ModuleCall
 from crossget.core.state import Forward, HostOutputs, TokenState
 from crossget.core.tables import TableRows
 from crossget.core.tower import AttachedTower, BlockCall
+from crossget.core.watch import SOFTMAX
 from crossget.methods.indexing import take
 from crossget.methods.reducers import Reducer, ToMe
 from crossget.methods.schedules import planned_tokens
@@ -51,7 +53,12 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
     Raises:
         Refused: no attention over its tokens with a residual was recognised.
     """
-    problem = "it returns another shape than it gets"
+    seen = Attentions()
+    with torch.no_grad(), seen:
+        call.module.forward(call.tokens, *call.args, **call.kwargs)
+    problem = seen.reason(call.tokens)
+    if problem and call.tokens.dim() == 3:
+        raise Refused(problem)
     for layout in (PACKED,) if call.tokens.dim() == 2 else (BATCH_FIRST, TOKENS_FIRST):
         tower = Tower("", [call.module], width=int(call.tokens.shape[-1]), layout=layout)
         try:
@@ -60,13 +67,44 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
                 count = count_blocks(call.module, call.tokens, state, call.args, call.kwargs)
                 if count:
                     return layout, count
-                problem = "no attention over all its tokens, followed by a residual, was recognised"
             else:
                 _run_all(tower, call)
                 return layout, 1
         except Exception as error:  # a module of any kind is called here, with a mode that may not fit it
-            problem = why(error)
-    raise Refused(problem)
+            problem = problem or why(error)
+    raise Refused(problem or "its attention over all tokens is followed by no sum with its input (a residual)")
+
+
+class Attentions(TorchFunctionMode):
+    """Notes the numbers of queries and keys of the attentions in a call of any module.
+
+    Attributes:
+        sizes: (queries, keys) of each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, key = [*args, *(kwargs or {}).values()][:2]
+            self.sizes.append((int(query.shape[-2]), int(key.shape[-2])))
+        elif func is torch.nn.functional.multi_head_attention_forward:
+            self.sizes.append((int(args[0].shape[0]), int(args[1].shape[0])))
+        elif func in SOFTMAX and args[0].dim() > 2:
+            self.sizes.append((int(args[0].shape[-2]), int(args[0].shape[-1])))
+        return func(*args, **(kwargs or {}))
+
+    def reason(self, tokens: Tensor) -> str:
+        """Why none of them can be the attention of a block over tokens [B, T, C] or [T, B, C]; empty if one can."""
+        counts = tokens.shape[:2]
+        if not self.sizes:
+            return "no attention was seen in it: it has none, or one in a kernel that hides its keys"
+        if any(queries == keys and queries in counts for queries, keys in self.sizes):
+            return ""
+        sizes = ", ".join(f"{queries} queries and {keys} keys" for queries, keys in dict.fromkeys(self.sizes))
+        return f"its attention is not over all tokens of {list(tokens.shape)}, but in windows or groups of {sizes}"
 
 
 def prove_blocks(tower: Tower, calls: Sequence[ModuleCall]) -> Tower:
@@ -119,8 +157,10 @@ def _error_of(tower: Tower, call: ModuleCall) -> tuple[float, str]:
     """
     try:
         return _prove_block(tower, call), ""
+    except Refused as reason:
+        return float("inf"), str(reason)
     except Exception as error:  # the block's own code, with fewer tokens than it expects
-        return float("inf"), why(error)
+        return float("inf"), f"on a part of its tokens it fails: {why(error)}"
 
 
 def _prove_block(tower: Tower, call: ModuleCall) -> float:
@@ -170,7 +210,9 @@ def _difference_on(
 ) -> float:
     """The largest difference between a block on the tokens at `kept` [B, T] and on all of them, see `_prove_block`."""
     tokens = attached.tower.layout.to_batch(call.tokens, len(kept))
-    part = replace(state, positions=kept, protected=state.protected.gather(1, kept), reduced=True)
+    # All tokens in another order are a new sequence, for which masks and tables stay as they are.
+    is_part = kept.shape[1] < tokens.shape[1]
+    part = replace(state, positions=kept, protected=state.protected.gather(1, kept), reduced=is_part)
     expected = take(_run(attached, call, tokens, reference), kept)
     found = _run(attached, call, take(tokens, kept), part)
     if found.shape != expected.shape:
