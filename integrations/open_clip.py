@@ -62,11 +62,9 @@ def absent(model: Any) -> dict[str, str]:
     return {name: reason for name, reason in parts.items() if isinstance(reason, str)}
 
 
-def explain(model: nn.Module) -> str:
-    """Why a module of open_clip has no adapter."""
-    if isinstance(model, ModifiedResNet):
-        return str(_visual(model))
-    return "it is neither a model of open_clip nor one of its towers"
+def impossible(model: nn.Module) -> str:
+    """Why no tower can be found in a module of open_clip; empty if a forward may show one."""
+    return str(_visual(model)) if isinstance(model, ModifiedResNet) else ""
 
 
 # Images -------------------------------------------------------------------------------------------------------------

@@ -463,7 +463,7 @@ def reason_against(model: nn.Module) -> str:
         return "it is a TorchScript model, whose compiled code cannot be watched: load it without jit"
     for cls in type(model).__mro__:
         for module in load_integrations(cls):
-            reason: str = module.explain(model) if hasattr(module, "explain") else ""
+            reason: str = module.impossible(model) if hasattr(module, "impossible") else ""
             if reason:
                 return reason
     return ""

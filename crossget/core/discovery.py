@@ -40,7 +40,7 @@ _KINDS = (
     ("audio", r"audio|speech|sound|(^|[._])mel([._]|$)"),
     ("text", r"text|language|bert|token_emb|word"),
 )
-_CLASS_TOKEN = re.compile(r"(^|[._])(cls|class)(_?(token|tok|embedding|embed|emb|pos))?s?$")
+_CLASS_TOKEN = re.compile(r"(^|[._])(cls|class)(_?(token|tok|embedding|embed|emb|pos))?s?(_?\d+)?$")
 
 
 class DiscoveryWarning(UserWarning):
@@ -83,8 +83,8 @@ def discover(model: nn.Module, inputs: AnyInputs) -> FoundTowers:
         dense = probe.run(run)
         if not any(True for _ in tensors_in(dense)):
             raise TypeError(
-                f"on these inputs nothing was returned that is a tensor, but {type(dense).__name__}: give inputs of the "
-                "model, or a function that runs it and returns its output"
+                f"on these inputs nothing was returned that is a tensor, but {type(dense).__name__}: give inputs of "
+                "the model, or a function that runs it and returns its output"
             )
         finder = _Finder(model, probe)
         refused, towers = finder.refused, list[Tower]()
@@ -235,6 +235,8 @@ class _Finder:
                     continue
                 if any(_is_part(path, one) for one in self.refused):
                     continue
+                if not keep_shape and self.chains and self._probe.attending.isdisjoint(children):
+                    continue  # convolutions, say: of interest only where nothing was found
                 found = (self._reason(child, by_path.get(child), singles, keep_shape) for child in children)
                 reason = next(filter(None, found), None)
                 if reason is not None:

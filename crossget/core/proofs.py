@@ -18,18 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from crossget.core.adapters import Tower
 from crossget.core.attachment import Attachment, attach_towers, attached_tower
 from crossget.core.inputs import tensors_in
 from crossget.core.layout import BATCH_FIRST, PACKED, TOKENS_FIRST, BatchFirst
 from crossget.core.loop_tower import count_blocks
-from crossget.core.probe import ModuleCall
+from crossget.core.probe import Attentions, ModuleCall
 from crossget.core.state import Forward, HostOutputs, TokenState
 from crossget.core.tables import TableRows
 from crossget.core.tower import AttachedTower, BlockCall
-from crossget.core.watch import SOFTMAX
 from crossget.methods.indexing import take
 from crossget.methods.reducers import Reducer, ToMe
 from crossget.methods.schedules import planned_tokens
@@ -53,11 +51,11 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
     Raises:
         Refused: no attention over its tokens with a residual was recognised.
     """
-    seen = Attentions()
-    with torch.no_grad(), seen:
+    sizes: list[tuple[int, int]] = []
+    with torch.no_grad(), Attentions(lambda queries, keys: sizes.append((queries, keys))):
         call.module.forward(call.tokens, *call.args, **call.kwargs)
-    problem = seen.reason(call.tokens)
-    if problem and call.tokens.dim() == 3:
+    problem = _why_no_attention(sizes, call.tokens)
+    if problem:
         raise Refused(problem)
     for layout in (PACKED,) if call.tokens.dim() == 2 else (BATCH_FIRST, TOKENS_FIRST):
         tower = Tower("", [call.module], width=int(call.tokens.shape[-1]), layout=layout)
@@ -75,36 +73,19 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
     raise Refused(problem or "its attention over all tokens is followed by no sum with its input (a residual)")
 
 
-class Attentions(TorchFunctionMode):
-    """Notes the numbers of queries and keys of the attentions in a call of any module.
+def _why_no_attention(sizes: Sequence[tuple[int, int]], tokens: Tensor) -> str:
+    """Why none of the attentions in a call can be that of a block over `tokens`; empty if one can.
 
-    Attributes:
-        sizes: (queries, keys) of each.
+    Args:
+        sizes: the numbers of queries and keys of each.
+        tokens: [B, T, C] or [T, B, C].
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[tuple[int, int]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            query, key = [*args, *(kwargs or {}).values()][:2]
-            self.sizes.append((int(query.shape[-2]), int(key.shape[-2])))
-        elif func is torch.nn.functional.multi_head_attention_forward:
-            self.sizes.append((int(args[0].shape[0]), int(args[1].shape[0])))
-        elif func in SOFTMAX and args[0].dim() > 2:
-            self.sizes.append((int(args[0].shape[-2]), int(args[0].shape[-1])))
-        return func(*args, **(kwargs or {}))
-
-    def reason(self, tokens: Tensor) -> str:
-        """Why none of them can be the attention of a block over tokens [B, T, C] or [T, B, C]; empty if one can."""
-        counts = tokens.shape[:2]
-        if not self.sizes:
-            return "no attention was seen in it: it has none, or one in a kernel that hides its keys"
-        if any(queries == keys and queries in counts for queries, keys in self.sizes):
-            return ""
-        sizes = ", ".join(f"{queries} queries and {keys} keys" for queries, keys in dict.fromkeys(self.sizes))
-        return f"its attention is not over all tokens of {list(tokens.shape)}, but in windows or groups of {sizes}"
+    if not sizes:
+        return "no attention was seen in it: it has none, or one in a kernel that hides its keys"
+    if tokens.dim() == 2 or any(queries == keys and queries in tokens.shape[:2] for queries, keys in sizes):
+        return ""
+    found = ", ".join(f"{queries} queries and {keys} keys" for queries, keys in dict.fromkeys(sizes))
+    return f"its attention is not over all tokens of {list(tokens.shape)}, but in windows or groups of {found}"
 
 
 def prove_blocks(tower: Tower, calls: Sequence[ModuleCall]) -> Tower:

@@ -158,7 +158,11 @@ class AttachedTower:
         """
         if self.parameter_owner is None:
             return self._own_cross_vectors
-        return cast("nn.Parameter | None", getattr(self.parameter_owner, self.tower.name, None))
+        return cast("nn.Parameter | None", getattr(self.parameter_owner, self._parameter_name, None))
+
+    @property
+    def _parameter_name(self) -> str:
+        return self.tower.name.replace(".", "_")  # torch allows no dot
 
     def register(self, owner: nn.Module | None) -> None:
         """Make the cross vectors a parameter of the module `owner`; None: of no module."""
@@ -167,7 +171,7 @@ class AttachedTower:
             self._own_cross_vectors = vectors
         elif vectors is not None:
             self._own_cross_vectors = None
-            owner.register_parameter(self.tower.name, vectors)
+            owner.register_parameter(self._parameter_name, vectors)
 
     def make_cross_token(self, origin: Tensor, record: ForwardRecord, layer: int) -> Tensor:
         """[B, C] the cross token of block `layer`: `origin` [B, C] without gradient, plus the block's vector."""
@@ -213,7 +217,7 @@ class AttachedTower:
             if self.parameter_owner is None:
                 self._own_cross_vectors = vectors
             else:
-                self.parameter_owner.register_parameter(self.tower.name, vectors)
+                self.parameter_owner.register_parameter(self._parameter_name, vectors)
         self.reducer = resolved
         self._warned = False
 
