@@ -171,14 +171,14 @@ class Prompt:
     Attributes:
         models: the modules whose forward takes such prompts, the outermost first. Only the first has a `generate`.
         placeholder: id of the placeholder token.
-        embedding: the token embedding of the language model.
+        input_embeddings: a function without arguments that returns the token embedding of the language model.
         features: a function from a call's arguments, by name, to the `Features` of its images.
         pad: id of the padding token.
     """
 
     models: Sequence[nn.Module]
     placeholder: int
-    embedding: nn.Module
+    input_embeddings: Callable[[], nn.Module]
     features: Callable[[Mapping[str, Any]], Features]
     pad: int = 0
 
