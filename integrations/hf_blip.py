@@ -31,9 +31,7 @@ def contrastive(model: Any) -> list[Tower]:
     """The image tower and the text tower. Their poolers are applied to the first token before it is projected."""
     norm, pooler = (model, "vision_model.post_layernorm"), "text_model.pooler"
     image = partial(project, [norm, norm, (model, "visual_projection")])
-    words = partial(
-        project, [(model, f"{pooler}.dense"), (model, f"{pooler}.activation"), (model, "text_projection")]
-    )
+    words = partial(project, [(model, f"{pooler}.dense"), (model, f"{pooler}.activation"), (model, "text_projection")])
     return [_visual(model.vision_model, restore=False, project=image), *_text(model.text_model, project=words)]
 
 

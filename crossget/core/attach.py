@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,11 +122,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     PEFT model.
     """
     while True:
-        inner = model.__dict__.get("_modules", {}).get("_orig_mod")  # of torch.compile
+        inner: Any = model._modules.get("_orig_mod")  # of torch.compile
         if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
             inner = model.module
         elif type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+            inner = cast("Any", model).get_base_model()
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner

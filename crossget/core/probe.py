@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from crossget.core.block_class import argument_names
 from crossget.core.layout import packed_lengths
 from crossget.core.tower import split_tokens
-from crossget.core.watch import SOFTMAX
+from crossget.core.watch import MULTI_HEAD_ATTENTION, SDPA, SOFTMAX
 
 # Layers that make tokens from inputs, by the kind of the inputs.
 _STEMS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -129,10 +128,10 @@ class Attentions(TorchFunctionMode):
         self._on_attention = on_attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is SDPA:
             query, key = [*args, *(kwargs or {}).values()][:2]
             self._on_attention(int(query.shape[-2]), int(key.shape[-2]))
-        elif func is F.multi_head_attention_forward:
+        elif func is MULTI_HEAD_ATTENTION:
             self._on_attention(int(args[0].shape[0]), int(args[1].shape[0]))
         elif func in SOFTMAX and args[0].dim() > 2:
             self._on_attention(int(args[0].shape[-2]), int(args[0].shape[-1]))

@@ -89,6 +89,11 @@ class Merge(Watch):
         return columns in (self.state.length, self.state.length + int(self.state.has_cross_token))
 
     def _fit(self, mask: Tensor) -> Tensor:
+        if not isinstance(mask, Tensor):
+            raise RuntimeError(
+                f"the block got a {type(mask).__name__} as its mask, of an attention kernel that cannot be recognised: "
+                "use SDPA, as by model.set_attn_implementation('sdpa')"
+            )
         if self.state.forward.padding and self.state.valid is None:
             self.state = self.state.with_padding(masks.find_padding(mask, self.state))
         return masks.fit_mask(mask, self.state)

@@ -24,6 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+# The functions themselves: tools replace the attributes of torch.nn.functional by wrappers of these.
+SDPA, LINEAR = torch._C._nn.scaled_dot_product_attention, torch._C._nn.linear
+MULTI_HEAD_ATTENTION = F.multi_head_attention_forward
 # Tuples, as some versions of Dynamo cannot trace a look-up of a function in a set.
 ADD = (
     torch.Tensor.add,
@@ -154,11 +157,11 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.residual_seen:
             return self._after_residual(func, args, kwargs)
-        if func is F.scaled_dot_product_attention:
+        if func is SDPA:
             return self._sdpa(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
+        if func is MULTI_HEAD_ATTENTION:
             return self._multi_head_attention(*args, **kwargs)
-        if func is F.linear:
+        if func is LINEAR:
             return self.linear(*args, **kwargs)
         if func in ADD and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             return self._add(func, args[0], args[1], kwargs)
