@@ -359,7 +359,8 @@ class AttachedTower:
         forward = state.forward
         is_last = layer == forward.depth - 1
         output_form = forward.outputs.after_last if is_last else forward.outputs.between
-        class_token_only = is_last and forward.outputs.class_token_only
+        # Where nothing was changed, nothing is skipped either: the result is the dense model's, bit for bit.
+        class_token_only = is_last and forward.outputs.class_token_only and not state.unmodified
         if class_token_only:
             forward.record.class_token_only = True
         tokens = size_of(state.positions, 1)

@@ -86,7 +86,9 @@ def time_blocks(model: ScheduledModel, space: ScheduleSpace, rounds: int) -> Blo
     medians = {r: [statistics.median(part) for part in zip(*seconds[r], strict=True)] for r in tokens}
     blocks: list[Tensor] = [torch.zeros(7, dtype=torch.float64)] * space.depth
     for group in alike_blocks(model.tower.blocks, [i > space.last_layer for i in range(space.depth)]):
-        measured = [(tokens[r][i], tokens[r][i + 1], medians[r][i]) for r in tokens for i in group]
+        # A last block that computes one token computes all of them where no block removes one.
+        timed = [(r, i) for r in tokens for i in group if i <= space.last_layer or any(r)]
+        measured = [(tokens[r][i], tokens[r][i + 1], medians[r][i]) for r, i in timed]
         entering, leaving, took = (torch.tensor(column) for column in zip(*measured, strict=True))
         coefficients = _least_squares(_block_terms(space, entering, leaving), took)
         for i in group:

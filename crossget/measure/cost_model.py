@@ -136,15 +136,20 @@ class FlopModel:
         blocks: for each block, a polynomial in `block_terms`.
         rest: for what is outside the blocks, a polynomial in `rest_terms`.
         counted: how many schedules were counted to find the coefficients.
+        unreduced: multiply-adds of the schedule that removes nothing, where the last block computes all tokens; None:
+            they are those of the polynomials.
     """
 
     space: ScheduleSpace
     blocks: Sequence[Polynomial]
     rest: Polynomial
     counted: int
+    unreduced: int | None = None
 
     def total(self, tokens: Tokens) -> int:
         """Multiply-adds of the whole forward, exactly as `crossget.count_flops` counts them."""
+        if self.unreduced is not None and tokens[-1] == tokens[0]:
+            return self.unreduced
         blocks = sum(self.blocks[i](block_terms(tokens[i], tokens[i + 1])) for i in range(self.space.depth))
         return blocks + self.rest(rest_terms(tokens[self.space.last_layer + 1]))
 
@@ -170,12 +175,17 @@ def derive(model: ScheduledModel, space: ScheduleSpace) -> FlopModel:
         RuntimeError: the counts are no such polynomials, or blocks run on another number of tokens than planned.
     """
     nothing = (0,) * space.depth
-    counts = {nothing: model.count(nothing)}
+    unreduced = model.count(nothing)
+    counts, marks = {nothing: unreduced}, list(unreduced[0])
+    skips = bool(model.attachment.reducers[model.name].class_token_only)
+    if skips:  # the last block computes all tokens if nothing was removed, and one token otherwise
+        little = (min(1, space.n_tokens - space.n_reserved), *nothing[1:])
+        counts, marks[-1] = {little: model.count(little)}, -1
     # Blocks of one class with parameters of the same shapes share their coefficients, unless the counts contradict it.
-    for groups in (alike_blocks(model.tower.blocks, counts[nothing][0]), [[i] for i in range(space.depth)]):
+    for groups in (alike_blocks(model.tower.blocks, marks), [[i] for i in range(space.depth)]):
         solved = _solve(model, space, groups, counts)
         if solved is not None:
-            return solved
+            return replace(solved, unreduced=unreduced[1] + sum(unreduced[0])) if skips else solved
     raise no_polynomial(model)
 
 
@@ -239,6 +249,8 @@ def _probes(
     """
     generator = random.Random(0)
     pool = [_random_schedule(generator, space) for _ in range(60)]
+    if model.attachment.reducers[model.name].class_token_only:
+        pool = [r for r in pool if any(r)]
     group_of = {i: number for number, group in enumerate(groups) for i in group}
 
     def equations(r: Sequence[int]) -> Iterator[tuple[int, list[int]]]:

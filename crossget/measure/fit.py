@@ -284,13 +284,8 @@ class _Search:
             features = tower.prompt.features(model.call.kwargs)
             passes_cross_token = tower.keeps_cross_token and not reducer.strip_cross_token
             last, self.besides_patches = features.layer, features.dropped + cross_token * (not passes_cross_token)
-        elif reducer.class_token_only and self.last_block_merges_nothing(n_tokens):
+        elif reducer.class_token_only and depth > 1 and self.last_block_merges_nothing(n_tokens):
             last -= 1
-        if last < 0:
-            raise ValueError(
-                f"tower {model.name!r} has one block, which merges nothing with class_token_only=True: no budget can "
-                "be kept; set class_token_only=False"
-            )
         self.space = ScheduleSpace(depth, n_tokens, n_reserved, last)
         # The distribution that is used as it is, or that the measured one has to be better than.
         self.simple: Distribution = "ramped" if distribution == "ramped" else "constant"
@@ -315,10 +310,10 @@ class _Search:
         )
 
     def last_block_merges_nothing(self, n_tokens: int) -> bool:
-        """Whether the last block keeps all tokens when it is told to remove them."""
+        """Whether the last block keeps all tokens when it is told to remove them, after another has removed one."""
         depth = self.model.tower.depth
-        self.model.set_removed([0] * (depth - 1) + [n_tokens])
-        return self.model.run_and_count_left() == n_tokens
+        self.model.set_removed([1] + [0] * (depth - 2) + [n_tokens])
+        return self.model.run_and_count_left() == self.model.entered[-1]
 
     def run(self, budget: Budget, asked: float) -> _Result:
         """Find the schedule for a budget."""

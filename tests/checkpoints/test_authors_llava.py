@@ -109,13 +109,15 @@ def parts(model: Any) -> Any:
 
 def test_hidden_states_of_the_image_tower(model: Any, attached: crossget.Attachment) -> None:
     """Also behind the last block, which nobody reads."""
-    with torch.no_grad():
+    with torch.no_grad(), attached.recording():
         states = parts(model).vision_tower(inputs()["pixel_values"], output_hidden_states=True).hidden_states
-    assert len(states) == VISION["layers"] + 1
+    records = attached.records["visual"]
+    assert len(states) == len(records) + 1 == VISION["layers"] + 1
     # The first is what the host gives to its blocks: the cross token is appended inside of them.
     torch.testing.assert_close(states[0], golden("vision.hidden_states.0")[:, :-1], **STATES)
-    for i in range(1, len(states)):
-        torch.testing.assert_close(states[i], golden(f"vision.hidden_states.{i}"), **STATES)
+    for i, record in enumerate(records, 1):
+        torch.testing.assert_close(record.features, golden(f"vision.hidden_states.{i}"), **STATES)
+    assert [state.shape for state in states[:-1]] == [states[0].shape] * len(records)
 
 
 def test_features(model: Any, attached: crossget.Attachment) -> None:

@@ -106,7 +106,7 @@ def test_the_last_block_leaves_the_others_as_they_came() -> None:
 def test_who_looks_at_the_other_tokens_gets_them() -> None:
     """Code of a subclass, a method replaced on the model, and hooks behind the last block."""
 
-    class Averaging(VisionTransformer):
+    class Averaging(VisionTransformer):  # type: ignore[misc,valid-type]
         def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
             return self.head(x[:, 1:].mean(1))  # type: ignore[no-any-return]
 
@@ -255,3 +255,24 @@ def test_compiled() -> None:
         torch.testing.assert_close(compiled(IMAGE), expected, rtol=1e-5, atol=1e-5)
         features = torch.compile(model.forward_features, backend="aot_eager")
         assert features(IMAGE).shape == (2, 65, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "method", [crossget.Ward(0), crossget.ToMe(0, class_token_only=True), crossget.Ward((0, 0, 0))]
+)
+def test_nothing_is_skipped_where_nothing_is_removed(method: Any) -> None:
+    class Averaging(VisionTransformer):  # type: ignore[misc,valid-type]
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            logits: Tensor = self.head(x[:, 1:].mean(1))
+            return logits
+
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+    for cls in (VisionTransformer, Averaging):
+        torch.manual_seed(0)
+        model = cls(**sizes).eval()
+        image = torch.randn(2, 3, 32, 32)
+        dense = model(image)
+        with crossget.attach(model, method) as attached:
+            assert torch.equal(model(image), dense)
+            assert not attached._towers["visual"].last_record.class_token_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import open_clip
@@ -91,7 +92,8 @@ def test_towers_by_name() -> None:
 
 def test_a_model_that_changes_with_every_run() -> None:
     model = vit()
-    model.head.register_forward_hook(lambda module, args, out: out + torch.rand(()))
+    runs = itertools.count()
+    model.head.register_forward_hook(lambda module, args, out: out + next(runs))
     diagnosis = crossget.doctor(model, IMAGE)
     assert not diagnosis.ok
     assert failed(diagnosis)[0] == "the model repeats itself"
