@@ -28,16 +28,32 @@ class Way:
     """A way to call a model.
 
     Attributes:
-        name: such as "forward(pixel_values: images; input_ids)".
+        method: such as "forward(pixel_values)".
+        layout: such as "images", and the other arguments.
         call: calls it; every call has the same inputs and the same random numbers.
     """
 
-    name: str
+    method: str
+    layout: str
     call: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return f"{self.method}: {self.layout}"
 
 
 def ways(model: nn.Module) -> Iterator[Way]:
-    """Ways to call a model which may succeed, the likely ones first."""
+    """Ways to call a model which may succeed, the likely ones first.
+
+    With images or audio first, also of a part of the model alone; then with texts.
+    """
+    yield from _calls(model, "", media=True)
+    for name, part in model.named_modules():
+        if name and hasattr(part, "main_input_name"):
+            yield from _calls(part, f"{name}.", media=True)
+    yield from _calls(model, "", media=False)
+
+
+def _calls(model: nn.Module, prefix: str, *, media: bool) -> Iterator[Way]:
     numbers = _Numbers(getattr(model, "config", None))
     others = _companions(numbers)
     for name in _METHODS:
@@ -46,18 +62,19 @@ def ways(model: nn.Module) -> Iterator[Way]:
             continue
         parameters = inspect.signature(method).parameters
         required = [p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        for main, layout, tensor, own in _layouts(parameters, numbers):
+        for main, layout, tensor, own in _layouts(parameters, numbers, media):
             seen = []
+            if own and own.keys().isdisjoint(parameters):
+                continue
             own = {key: value for key, value in own.items() if key in parameters}
+            # Texts come second: with a text, a language model asks for placeholders of images in it.
             for extra in (required, [*required, *_TEXT], [*required, *others]):
-                # An optional text would make a language model ask for placeholders of images in it.
                 more = {key: others[key] for key in extra if key in parameters and key in others and key != main}
                 arguments = {**more, main: tensor, **own}
                 if set(required) <= arguments.keys() and arguments.keys() not in seen:
                     seen.append(arguments.keys())
-                    beside = ", ".join(key for key in arguments if key != main)
-                    label = f"{name}({main}: {layout}{'; ' if beside else ''}{beside})"
-                    yield Way(label, _call(method, arguments))
+                    beside = [key for key in arguments if key != main]
+                    yield Way(f"{prefix}{name}({main})", ", ".join([layout, *beside]), _call(method, arguments))
 
 
 def _call(method: Callable[..., Any], arguments: Mapping[str, Tensor]) -> Callable[[], Any]:
@@ -95,34 +112,33 @@ class _Numbers:
         if value is None and config is not None:
             known = [part for part in _PARTS if hasattr(config, part)]
             parts = [*known, *(key for key in vars(config) if key.endswith("_config") and key not in known)]
-            inside = (self._find(getattr(config, part), names) for part in parts if hasattr(getattr(config, part), "to_dict"))
+            inside = (
+                self._find(getattr(config, part), names) for part in parts if hasattr(getattr(config, part), "to_dict")
+            )
             value = next((value for value in inside if value is not None), None)
         return value
 
 
 def _layouts(
-    parameters: Mapping[str, inspect.Parameter], numbers: _Numbers
+    parameters: Mapping[str, inspect.Parameter], numbers: _Numbers, media: bool
 ) -> Iterator[tuple[str, str, Tensor, dict[str, Tensor]]]:
-    """The argument that images, audio or texts are given in, its layout, the tensor, and arguments that belong to it."""
-    makers = {
-        "pixel_values": _images,
-        "hidden_states": _packed,
-        "pixel_values_videos": _videos,
-        "input_features": _audio,
-        "input_values": _audio,
-        "flattened_patches": _flattened,
-        "input_ids": _ids,
-    }
-    found = [name for name in makers if name in parameters]
-    if found == ["hidden_states"] and "grid_thw" not in parameters:
-        found = []
-    for name in found:
-        for layout, tensor, own in makers[name](numbers):
-            yield name, layout, tensor, own
-    if not found:
+    """The argument that images, audio or texts are given in, its layout, the tensor, and what belongs to it.
+
+    A layout is left out if the method takes none of the arguments that belong to it.
+    """
+    found = [name for name in _MEDIA if name in parameters]
+    if "grid_thw" in parameters:
+        found.append("hidden_states")
+    if media:
+        for name in found:
+            for layout, tensor, own in _MEDIA[name](numbers) if name in _MEDIA else _packed(numbers):
+                yield name, layout, tensor, own
+    elif "input_ids" in parameters:
+        yield "input_ids", "texts", _texts(numbers), {}
+    elif not found:
         first = next((name for name in parameters if name not in ("args", "kwargs")), "")
-        for layout, tensor, own in _any(numbers):
-            yield first, layout, tensor, own
+        for layout, tensor in _unknown(numbers):
+            yield first, layout, tensor, {}
 
 
 Layouts = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
@@ -133,7 +149,10 @@ def _images(numbers: _Numbers) -> Layouts:
     channels = numbers("num_channels", "in_channels", "in_chans", default=3)
     patch, frames = numbers("patch_size", default=PATCH), numbers("num_frames", "frames_per_clip", default=4)
     images, video = _random(BATCH, channels, height, width), _random(BATCH, frames, 3, height, width)
+    if max(height, width) > 2 * IMAGE:
+        yield "small images", images[..., :IMAGE, :IMAGE], {}
     yield "images", images, {}
+    yield "one image per text", images[:, None], {}
     yield "one image per text", images[:, None], {"pixel_attention_mask": _ones(BATCH, 1, height, width).bool()}
     yield from _packed(numbers)
     yield "videos", video, {}
@@ -181,8 +200,8 @@ def _audio(numbers: _Numbers) -> Layouts:
     ):
         sound = _random(BATCH, *shape)
         yield layout, sound, {}
-        yield layout, sound, {"attention_mask": _ones(*sound.shape[:2])}
-        yield layout, sound, {"attention_mask": _ones(BATCH, sound.shape[-1])}
+        for axis in range(1, min(sound.ndim, 3)):
+            yield f"{layout}, mask of axis {axis}", sound, {"attention_mask": _ones(BATCH, sound.shape[axis])}
 
 
 def _flattened(numbers: _Numbers) -> Layouts:
@@ -193,14 +212,20 @@ def _flattened(numbers: _Numbers) -> Layouts:
         yield "flattened", torch.cat([places, _random(BATCH, _GRID**2, patch * patch * 3)], 2), {}
 
 
-def _ids(numbers: _Numbers) -> Layouts:
-    yield "texts", _texts(numbers), {}
-
-
-def _any(numbers: _Numbers) -> Layouts:
+def _unknown(numbers: _Numbers) -> Iterator[tuple[str, Tensor]]:
     height, width = numbers.size()
-    yield "images", _random(BATCH, numbers("num_channels", "in_channels", default=3), height, width), {}
-    yield "tokens", _random(BATCH, 24, numbers("hidden_size", "d_model", default=64)), {}
+    yield "images", _random(BATCH, numbers("num_channels", "in_channels", default=3), height, width)
+    yield "tokens", _random(BATCH, 24, numbers("hidden_size", "d_model", default=64))
+
+
+# What is given in an argument: the layouts in which families take it.
+_MEDIA: dict[str, Callable[[_Numbers], Layouts]] = {
+    "pixel_values": _images,
+    "pixel_values_videos": _videos,
+    "input_features": _audio,
+    "input_values": _audio,
+    "flattened_patches": _flattened,
+}
 
 
 def _companions(numbers: _Numbers) -> dict[str, Tensor]:

@@ -10,11 +10,14 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from crossget.integrations._support import NumbersOnCPU
 
 IMAGE, PATCH, LAYERS = 64, 8, 4  # image and patch size in pixels, largest number of layers
 MAX_PARAMETERS = 120e6
@@ -27,7 +30,7 @@ _ENDS = ("Model", "VisionModel", "ForConditionalGeneration", "Encoder", "Backbon
 
 # The largest value of an integer, by its name. The first pattern that is found counts; without one, the value stays.
 _DEPTHS = (
-    ("num_feat_extract_layers|num_kv_shared_layers", None),  # lengths of other lists
+    ("num_feat_extract_layers|num_kv_shared_layers|^index_", None),  # these depend on each other
     (r"(layers?|depth|num_blocks)$", LAYERS),
     (r"experts?_per_tok|topk$|top_k", 2),
     ("experts$|queries$|latents$|query_tokens$", 8),
@@ -46,7 +49,7 @@ _WIDTHS = (
 _STAGES = ("depths", "hidden_sizes", "embed_dims", "stage_dims", "conv_dim", "blocks_per_stage", "stages")
 _STAGE_NAMES = ("out_features", "stage_names", "_out_features", "_out_indices")
 _INDICES = re.compile("index|indices|fullatt|layer$|layers$|attn_blocks|attention_blocks|neck_ignore")
-_PER_LAYER = ("layer_types", "mlp_layer_types", "block_types", "no_rope_layers", "kv_source_layers", "indexer_types")
+_DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
 _AS_IS = re.compile("id2label|label2id|quantization_config|task_specific_params|rope_|ignore_keys")
 _OF_THE_LIBRARY = ("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
 
@@ -100,13 +103,13 @@ def builders(cls: Any) -> Iterator[Callable[[], nn.Module]]:
     more than `MAX_PARAMETERS` parameters.
     """
     for widths in (True, False):
-        yield lambda widths=widths: _build(cls, widths)
+        yield partial(_build, cls, widths)
 
 
 def _build(cls: Any, widths: bool) -> nn.Module:
     config = tiny(cls.config_class, widths)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NumbersOnCPU():
             size = sum(parameter.numel() for parameter in cls(config).parameters())
     except Exception:  # some constructors compute with values, which the meta device has not
         size = 0
@@ -148,12 +151,16 @@ def _smaller(values: Mapping[str, Any], widths: bool, ids: dict[int, int]) -> di
         ids: of special tokens: the old and the new ones, which is added to.
     """
     stages = any(isinstance(values.get(name), list | tuple) and len(values[name]) > 1 for name in _STAGES)
+    depth = next((values[name] for name in _DEPTH if isinstance(values.get(name), int)), 0)
     new: dict[str, Any] = {}
     for key, value in values.items():
-        if key == "per_layer_config" or (not stages and key in _STAGE_NAMES):
-            continue  # the configuration makes it from the number of layers
-        if isinstance(value, dict):
-            new[key] = _rotary(value) if _AS_IS.search(key) else _smaller(value, widths, ids)
+        if isinstance(value, list | tuple) and len(value) == depth > LAYERS and not stages:
+            if isinstance(value[0], str):
+                new[key] = list(value)[-LAYERS:]  # kinds of layers; of numbers the configuration makes a list itself
+        elif key == "per_layer_config" or (not stages and key in _STAGE_NAMES):
+            pass  # the configuration makes it from the number of layers
+        elif isinstance(value, dict):
+            new[key] = _rotary(value, values) if _AS_IS.search(key) else _smaller(value, widths, ids)
         elif isinstance(value, bool) or not isinstance(value, int | list | tuple):
             new[key] = value
         elif "token" in key and re.search("_(id|index)$|image_token$|oi_token$", key):
@@ -162,18 +169,14 @@ def _smaller(values: Mapping[str, Any], widths: bool, ids: dict[int, int]) -> di
             new[key] = _integer(key, value, widths, stages, "conv_dim" in values)
         else:
             new[key] = value if stages or not widths else _list(key, list(value))
-    depth = next((new[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if new.get(name)), None)
-    for key in _PER_LAYER:
-        if depth and isinstance(new.get(key), list | tuple):
-            new[key] = list(new[key])[:depth] if key == "no_rope_layers" else list(new[key])[-depth:]
     return new
 
 
 def _integer(key: str, value: int, widths: bool, stages: bool, audio: bool) -> int:
     if "vocab_size" in key:
         return min(value, 100)
-    if stages and not (audio and widths and re.search("^(num_hidden_layers|hidden_size|intermediate_size|num_attention_heads)$", key)):
-        return value
+    if stages and not (audio and widths and re.search("^(num_hidden_layers|.*_size|num_attention_heads)$", key)):
+        return value  # a list of widths of an audio model is of the convolutions before its Transformer
     if widths and re.search("(image|img|input_image)_size$|^resolution$", key):
         return min(value, IMAGE)
     if widths and key.endswith("patch_size"):
@@ -202,6 +205,7 @@ def _token(value: Any, ids: dict[int, int]) -> Any:
     return [_token(item, ids) for item in value]
 
 
-def _rotary(values: dict[str, Any]) -> dict[str, Any]:
-    """Three rotary axes (time, height, width) share the 8 frequencies of a head."""
-    return {**values, "mrope_section": [2, 3, 3]} if "mrope_section" in values else values
+def _rotary(values: dict[str, Any], around: Mapping[str, Any]) -> dict[str, Any]:
+    """Three rotary axes (time, height, width) share the frequencies of a head: half as many as it has channels."""
+    section = [1, 1, 2] if "qk_rope_head_dim" in around else [2, 3, 3]
+    return {**values, "mrope_section": section} if "mrope_section" in values else values
