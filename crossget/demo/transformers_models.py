@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import multiprocessing
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import nn
 import crossget
 from crossget.core.adapters import FAMILIES
 from crossget.demo import tiny_inputs, tiny_transformers
+from crossget.integrations import transformers
 from crossget.integrations._support import SupportRow
 
 WORKERS = 2
@@ -78,12 +80,15 @@ class Row:
         return bool(self.proved), bool(self.towers), bool(self.called), self.built
 
 
-def support_matrix(pattern: str | None = None, only: Sequence[str] | None = None) -> Iterator[Row]:
+def support_matrix(
+    pattern: str | None = None, only: Sequence[str] | None = None, without: Collection[str] = ()
+) -> Iterator[Row]:
     """One row for each class of configurations of a family, as the models are done. Takes seconds for each.
 
     Args:
         pattern: of the classes' names, as in fnmatch.
         only: families; all of them, if not given.
+        without: names of classes to leave out.
 
     Raises:
         RuntimeError: the system has no start method "forkserver".
@@ -93,7 +98,7 @@ def support_matrix(pattern: str | None = None, only: Sequence[str] | None = None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.modeling_utils"])
     running: dict[Any, _Job] = {}
-    waiting = _names(pattern or "*", only)
+    waiting = (row for row in _names(pattern or "*", only) if row.name not in without)
     while True:
         while len(running) < WORKERS and (row := next(waiting, None)) is not None:
             if row.name:
@@ -109,6 +114,16 @@ def support_matrix(pattern: str | None = None, only: Sequence[str] | None = None
             if (results in ready and not job.receive()) or time.monotonic() > job.deadline:
                 del running[results]
                 yield job.end()
+
+
+def with_adapters_first(adapted: Iterable[SupportRow], pattern: str | None) -> Iterator[SupportRow]:
+    """The rows of classes with an adapter, and then of the others, whose names match a pattern."""
+    names = set()
+    for row in adapted:
+        names.add(row.name)
+        yield row
+    for other in support_matrix(pattern, without=names):
+        yield other.support()
 
 
 def _names(pattern: str, only: Sequence[str] | None) -> Iterator[Row]:
@@ -167,20 +182,23 @@ def _run(sender: connection.Connection, row: Row) -> None:
     """What a process does: examine the model without network, noise in the terminal, or more memory than allowed."""
     import resource
 
-    import transformers
     from huggingface_hub import constants
+    from transformers import logging
 
     constants.HF_HUB_OFFLINE = True
-    transformers.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    with open(os.devnull, "w") as nowhere:
+    with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     with contextlib.suppress(OSError, ValueError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    for better in examine(row.family, row.name):
-        sender.send(better)
+    try:
+        for better in examine(row.family, row.name):
+            sender.send(better)
+    except Exception as error:
+        sender.send(dataclasses.replace(row, cause=f"it could not be examined: {_text(error)}"))
 
 
 def examine(family: str, name: str) -> Iterator[Row]:
@@ -230,8 +248,6 @@ def _attempts(row: Row, build: Any) -> Iterator[Row]:
 
 def _found(row: Row, model: nn.Module, way: tiny_inputs.Way) -> Row:
     """The row with the towers that this way of calling the model shows."""
-    from crossget.core import proofs
-
     row = dataclasses.replace(row, called=str(way), cause="")
     try:
         towers = crossget.find_towers(model, way.call)
@@ -240,6 +256,8 @@ def _found(row: Row, model: nn.Module, way: tiny_inputs.Way) -> Row:
     except Exception as error:
         return dataclasses.replace(row, cause=f"find_towers failed: {_text(error)}")
     try:
+        from crossget.core import proofs
+
         failed = proofs.prove(model, way.call, towers)
     except Exception as error:
         failed = {tower.name: f"the proof failed: {_text(error)}" for tower in towers}
@@ -266,10 +284,10 @@ _PAGE = """\
 # Models of transformers
 
 One class for each class of configurations in the families that take images or audio, or have a text encoder. The models
-are tiny and random: configurations have few layers and small widths, and all parameters are changed by noise. A class is
-supported if a tower is found and proved for the whole model with two different inputs: with `ToMe(r=0)` the output is
-the dense model's, bit for bit, with `ToMe(r=2)` it has the same shape and the planned number of tokens is reached, and
-detaching is exact. A class that is not supported here may be so with other inputs: its row says how it was called.
+are tiny and random: configurations have few layers and small widths, and all parameters are changed by noise. A class
+is supported if a tower is found and proved for the whole model with two different inputs: with `ToMe(r=0)` the output
+is the dense model's, bit for bit, with `ToMe(r=2)` it has the same shape and the planned number of tokens is reached,
+and detaching is exact. A class that is not supported here may be so with other inputs: its row says how it was called.
 
 This page is generated, without weights or network, on two cores in about half an hour:
 
@@ -277,23 +295,30 @@ This page is generated, without weights or network, on two cores in about half a
 python -m crossget.demo.transformers_models experiments/models/transformers.md
 ```
 
-`crossget models --host transformers --filter '*Dino*'` prints rows of it for the version that you have. How models with an
-adapter behave is in [docs/backbones.md](../../docs/backbones.md).
+`crossget models --host transformers --filter '*Dino*'` prints rows of it for the version that you have. How models
+with an adapter behave is in [docs/backbones.md](../../docs/backbones.md).
 
 Versions: transformers {transformers}, torch {torch}, crossget {crossget}.
 """
+_ADAPTED = """\
+Every class with an adapter, built on the meta device from the default values of its configuration.
+"""
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The page of the rows: versions, and supported and other classes."""
-    import transformers
+def markdown(rows: Sequence[Row], adapted: Sequence[SupportRow]) -> str:
+    """The page.
 
+    Args:
+        rows: of the tiny models.
+        adapted: of the classes with an adapter, at their default sizes.
+    """
     rows = sorted(rows, key=lambda row: (row.family, row.name))
-    head = _PAGE.format(transformers=transformers.__version__, torch=torch.__version__, crossget=crossget.__version__)
+    version = importlib.metadata.version("transformers")
+    head = _PAGE.format(transformers=version, torch=torch.__version__, crossget=crossget.__version__)
     supported, others = [row for row in rows if row.proved], [row for row in rows if not row.proved]
     count = f"{len(supported)} of {len(rows)} classes can be reduced, in {len(_families(supported))} of"
     parts = [head, f"{count} {len(_families(rows))} families.", "## Supported", _supported(supported)]
-    parts += ["## Not supported", _not_supported(others)]
+    parts += ["## Not supported", _not_supported(others), "## With an adapter", _ADAPTED, _adapted(adapted)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -320,6 +345,10 @@ def _not_supported(rows: Sequence[Row]) -> str:
     return _table(["family", "class", "called", "reason"], cells)
 
 
+def _adapted(rows: Sequence[SupportRow]) -> str:
+    return _table(["class", "towers"], [[f"`{r.name}`", "; ".join(r.towers) or r.reason] for r in rows])
+
+
 def _short(reason: str) -> str:
     return reason if len(reason) < 240 else reason[:240] + " ..."
 
@@ -335,7 +364,7 @@ def main(path: Path) -> None:
 
     rows = list(tqdm(support_matrix(), desc="transformers", unit=" models"))
     new = path.with_suffix(".new")
-    new.write_text(markdown(rows), encoding="utf-8")
+    new.write_text(markdown(rows, list(transformers.support_matrix())), encoding="utf-8")
     new.replace(path)
 
 
