@@ -149,8 +149,6 @@ def _images(numbers: _Numbers) -> Layouts:
     channels = numbers("num_channels", "in_channels", "in_chans", default=3)
     patch, frames = numbers("patch_size", default=PATCH), numbers("num_frames", "frames_per_clip", default=4)
     images, video = _random(BATCH, channels, height, width), _random(BATCH, frames, 3, height, width)
-    if max(height, width) > 2 * IMAGE:
-        yield "small images", images[..., :IMAGE, :IMAGE], {}
     yield "images", images, {}
     yield "one image per text", images[:, None], {}
     yield "one image per text", images[:, None], {"pixel_attention_mask": _ones(BATCH, 1, height, width).bool()}
