@@ -208,13 +208,13 @@ def examine(family: str, name: str) -> Iterator[Row]:
         family: its name in transformers.models.
         name: of the class.
     """
-    best = Row(family, name)
+    best: Row | None = None
     for build in tiny_transformers.builders(getattr(tiny_transformers.module(family), name)):
         for row in _attempts(Row(family, name), build):
-            if row._rank() > best._rank() or (not best.built and not row.built):
+            if best is None or row._rank() > best._rank():
                 best = row
                 yield row
-        if best.called:  # other sizes would show no more
+        if best is not None and best.called:  # other sizes would show no more
             return
 
 

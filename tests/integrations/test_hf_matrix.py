@@ -64,6 +64,8 @@ def test_no_family_of_the_page_is_lost() -> None:
     families = sample(version, supported)
     rows = {(row.family, row.name): row for row in transformers_models.support_matrix(only=families)}
     expected = [key for key in supported if key[0] in families and key in rows]
+    if transformers.__version__ != version:  # where a part of a family cannot be built or called, its other parts count
+        expected = [key for key in expected if rows[key].called]
     assert {family for family, _ in expected} == set(families), "the page lists classes that are not examined"
     assert {key: rows[key].reason for key in expected if not rows[key].proved} == {}
 
