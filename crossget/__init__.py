@@ -1,11 +1,12 @@
 """CrossGET: cross-guided ensemble of tokens for vision and vision-language transformers.
 
-`with crossget.attach(model, crossget.CrossGET(r=16)) as attached:` reduces a model, in place, until the end.
+`with crossget.attach(model, crossget.Ward(r=16)) as attached:` reduces a model, in place, until the end.
 """
 
 from crossget.checkpoints.authors import load_reference
-from crossget.core.adapters import Tower, find_towers, register, unregister
-from crossget.core.attachment import Attachment, attach, attachment, load
+from crossget.core.adapters import Blocks, Tower, register, unregister
+from crossget.core.attach import attach, attachment, find_towers, load
+from crossget.core.attachment import Attachment
 from crossget.measure.doctor import doctor
 from crossget.measure.fit import fit_schedule
 from crossget.measure.flops import count_flops
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attachment",
+    "Blocks",
     "CrossGET",
     "Linear",
     "RampedRatio",

@@ -243,7 +243,7 @@ class Show(Command):
     ] = None
     model: Annotated[str, _option(MODEL_HELP, "MODEL")] = ViewerOptions.model
     r: R = ViewerOptions.r
-    methods: Annotated[tuple[viewer.Method, ...], _option("methods to show side by side")] = ("ward", "crossget")
+    methods: Annotated[tuple[viewer.Method, ...], _option("methods to show side by side")] = ("ward", "tome")
     text: Annotated[tuple[str, ...], _optional("texts to compare the tokens with", "TEXT [TEXT ...]")] = ()
     checkpoint: Checkpoint = None
     pretrained: Pretrained = ViewerOptions.pretrained
@@ -300,14 +300,17 @@ class Models(Command):
 
 @dataclass(frozen=True)
 class Flops(Command):
-    """Multiply-adds by module, dense and reduced with CrossGET, counted on the meta device.
+    """Multiply-adds by module, dense and reduced, counted on the meta device.
 
     One multiply-add counts as one. Nothing is downloaded and nothing is computed, so any size works.
+
+    The method is Ward by default. CrossGET needs its trained cross tokens: name it when you load some.
     """
 
     model: Annotated[
         str, tyro.conf.Positional, _option(f"{MODEL_HELP}; or of transformers: {', '.join(hf_sizes.PRESETS)}", "MODEL")
     ]
+    method: Annotated[viewer.Method, _option("method that reduces the model")] = "ward"
     r: R = 16
     text_r: TextR = 0
     batch: Annotated[int, _COUNT, _option("images, and texts", "N")] = 1
@@ -319,9 +322,8 @@ class Flops(Command):
         if self.model in hf_sizes.PRESETS:
             return self._run_transformers()
         backbone = backbones.make(self.model, device="meta")
-        reducers = {
-            tower: crossget.CrossGET(r) for tower, r in compare.schedules(backbone, self.r, self.text_r).items()
-        }
+        reductions = compare.schedules(backbone, self.r, self.text_r)
+        reducers = {tower: viewer.METHODS[self.method](r) for tower, r in reductions.items()}
         with crossget.attach(backbone.model, reducers):
             report = crossget.count_flops(
                 backbone.model, backbone.random_inputs(self.batch, text=backbone.has_text_tower)
@@ -333,7 +335,7 @@ class Flops(Command):
         """A model of transformers: by stages where it generates, otherwise one forward."""
         model: Any = hf_sizes.build(self.model)
         if generation.has_stages(model):
-            with crossget.attach(model, crossget.CrossGET(self.r)):
+            with crossget.attach(model, viewer.METHODS[self.method](self.r)):
                 stages = generation.count_stages(model, self.text_tokens, self.batch)
             print(stages.to_json() if self.json else stages.table())
             return 0
@@ -341,7 +343,7 @@ class Flops(Command):
         ids = torch.zeros(self.batch, text.max_position_embeddings, dtype=torch.long, device="meta")
         pixels = torch.empty(self.batch, 3, vision.image_size, vision.image_size, device="meta")
         reductions = {"visual": self.r, **({"text": self.text_r} if self.text_r != 0 else {})}
-        with crossget.attach(model, {tower: crossget.CrossGET(r) for tower, r in reductions.items()}):
+        with crossget.attach(model, {tower: viewer.METHODS[self.method](r) for tower, r in reductions.items()}):
             report = crossget.count_flops(model, {"input_ids": ids, "pixel_values": pixels})
         print(report.to_json() if self.json else report.table(self.depth))
         return 0

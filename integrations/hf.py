@@ -11,12 +11,18 @@ from typing import Any
 import transformers.utils.generic
 from torch import Tensor, nn
 
-from crossget.core.adapters import Blocks, Features, IntermediatesHook, Prompt, Tower, find_towers
+from crossget.core.adapters import (
+    RECOGNISED_KERNELS,
+    Blocks,
+    Features,
+    IntermediatesHook,
+    Prompt,
+    Tower,
+    adapted_towers,
+)
 
 # Paths from a module to the list of blocks that it runs. They differ between versions.
 _BLOCK_PATHS = ("encoder.layers", "encoder.layer", "layers", "layer")
-# Attention implementations that crossget recognises. The others are fused kernels that are no torch functions.
-_RECOGNISED = ("eager", "sdpa")
 # The names of the blocks' mask arguments. Some versions check the shape of a mask, others cut it to the number of keys.
 MASKS = ("attention_mask", "causal_attention_mask")
 
@@ -43,11 +49,6 @@ def vit(model: Any, prefix: int = 1, **fields: Any) -> Tower:
     return tower("visual", model.base_model, prefix=prefix, class_token=True, **fields)
 
 
-def backbone(model: nn.Module) -> list[IntermediatesHook]:
-    """The hook of a backbone, whose forward reshapes the hidden states of several blocks to the image grid."""
-    return [IntermediatesHook(model, "forward")]
-
-
 def blocks(tower: nn.Module) -> Blocks:
     """The blocks of a module, in the order they run.
 
@@ -59,7 +60,7 @@ def blocks(tower: nn.Module) -> Blocks:
         for name in path.split("."):
             found = getattr(found, name, None)
         if isinstance(found, nn.ModuleList):
-            return Blocks(tower, path)
+            return Blocks(path, tower)
     raise RuntimeError(
         f"{type(tower).__name__} has no list of blocks at any of {', '.join(_BLOCK_PATHS)}: this version of "
         "transformers is not known"
@@ -68,7 +69,7 @@ def blocks(tower: nn.Module) -> Blocks:
 
 def kernel(config: Any) -> list[tuple[Any, str, Any]]:
     """The overrides that make a tower with another attention implementation use SDPA while it is attached."""
-    return [] if config._attn_implementation in _RECOGNISED else [(config, "_attn_implementation", "sdpa")]
+    return [] if config._attn_implementation in RECOGNISED_KERNELS else [(config, "_attn_implementation", "sdpa")]
 
 
 def inner(model: Any, name: str) -> Any:
@@ -87,7 +88,7 @@ def image_tower(parts: Any) -> Tower:
     Raises:
         TypeError: it is of a class that cannot be reduced; the message says why.
     """
-    (tower,) = find_towers(parts.vision_tower)
+    (tower,) = adapted_towers(parts.vision_tower)
     return tower
 
 

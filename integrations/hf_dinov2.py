@@ -23,7 +23,7 @@ def tower(model: Any) -> list[Tower]:
 @register(dinov2.Dinov2Backbone, registers.Dinov2WithRegistersBackbone)
 def backbone(model: Any) -> list[Tower]:
     """The image tower of a backbone, which uses the tokens of several blocks."""
-    return [hf.vit(model, _prefix(model), intermediates=hf.backbone(model))]
+    return [hf.vit(model, _prefix(model))]
 
 
 def _prefix(model: Any) -> int:

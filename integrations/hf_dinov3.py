@@ -19,8 +19,7 @@ _BACKBONE = getattr(dinov3, "DINOv3ViTBackbone", None)  # only in newer versions
 @register(dinov3.DINOv3ViTModel, *filter(None, [_BACKBONE]))
 def tower(model: Any) -> list[Tower]:
     """The image tower."""
-    intermediates = hf.backbone(model) if _BACKBONE is not None and isinstance(model, _BACKBONE) else []
-    return [hf.vit(model, 1 + model.config.num_register_tokens, fit_arguments=_rows, intermediates=intermediates)]
+    return [hf.vit(model, 1 + model.config.num_register_tokens, fit_arguments=_rows)]
 
 
 def _rows(block: nn.Module, name: str, value: Any, state: TokenState) -> Any:

@@ -22,7 +22,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, TextInput, Tower, find_towers, register
+from crossget.core.adapters import Blocks, SingleTokenOutput, TextInput, Tower, adapted_towers, register
 from crossget.core.state import TokenState
 from crossget.integrations import timm as timm_towers
 from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, is_of, project, support_row
@@ -87,7 +87,6 @@ def _visual(visual: Any) -> Any:
         class_token=True,
         project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
         embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
-        intermediates=_intermediates(visual.transformer),
         single_token_outputs=[SingleTokenOutput(visual, _returns_class_token_only)],
     )
 
@@ -101,7 +100,7 @@ def _returns_class_token_only(visual: Any) -> bool:
 def _trunk(visual: Any) -> Any:
     """The image tower of a timm model, or a string with the reason why there is none."""
     try:
-        (tower,) = find_towers(visual.trunk)
+        (tower,) = adapted_towers(visual.trunk)
     except TypeError:
         return f"timm's {type(visual.trunk).__name__}: {timm_towers.explain(visual.trunk)}"
     return dataclasses.replace(tower, project=_trunk_projection(visual), embed=_trunk_embedding(visual))
@@ -146,9 +145,8 @@ def _text(model: Any) -> Any:
         prefix=0 if pool == "first" else 1,
         causal=text.attn_mask is not None,
         padding=pool == "appended" or getattr(text, "use_pad_mask", False),
-        text=TextInput(text.token_embedding, partial(_end, pool, eos), pools_one=pool != "none"),
+        text=TextInput(text.token_embedding, partial(_end, pool, eos), single_token=pool != "none"),
         project=partial(project, text.ln_final, text, "text_projection"),
-        intermediates=_intermediates(text.transformer),
         single_token_outputs=[] if pool == "none" else _text_outputs(model, text),
     )
 
@@ -204,17 +202,17 @@ def _hf_text(text: Any) -> Any:
     encoder, names = text.transformer, _HF_PARTS[kind]
     embedding = encoder.get_submodule(names[0])
     norm = None if names[2] is None else encoder.get_submodule(names[2])
-    pools_one = hasattr(text.pooler, "cls_token_position")
-    locate = partial(_first if pools_one else _all, config.pad_token_id)
+    single_token = hasattr(text.pooler, "cls_token_position")
+    locate = partial(_first if single_token else _all, config.pad_token_id)
     # The encoder's own pooler comes before the projection, so single tokens cannot be projected.
     own_pooler = getattr(encoder, "pooler", None) is not None
     return Tower(
         "text",
-        blocks=Blocks(encoder, names[1]),
+        blocks=Blocks(names[1], encoder),
         width=int(embedding.weight.shape[1]),
-        prefix=0 if pools_one else 1,
+        prefix=0 if single_token else 1,
         padding=True,
-        text=TextInput(embedding, locate, pools_one),
+        text=TextInput(embedding, locate, single_token),
         project=None if own_pooler else partial(project, norm, text, "proj"),
         masks=() if kind == "mt5" else ("attention_mask",),
         fit_arguments=_widen_mask if kind == "mt5" else None,
@@ -257,15 +255,7 @@ def _blocks(transformer: Any) -> Blocks:
             "cannot reduce an open_clip tower made with batch_first=False: its blocks pass [T, B, C]; make the model "
             "with batch_first=True"
         )
-    return Blocks(transformer, "resblocks")
-
-
-def _intermediates(transformer: nn.Module) -> list[IntermediatesHook]:
-    return (
-        [IntermediatesHook(transformer, "forward_intermediates")]
-        if hasattr(transformer, "forward_intermediates")
-        else []
-    )
+    return Blocks("resblocks", transformer)
 
 
 # Support matrix -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from timm.models import _features
 from torch import Tensor, nn
 
-from crossget.core.adapters import Blocks, IntermediatesHook, SingleTokenOutput, Tower, find_towers, register
+from crossget.core.adapters import Blocks, SingleTokenOutput, Tower, adapted_towers, register
 from crossget.core.state import TokenState
 from crossget.integrations._support import NumbersOnCPU, SupportRow, is_of, remaining_rows, support_row
 
@@ -53,7 +53,7 @@ def cait(model: Any) -> list[Tower]:
 @register(*_WRAPPERS)
 def wrapped(model: Any) -> list[Tower]:
     """A classifier with an encoder, or the wrapper of a model with `features_only=True`."""
-    return find_towers(getattr(model, "encoder", None) or model.model)
+    return adapted_towers(getattr(model, "encoder", None) or model.model)
 
 
 def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
@@ -61,14 +61,11 @@ def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
     mixed = getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False)
     return Tower(
         "visual",
-        blocks=Blocks(model, "blocks"),
+        blocks=Blocks("blocks", model),
         width=int(model.embed_dim),
         prefix=prefix,
         class_token=class_token,
         padding=not arguments.keys().isdisjoint({"attn_mask", "patch_valid"}),
-        intermediates=[IntermediatesHook(model, "forward_intermediates")]
-        if hasattr(model, "forward_intermediates")
-        else [],
         single_token_outputs=[SingleTokenOutput(model, _pools_class_token)] if class_token else [],
         fit_arguments=partial(rotary_rows, bool(mixed)),
     )
@@ -149,7 +146,7 @@ def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
     for name in timm.list_models(pattern or ""):
         model = skeleton(name)
         known = isinstance(model, (*_VIT, *_CAIT, *_WRAPPERS))
-        yield support_row(name, model, find_towers(model) if known else [], explain(model))
+        yield support_row(name, model, adapted_towers(model) if known else [], explain(model))
 
 
 def skeleton(name: str) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crossget.core.adapters import FAMILIES, find_towers, is_registered
+from crossget.core.adapters import FAMILIES, adapted_towers, is_registered
 from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
 
 # Why a family has no adapter: the reasons, with the modules that define the models.
@@ -49,7 +49,7 @@ def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
                 reason = f"{NO_DEFAULT}: {error}"
                 yield SupportRow(cls.__name__, cls.__name__, False, reason=reason)
             else:
-                yield support_row(cls.__name__, model, find_towers(model))
+                yield support_row(cls.__name__, model, adapted_towers(model))
 
 
 def skeleton(cls: Any) -> nn.Module:

@@ -230,7 +230,7 @@ class TestFlops:
         assert call("flops", TINY, "--r", "4", "--json") == 0
         report = json.loads(capsys.readouterr().out)
         model = timm.create_model(TINY).eval()
-        with crossget.attach(model, crossget.CrossGET(4)):
+        with crossget.attach(model, crossget.Ward(4)):
             expected = crossget.count_flops(model, torch.rand(1, 3, 160, 160))
         assert report["dense"]["total"] == expected.dense.total
         assert report["reduced"]["total"] == expected.total
@@ -239,8 +239,12 @@ class TestFlops:
     def test_a_clip_with_both_towers(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("flops", "ViT-B-32", "--r", "2", "--text-r", "6", "--depth", "1") == 0
         printed = capsys.readouterr().out
-        assert "visual: CrossGET(2" in printed
-        assert "text: CrossGET(6" in printed
+        assert "visual: Ward(2" in printed
+        assert "text: Ward(6" in printed
+
+    def test_a_method_that_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("flops", TINY, "--r", "4", "--depth", "0", "--method", "crossget") == 0
+        assert "visual: CrossGET(4" in capsys.readouterr().out
 
     def test_a_text_tower_that_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("flops", TINY, "--text-r", "2") == 2

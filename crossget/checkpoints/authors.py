@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from crossget.checkpoints import llava_format
-from crossget.core.adapters import find_towers
-from crossget.core.attachment import Attachment, attach_with, find_attachment
+from crossget.core.attach import attach_with, find_attachment, find_towers
+from crossget.core.attachment import Attachment
 from crossget.methods.reducers import CrossGET, Reducer
 
 _CLIP_CROSS = {"visual": "visual.transformer.cross_image", "text": "transformer.cross_text"}
@@ -221,7 +221,7 @@ def _load_llava(
     shapes = {name: item.shape for name, item in source.stored.items()}
     llava_format.check_shapes(expected, shapes, str(folder), type(model).__name__)
     _check_settings(model, source)
-    towers = {tower.name: (len(tower.blocks), tower.width) for tower in find_towers(model)}
+    towers = {tower.name: (tower.depth, tower.width) for tower in find_towers(model)}
     llava_format.check_cross_tokens(source.cross, towers)
     reducer = CrossGET(r=13) if reducer is None else reducer
     attached = attach_with(model, reducer, source.cross_tokens(), str(folder), previous)

@@ -22,7 +22,7 @@ from crossget.checkpoints import llava_format, processor
 from crossget.checkpoints.hf_sizes import PRESETS, import_transformers
 from crossget.checkpoints.llava_format import TOWER, VOCABULARY, LlavaFolder, Shape, StoredTensor
 from crossget.core import saving
-from crossget.core.attachment import attach
+from crossget.core.attach import attach
 from crossget.methods.reducers import CrossGET, Reducer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from crossget.core.block_class import base_of
+from crossget.core.layout import BATCH_FIRST, BatchFirst
 from crossget.core.state import TokenState
 from crossget.methods.reducers import ImportanceName, KeysName, TowerFacts
 
@@ -48,21 +49,35 @@ FAMILIES = {
 }
 
 
+# The implementations of attention in transformers that can be recognised. Others are kernels, no torch functions.
+RECOGNISED_KERNELS = ("eager", "sdpa")
+
+
 class Blocks(Sequence[nn.Module]):
     """The blocks of a tower, looked up at every access, so that a host's list may be cut or replaced.
 
     Args:
-        owner: a module that contains the list of blocks.
-        path: the path from it to the list, such as "encoder.layers".
+        path: the path from the owner to the list, such as "encoder.layers"; or several paths, each to one block.
+        owner: the model, or a module in it; None: no model is known yet, see `register` and `Tower.of`.
     """
 
-    def __init__(self, owner: nn.Module, path: str) -> None:
-        self.owner, self.path = owner, path
+    def __init__(self, path: str | Sequence[str], owner: nn.Module | None = None) -> None:
+        self.path, self.owner = path, owner
+
+    def __repr__(self) -> str:
+        return f"Blocks({self.path!r})"
 
     @property
     def _list(self) -> Any:
+        if isinstance(self.path, str):
+            return self._at(self.path)
+        return [self._at(path) for path in self.path]
+
+    def _at(self, path: str) -> Any:
+        if self.owner is None:
+            raise RuntimeError(f"the blocks at {self.path!r} belong to no model yet: call Tower.of(model)")
         found: Any = self.owner
-        for name in self.path.split("."):
+        for name in path.split("."):
             found = getattr(found, name)
         return found
 
@@ -88,24 +103,24 @@ class TextInput:
         locate: a function of the ids [B, T] with two results. The first is the position [B] of the end-of-text token;
             None: the tower pools the mean of all tokens. The second is [B, T] false for padding; None: the tower treats
             padding like text, as CLIP does, or padding is found in the attention's mask.
-        pools_one: `locate` returns a position. The end-of-text token is then the guide, and the cross token is a copy
-            of it before every block. Otherwise the cross token is the guide, and starts as the mean of the tokens that
-            are no padding.
+        single_token: the tower pools a single token, whose position `locate` returns. The end-of-text token is then the
+            guide, and the cross token is a copy of it before every block. Otherwise the cross token is the guide, and
+            starts as the mean of the tokens that are no padding.
     """
 
     embedding: nn.Module
     locate: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
-    pools_one: bool = True
+    single_token: bool = True
 
 
 @dataclass
 class IntermediatesHook:
-    """A method of the host that uses the outputs of several blocks, such as `forward_intermediates`.
+    """A method of the host that uses the outputs of certain blocks, such as `get_image_features`.
 
     Attributes:
         module, method: the module, and the name of its method.
         layers: a function from a call's arguments, by name, to the numbers of the blocks whose outputs are used (from
-            0). None: every block's may be used.
+            0).
         grid: the method expects one token for every input position. False: it can use the reduced tokens.
         hides_rest: blocks after the last used one have no effect on the method's result, so that they are skipped.
             Otherwise they are skipped inside `generate` only.
@@ -113,7 +128,7 @@ class IntermediatesHook:
 
     module: nn.Module
     method: str
-    layers: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
+    layers: Callable[[Mapping[str, Any]], Sequence[int]]
     grid: bool = True
     hides_rest: bool = False
 
@@ -202,19 +217,23 @@ class Stages:
     step: Callable[[Tensor, Prefilled], Any]
 
 
-@dataclass
+@dataclass(repr=False)
 class Tower:
     """A tower: transformer blocks that pass one sequence of tokens [B, T, C] from each to the next.
 
     Attributes:
         name: the name of the tower, usually "visual" or "text".
-        blocks: the blocks, in the order they run. `Blocks(model, "blocks")` follows a list that is cut or replaced
+        blocks: the blocks, in the order they run. `Blocks("blocks", model)` follows a list that is cut or replaced
             later.
         width: C, the number of channels of a token.
         prefix: number of leading tokens that are never merged: class token, registers, start-of-text token.
+        fixed: positions of other tokens that are never merged, negative ones from the end.
         class_token: the first token is a class token.
         causal: a token attends to itself and earlier tokens only.
         padding: a mask of the attention may hide padding.
+        layout: how the blocks get their tokens: BATCH_FIRST [B, T, C], TOKENS_FIRST [T, B, C] or PACKED [B * T, C].
+        makes_tables: the blocks make tables with one row per token inside, see `crossget.core.tables.TableOperands`.
+        loop: number of blocks that the only module in `blocks` runs in its own forward; 0: every block is a module.
         text: how the end-of-text token is found; None for a tower that takes no text.
         restore: the last block returns the full grid, one token for every input position, so that the code after it
             needs no change. False: it returns the reduced tokens.
@@ -223,7 +242,7 @@ class Tower:
             loss. The function must give its own parameters no gradient. None: there is no such function.
         embed: a function from tokens [.., C] of the last block to the joint space of images and texts [.., E]: what the
             host applies to the token that it pools. None: there is no such function of a single token.
-        intermediates: the methods of the host that use the outputs of several blocks.
+        intermediates: the methods of the host that use the outputs of certain blocks only, or take reduced tokens.
         single_token_outputs: the methods of the host whose result depends on a single token of the last block. They
             need a class token or an end-of-text token, and `restore`.
         fit_arguments: a function (block, name, value, state) that returns an argument of the block for the remaining
@@ -236,15 +255,20 @@ class Tower:
         decoder: the module that runs the blocks, if the tower is a language model that generates. Its tokens are not
             merged, and the cross token replaces its first token.
         overrides: triples (object, attribute, value): attributes that have another value while the model is attached.
+        notes: what is known about a tower that `find_towers` has found by itself: what was seen, proved and assumed.
     """
 
     name: str
     blocks: Sequence[nn.Module]
     width: int
     prefix: int = 0
+    fixed: Sequence[int] = ()
     class_token: bool = False
     causal: bool = False
     padding: bool = False
+    layout: BatchFirst = BATCH_FIRST
+    makes_tables: bool = False
+    loop: int = 0
     text: TextInput | None = None
     restore: bool = True
     importance: ImportanceName = "cross_token"
@@ -259,11 +283,38 @@ class Tower:
     prompt: Prompt | None = None
     decoder: nn.Module | None = None
     overrides: Sequence[tuple[Any, str, Any]] = ()
+    notes: Sequence[str] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        """The tower as an expression, without fields that have their default."""
+        values = ((one, getattr(self, one.name)) for one in fields(self) if one.name not in ("name", "blocks"))
+        changed = [f"{one.name}={value!r}" for one, value in values if one.compare and value != one.default]
+        return f"Tower({', '.join([repr(self.name), f'blocks={self.blocks!r}', *changed])})"
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return self.loop or len(self.blocks)
+
+    def of(self, model: nn.Module | None) -> Tower:
+        """The same tower in another model of the same class, or in none, if its blocks are given by their path.
+
+        Raises:
+            TypeError: the blocks are given as modules.
+        """
+        if not isinstance(self.blocks, Blocks):
+            raise TypeError(
+                f"tower {self.name!r} lists modules as its blocks: give the path to them, such as 'encoder.layers'"
+            )
+        path = self.blocks.path
+        overrides = () if model is None else recognised_kernels(model, path)
+        return replace(self, blocks=Blocks(path, model), overrides=overrides)
 
     def __str__(self) -> str:
         """The tower in one line: "visual: 12 blocks (Block), prefix 1, class token"."""
         kinds = ", ".join(sorted({base_of(block).__name__ for block in self.blocks}))
-        parts = [f"{len(self.blocks)} blocks ({kinds})", f"prefix {self.prefix}"]
+        parts = [f"{self.depth} blocks ({f'in {kinds}' if self.loop else kinds})", f"prefix {self.prefix}"]
+        parts += [f"{len(self.fixed)} more protected tokens"] if self.fixed else []
         parts += ["class token"] if self.class_token else []
         parts += ["causal"] if self.causal else []
         parts += [] if self.reducible else ["generates: cross token only"]
@@ -291,7 +342,7 @@ class Tower:
     @property
     def has_end(self) -> bool:
         """Whether its texts have an end-of-text token. It is protected, and is the guide."""
-        return self.text is not None and self.text.pools_one
+        return self.text is not None and self.text.single_token
 
     def n_reserved(self, cross_token: bool) -> int:
         """The number of tokens of a row that are never removed.
@@ -299,7 +350,19 @@ class Tower:
         These are the protected ones and, in padded texts, one padding token and one other token.
         """
         padded = self.padding and self.text is not None
-        return self.prefix + int(cross_token) + int(self.has_end) + 2 * int(padded)
+        return self.prefix + len(self.fixed) + int(cross_token) + int(self.has_end) + 2 * int(padded)
+
+
+def recognised_kernels(model: nn.Module, path: str | Sequence[str]) -> tuple[tuple[Any, str, Any], ...]:
+    """The overrides that make the blocks at a path use SDPA, if their model's attention is a kernel not recognised."""
+    path, module = path if isinstance(path, str) else path[0], model
+    overrides: list[tuple[Any, str, Any]] = []
+    for name in ("", *path.split(".")):
+        module = getattr(module, name) if name else module
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) not in (None, *RECOGNISED_KERNELS):
+            overrides.append((config, "_attn_implementation", "sdpa"))
+    return tuple(overrides)
 
 
 Adapter = Callable[[Any], "list[Tower]"]
@@ -307,14 +370,24 @@ AdapterT = TypeVar("AdapterT", bound=Adapter)
 _adapters: dict[type, Adapter] = {}
 
 
-def register(*backbones: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
-    """Decorator that registers an adapter, a function from a model to its towers.
+@overload
+def register(*backbones: type[nn.Module]) -> Callable[[AdapterT], AdapterT]: ...
+
+
+@overload
+def register(*backbones: type[nn.Module], towers: Sequence[Tower]) -> None: ...
+
+
+def register(*backbones: type[nn.Module], towers: Sequence[Tower] | None = None) -> Any:
+    """Register an adapter, a function from a model to its towers: as a decorator, or as a list of towers.
 
     Args:
         backbones: the classes of the models. The adapter is used for their subclasses, too.
+        towers: the towers, with the paths of their blocks, as `find_towers` returns them. They hold for every model of
+            these classes. None: `register` returns a decorator for a function.
 
     Raises:
-        TypeError: a backbone is not a subclass of nn.Module.
+        TypeError: a backbone is not a subclass of nn.Module, or a tower lists modules instead of paths.
         ValueError: a backbone has an adapter already.
     """
     for backbone in backbones:
@@ -325,12 +398,26 @@ def register(*backbones: type[nn.Module]) -> Callable[[AdapterT], AdapterT]:
                 f"{_name(backbone)} has the adapter {_name(_adapters[backbone])} already: subclass the backbone and "
                 "register that, or unregister it first (crossget.unregister)"
             )
+    if towers is not None:
+        _adapters.update(dict.fromkeys(backbones, Declared([tower.of(None) for tower in towers])))
+        return None
 
     def add(adapter: AdapterT) -> AdapterT:
         _adapters.update(dict.fromkeys(backbones, adapter))
         return adapter
 
     return add
+
+
+class Declared:
+    """The adapter of models whose towers are given by the paths of their blocks."""
+
+    def __init__(self, towers: Sequence[Tower]) -> None:
+        self.towers = towers
+        self.__module__, self.__qualname__ = __name__, repr(towers)
+
+    def __call__(self, model: nn.Module) -> list[Tower]:
+        return [tower.of(model) for tower in self.towers]
 
 
 def is_registered(cls: type) -> bool:
@@ -357,33 +444,45 @@ def absent_towers(model: nn.Module) -> dict[str, str]:
     return {}
 
 
-def find_towers(model: nn.Module) -> list[Tower]:
-    """The towers of a model, which `attach` reduces.
+def has_adapter(model: nn.Module) -> bool:
+    """Whether the model's class, or one of its bases, has an adapter."""
+    return _adapter_of(model) is not None
 
-    Args:
-        model: a model of timm, open_clip or transformers, or of a class with a registered adapter.
+
+def _adapter_of(model: nn.Module) -> Adapter | None:
+    for cls in type(model).__mro__:
+        load_integrations(cls)
+        if cls in _adapters:
+            return _adapters[cls]
+    return None
+
+
+def reason_against(model: nn.Module) -> str:
+    """Why no tower can be found in a model without adapter; empty if this is not known before a forward."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "it is a TorchScript model, whose compiled code cannot be watched: load it without jit"
+    for cls in type(model).__mro__:
+        for module in load_integrations(cls):
+            reason: str = module.explain(model) if hasattr(module, "explain") else ""
+            if reason:
+                return reason
+    return ""
+
+
+def adapted_towers(model: nn.Module) -> list[Tower]:
+    """The towers of a model, by its adapter.
 
     Raises:
-        TypeError: no adapter is registered for the model. The message gives the reason, if it is known.
+        TypeError: it has none. The message gives the reason, if it is known.
         RuntimeError: the adapter found nothing to reduce.
     """
-    reasons: list[str] = []
-    for cls in type(model).__mro__:
-        modules = load_integrations(cls)
-        if cls in _adapters:
-            towers = _adapters[cls](model)
-            _check(towers, model, _adapters[cls])
-            return towers
-        found = [module.explain(model) for module in modules if hasattr(module, "explain")]
-        reasons += filter(None, found)  # the reason of a family comes before that of its host
-    if isinstance(model, torch.jit.ScriptModule):
-        reasons = ["it is a TorchScript model, whose compiled code cannot be watched: load it without jit"]
-    reason = reasons[0] if reasons else "no adapter is registered for it or its bases"
-    known = ", ".join(sorted({_name(cls) for cls in _adapters})) or "none yet"
-    raise TypeError(
-        f"cannot reduce {_name(type(model))}: {reason}. If its blocks do pass one sequence [B, T, C], write an "
-        f"adapter with crossget.register (docs/backbones.md). Registered in this process: {known}"
-    )
+    adapter = _adapter_of(model)
+    if adapter is None:
+        reason = reason_against(model) or "no adapter is registered for it or its bases"
+        raise TypeError(f"cannot reduce {_name(type(model))}: {reason}")
+    towers = adapter(model)
+    _check(towers, model, adapter)
+    return towers
 
 
 def load_integrations(cls: type) -> list[Any]:

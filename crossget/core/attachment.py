@@ -1,6 +1,6 @@
-"""Attaching a reducer to a model, in place, and detaching it.
+"""The handle of an attached model.
 
-`attach` swaps the class of every block (block_class.py), so that an `AttachedTower` (tower.py) runs the block's own
+Attaching swaps the class of every block (block_class.py), so that an `AttachedTower` (tower.py) runs the block's own
 `forward` under a `Merge` (reduction.py). It also wraps the entry points of the host, the library model (hooks.py).
 Nothing is added to the module tree: state dicts, `named_modules`, `isinstance` and `repr` do not change. Detaching
 undoes both.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossget.core import saving
-from crossget.core.adapters import Tower, absent_towers, find_towers
+from crossget.core.adapters import Tower
 from crossget.core.block_class import is_intact, owner_of, swap_in, swap_out
 from crossget.core.decoder_tower import AttachedDecoder
 from crossget.core.hooks import Undo, check_not_patched, set_text_ends, wrap_host
 from crossget.core.image_prompts import image_tokens
+from crossget.core.loop_tower import AttachedLoop
 from crossget.core.state import BlockRecord
 from crossget.core.tower import AttachedTower
 from crossget.methods.alignment import Divergence, alignment_loss
 from crossget.methods.reducers import Reducer
+from crossget.methods.schedules import part_of
 
 _PARAMETER_MODULE = "crossget"
 _SETTABLE = {"reducer"}
@@ -154,7 +157,7 @@ class Attachment:
             tower, record = attached.tower, attached.last_record
             if not attached.reducer.cross_token or tower.project is None:
                 continue
-            depth = len(tower.blocks)
+            depth = tower.depth
             if len(record.cross_tokens) != depth:
                 raise RuntimeError(
                     f"tower {name!r} has {len(record.cross_tokens)} cross tokens of {depth} blocks: run a "
@@ -200,9 +203,9 @@ class Attachment:
     @reducer.setter
     def reducer(self, value: Reducer | Mapping[str, Reducer]) -> None:
         towers = self.towers
-        chosen = _choose(towers, value)
+        chosen = by_tower(towers, value)
         for name, reducer in chosen.items():  # errors are raised before anything changes
-            _attached(towers[name], reducer)
+            attached_tower(towers[name], reducer)
         for name, reducer in chosen.items():
             self._towers[name].set_reducer(reducer)
 
@@ -417,139 +420,48 @@ class Attachment:
             self._undo.pop()()
 
 
-def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer]) -> Attachment:
-    """Attach a reducer to a model, in place: its tokens are reduced from the next forward on.
-
-    Args:
-        model: any model that has an adapter, see `crossget.find_towers`.
-        reducer: one for the model, or a dict by tower name. A single reducer on a model with several towers reduces the
-            image tower. If it has a cross token, the other towers get one, too, with r = 0, as in the authors' code.
-
-    Returns:
-        The handle. `Attachment.detach` undoes it, and so does the end of `with` on the handle.
-
-    Raises:
-        TypeError: the model is not supported (the message says why), or `reducer` is not a reducer.
-        ValueError: the model is attached already, a tower's name is unknown, or the reducer cannot work on the tower.
-        RuntimeError: the adapter found nothing to reduce.
-    """
-    previous = find_attachment(model)
-    if previous is not None:
-        raise ValueError(
-            f"already attached: {previous}. Call .detach() on the handle that attach returned (or "
-            "crossget.attachment(model).detach()), or set its .reducer"
-        )
-    towers = {tower.name: tower for tower in find_towers(model)}
-    chosen = _choose(towers, reducer, absent_towers(model))
-    attachment = Attachment({name: _attached(towers[name], value) for name, value in chosen.items()})
-    attachment._swap_in_blocks()
-    return attachment
-
-
-def _attached(tower: Tower, reducer: Reducer) -> AttachedTower:
+def attached_tower(tower: Tower, reducer: Reducer) -> AttachedTower:
     """The tower with its reducer.
 
     Raises:
         ValueError: the reducer cannot work on the tower.
     """
+    if tower.loop:
+        return AttachedLoop(tower, reducer)
     return (AttachedTower if tower.reducible else AttachedDecoder)(tower, reducer)
 
 
-def find_attachment(model: nn.Module) -> Attachment | None:
-    """The model's attachment; None if it has none."""
-    owners = (owner_of(module) for module in model.modules())
-    return next((owner for owner in owners if isinstance(owner, Attachment)), None)
-
-
-def attachment(model: nn.Module) -> Attachment:
-    """The handle of an attached model. Use it for a copy or an unpickled model, for example.
+def attach_towers(towers: Iterable[Tower], reducers: Mapping[str, Reducer]) -> Attachment:
+    """Attach reducers to towers, by name.
 
     Raises:
-        ValueError: the model is not attached.
+        ValueError: a reducer cannot work on its tower.
     """
-    found = find_attachment(model)
-    if found is None:
-        raise ValueError(f"{type(model).__name__} is not attached: call crossget.attach(model, reducer) first")
-    return found
+    by_name = {tower.name: tower for tower in towers}
+    attachment = Attachment({name: attached_tower(by_name[name], reducer) for name, reducer in reducers.items()})
+    attachment._swap_in_blocks()
+    return attachment
 
 
-def load(model: nn.Module, folder: str | Path) -> Attachment:
-    """Attach the reducers and cross tokens that `Attachment.save` has written.
+def main_towers(names: Iterable[str]) -> list[str]:
+    """The names of the towers that a single reducer is for.
 
-    Args:
-        model: a model of the same architecture, not attached.
-        folder: a local folder, or the id of a repository on the Hugging Face hub.
-
-    Returns:
-        The handle, as from `crossget.attach`.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of the two files.
-        ValueError: the files were written by a newer version, name an unknown method, or do not fit the model.
+    These are the image tower, or its stages visual.0, visual.1 ...; of a model without one, the first tower that is no
+    decoder.
     """
-    reducers, weights, where = saving.open_folder(folder)
-    return attach_with(model, reducers, weights, where)
-
-
-def attach_with(
-    model: nn.Module,
-    reducer: Reducer | Mapping[str, Reducer],
-    cross_tokens: Mapping[str, Tensor],
-    where: str,
-    previous: Attachment | None = None,
-) -> Attachment:
-    """Attach a reducer and set its cross tokens. If they do not fit the model, it stays detached.
-
-    Args:
-        model: the model.
-        reducer: as for `crossget.attach`.
-        cross_tokens: per tower [L, C].
-        where: the source of the cross tokens, for messages.
-        previous: the handle of a model that is attached already. Only its cross tokens are set.
-
-    Returns:
-        The handle.
-
-    Raises:
-        ValueError: the cross tokens of a tower are missing or have another shape, or there are some for a tower that is
-            not attached.
-    """
-    attached = previous or attach(model, reducer)
-    try:
-        _set_cross_tokens(attached, cross_tokens, where)
-    except ValueError:
-        if previous is None:
-            attached.detach()
-        raise
-    return attached
-
-
-def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where: str) -> None:
-    """See `attach_with`."""
-    expected = {name: tuple(p.shape) for name, p in attached.cross_tokens.items()}
-    found = {name: tuple(value.shape) for name, value in weights.items() if name in expected or name in attached.towers}
-    unknown = sorted(set(weights) - set(attached.towers))
-    if unknown or any(found.get(name) != shape for name, shape in expected.items()):
-        raise ValueError(f"{where} has cross tokens {found} {unknown or ''}: this attachment needs {expected}")
-    with torch.no_grad():
-        for name, parameter in attached.cross_tokens.items():
-            parameter.copy_(weights[name])
-
-
-def main_tower(names: Iterable[str]) -> str:
-    """The name of the tower that a single reducer is for."""
     found = list(names)
-    return "visual" if "visual" in found else found[0]
+    stages = [name for name in found if name.partition(".")[0] == "visual"]
+    return stages or [name for name in found if name.partition(".")[0] != "decoder"][:1] or found[:1]
 
 
-def _choose(
+def by_tower(
     towers: Mapping[str, Tower], reducer: Reducer | Mapping[str, Reducer], absent: Mapping[str, str] | None = None
 ) -> dict[str, Reducer]:
     """The reducers by tower name.
 
     Args:
         towers: the towers of the model, by name.
-        reducer: as for `crossget.attach`.
+        reducer: one for the model, or a dict by tower name.
         absent: why the model lacks a tower, by the tower's name.
 
     Raises:
@@ -563,22 +475,30 @@ def _choose(
                 f"one reducer is for the tower 'visual', which cannot be reduced here: {absent['visual']}. Name the "
                 f"towers instead, of {sorted(towers)}, as in {{{next(iter(towers))!r}: {reducer}}}"
             )
-        main = main_tower(towers)
-        others = [name for name in towers if name != main and reducer.cross_token]
-        # Without fields that may have no effect on the other towers, and would be refused there.
-        plain = replace(
-            reducer, r=0, strip_cross_token=False, class_token_only=None if reducer.class_token_only else False
-        )
-        return {main: reducer, **dict.fromkeys(others, plain)}
+        main = main_towers(towers)
+        depths = [towers[name].depth for name in main]
+        chosen = dict.fromkeys(main, reducer)
+        if len(main) > 1:  # one reducer for all blocks of the stages
+            parts = zip(main, accumulate(depths, initial=0), depths, strict=False)
+            chosen = {
+                name: replace(reducer, r=part_of(reducer.schedule, first, depth, sum(depths)))
+                for name, first, depth in parts
+            }
+        if reducer.cross_token:
+            # Without fields that may have no effect on the other towers, and would be refused there.
+            plain = replace(
+                reducer, r=0, strip_cross_token=False, class_token_only=None if reducer.class_token_only else False
+            )
+            guided = (name for name, tower in towers.items() if not tower.notes and name not in main)
+            chosen |= dict.fromkeys(guided, plain)
+        return chosen
     if not isinstance(reducer, Mapping):
-        raise TypeError(
-            f"reducer is {reducer!r}: give a reducer such as crossget.CrossGET(r=16), or a dict by tower name"
-        )
+        raise TypeError(f"reducer is {reducer!r}: give a reducer such as crossget.Ward(r=16), or a dict by tower name")
     unknown = sorted(set(reducer) - set(towers))
     if unknown or not reducer:
         reasons = "".join(f"; {name!r}: {absent[name]}" for name in unknown if name in absent)
         raise ValueError(f"reducer names the towers {sorted(reducer)}: this model has {sorted(towers)}{reasons}")
     for name, value in reducer.items():
         if not isinstance(value, Reducer):
-            raise TypeError(f"reducer[{name!r}] is {value!r}: give a reducer such as crossget.CrossGET(r=16)")
+            raise TypeError(f"reducer[{name!r}] is {value!r}: give a reducer such as crossget.Ward(r=16)")
     return dict(reducer)

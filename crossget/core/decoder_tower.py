@@ -37,7 +37,8 @@ class FirstToken:
 
     Attributes:
         position: [B] index of each row's first token that is no padding, among the tokens of this call. It is negative
-            if that token is in the cache. None: it is in the cache for all rows (a decoding step).
+            if that token is in the cache. None: no token is replaced, as it is in the cache for all rows (a decoding
+            step), or the method has no cross token.
         owner: the `AttachedDecoder`.
         layer: number of the next block, from 0.
         record: what the user can read after the forward.
@@ -80,8 +81,6 @@ class AttachedDecoder(AttachedTower):
 
     def call_block(self, block: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """See `Runner.call_block`."""
-        if not self.reducer.cross_token:
-            return proceed(*args, block_call=DecoderCall(), **kwargs)
         tokens = args[0] if args else kwargs[self._names_of(block)[0]]
         state: FirstToken | None = get_carried(tokens)
         if state is None or state.owner is not self:
@@ -114,9 +113,12 @@ class AttachedDecoder(AttachedTower):
         return forward(tokens.scatter(1, index, new), *args, **kwargs)
 
     def _first_state(self, block: nn.Module, tokens: Tensor) -> FirstToken:
-        """The state before the first block."""
+        """The state before the first block. A reducer without a cross token is one whose position is None."""
+        if not self.reducer.cross_token:
+            return FirstToken(None, self)
         if recomputing():
-            found = stored_entry_info(tokens).text
+            stored = stored_entry_info(tokens)
+            found = None if stored is None else stored.text
         else:
             found = self.text_info.get()
             self.text_info.set(None)

@@ -3,7 +3,8 @@
 A block does not have all that it needs: where a text ends, which blocks' outputs the host uses, how many image tokens a
 prompt has. So these methods of the host are wrapped, or get a forward hook, on the attached model only:
 
-- Methods that use tokens of several blocks (`Tower.intermediates`): every block then returns the full grid.
+- Methods that use tokens of certain blocks (`Tower.intermediates`): later blocks are skipped where their output cannot
+  be seen, and a method that takes reduced tokens gets these.
 - Methods that use one token of the last block (`Tower.single_token_outputs`): that block then computes this token only.
 - The token embedding of a text tower (`Tower.text`): it gets the token ids, from which the end of each text is found.
 - The forward of a decoder (`Tower.decoder`): it gets the mask, from which each row's first token is found.
@@ -111,12 +112,12 @@ def _around_intermediates(
     attached: AttachedTower, hook: IntermediatesHook, names: list[str], original: Callable[..., Any],
     args: tuple[Any, ...], kwargs: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """Run a host method that uses the outputs of several blocks, which then return what it expects."""
+    """Run a host method that uses the outputs of certain blocks, which then return what it expects."""
     if attached.current_outputs() is not None:  # called inside another entry point, whose outputs apply
         return original(*args, **kwargs)
-    layers = None if hook.layers is None else hook.layers({**dict(zip(names, args)), **kwargs})  # noqa: B905
-    can_skip = layers is not None and (hook.hides_rest or bool(attached.generating.get()))
-    last_used = max(layers) if layers is not None and can_skip else attached.depth - 1
+    layers = hook.layers({**dict(zip(names, args)), **kwargs})  # noqa: B905
+    can_skip = hook.hides_rest or bool(attached.generating.get())
+    last_used = max(layers) if can_skip else attached.depth - 1
     form = "grid" if hook.grid else attached.reduced_form(attached.reducer)
     attached.outputs.set(HostOutputs(form, form, last_used))
     try:
@@ -136,7 +137,7 @@ def _expect_single_token(attached: AttachedTower, output: SingleTokenOutput) -> 
         return False
     if not output.applies(output.module) or _has_token_hooks(attached.tower, output.module):
         return False
-    attached.outputs.set(HostOutputs("tokens", "grid", attached.depth - 1, class_token_only=True))
+    attached.outputs.set(HostOutputs("grid", "grid", attached.depth - 1, class_token_only=True))
     return True
 
 
@@ -156,7 +157,7 @@ _COUNTING: ContextVar[bool] = ContextVar("_COUNTING", default=False)
 
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
-    """Context in which hooks on a model's modules only count operators, and do not read tokens."""
+    """Context in which hooks on a model's modules only count operators or take the time, and do not read tokens."""
     token = _COUNTING.set(True)
     try:
         yield

@@ -32,7 +32,7 @@ class Merge(Watch):
     """Reduces the tokens of a block at the residual after its attention.
 
     Args:
-        tokens: [B, T, C] the block's input.
+        tokens: [B, T, C] the block's input, or in the layout of the class.
         state: of these tokens.
         r: number of tokens to remove.
 
@@ -43,7 +43,7 @@ class Merge(Watch):
     """
 
     def __init__(self, tokens: Tensor, state: TokenState, r: int) -> None:
-        super().__init__(tokens)
+        super().__init__(tokens, *self.sizes(tokens, state))
         self.state, self.reducer, self.r = state, state.forward.reducer, r
         self.score: Tensor | None = None
         # Several attentions before one residual (parallel, differential) count as one attention with all their heads.
@@ -54,6 +54,21 @@ class Merge(Watch):
         self._arguments_fitted = False
         # With norm correction: the tensor that the MLP's output is added to, which tells this addition from others.
         self._mlp_residual: Tensor | None = None
+
+    # Layout -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def sizes(tokens: Tensor, state: TokenState) -> tuple[int, int]:
+        """B and T of the block's input."""
+        return tokens.shape[0], tokens.shape[1]
+
+    def to_batch(self, x: Tensor) -> Tensor:
+        """[B, T, C] from a tensor in the layout of the block's tokens."""
+        return x
+
+    def from_batch(self, x: Tensor) -> Tensor:
+        """The layout of the block's tokens, from [B, T, C]."""
+        return x
 
     # Masks ------------------------------------------------------------------------------------------------------
 
@@ -133,12 +148,13 @@ class Merge(Watch):
                 "no softmax over the attention scores was seen in the block, so log(size) could not be added: "
                 "set proportional_attention=False, or use F.scaled_dot_product_attention in the block"
             )
-        reduced = self._reduce(total) if self.r > 0 else None
+        by_image = self.to_batch(total) if self.r > 0 else total
+        reduced = self._reduce(by_image) if self.r > 0 else None
         if reduced is not None:
             tokens, sizes, plan = reduced
-            norms = norm_correction(total, self.state.norms, plan) if self.reducer.norm_correction else None
+            norms = norm_correction(by_image, self.state.norms, plan) if self.reducer.norm_correction else None
             self.state = self.state.advance(plan, sizes, norms)
-            total = tokens
+            total = self.from_batch(tokens)
         if self.state.norms is not None:
             self._mlp_residual = total
         return total
@@ -148,7 +164,7 @@ class Merge(Watch):
         norms = self.state.norms
         if norms is None or self._mlp_residual is None or (a is self._mlp_residual) == (b is self._mlp_residual):
             return a, b
-        factor = norms.to(a.dtype)[:, :, None]
+        factor = self.from_batch(norms.to(a.dtype)[:, :, None])
         if a is self._mlp_residual:
             return a, b * factor
         return a.mul_(factor) if func in IN_PLACE else a * factor, b

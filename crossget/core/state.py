@@ -13,7 +13,7 @@ Shapes: B batch, T tokens of a block, T0 tokens of the host, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -118,6 +118,7 @@ class Forward:
         length: T0, the number of tokens of the host's sequence, without a cross token.
         has_cross_token: a cross token is appended, as the last token.
         prefix: number of leading tokens that are protected.
+        fixed: positions of other tokens that are protected, from 0.
         n_protected: the largest number of protected tokens in a row.
         causal: a token attends to itself and earlier tokens only.
         class_token: the first token is a class token, and the cross token starts as its copy.
@@ -130,11 +131,13 @@ class Forward:
     def __init__(
         self, owner: Any, reducer: Reducer, depth: int, length: int, *, prefix: int, causal: bool, class_token: bool,
         padding: bool, has_end: bool, outputs: HostOutputs, relevance: Relevance | None = None,
+        fixed: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.owner, self.reducer, self.depth, self.length = owner, reducer, depth, length
         self.has_cross_token = bool(reducer.cross_token)
         self.prefix, self.causal, self.class_token, self.padding = prefix, causal, class_token, padding
-        self.n_protected = prefix + int(self.has_cross_token) + int(has_end)
+        self.fixed = tuple(position % length for position in fixed)
+        self.n_protected = prefix + len(self.fixed) + int(self.has_cross_token) + int(has_end)
         self.outputs = outputs
         self.relevance = relevance
         self.record = ForwardRecord()
@@ -187,6 +190,8 @@ class TokenState:
         order = torch.arange(total, device=device)
         positions = order.expand(batch, total)
         protected = ((order < forward.prefix) | (order >= forward.length)).expand(batch, total)
+        for position in forward.fixed:
+            protected = protected | (order == position)
         if end is not None:
             protected = protected | (order == end[:, None])
         if valid is not None and forward.has_cross_token:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -24,6 +25,7 @@ from crossget.core.block_class import argument_names, base_of, key_of, runner_of
 from crossget.core.carried import (
     Carried,
     EntryInfo,
+    HandedOver,
     ThreadValue,
     get_carried,
     recomputing,
@@ -31,6 +33,7 @@ from crossget.core.carried import (
     store_entry_info,
     stored_entry_info,
 )
+from crossget.core.layout import with_tables
 from crossget.core.masks import visible
 from crossget.core.reduction import ClassTokenOnly, Merge
 from crossget.core.state import (
@@ -65,6 +68,7 @@ class BlockCall:
             is replaced.
         class_token_only: the block computes one token only.
         skipped: the host does not use the block's output, so the block is not computed and returns its input.
+        n_returned: number of values that the previous block has returned as a tuple; 0: it has returned a tensor.
         state_after: of the tokens after the block.
         score: [B, T] the importance scores that the reducer used; None: it used none.
         recorded_tokens: [B, T', C] the tokens after the block, if the forward is recorded; otherwise None.
@@ -73,6 +77,7 @@ class BlockCall:
 
     state_after: TokenState
     skipped: bool = False
+    n_returned: int = 0
     score: Tensor | None = None
     recorded_tokens: Tensor | None = None
     hidden_cross_token: Tensor | None = None
@@ -94,7 +99,7 @@ class AttachedTower:
         tower: the blocks, and the facts about them.
         reducer: the method, with every field resolved for this tower.
         parameter_owner: the module that has the cross vectors as a parameter, under the tower's name; None: no module.
-        last_record: record of the last forward.
+        handed_over: what the blocks have left on their outputs, for outputs that the host copies.
         recording: forwards that begin now are recorded, see `Attachment.recording`.
         text_features: [B or 1, E] of unit length, see `Attachment.set_text_features`; None: none were given.
         prompt_of_image: [N] index of the prompt that each image of the last forward belongs to; None: one image each.
@@ -107,14 +112,15 @@ class AttachedTower:
 
     def __init__(self, tower: Tower, reducer: Reducer) -> None:
         self.tower = tower
-        self.last_record = ForwardRecord()
+        self.handed_over = HandedOver()
+        self._records: ThreadValue[ForwardRecord] = ThreadValue()
+        self._latest_record = ForwardRecord()
         self.recording = False
         self.text_features: Tensor | None = None
         self.prompt_of_image: Tensor | None = None
         self.parameter_owner: nn.Module | None = None
         self._own_cross_vectors: nn.Parameter | None = None
         self._argument_names: dict[type, list[str]] = {}
-        self._tuple_length = 1  # length of the tuple that a block returns; 0 if it returns a tensor
         self._warned = False
         self.text_info: ThreadValue[Any] = ThreadValue()
         self.outputs: ThreadValue[HostOutputs] = ThreadValue()
@@ -124,7 +130,22 @@ class AttachedTower:
         self.set_reducer(reducer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_record": ForwardRecord(), "prompt_of_image": None}
+        return {**self.__dict__, "_latest_record": ForwardRecord(), "prompt_of_image": None}
+
+    @property
+    def last_record(self) -> ForwardRecord:
+        """The record of this thread's last forward. If the thread has run none, that of the last one in any thread.
+
+        Compiled forwards are those of all threads.
+        """
+        own = self._records.traced or self._records.values.get(threading.get_ident())
+        return self._latest_record if own is None else own
+
+    @last_record.setter
+    def last_record(self, record: ForwardRecord) -> None:
+        self._records.set(record)
+        if not torch.compiler.is_compiling():
+            self._records.traced, self._latest_record = None, record
 
     # Cross tokens -----------------------------------------------------------------------------------------------
 
@@ -169,7 +190,7 @@ class AttachedTower:
     @property
     def depth(self) -> int:
         """The present number of blocks of the tower."""
-        return len(self.tower.blocks)
+        return self.tower.depth
 
     def keeps_cross_token(self, reducer: Reducer) -> bool:
         """Whether the reduced tokens that the tower returns to the host include the cross token, under a reducer."""
@@ -213,30 +234,59 @@ class AttachedTower:
     def call_block(self, block: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """See `Runner.call_block`."""
         names = self._names_of(block)
-        tokens = args[0] if args else kwargs[names[0]]
-        carried: Carried | None = get_carried(tokens)
+        host_tokens = args[0] if args else kwargs[names[0]]
+        carried: Carried | None = get_carried(host_tokens)
         if carried is None or carried.state.forward.owner is not self:
+            carried = self._find_carried(block, host_tokens)
+        if carried is None:
             arguments = {**dict(zip(names[1:], args[1:])), **kwargs}  # noqa: B905
-            layer, block_call = 0, self._first_call(block, tokens, arguments)
+            layer, n_returned, block_call = 0, 0, self._first_call(block, host_tokens, arguments)
         else:
-            layer, block_call = carried.layer, self._later_call(tokens, carried)
+            layer, n_returned = carried.layer, carried.n_returned
+            block_call = self._later_call(host_tokens, carried)
         state, forward = block_call.state, block_call.state.forward
         forward.record.tokens[layer] = size_of(state.positions, 1)
-        block_call.skipped = not self._must_compute(forward, layer)
-        out = proceed(*args, block_call=block_call, **kwargs)
+        block_call.skipped = not self._must_compute(forward, layer, n_returned)
+        block_call.n_returned = n_returned
+        if torch.compiler.is_compiling():
+            out = proceed(*args, block_call=block_call, **kwargs)
+        else:
+            try:
+                out = proceed(*args, block_call=block_call, **kwargs)
+            except BaseException:
+                self.handed_over.forget()
+                raise
         self._finish(out, block_call, layer)
         return out
 
-    def _first_call(self, block: nn.Module, tokens: Tensor, arguments: Mapping[str, Any]) -> BlockCall:
+    def _find_carried(self, block: nn.Module, tokens: Tensor) -> Carried | None:
+        """The state of tokens that have lost it; None: they are those of a new forward."""
+        if not _is_eager():
+            return None
+        key, blocks = key_of(block), self.tower.blocks
+        found = self.handed_over.candidates(tokens, lambda layer: layer < len(blocks) and key_of(blocks[layer]) == key)
+        is_first = key == key_of(blocks[0])
+        if len(found) > 1 or (found and is_first):
+            self.handed_over.forget()
+            raise RuntimeError(
+                f"block {key} of tower {self.tower.name!r} got tokens {list(tokens.shape)} without their state, and "
+                "several forwards wait for this block: something makes new tensors between the blocks while several "
+                "batches are run in turn. Run one batch after the other, or pass on the tensors that blocks return"
+            )
+        if not found:
+            return None
+        # A gradient checkpoint around this block recomputes it from these tokens, or from their memory.
+        set_carried(tokens, found[0])
+        self.handed_over.note_address(tokens, found[0])
+        return found[0]
+
+    def _first_call(self, block: nn.Module, host_tokens: Tensor, arguments: Mapping[str, Any]) -> BlockCall:
         """The call of the first block, which begins the forward."""
-        self._check_first(block, tokens)
-        batch, length = size_of(tokens, 0), size_of(tokens, 1)
-        if recomputing():
-            info = stored_entry_info(tokens)
-        else:
-            info = EntryInfo(self.text_info.get(), self.current_outputs())
-            self.text_info.set(None)
-            store_entry_info(tokens, info)
+        self._check_first(block, host_tokens)
+        batch = self.tower.layout.batch(host_tokens, arguments.values())
+        tokens = self.tower.layout.to_batch(host_tokens, batch)
+        length = size_of(tokens, 1)
+        info = self._entry_info(host_tokens)
         end, valid = self._text_ends(tokens, info.text)
         if self.tower.padding and valid is None:
             candidates = ("attn_mask", *self.tower.masks)
@@ -248,6 +298,7 @@ class AttachedTower:
             self, reducer, self.depth, length, prefix=tower.prefix, causal=tower.causal,
             class_token=tower.class_token, padding=tower.padding, has_end=end is not None,
             outputs=info.outputs or self.default_outputs(reducer), relevance=self._relevance(batch),
+            fixed=tower.fixed,
         )  # fmt: skip
         if self.recording and not torch.compiler.is_compiling():
             forward.record.blocks = {}
@@ -258,9 +309,25 @@ class AttachedTower:
             token = self.make_cross_token(origin.squeeze(1), forward.record, 0)
         return self._make_call(state, 0, cross_token=token, appends_cross_token=True)
 
-    def _later_call(self, tokens: Tensor, carried: Carried) -> BlockCall:
+    def _entry_info(self, host_tokens: Tensor) -> EntryInfo:
+        """What the host's entry points have found for the forward that begins, or is recomputed, with these tokens."""
+        if recomputing():
+            stored = stored_entry_info(host_tokens) or self.handed_over.at_address(host_tokens, EntryInfo)
+            return stored or EntryInfo()
+        info = EntryInfo(self.text_info.get(), self.current_outputs())
+        self.text_info.set(None)
+        store_entry_info(host_tokens, info)
+        if _is_eager():
+            self.handed_over.note_address(host_tokens, info)
+        return info
+
+    def _later_call(self, host_tokens: Tensor, carried: Carried) -> BlockCall:
         """The call of a block that is not the first."""
         state, layer = carried.state, carried.layer
+        if _is_eager():
+            self.handed_over.take(carried)
+        tokens = self.tower.layout.to_batch(host_tokens, size_of(state.positions, 0))
+        state = state.to(tokens.device)
         forward, token = state.forward, None
         if layer >= forward.depth:
             raise RuntimeError(
@@ -295,7 +362,6 @@ class AttachedTower:
         """Write the record, and set the state for the next block on what the block returns."""
         state, forward = block_call.state_after, block_call.state_after.forward
         record, is_last = forward.record, layer == forward.depth - 1
-        self._tuple_length = len(out) if isinstance(out, tuple) else 0
         record.source = state.source[:, : forward.length]
         if record.blocks is not None and block_call.recorded_tokens is not None:
             record.blocks[layer] = state.block_record(block_call.recorded_tokens, block_call.score)
@@ -306,21 +372,26 @@ class AttachedTower:
         else:
             is_full_grid = block_call.output_form == "grid" and state.reduced
             tokens = out[0] if isinstance(out, tuple) else out
-            set_carried(tokens, Carried(state, layer + 1, is_full_grid, block_call.hidden_cross_token))
+            n_returned = len(out) if isinstance(out, tuple) else 0
+            carried = Carried(state, layer + 1, is_full_grid, block_call.hidden_cross_token, n_returned)
+            set_carried(tokens, carried)
+            if _is_eager():
+                self.handed_over.add(tokens, carried)
 
-    def _must_compute(self, forward: Forward, layer: int) -> bool:
+    def _must_compute(self, forward: Forward, layer: int, n_returned: int) -> bool:
         """Whether the output of block `layer`, or of a later block, is used.
 
-        The host uses those up to `outputs.last_used`. In training the alignment loss uses the cross token of every
-        block, so only the last block can be skipped.
+        The host uses those up to `outputs.last_used`, and other values that blocks return with their tokens. In
+        training the alignment loss uses the cross token of every block, so only the last block can be skipped.
         """
-        if layer == 0 or layer <= forward.outputs.last_used or self._tuple_length > 1:
+        if layer == 0 or layer <= forward.outputs.last_used or n_returned > 1:
             return True
         return layer < forward.depth - 1 and forward.has_cross_token and torch.is_grad_enabled()
 
     def default_outputs(self, reducer: Reducer) -> HostOutputs:
         """What the blocks return under a reducer, unless an entry point of the host has set `outputs`."""
-        return HostOutputs("tokens", "grid" if self.tower.restore else self.reduced_form(reducer), self.depth - 1)
+        after_last: OutputForm = "grid" if self.tower.restore else self.reduced_form(reducer)
+        return HostOutputs("grid", after_last, self.depth - 1)
 
     def current_outputs(self) -> HostOutputs | None:
         """What the blocks return, as an entry point that runs now has set it; None: no entry point has."""
@@ -359,38 +430,28 @@ class AttachedTower:
         self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, block_call: BlockCall
     ) -> Any:
         """See `Runner.run_forward`. Nothing here depends on the layer."""
-        names = self._names_of(block)
-        tokens, args, kwargs = split_tokens(names, args, kwargs)
-        state = block_call.state.to(tokens.device)
+        names, layout = self._names_of(block), self.tower.layout
+        host_tokens, args, kwargs = split_tokens(names, args, kwargs)
+        state = block_call.state.to(host_tokens.device)
         if block_call.skipped:
-            return self._skip(tokens, state, block_call)
+            return self._skip(host_tokens, state, block_call)
+        tokens = layout.to_batch(host_tokens, size_of(state.positions, 0))
         if block_call.input_is_full_grid:
             n_visible = size_of(state.positions, 1) - int(block_call.appends_cross_token)
             tokens = take(tokens, state.positions[:, :n_visible])
-        if block_call.cross_token is None:
-            return self._run_reduced(block, forward, tokens, state, args, kwargs, block_call)
-        token = block_call.cross_token.to(tokens.device, tokens.dtype)
-        if block_call.appends_cross_token:
+        if block_call.cross_token is not None:
+            token = block_call.cross_token.to(tokens.device, tokens.dtype)
+            if not block_call.appends_cross_token:
+                tokens = tokens[:, :-1]
             tokens = torch.cat([tokens, token[:, None]], 1)
-        elif _can_overwrite(tokens):
-            # The host may hold the previous block's output, so the old value is put back after this block.
-            last = tokens[:, -1]
-            old = last.clone()
-            last.copy_(token)
-            try:
-                return self._run_reduced(block, forward, tokens, state, args, kwargs, block_call)
-            finally:
-                last.copy_(old)
-        else:
-            tokens = torch.cat([tokens[:, :-1], token[:, None]], 1)
-        return self._run_reduced(block, forward, tokens, state, args, kwargs, block_call)
+        return self._run_reduced(block, forward, layout.from_batch(tokens), state, args, kwargs, block_call)
 
     def _run_reduced(
         self, block: nn.Module, forward: Callable[..., Any], tokens: Tensor, state: TokenState, args: Any, kwargs: Any,
         block_call: BlockCall,
     ) -> Any:  # fmt: skip
-        """Run the block's own forward on these tokens, and reduce them at its residual."""
-        watch = ClassTokenOnly(tokens, state) if block_call.class_token_only else Merge(tokens, state, block_call.r)
+        """Run the block's own forward on these tokens, in the host's layout, and reduce them at its residual."""
+        watch = self._watch(tokens, state, block_call)
         if not state.unmodified:
             names = self._names_of(block)
             named = zip(names[1:], args)  # noqa: B905
@@ -398,16 +459,23 @@ class AttachedTower:
             kwargs = {name: self._fit_argument(block, name, value, watch) for name, value in kwargs.items()}
         with watch:
             out = forward(tokens, *args, **kwargs)
-        if not watch.residual_seen:
+        if not watch.complete:
             raise RuntimeError(self._not_recognised(block, watch))
-        tokens_after = out[0] if isinstance(out, tuple) else out
+        tokens_after = watch.to_batch(out[0] if isinstance(out, tuple) else out)
         if isinstance(watch, ClassTokenOnly) and watch.block_input is not None:
             tokens_after = replace_token(watch.block_input, tokens_after, watch.state.end)
         block_call.state_after, block_call.score = watch.state, watch.score
         if state.forward.record.blocks is not None:
             block_call.recorded_tokens = tokens_after
-        returned = self._in_output_form(tokens_after, watch.state, block_call)
+        returned = watch.from_batch(self._in_output_form(tokens_after, watch.state, block_call))
         return (returned, *out[1:]) if isinstance(out, tuple) else returned
+
+    def _watch(self, tokens: Tensor, state: TokenState, block_call: BlockCall) -> Merge:
+        """What recognises the attention and the residual in the call of a block, and acts there."""
+        if block_call.class_token_only:
+            return ClassTokenOnly(tokens, state)
+        merge = self.tower.layout.merge
+        return (with_tables(merge) if self.tower.makes_tables else merge)(tokens, state, block_call.r)
 
     def _skip(self, tokens: Tensor, state: TokenState, block_call: BlockCall) -> Any:
         """Return the block's input as its output, without computing the block."""
@@ -416,15 +484,16 @@ class AttachedTower:
             block_call.hidden_cross_token = block_call.cross_token
         tokens = tokens.view_as(tokens)  # a new tensor object, as the old one has the state that is for this block
         if state.forward.record.blocks is not None:
-            block_call.recorded_tokens = tokens
-        return tokens if self._tuple_length == 0 else (tokens,)
+            block_call.recorded_tokens = self.tower.layout.to_batch(tokens, size_of(state.positions, 0))
+        return tokens if block_call.n_returned == 0 else (tokens,)
 
     def _fit_argument(self, block: nn.Module, name: str, value: Any, watch: Merge) -> Any:
         """An argument of the block, for the remaining tokens."""
         if name in self.tower.masks and value is not None:
             return watch.fit_argument(value)
         fit = self.tower.fit_arguments
-        return value if fit is None else fit(block, name, value, watch.state)
+        value = value if fit is None else fit(block, name, value, watch.state)
+        return self.tower.layout.fit_argument(name, value, watch.state)
 
     def _in_output_form(self, tokens: Tensor, state: TokenState, block_call: BlockCall) -> Tensor:
         """What the block returns to the host, from all tokens after it."""
@@ -439,13 +508,15 @@ class AttachedTower:
     def _check_first(self, block: nn.Module, tokens: Tensor) -> None:
         """Raise a RuntimeError if this call cannot be the first one of a forward."""
         name = self.tower.name
-        if tokens.dim() != 3:
-            raise RuntimeError(f"tower {name!r} got tokens of shape {list(tokens.shape)}: expected [B, T, C]")
+        layout = self.tower.layout
+        if tokens.dim() != len(layout.axes):
+            axes = ", ".join(layout.axes)
+            raise RuntimeError(f"tower {name!r} got tokens of shape {list(tokens.shape)}: expected [{axes}]")
         if key_of(block) != key_of(self.tower.blocks[0]):
             raise RuntimeError(
                 f"block {key_of(block)} of tower {name!r} got tokens {list(tokens.shape)} without their state: "
-                "something made a new tensor between two blocks (re-entrant checkpointing, for instance: use "
-                "use_reentrant=False), or the block was called outside of its tower"
+                "no forward of this thread waits for this block. The block was called outside of its tower, or "
+                "something gave it tokens of another shape than the previous block returned"
             )
         if torch.compiler.is_compiling():
             return
@@ -558,8 +629,6 @@ def split_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     return rest.pop(names[0]), (), rest
 
 
-def _can_overwrite(tokens: Tensor) -> bool:
-    """Whether a token may be overwritten in place for a while: autograd does not save the tokens."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens.requires_grad:
-        return False
-    return tokens.is_inference() == torch.is_inference_mode_enabled()
+def _is_eager() -> bool:
+    """Whether the forward is neither compiled nor traced."""
+    return not torch.compiler.is_compiling() and not torch._C._is_tracing()

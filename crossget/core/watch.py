@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 # Tuples, as some versions of Dynamo cannot trace a look-up of a function in a set.
-_ADD = (
+ADD = (
     torch.Tensor.add,
     torch.add,
     torch.Tensor.__add__,
@@ -34,7 +34,7 @@ _ADD = (
     torch.Tensor.__iadd__,
 )
 _SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
-_MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
 
 
@@ -42,7 +42,8 @@ class Watch(TorchFunctionMode):
     """Recognises the attention and the residual in one call of one block.
 
     Args:
-        tokens: [B, T, C] the block's input.
+        tokens: [B, T, C] the block's input, or the same tokens in another layout.
+        batch, n_tokens: B and T.
 
     Attributes:
         batch, tokens: B and T.
@@ -53,9 +54,9 @@ class Watch(TorchFunctionMode):
         residual_seen: the residual was recognised. What follows in the block is not searched any more.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, batch: int, n_tokens: int) -> None:
         super().__init__()
-        self.batch, self.tokens = tokens.shape[0], tokens.shape[1]
+        self.batch, self.tokens = batch, n_tokens
         if not torch.compiler.is_compiling():  # a compiled graph keeps sizes symbolic; torch.jit.trace needs ints
             self.batch, self.tokens = int(self.batch), int(self.tokens)
         self.residual_inputs = [tokens]
@@ -136,6 +137,15 @@ class Watch(TorchFunctionMode):
         heads = math.prod(x.shape[:-2]) // self.batch if self.batch else 1
         return x.reshape(self.batch, heads, *x.shape[-2:])
 
+    @property
+    def complete(self) -> bool:
+        """All that is needed was recognised."""
+        return self.residual_seen
+
+    def is_sequence(self, x: Tensor) -> bool:
+        """Whether a tensor has the shape of the block's tokens, with any number of channels."""
+        return x.dim() == 3 and x.shape[1] == self.tokens
+
     # Recognition ------------------------------------------------------------------------------------------------
 
     def __torch_function__(
@@ -150,9 +160,11 @@ class Watch(TorchFunctionMode):
             return self._multi_head_attention(*args, **kwargs)
         if func is F.linear:
             return self.linear(*args, **kwargs)
-        if func in _ADD and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+        if func in ADD and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             return self._add(func, args[0], args[1], kwargs)
-        if func in _MATMUL:
+        if func is torch.einsum:
+            args = self._see_einsum(*args)
+        if func in MATMUL:
             if self._values_next:
                 args = (args[0], self.scale_values(args[1]), *args[2:])
             self._see_product(*args)
@@ -166,7 +178,7 @@ class Watch(TorchFunctionMode):
                 "the block adds its residual in place and goes on with the old tensor, which is not reduced: write "
                 "`y += x` or `y = y + x` instead of `y.add_(x)`"
             )
-        if func in _ADD and len(args) == 2:
+        if func in ADD and len(args) == 2:
             args = self.scale_summands(func, *args)
         return func(*args, **kwargs)
 
@@ -258,6 +270,51 @@ class Watch(TorchFunctionMode):
         self._softmax_next = self.attention_seen = True
         self.on_queries_and_keys(self.by_head(a), self.by_head(b.transpose(-1, -2)))
 
+    def _see_einsum(self, equation: Any, *operands: Any) -> tuple[Any, ...]:
+        """The arguments of an einsum, which may be a product of queries and keys, or of probabilities and values."""
+        if not (isinstance(equation, str) and len(operands) == 2 and "->" in equation and "." not in equation):
+            return equation, *operands
+        terms, _, out = equation.replace(" ", "").partition("->")
+        first, second = terms.split(",")
+        if self._values_next:
+            self._values_next = False
+            return equation, *self._scaled_values(first, second, *operands)
+        (query, queries), (key, keys) = (first, operands[0]), (second, operands[1])
+        if len(out) > 1 and out[-2] in key:
+            (query, queries), (key, keys) = (key, keys), (query, queries)
+        summed = [letter for letter in query if letter in key and letter not in out]
+        if self._softmax_next or len(out) < 3 or len(summed) != 1 or out[-2] not in query or out[-1] not in key:
+            return equation, *operands
+        if out[-2] in key or out[-1] in query:
+            return equation, *operands
+        sizes = {**dict(zip(query, queries.shape, strict=True)), **dict(zip(key, keys.shape, strict=True))}
+        if sizes[out[-2]] != self.tokens or sizes[out[-1]] != self.tokens:
+            return equation, *operands
+        self._softmax_next = self.attention_seen = True
+        heads = [sizes[letter] for letter in out[:-2]]
+
+        def with_heads(letters: str, x: Tensor, row: str) -> Tensor:
+            own = [letter for letter in out[:-2] if letter in letters]
+            x = torch.einsum(f"{letters}->{''.join(own)}{row}{summed[0]}", x)
+            shape = [size if letter in own else 1 for letter, size in zip(out[:-2], heads, strict=True)]
+            return self.by_head(x.reshape(*shape, *x.shape[-2:]).expand(*heads, -1, -1))
+
+        self.on_queries_and_keys(with_heads(query, queries, out[-2]), with_heads(key, keys, out[-1]))
+        return equation, *operands
+
+    def _scaled_values(self, first: str, second: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The operands of a product of probabilities and values, with scaled values: the one with fewer token axes."""
+        if sum(size == self.tokens for size in a.shape) < sum(size == self.tokens for size in b.shape):
+            b, a = self._scaled_values(second, first, b, a)
+            return a, b
+        shared = [i for i, letter in enumerate(second) if letter in first and b.shape[i] == self.tokens]
+        channels = [i for i, letter in enumerate(second) if letter not in first]
+        if len(shared) != 1 or len(channels) != 1:
+            raise RuntimeError(f"the values of an attention could not be told in einsum terms {first!r}, {second!r}")
+        order = [i for i in range(b.dim()) if i not in (shared[0], channels[0])] + [shared[0], channels[0]]
+        values = self.scale_values(b.permute(order))
+        return a, values.permute([order.index(i) for i in range(b.dim())])
+
     def _softmax(self, func: Callable[..., Tensor], logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bias = self.key_bias(logits.dtype)
         if bias is not None:
@@ -273,7 +330,7 @@ class Watch(TorchFunctionMode):
 
     def _add(self, func: Callable[..., Tensor], a: Tensor, b: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if any(a is candidate or b is candidate for candidate in self.residual_inputs):
-            if self.attention_seen and max(a.dim(), b.dim()) == 3 and self.tokens in (a.shape[-2], b.shape[-2]):
+            if self.attention_seen and (self.is_sequence(a) or self.is_sequence(b)):
                 self.residual_seen = True
                 self._in_place_target = a if func in IN_PLACE else None
                 out = self.add_residual(a, b, kwargs)

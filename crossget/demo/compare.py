@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crossget.core.adapters import find_towers
-from crossget.core.attachment import Attachment, attach
+from crossget.core.attach import attach, find_towers
+from crossget.core.attachment import Attachment
 from crossget.demo import figures
 from crossget.demo.backbones import DEFAULT, Backbone, make
 from crossget.measure.environment import environment
@@ -518,7 +518,7 @@ class _Comparer:
     @torch.no_grad()
     def _sources(self, attached: Attachment) -> dict[int, Tensor]:
         """The source maps of the last forward: after the last block, and, by another forward, after the middle one."""
-        depth, whole = len(self.tower.blocks), attached.reducers
+        depth, whole = self.tower.depth, attached.reducers
         sources = {depth: attached.source[VISUAL][:MAX_SHOWN].cpu()}
         middle = max(1, depth // 2)
         attached.reducer = {

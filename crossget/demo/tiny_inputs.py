@@ -19,7 +19,7 @@ BATCH = 2
 _GRID = IMAGE // PATCH  # patches in a row of a packed image
 # Parts of a configuration, in the order in which numbers are looked up in them.
 _PARTS = ("vision_config", "image_config", "audio_config", "vq_config", "encoder", "backbone_config", "text_config")
-_METHODS = ("get_image_features", "forward", "get_audio_features")
+_METHODS = ("forward", "get_image_features", "get_audio_features")
 _TEXT = ("input_ids", "attention_mask", "decoder_input_ids", "bbox")
 
 

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 import crossget
-from crossget.core.adapters import FAMILIES
+from crossget.core.adapters import FAMILIES, has_adapter
+from crossget.core.proofs import prove_model
 from crossget.demo import tiny_inputs, tiny_transformers
 from crossget.integrations import transformers
 from crossget.integrations._support import SupportRow
@@ -252,17 +253,17 @@ def _found(row: Row, model: nn.Module, way: tiny_inputs.Way) -> Row:
     try:
         towers = crossget.find_towers(model, way.call)
     except TypeError as error:
-        return dataclasses.replace(row, cause=_text(error))
+        return dataclasses.replace(row, cause=str(error))
     except Exception as error:
         return dataclasses.replace(row, cause=f"find_towers failed: {_text(error)}")
+    towers, refused = [tower for tower in towers if tower.reducible], dict(towers.refused)
     try:
-        from crossget.core import proofs
-
-        failed = proofs.prove(model, way.call, towers)
+        # Towers that no adapter lists are proved when they are found.
+        failed = prove_model(model, way.call, towers) if has_adapter(model) else {}
     except Exception as error:
         failed = {tower.name: f"the proof failed: {_text(error)}" for tower in towers}
     lines = {_without_depth(str(tower)): failed.get(tower.name, "") for tower in towers}
-    return dataclasses.replace(row, towers=lines, refused=dict(towers.refused))
+    return dataclasses.replace(row, towers=lines, refused=refused)
 
 
 def _without_depth(tower: str) -> str:

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossget import __version__
-from crossget.core.adapters import Tower, find_towers
-from crossget.core.attachment import Attachment, attach
+from crossget.core.adapters import Tower
+from crossget.core.attach import attach, find_towers
+from crossget.core.attachment import Attachment
 from crossget.core.state import BlockRecord
 from crossget.demo import figures
 from crossget.demo.backbones import DEFAULT, Backbone, make
@@ -86,7 +87,7 @@ class ViewerOptions:
     image: Path | None = None
     model: str = "ViT-B-16"
     r: Reduction = 16
-    methods: Sequence[str] = ("ward", "crossget")
+    methods: Sequence[str] = ("ward", "tome")
     text: Sequence[str] = ()
     checkpoint: Path | None = None
     pretrained: str = DEFAULT
@@ -301,7 +302,7 @@ class ViewerReport:
 
     def picture(self) -> Any:
         """A matplotlib figure with the same groups in the same colours."""
-        blocks = _columns(len(self.tower.blocks))
+        blocks = _columns(self.tower.depth)
         rows = [self._row(name, run, blocks) for name, runs in self.runs.items() for run in runs]
         curves = [figures.Curve("dense", self.dense.tokens[:-1], self.dense.count.total / 1e9, 1.0, None)]
         for name, runs in self.runs.items():
@@ -320,7 +321,8 @@ class ViewerReport:
     def _subtitle(self) -> str:
         if self.backbone.random:
             return "Random weights: the merged patches are not those of a trained model."
-        return f"Weights: {self._weights()}; the cross tokens are untrained."
+        untrained = "; the cross tokens are untrained" if "crossget" in self.options.methods else ""
+        return f"Weights: {self._weights()}{untrained}."
 
     def _row(self, name: str, run: Run, blocks: Sequence[int]) -> tuple[str, list[figures.Panel]]:
         colours, who = self.colours(name), NAMES[name]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossget.core.hooks import counting
 from crossget.measure.allocation import Family, ScheduleSpace, constant_weights, removed_tokens
 from crossget.measure.cost_model import ScheduledModel, alike_blocks
 
@@ -117,14 +118,14 @@ def _time_parts(model: ScheduledModel) -> list[float]:
             stamps.append(time.perf_counter())
 
     model.run()
-    # A hook behind a block may look at its tokens, so that a reducer has to show them all. Hence hooks in front of the
-    # blocks, and only one behind the last.
+    # Hooks in front of the blocks, because one behind a block makes the tower show all its tokens there.
     hooks = [block.register_forward_pre_hook(stamp) for block in model.tower.blocks]
     hooks.append(model.tower.blocks[-1].register_forward_hook(stamp))
     try:
-        stamp()
-        model.run()
-        stamp()
+        with counting():  # the hook behind the last block reads no tokens
+            stamp()
+            model.run()
+            stamp()
     finally:
         for hook in hooks:
             hook.remove()

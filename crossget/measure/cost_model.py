@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from crossget.core.attachment import Attachment
+from crossget.core.inputs import Inputs, as_call
 from crossget.measure.allocation import ScheduleSpace, Tokens
 from crossget.measure.flops import count_once
-from crossget.measure.inputs import Inputs, as_call
 
 
 class ScheduledModel:
@@ -59,8 +59,11 @@ class ScheduledModel:
 
     @property
     def entered(self) -> list[int]:
-        """The tokens that entered each block in the last call."""
-        return self.attachment.tokens[self.name]
+        """The tokens that entered each block in the last call; empty if the tower did not run."""
+        try:
+            return self.attachment.tokens[self.name]
+        except RuntimeError:  # no tower ran
+            return []
 
     def run_and_count_left(self) -> int:
         """Call the model, and return how many tokens were left behind the last block, the cross token included."""

@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from crossget.core.attachment import attach, find_attachment
+from crossget.core.attach import attach, find_attachment
+from crossget.core.inputs import Inputs, as_call, tensors_in
 from crossget.measure.allocation import (
     Cost,
     Family,
@@ -37,9 +38,8 @@ from crossget.measure.allocation import (
 from crossget.measure.block_times import BlockTimes, time_blocks
 from crossget.measure.cost_model import ScheduledModel, derive, no_polynomial
 from crossget.measure.flops import count_once
-from crossget.measure.inputs import Inputs, as_call, tensors_in
 from crossget.measure.speed import calling, in_eval_mode, quartiles, take_turns
-from crossget.methods.reducers import CrossGET, Reducer
+from crossget.methods.reducers import Reducer, Ward
 from crossget.methods.schedules import PerLayer, planned_tokens
 
 __all__ = ["FittedSchedule", "fit_schedule"]
@@ -134,8 +134,9 @@ def fit_schedule(
             cross token. For a model with images in its prompts: the image tokens that the language model gets, see
             `Attachment.image_tokens`.
         latency: share of the time, in (0, 1].
-        reducer: the method, whose `r` is replaced; `CrossGET(r=0)` if None. Of several methods each is fitted, and the
-            one with the least loss of the output is returned.
+        reducer: the method, whose `r` is replaced; `Ward(r=0)` if None. CrossGET needs its trained cross tokens: name
+            it when you load some. Of several methods each is fitted, and the one with the least loss of the output is
+            returned.
         tower: name of the tower; None: the tower that `attach` reduces if it gets one reducer.
         distribution: how the tokens are shared out among the blocks. "constant": the same number in every block.
             "ramped": as by `crossget.RampedRatio`. "measured": with the least loss of the output on the inputs, or
@@ -194,10 +195,10 @@ def fit_schedule(
 
 def _methods(given: Reducer | Sequence[Reducer] | None) -> list[Reducer]:
     """The methods to fit, with r = 0."""
-    methods = [CrossGET(r=0)] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    methods = [Ward(r=0)] if given is None else list(given) if isinstance(given, Sequence) else [given]
     if not methods or not all(isinstance(method, Reducer) for method in methods):
         raise TypeError(
-            f"reducer is {given!r}: give a reducer such as crossget.ToMe(r=0), whose r will be found, or several"
+            f"reducer is {given!r}: give a reducer such as crossget.Ward(r=0), whose r will be found, or several"
         )
     return [replace(method, r=0) for method in methods]
 
@@ -266,7 +267,7 @@ class _Search:
         tower, reducer = model.tower, model.attachment.reducers[model.name]
         if not tower.reducible:
             raise ValueError(f"tower {model.name!r} is a language model that generates: its tokens are not merged")
-        depth, cross_token = len(tower.blocks), int(bool(reducer.cross_token))
+        depth, cross_token = tower.depth, int(bool(reducer.cross_token))
         model.set_removed([0] * depth)
         self.unmerged_output = self.run_model()
         if len(model.entered) != depth:
@@ -302,7 +303,7 @@ class _Search:
 
         Padding adds two to the `least`: one of the padding tokens and one of the others always stay.
         """
-        depth = len(self.model.tower.blocks)
+        depth = self.model.tower.depth
         self.run_model([n_tokens] * depth)
         for n_reserved in (least, least + 2):
             tokens = planned_tokens(PerLayer((n_tokens,) * depth), depth, n_tokens, n_reserved)
@@ -315,7 +316,7 @@ class _Search:
 
     def last_block_merges_nothing(self, n_tokens: int) -> bool:
         """Whether the last block keeps all tokens when it is told to remove them."""
-        depth = len(self.model.tower.blocks)
+        depth = self.model.tower.depth
         self.model.set_removed([0] * (depth - 1) + [n_tokens])
         return self.model.run_and_count_left() == n_tokens
 

@@ -20,10 +20,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from crossget.core.attachment import find_attachment
+from crossget.core.attach import find_attachment
 from crossget.core.hooks import counting
+from crossget.core.inputs import Call, Inputs, as_call, tensors_in
 from crossget.measure.flop_formulas import MetaConvolutions, analyse, counts_zero
-from crossget.measure.inputs import Call, Inputs, as_call, tensors_in
 
 __all__ = ["Count", "FlopReport", "count_flops", "count_once"]
 

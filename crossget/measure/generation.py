@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from crossget.core.adapters import Prefilled, Stages, load_integrations
-from crossget.core.attachment import find_attachment
+from crossget.core.attach import find_attachment
 from crossget.measure.flops import count_once
 
 REST = "language model"

@@ -25,9 +25,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from crossget.core.attachment import attach, find_attachment
+from crossget.core.attach import attach, find_attachment
+from crossget.core.inputs import Inputs, as_call
 from crossget.measure.environment import environment
-from crossget.measure.inputs import Inputs, as_call
 from crossget.methods.reducers import Reducer
 
 __all__ = ["BenchmarkReport", "Measurement", "benchmark"]
@@ -231,7 +231,7 @@ def _modes(model: nn.Module, methods: Mapping[str, Method] | None) -> tuple[dict
         own = "attached"
         return {DENSE: attachment.paused, own: contextlib.nullcontext}, {DENSE: "", own: str(attachment.reducer)}
     if not methods:
-        raise ValueError("nothing to compare with: attach a reducer, or give methods={'mine': crossget.CrossGET(8)}")
+        raise ValueError("nothing to compare with: attach a reducer, or give methods={'mine': crossget.Ward(8)}")
     if DENSE in methods:
         raise ValueError(
             f"methods has the name {DENSE!r}, which stands for the model without a reducer: choose another name"

@@ -117,6 +117,31 @@ class RampedRatio:
         return int(min(0.5, self.share * min(1.0, 3 * (layer + 0.5) / max(1, depth - 1))) * tokens)
 
 
+@dataclass(frozen=True)
+class Part:
+    """The part of a schedule that is for one stage of a tower: `depth` of `total` blocks, from block `first` on."""
+
+    whole: Schedule
+    first: int
+    total: int
+
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
+        return self.whole.removed(self.first + layer, self.total, tokens)
+
+
+def part_of(schedule: Schedule, first: int, depth: int, total: int) -> int | tuple[int, ...] | Schedule:
+    """`r` for one stage of a tower: `depth` of `total` blocks, from block `first` on.
+
+    Raises:
+        ValueError: the schedule is for another number of blocks.
+    """
+    if isinstance(schedule, Constant):
+        return schedule.r
+    if isinstance(schedule, PerLayer):
+        return tuple(schedule.removed(layer, total, 1) for layer in range(first, first + depth))
+    return schedule if isinstance(schedule, Ratio) else Part(schedule, first, total)
+
+
 def as_schedule(r: int | Sequence[int] | Schedule) -> Schedule:
     """The schedule that `r` stands for.
 

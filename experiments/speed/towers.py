@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import crossget
-from crossget.core.attachment import find_attachment
+from crossget.core.attach import find_attachment
 from crossget.integrations._support import NumbersOnCPU
 from crossget.measure.speed import calling, peak_memory, quartiles, take_turns
 from crossget.methods.reducers import Reducer

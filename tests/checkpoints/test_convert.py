@@ -667,7 +667,7 @@ def test_r_is_the_reference_s_unless_attached(tmp_path: Path) -> None:
     attached = crossget.attach(model, crossget.CrossGET(LLAVA["r"]))
     assert crossget.load_reference(model, folder) is attached
     check_logits(model, image=7)
-    with pytest.raises(ValueError, match="attached, so `reducer` would be ignored"):
+    with pytest.raises(ValueError, match="attached.*`reducer`"):
         crossget.load_reference(model, folder, crossget.CrossGET(3))
 
 

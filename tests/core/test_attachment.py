@@ -149,9 +149,9 @@ def test_every_way_to_add_gives_the_same(residual: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"residual": "onto"}, "showed no residual addition after its attention"),
+        ({"residual": "onto"}, "no residual addition"),
         ({"attention": "none"}, "showed no attention over its tokens"),
-        ({"residual": "statement"}, "adds its residual in place and goes on with the old tensor"),
+        ({"residual": "statement"}, "in place.*old tensor"),
         ({"attention": "own_softmax"}, "no softmax over the attention scores.*proportional_attention=False"),
     ],
 )
@@ -223,9 +223,9 @@ def test_a_dict_names_the_towers(pair: Pair) -> None:
     [
         ({"vision": crossget.CrossGET(3)}, ValueError, r"names the towers \['vision'\].*has \['other', 'visual'\]"),
         ({}, ValueError, r"names the towers \[\]"),
-        ({"visual": 3}, TypeError, r"reducer\['visual'\] is 3: give a reducer such as"),
-        (16, TypeError, r"reducer is 16: give a reducer such as crossget.CrossGET\(r=16\)"),
-        ({"visual": crossget.CrossGET([1, 2])}, ValueError, "lists 2 layers but the tower has 3 blocks"),
+        ({"visual": 3}, TypeError, r"reducer\['visual'\] is 3: give.*Ward\(r=16\)"),
+        (16, TypeError, r"reducer is 16: give.*Ward\(r=16\)"),
+        ({"visual": crossget.CrossGET([1, 2])}, ValueError, "2 layers.*3 blocks"),
         (
             {
                 "visual": crossget.CrossGET(3),
@@ -246,7 +246,7 @@ def test_bad_input_leaves_nothing_attached(pair: Pair, reducer: Any, error: type
 def test_a_patched_block_is_refused_and_nothing_is_half_attached(pair: Pair) -> None:
     pair.other.stages[1].forward = lambda x: x
     before = contract.identity(pair)
-    with pytest.raises(ValueError, match="block 1 of tower 'other' has a forward of its own on the instance"):
+    with pytest.raises(ValueError, match="block 1 of tower 'other'.*instance"):
         crossget.attach(pair, crossget.CrossGET(3))
     assert contract.identity(pair) == before
 
@@ -295,7 +295,7 @@ def test_attaching_a_part_of_an_attached_model_is_refused(pair: Pair) -> None:
 
 
 def test_unknown_backbone() -> None:
-    with pytest.raises(TypeError, match=r"cannot reduce torch.nn.modules.linear.Linear: no adapter.*crossget.register"):
+    with pytest.raises(TypeError, match=r"modules.linear.Linear.*crossget.register"):
         crossget.attach(nn.Linear(2, 2), crossget.CrossGET(3))
 
 
@@ -316,9 +316,9 @@ def test_a_subclass_is_found_along_the_mro() -> None:
 @pytest.mark.parametrize(
     ("towers", "message"),
     [
-        ([], "found no tower: nothing would be reduced"),
-        ([crossget.Tower("visual", [], 32)], "found no block in tower 'visual': nothing would be reduced"),
-        ([crossget.Tower("a", [nn.Identity()], 1)] * 2, r"\['a', 'a'\]: each tower needs a name of its own"),
+        ([], "no tower"),
+        ([crossget.Tower("visual", [], 32)], "no block in tower 'visual'"),
+        ([crossget.Tower("a", [nn.Identity()], 1)] * 2, r"\['a', 'a'\].*name of its own"),
         ([crossget.Tower("a", ["block"], 1)], r"lists \['str'\] among its blocks"),  # type: ignore[list-item]
     ],
 )
@@ -364,7 +364,7 @@ def test_a_mistake_in_a_method_is_told_as_it_is(pair: Pair) -> None:
     # It runs below the block's `x + attention`, of which torch would say that tensors cannot be added.
     with (
         crossget.attach(pair, Mistaken(1)),
-        pytest.raises(RuntimeError, match=r"Mistaken.reduce\(\) failed: object of type 'int' has no len"),
+        pytest.raises(RuntimeError, match=r"Mistaken.reduce\(\).*'int' has no len"),
     ):
         pair(TOKENS)
 
@@ -378,7 +378,7 @@ def test_paused_is_the_dense_model(pair: Pair) -> None:
                 assert torch.equal(pair(TOKENS), dense)
             assert torch.equal(pair(TOKENS), reduced)
             assert crossget.attachment(pair) is attached
-    with pytest.raises(ValueError, match="Pair is not attached: call crossget.attach"):
+    with pytest.raises(ValueError, match="Pair .*crossget.attach"):
         crossget.attachment(pair)
 
 
@@ -395,20 +395,19 @@ def test_detach_refuses_when_a_class_was_changed_since(pair: Pair) -> None:
     attached.detach()
 
 
-def test_a_lost_state_is_an_error() -> None:
+def test_a_block_that_is_called_out_of_order_is_an_error() -> None:
     model = Plain().eval()
-    with crossget.attach(model, crossget.CrossGET(3)):
-        half = model.stages[0](TOKENS)
-        with pytest.raises(
-            RuntimeError, match=r"block 1 of tower 'visual' got tokens \[2, 18, 32\] without their state"
-        ):
-            model.stages[1](half.clone())
+    with (
+        crossget.attach(model, crossget.CrossGET(3)),
+        pytest.raises(RuntimeError, match=r"block 1 of tower 'visual' got tokens \[2, 20, 32\]"),
+    ):
+        model.stages[1](TOKENS)
 
 
 def test_alignment_loss_says_what_is_missing(pair: Pair) -> None:
     with crossget.attach(pair, crossget.CrossGET(3)) as attached:
         pair(TOKENS)
-        with pytest.raises(RuntimeError, match="needs two towers with cross tokens in one space, found 0"):
+        with pytest.raises(RuntimeError, match="two towers with cross tokens.*found 0"):
             attached.alignment_loss()
 
 
@@ -461,65 +460,33 @@ def test_every_part_can_be_exchanged_alone() -> None:
 
 
 class Keeping(Plain):
-    """A host that keeps what each of its blocks returned, as older versions of transformers do."""
+    """A host that keeps what each of its blocks returned, as older versions of transformers do, and a copy of it."""
 
     def forward(self, x: Tensor) -> Any:
-        kept = []
+        kept, copies = [], []
         for stage in self.stages:
             x = stage(x)
             kept.append(x)
-        return kept
+            copies.append(x.clone())
+        return kept, copies
 
 
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("r", [0, 2])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_what_a_host_keeps_of_its_blocks_does_not_change_afterwards(
-    residual: str, r: int, inference: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_host_keeps_of_its_blocks_does_not_change_afterwards(residual: str, r: int, inference: Any) -> None:
     model = Keeping(residual=residual).eval()
     with inference(), crossget.attach(model, crossget.CrossGET(r=r)) as attached:
         attached.cross_tokens["visual"].normal_()
-        found = model(TOKENS.clone())
-        assert found[0].data_ptr() != found[1].data_ptr()
-        monkeypatch.setattr("crossget.core.tower._can_overwrite", lambda tokens: False)
-        for state, expected in zip(found, model(TOKENS.clone()), strict=True):
-            assert torch.equal(state, expected)
-
-
-@torch.no_grad()
-def test_the_cross_token_is_renewed_without_a_copy_of_the_tokens() -> None:
-    model, image = Plain(), TOKENS.clone()
-    with crossget.attach(model, crossget.CrossGET(r=2)) as attached:
-        attached.cross_tokens["visual"].normal_()
-        expected = model(image)
-        given: list[Tensor] = []
-        seen: list[Tensor] = []
-        hooks = [
-            model.stages[1].register_forward_pre_hook(lambda module, args: given.append(args[0])),
-            model.stages[1].norm.register_forward_pre_hook(lambda module, args: seen.append(args[0])),  # type: ignore[union-attr,arg-type]
-        ]
-        assert torch.equal(model(image), expected)
-        assert seen[0].data_ptr() == given[0].data_ptr()
-        with torch.enable_grad():
-            out = model(image)
-            out.sum().backward()
-        assert seen[1].data_ptr() != given[1].data_ptr()
-        torch.testing.assert_close(out, expected)
-        before: list[Tensor] = []
-        hooks.append(model.stages[1].register_forward_pre_hook(lambda module, args: before.append(args[0].clone())))
-        hooks.append(model.stages[1].mlp.register_forward_hook(lambda *given: 1 / 0))  # type: ignore[union-attr,arg-type]
-        with pytest.raises(ZeroDivisionError):
-            model(image)
-        assert torch.equal(given[2], before[0])
-        for hook in hooks:
-            hook.remove()
+        kept, copies = model(TOKENS.clone())
+        assert all(torch.equal(state, copy) for state, copy in zip(kept, copies, strict=True))
+        assert [state.shape for state in kept] == [TOKENS.shape] * len(kept)
 
 
 def test_more_tokens_asked_for_than_there_are_is_a_warning_once() -> None:
     model = Plain().eval()
     with torch.no_grad(), crossget.attach(model, crossget.ToMe(9)) as attached:
-        with pytest.warns(UserWarning, match="asks tower 'visual' to remove 18 tokens.* remove 14 of 20.*block 1 on"):
+        with pytest.warns(UserWarning, match="tower 'visual'.* 18 .* 14 of 20.*block 1 on"):
             model(TOKENS)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -535,9 +502,7 @@ def test_the_handle_says_what_it_has_and_takes_nothing_else() -> None:
     for what in ("tokens", "source", "records"):
         with pytest.raises(RuntimeError, match="forward"):
             getattr(attached, what)
-    with pytest.raises(
-        AttributeError, match=r"'r'.*attached\.reducer = dataclasses\.replace\(attached\.reducer, r=8\)"
-    ):
+    with pytest.raises(AttributeError, match=r"'r'.*replace\(attached\.reducer, r=8\)"):
         attached.r = 20
     attached.detach()
     dense = contract.run(model, (TOKENS,))
@@ -562,7 +527,7 @@ def test_a_list_of_blocks_that_is_cut_or_replaced() -> None:
 
     @crossget.register(Live)
     def live(model: Live) -> list[crossget.Tower]:
-        return [crossget.Tower("visual", Blocks(model, "stages"), 32, prefix=1, class_token=True)]
+        return [crossget.Tower("visual", Blocks("stages", model), 32, prefix=1, class_token=True)]
 
     torch.manual_seed(0)
     model = Live(depth=4).eval()
@@ -576,7 +541,7 @@ def test_a_list_of_blocks_that_is_cut_or_replaced() -> None:
             assert out.shape == TOKENS.shape
             assert attached.tokens["visual"] == [21, 18, 15][: len(model.stages)]
         model.stages = nn.ModuleList([*whole[:2], Block()])
-        with pytest.raises(RuntimeError, match=r"blocks \[2\] of tower 'visual' came after crossget.attach"):
+        with pytest.raises(RuntimeError, match=r"\[2\] of tower 'visual'.*crossget.attach"):
             model(TOKENS)
         model.stages = whole
         model(TOKENS)

@@ -93,12 +93,10 @@ class TestHistory:
             for hook in hooks:
                 hook.remove()
             entering = attached.tokens["visual"]
-        # Behind the last block the host sees its full grid again.
+        # Behind every block the host sees its full grid.
         assert [s.features.shape[1] for s in steps] == [*entering[1:], entering[-1] - 2]
-        for step, out in zip(steps[:-1], seen[:-1], strict=True):
-            assert torch.equal(step.features, out)
-        restored = crossget.unmerge(steps[-1].features, steps[-1].source)
-        assert torch.equal(restored, seen[-1])
+        for step, out in zip(steps, seen, strict=True):
+            assert torch.equal(crossget.unmerge(step.features, step.source), out)
 
     @pytest.mark.parametrize("ensemble", ["guided", "size", "normalized"])
     @pytest.mark.parametrize("method", [*METHODS, crossget.ToMe((2, 0, 4, 1, 0, 3))], ids=str)
@@ -176,7 +174,7 @@ class TestHistory:
         with crossget.attach(vit, crossget.CrossGET(2)) as attached:
             with torch.no_grad():
                 plain = vit(image := torch.rand(1, 3, 64, 64))
-            with pytest.raises(RuntimeError, match=r"not recorded: run it inside `with attached.recording\(\):`"):
+            with pytest.raises(RuntimeError, match=r"not recorded.*attached.recording\(\)"):
                 _ = attached.records
             with torch.no_grad(), attached.recording():
                 recorded = vit(image)
@@ -292,7 +290,7 @@ class TestLookFor:
 
     def test_none_forgets_and_then_the_method_has_no_text(self, clip: Any) -> None:
         with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached:
-            with pytest.raises(RuntimeError, match=r"importance='text' has no text: call Attachment.set_text_features"):
+            with pytest.raises(RuntimeError, match=r"importance='text'.*Attachment.set_text_features"):
                 clip.encode_image(torch.rand(1, 3, 32, 32))
             attached.set_text_features(torch.randn(24))
             clip.encode_image(torch.rand(1, 3, 32, 32))
@@ -332,14 +330,14 @@ class TestLookFor:
     @pytest.mark.parametrize(
         ("features", "tower", "message"),
         [
-            (torch.ones(23), "visual", r"features of shape \[23\]: expected \[24\] or \[images, 24\]"),
-            (torch.ones(1, 1, 24), "visual", r"features of shape \[1, 1, 24\]: expected"),
+            (torch.ones(23), "visual", r"shape \[23\].*\[24\] or \[images, 24\]"),
+            (torch.ones(1, 1, 24), "visual", r"shape \[1, 1, 24\]: expected \[24\]"),
             (
                 torch.ones(24),
                 "vision",
-                r"tower='vision': attached are the towers \['text', 'visual'\]",
+                r"tower='vision'.*\['text', 'visual'\]",
             ),
-            (torch.ones(24), "text", "tower 'text' has no known projection of single tokens into the space of texts"),
+            (torch.ones(24), "text", "tower 'text'.*projection"),
         ],
         ids=["width", "axes", "name", "tower"],
     )
@@ -353,12 +351,12 @@ class TestLookFor:
     def test_another_number_of_texts_than_images(self, clip: Any) -> None:
         with crossget.attach(clip, {"visual": crossget.CrossGET(1, importance="text")}) as attached:
             attached.set_text_features(torch.randn(3, 24))
-            with pytest.raises(RuntimeError, match="got 2 images and text features of 3 texts"):
+            with pytest.raises(RuntimeError, match="2 images.*3 texts"):
                 clip.encode_image(torch.rand(2, 3, 32, 32))
 
     def test_a_tower_without_a_way_to_texts_is_refused_when_attached(self, vit: nn.Module) -> None:
         for model in (vit, open_clip.CLIP(24, {**VISION, "attentional_pool": True}, TEXT)):
-            with pytest.raises(ValueError, match="importance='text' .*projection of them to the space of texts"):
+            with pytest.raises(ValueError, match="importance='text' .*projection"):
                 crossget.attach(model, {"visual": crossget.CrossGET(1, importance="text")})
 
 

@@ -90,7 +90,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def test_neither_folder_nor_hub_id() -> None:
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor the id of a hub repository"):
+    with pytest.raises(FileNotFoundError, match="folder.*id of a hub repository"):
         crossget.load(clip(), "/no/such/folder")
 
 
@@ -134,10 +134,10 @@ def test_reference_keeps_the_reducers_of_an_attached_model(tmp_path: Path) -> No
         ({"visual.proj": None}, r"missing: \['visual.proj'\]"),
         ({"transformer.cross_text": None}, r"missing: \['transformer.cross_text'\]"),
         ({"surplus": torch.ones(1)}, r"unexpected: \['surplus'\]"),
-        ({"visual.proj": torch.ones(2, 2)}, r"wrong shape: \['visual.proj: \[2, 2\], expected \[64, 16\]'\]"),
+        ({"visual.proj": torch.ones(2, 2)}, r"visual.proj: \[2, 2\], expected \[64, 16\]"),
         (
             {"transformer.cross_text": torch.ones(1, 2, WIDTH)},
-            r"cross_text has shape \(1, 2, 64\), the tower needs \(1, 3, 64\)",
+            r"cross_text .*\(1, 2, 64\).*\(1, 3, 64\)",
         ),
     ],
 )

@@ -39,7 +39,7 @@ class TestFind:
         assert find("open_clip:convnext_base") == ("open_clip", "convnext_base")
 
     def test_a_name_of_both_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="write open_clip:convnext_base or timm:convnext_base"):
+        with pytest.raises(ValueError, match="open_clip:convnext_base or timm:convnext_base"):
             find("convnext_base")
 
     def test_an_unknown_name_gets_close_ones_whatever_their_case(self) -> None:
@@ -56,9 +56,9 @@ class TestFind:
         real = hosts._import
         monkeypatch.setattr(hosts, "_import", lambda host: None if host == "open_clip" else real(host))
         assert find(TINY) == ("timm", TINY)
-        with pytest.raises(ValueError, match=r'open_clip is not installed: pip install "crossget\[open-clip\]"'):
+        with pytest.raises(ValueError, match=r'open_clip .*"crossget\[open-clip\]"'):
             find("ViT-B-16")
-        with pytest.raises(RuntimeError, match=r'open_clip is not installed: pip install "crossget\[open-clip\]"'):
+        with pytest.raises(RuntimeError, match=r'open_clip .*"crossget\[open-clip\]"'):
             find("open_clip:ViT-B-16")
 
     def test_no_host_at_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,13 +104,11 @@ class TestMake:
         assert backbone.random_reason == "weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set"
 
     def test_without_network_a_tag_asked_for_is_an_error(self) -> None:
-        with pytest.raises(
-            ConnectionError, match="weights 'r160_in1k' are not in the cache, and HF_HUB_OFFLINE is set"
-        ):
+        with pytest.raises(ConnectionError, match="'r160_in1k'.*HF_HUB_OFFLINE"):
             make(TINY, pretrained="r160_in1k")
 
     def test_an_unknown_tag_is_an_error_that_lists_the_known(self) -> None:
-        with pytest.raises(ValueError, match="timm test_vit has no pretrained weights 'best': choose one of r160_in1k"):
+        with pytest.raises(ValueError, match="test_vit .*'best'.*r160_in1k"):
             make(TINY, pretrained="best")
 
     def test_a_model_that_nobody_trained_says_so(self) -> None:
@@ -167,7 +165,7 @@ class TestFiles:
             assert part in str(caught.value)
 
     def test_a_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="no checkpoint .*nowhere: expected a safetensors or torch file"):
+        with pytest.raises(ValueError, match="nowhere.*safetensors or torch"):
             load_weights(tmp_path / "nowhere")
 
     def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
@@ -187,10 +185,10 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"w\.pt contains no tensors, only epoch"):
             load_weights(tmp_path / "w.pt")
         torch.save([1, 2], tmp_path / "w2.pt")
-        with pytest.raises(ValueError, match=r"w2\.pt contains a list, expected a state dict"):
+        with pytest.raises(ValueError, match=r"w2\.pt .*list.*state dict"):
             load_weights(tmp_path / "w2.pt")
         (tmp_path / "w.safetensors").write_text("no tensors")
-        with pytest.raises(ValueError, match=r"w\.safetensors is not a safetensors file"):
+        with pytest.raises(ValueError, match=r"w\.safetensors .*safetensors file"):
             load_weights(tmp_path / "w.safetensors")
 
 

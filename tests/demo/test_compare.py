@@ -285,7 +285,7 @@ class TestRefusals:
             run(quick(model="test_resnet"))
 
     def test_another_number_of_layers(self) -> None:
-        with pytest.raises(ValueError, match="r lists 2 layers but the tower has 6 blocks"):
+        with pytest.raises(ValueError, match="2 layers.*6 blocks"):
             run(quick(model="test_vit", r=(1, 2)))
 
     @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ class TestRefusals:
     def test_without_matplotlib_nothing_is_begun(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         monkeypatch.setattr(demo, "make", lambda *_, **__: pytest.fail("work was begun"))
-        with pytest.raises(RuntimeError, match=r'a picture needs matplotlib: pip install "crossget\[demo\]"'):
+        with pytest.raises(RuntimeError, match=r'matplotlib.*"crossget\[demo\]"'):
             run(quick(out=tmp_path / "d.png"))
 
     def test_without_a_picture_matplotlib_is_not_needed(self, monkeypatch: pytest.MonkeyPatch, clip_file: Path) -> None:
@@ -325,12 +325,12 @@ class TestPhotographs:
 
     def test_say_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(RuntimeError, match=r'pip install "crossget\[demo\]", or give your own with --images'):
+        with pytest.raises(RuntimeError, match=r'"crossget\[demo\]".*--images'):
             load_photographs(None)
 
     def test_say_when_the_package_has_them_no_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo, "SHIPPED", (("gone.png", "", ""),))
-        with pytest.raises(RuntimeError, match=r"data lacks gone\.png: give photographs of your own"):
+        with pytest.raises(RuntimeError, match=r"gone\.png.*of your own"):
             load_photographs(None)
 
     def test_a_folder_without_images(self, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ class TestPhotographs:
 
     def test_a_file_that_only_looks_like_an_image(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").write_text("no")
-        with pytest.raises(ValueError, match=r"a\.png is not an image that Pillow can read"):
+        with pytest.raises(ValueError, match=r"a\.png .*Pillow"):
             load_photographs(tmp_path)
 
 

@@ -92,11 +92,11 @@ class TestMergeMap:
         torch.testing.assert_close(drawn.mean((0, 1)), image.mean((0, 1)))
 
     def test_a_source_map_of_another_grid_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"shape \[10\] less 1 prefix tokens is not a grid of 2x3 patches"):
+        with pytest.raises(ValueError, match=r"\[10\] less 1 .*2x3"):
             merge_map(photograph(2, 3), torch.arange(10), (2, 3), prefix=1)
 
     def test_an_image_with_channels_first_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"expected an image \[H, W, 3\], got shape \[3, 32, 32\]"):
+        with pytest.raises(ValueError, match=r"\[H, W, 3\].*\[3, 32, 32\]"):
             merge_map(torch.rand(3, 32, 32), torch.arange(4), (2, 2), prefix=0)
 
 

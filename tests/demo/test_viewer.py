@@ -446,7 +446,7 @@ def test_a_clip_that_pools_by_attention_cannot_be_asked_for_a_text(tmp_path: Pat
     config = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "attentional_pool": True}}  # type: ignore[dict-item]
     with (
         registered("pools", config, tmp_path),
-        pytest.raises(ValueError, match="open_clip pools ends in an attention pool.*such as ViT-B-16"),
+        pytest.raises(ValueError, match="pools .*attention pool.*ViT-B-16"),
     ):
         run(ViewerOptions(model="pools", pretrained="none", text=("a cat",), out=tmp_path / "p.html"), pytest.fail)
 
@@ -454,7 +454,7 @@ def test_a_clip_that_pools_by_attention_cannot_be_asked_for_a_text(tmp_path: Pat
 def test_without_matplotlib_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(viewer, "make", lambda *_, **__: pytest.fail("work was begun"))
-    with pytest.raises(RuntimeError, match=r'a picture needs matplotlib: pip install "crossget\[demo\]"'):
+    with pytest.raises(RuntimeError, match=r'matplotlib.*"crossget\[demo\]"'):
         run(ViewerOptions(png=tmp_path / "p.png", out=tmp_path / "p.html"), pytest.fail)
 
 

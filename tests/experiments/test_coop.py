@@ -162,7 +162,7 @@ def test_folders_of_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"split_zhou_DescribableTextures\.json is not there; expected CoOp's split.*README"),
+        (None, r"split_zhou_DescribableTextures\.json .*not there.*README"),
         ({"train": [["a.jpg", 0, "a"]], "val": []}, r"DescribableTextures\.json is not a split of CoOp's.*'test'"),
         ({"train": [["a.jpg", 0]], "val": [], "test": []}, "is not a split of CoOp's"),
         ({"train": [["a.jpg", 0, "a"], ["b.jpg", 0, "b"]], "val": [], "test": []}, "label 0 is 'a' and 'b'"),
@@ -182,11 +182,11 @@ def test_a_folder_without_the_set(tmp_path: Path) -> None:
         datasets.read("food101", tmp_path)
     in_coops_layout("fgvc_aircraft", tmp_path)
     (tmp_path / "fgvc_aircraft" / "images_variant_val.txt").write_text("0034309 Concorde\n")
-    with pytest.raises(ValueError, match=r"images_variant_val\.txt: '0034309 Concorde' is none of the 2 classes"):
+    with pytest.raises(ValueError, match=r"images_variant_val\.txt: '0034309 Concorde'.* 2 classes"):
         datasets.read("fgvc_aircraft", tmp_path)
     in_coops_layout("imagenet", tmp_path)
     (tmp_path / "imagenet" / "classnames.txt").write_text("n0 class 0\n")
-    with pytest.raises(ValueError, match=r"each must be in classnames\.txt, where these are not: \['n1'\]"):
+    with pytest.raises(ValueError, match=r"classnames\.txt.*\['n1'\]"):
         datasets.read("imagenet", tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_a_missing_photograph_is_named_and_left_out_only_if_asked(tmp_path: Path
     in_coops_layout("dtd", tmp_path)
     photos = datasets.read("dtd", tmp_path).splits["train"]
     photos[2].file.unlink()
-    with pytest.raises(BadData, match=r"c0/train2\.jpg is listed and is not there: .*--skip-bad"):
+    with pytest.raises(BadData, match=r"c0/train2\.jpg .*--skip-bad"):
         datasets.existing(photos)
     assert datasets.existing(photos, skip_bad=True) == [photo for i, photo in enumerate(photos) if i != 2]
     with pytest.raises(BadData, match="none of 1 photographs is there"):
@@ -369,9 +369,7 @@ def test_a_tokenizer_that_pads_with_the_end_or_has_no_start() -> None:
 
 
 def test_prompts_that_do_not_fit_say_what_would() -> None:
-    with pytest.raises(
-        ValueError, match=r"16 context tokens do not fit: with 'water_lilly' .* takes 5 more.* 14 in all"
-    ):
+    with pytest.raises(ValueError, match=r"16 context tokens.*'water_lilly' .* 5 more.* 14 in all"):
         PromptLearner(tiny(), ("water_lilly", "face"), 16)
     PromptLearner(tiny(), NAMES, 9)
     with pytest.raises(ValueError, match="0 context tokens"):
@@ -505,11 +503,11 @@ def test_coops_own_checkpoint_has_prompts_alone(tmp_path: Path) -> None:
         (
             True,
             {"image_encoder.proj": torch.zeros(3, 3)},
-            r"wrong shape: \['visual.proj: \[3, 3\], expected \[32, 16\]'\]",
+            r"visual.proj: \[3, 3\], expected \[32, 16\]",
         ),
         (True, {"text_encoder.transformer.cross_text": None}, r"missing: \['transformer.cross_text'\]"),
         (True, {"prompt_learner.ctx": torch.zeros(5, 32)}, r"ctx has shape \[5, 32\], .* needs \[4, 32\]"),
-        (False, {"ctx": None}, r"expected the prompts 'ctx', found \['token_prefix', 'token_suffix'\]"),
+        (False, {"ctx": None}, r"'ctx'.*\['token_prefix', 'token_suffix'\]"),
         (False, {"other": torch.zeros(1)}, r"left over: \['other'\]"),
         (False, {"token_prefix": torch.ones(5, 1, 32)}, "trained with another CLIP"),
     ],
@@ -649,7 +647,7 @@ def test_end_to_end(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(float(parameter.detach().abs().sum()) > 0 for parameter in saved.cross_tokens.values())
     (work / "coop_seed0/prompts.safetensors").unlink()
     assert run.STUDY.run(wanted) == 1, "what others start from is made again"
-    with pytest.raises(ValueError, match=r"has prompts \[4, 32\], and \[5, 32\] are wanted"):
+    with pytest.raises(ValueError, match=r"\[4, 32\].*\[5, 32\]"):
         run.STUDY.run(options(photos, tmp_path, context=5, overwrite=True, presets=("tome",)))
     chapter = "\n".join(report.chapter(read_results(tmp_path / "results")))
     for preset in PRESETS.values():
@@ -690,7 +688,7 @@ def test_bad_photographs_stop_the_program_unless_they_are_to_be_skipped(
     half.write_bytes(half.read_bytes()[:300])
     (tmp_path / "data/dtd/images/face/5.jpg").unlink()
     wanted = options(tmp_path / "data", tmp_path, presets=("zero_shot",))
-    with pytest.raises(BadData, match=r"face/5\.jpg is listed and is not there"):
+    with pytest.raises(BadData, match=r"face/5\.jpg .*not there"):
         run.STUDY.run(wanted)
     with pytest.warns(UserWarning, match=r"skipped: .*face/4\.jpg: the image cannot be read"):
         run.STUDY.run(replace(wanted, skip_bad=True))

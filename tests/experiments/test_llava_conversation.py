@@ -170,7 +170,7 @@ def test_roles_that_do_not_take_turns(roles: list[str], message: str) -> None:
 
 
 def test_what_is_unclear_is_not_learnt_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="nothing is learnt from this conversation"):
+    with pytest.warns(UserWarning, match="nothing is learnt"):
         _, labels = Encoder(LEGACY, IMAGE)(turns("q", "a", "p", "a ASSISTANT: b"), False)
     assert set(labels) == {-100}
 

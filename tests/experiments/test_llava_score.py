@@ -81,10 +81,10 @@ def test_an_answer_may_hold_any_character(pope: score.Options) -> None:
     [
         ("answers.jsonl", '"text": "Yes"', '"said": "Yes"', r"answers.jsonl, line \d+: .*'text'"),
         ("answers.jsonl", '"question_id": 6000', '"question_id": 6001', "'6001' is there twice"),
-        ("answers.jsonl", '"question_id": 6000', '"question_id": 7', "1 answers to unknown questions, such as '7'"),
+        ("answers.jsonl", '"question_id": 6000', '"question_id": 7', "1 answers.*unknown.*'7'"),
         ("questions.jsonl", '"popular"', '"random"', "has 4 labels, .* has 9 questions"),
         ("labels/coco_pope_popular.json", "thing 1", "other 1", "line 2 is not about question '7001'"),
-        ("labels/coco_pope_random.json", '"no"', '"No"', "line 3: expected the label yes or no, got 'No'"),
+        ("labels/coco_pope_random.json", '"no"', '"No"', "line 3.*yes or no.*'No'"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(
@@ -97,7 +97,7 @@ def test_what_does_not_belong_together_is_refused(
 
 def test_a_question_without_an_answer_is_refused(pope: score.Options) -> None:
     pope.answers.write_text(pope.answers.read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8")
-    with pytest.raises(ValueError, match="1 questions without an answer, such as '11002'"):
+    with pytest.raises(ValueError, match="1 questions without.*'11002'"):
         score.score(pope)
 
 

@@ -77,11 +77,11 @@ def test_a_figure_is_found_in_the_table_by_one_line() -> None:
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="got nothing; expected one of the studies ablation, "):
+    with pytest.raises(SystemExit, match="nothing.*ablation, "):
         run.main([])
     with pytest.raises(SystemExit, match="got ablations; expected one of"):
         run.main(["ablations"])
-    with pytest.raises(SystemExit, match=r"unknown studies \['ablations'\]; pages are written of ablation, "):
+    with pytest.raises(SystemExit, match=r"\['ablations'\].*ablation, "):
         report.main(["ablations"])
 
 

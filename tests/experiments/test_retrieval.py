@@ -134,7 +134,7 @@ def test_a_bad_photograph_is_named_and_left_out_only_if_asked(
 def test_a_file_that_is_no_caption_file_is_named(folder: Path, tmp_path: Path) -> None:
     for text in ('["dog"]', "{", '{"pictures": []}'):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(ValueError, match=r"other\.json is not a caption file in Karpathy's layout"):
+        with pytest.raises(ValueError, match=r"other\.json .*Karpathy's layout"):
             data.read_karpathy(tmp_path / "other.json", folder, "train")
     (tmp_path / "other.json").write_text('{"images": [{"filename": "1.jpg", "split": "train"}]}')
     with pytest.raises(ValueError, match=r"other\.json: image 0 has no \['sentences'\]"):

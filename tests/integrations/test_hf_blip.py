@@ -698,7 +698,7 @@ def test_without_a_joint_space_there_is_no_alignment(case: Case) -> None:
     model, inputs = contract.build(case)
     with crossget.attach(model, contract.everywhere(model, crossget.CrossGET(R))) as attached:
         model(*inputs)
-        with pytest.raises(RuntimeError, match="no projection of single tokens is known for: visual"):
+        with pytest.raises(RuntimeError, match="no projection .*: visual"):
             attached.alignment_loss()
 
 
@@ -708,9 +708,9 @@ def test_without_a_joint_space_there_is_no_alignment(case: Case) -> None:
 def test_decoders_are_refused() -> None:
     model: Any = blip(BlipForConditionalGeneration)
     assert [tower.name for tower in crossget.find_towers(model)] == ["visual"]
-    with pytest.raises(TypeError, match="BlipTextLMHeadModel: BLIP's text decoder generates with a cache"):
+    with pytest.raises(TypeError, match="BlipTextLMHeadModel: .*decoder.*cache"):
         crossget.attach(model.text_decoder, crossget.CrossGET(R))
-    with pytest.raises(ValueError, match=r"this model has \['visual'\]; 'text': BLIP's text decoder generates"):
+    with pytest.raises(ValueError, match=r"\['visual'\]; 'text': .*decoder"):
         crossget.attach(model, {"text": crossget.CrossGET(R)})
     answers: Any = blip(BlipForQuestionAnswering)
     decoder = {id(module) for module in answers.text_decoder.modules()}
@@ -730,7 +730,7 @@ def test_a_decoder_that_looks_like_an_encoder_fails(method: Any) -> None:
 
 def test_parts_without_an_image_tower_are_refused() -> None:
     model: Any = blip2(Blip2ForConditionalGeneration, "eager")
-    with pytest.raises(TypeError, match="queries and a text, which are not reduced"):
+    with pytest.raises(TypeError, match="queries and a text"):
         crossget.attach(model.qformer, crossget.CrossGET(R))
     encoder = blip(BlipModel).vision_model.encoder
     with pytest.raises(TypeError, match="these families are known here"):
@@ -743,7 +743,7 @@ def test_positions_in_the_attention_are_refused() -> None:
     config = BlipConfig(text_config=text, vision_config=VISION, projection_dim=24)
     model = hf_models.built(BlipModel, config, "eager")
     assert [tower.name for tower in crossget.find_towers(model)] == ["visual"]
-    with pytest.raises(ValueError, match="'text': BLIP's text encoder computes 'relative_key' positions"):
+    with pytest.raises(ValueError, match="'text': .*'relative_key'"):
         crossget.attach(model, {"text": crossget.CrossGET(R)})
     with pytest.raises(RuntimeError, match="found no tower.*'relative_key' positions"):
         crossget.attach(model.text_model, crossget.CrossGET(R))

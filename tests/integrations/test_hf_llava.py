@@ -324,7 +324,7 @@ def test_as_many_positional_arguments_as_one_likes(model: Any, attached: crossge
         (
             ["^ab" + "#" * 2],
             1,
-            r"\[32\] image tokens for 1 images: expected 16 for each image.*cut to 11 here\), or 11",
+            r"\[32\] image tokens for 1 images.* 16 .* 11 here\), or 11",
         ),
         (["^ab"], 1, r"\[0\] image tokens for 1 images"),
         (["^a#", "^b#"], 3, r"\[16, 16\] image tokens for 3 images"),
@@ -349,7 +349,7 @@ def test_an_image_that_is_cut_off(model: Any, attached: crossget.Attachment) -> 
 def test_a_mask_that_cannot_follow(model: Any, attached: crossget.Attachment) -> None:
     ids, _ = prompts("^a#b")
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1])
-    with pytest.raises(ValueError, match=r"attention_mask has the shape \[1, 1, 19, 19\].*give a mask \[B, T\]"):
+    with pytest.raises(ValueError, match=r"attention_mask .*\[1, 1, 19, 19\].*\[B, T\]"):
         model(input_ids=ids, attention_mask=mask, pixel_values=images(1))
 
 
@@ -387,7 +387,7 @@ def _first(out: Any) -> Tensor:
 
 
 def test_language_models_are_not_reduced(model: Any) -> None:
-    with pytest.raises(ValueError, match=r"'text' is a language model that generates: .* takes a reducer with r = 0"):
+    with pytest.raises(ValueError, match=r"'text' .*generates.* r = 0"):
         crossget.attach(model, {"visual": crossget.CrossGET(r=2), "text": crossget.CrossGET(r=2)})
     assert not hasattr(model, "_crossget_seat")
     crossget.attach(model, crossget.CrossGET(r=2)).detach()  # nothing was left half attached
@@ -522,7 +522,7 @@ def test_a_pixtral_tower_is_refused() -> None:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**hf_models.TEXT), image_token_index=IMAGE)
-    with pytest.raises(TypeError, match="PixtralVisionModel: its image tower packs all images of a batch"):
+    with pytest.raises(TypeError, match="PixtralVisionModel: .*packs all images"):
         crossget.attach(LlavaForConditionalGeneration(config), crossget.CrossGET(r=2))
 
 

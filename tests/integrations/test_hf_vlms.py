@@ -202,21 +202,18 @@ def test_qwen2_vl_is_refused() -> None:
     with torch.device("meta"):
         made = transformers.Qwen2VLConfig(**settings, vision_config=vision)
         model = transformers.Qwen2VLForConditionalGeneration(made)
-    with pytest.raises(TypeError, match=r"Qwen2VLForConditionalGeneration: its image tower packs all images of a batch "
-                                        r"into one sequence \[N, C\] without a batch axis"):  # fmt: skip
+    with pytest.raises(TypeError, match=r"Qwen2VLForConditionalGeneration: .*\[N, C\]"):
         crossget.attach(model, crossget.CrossGET(r=2))
 
 
 def test_swin_is_refused() -> None:
     model = transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[2]))
-    with pytest.raises(TypeError, match="SwinModel: its attention runs inside windows of the image grid"):
+    with pytest.raises(TypeError, match="SwinModel: .*windows"):
         crossget.attach(model, crossget.CrossGET(r=2))
 
 
 def test_an_unknown_family_is_told_which_are_known() -> None:
     with torch.device("meta"):
         model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1))
-    with pytest.raises(
-        TypeError, match="BertModel: of transformers' models, these families are known here: clip, siglip, "
-    ):
+    with pytest.raises(TypeError, match="BertModel: .*known.*: clip, siglip, "):
         crossget.attach(model, crossget.CrossGET(r=2))

@@ -231,16 +231,16 @@ def test_tome_has_no_use_for_saved_cross_tokens(module: Any, trained: Path) -> N
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"r": -1.0}, "r=-1.0: expected a whole number from 0 on, as in r=13, or no r"),
+        ({"r": -1.0}, "r=-1.0: .*r=13, or no r"),
         ({"r": -1}, "r=-1: expected"),
         ({"r": 13.0}, "r=13.0: expected"),
         ({"r": True}, "r=True: expected"),
         ({"r": "None"}, "r='None': expected"),
-        ({"method": "pitome"}, "method='pitome': expected one of crossget, tome"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': expected pad or crop"),
+        ({"method": "pitome"}, "method='pitome': .*crossget, tome"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': .*pad or crop"),
         ({"batch_size": 8}, "batch_size 8: .*one question at a time, --batch_size 1"),
         ({"batch_size": "auto"}, "batch_size auto: "),
-        ({"pretrained": "/nowhere/at/all"}, "pretrained=/nowhere/at/all: neither a folder here nor the id of"),
+        ({"pretrained": "/nowhere/at/all"}, "pretrained=/nowhere/at/all: .*folder.*id"),
     ],
 )  # fmt: skip
 def test_bad_values(
@@ -310,7 +310,7 @@ def test_a_failure_ends_the_run(module: Any, plain: Path, r: int) -> None:
 
 
 def test_loglikelihood_is_refused(module: Any, plain: Path) -> None:
-    with pytest.raises(NotImplementedError, match="give tasks of the output_type generate_until"):
+    with pytest.raises(NotImplementedError, match="output_type generate_until"):
         module.LlavaCrossget(str(plain), r=0).loglikelihood([])
 
 

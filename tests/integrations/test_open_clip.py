@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import transformers
 from open_clip import coca_model
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.transformer import TextTransformer, Transformer
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +28,6 @@ from crossget.methods.reducers import Reducer, View
 # What the installed open_clip has, of 2.26 to 3.3.
 FIELDS = CLIPTextCfg.__dataclass_fields__
 PAD_MASKS = hasattr(TextTransformer, "_build_additive_mask")
-REENTRANT = "use_reentrant" not in inspect.getsource(Transformer.forward)
 WIDTH, VOCABULARY, CONTEXT, IMAGE = 32, 60, 16, 32
 END, PAD = VOCABULARY - 1, 0
 PIXELS: dict[str, Any] = {"image_size": IMAGE, "layers": 3, "width": WIDTH, "head_width": 16, "patch_size": 8}
@@ -144,9 +142,7 @@ def case(
     name: str, make: Callable[[], nn.Module], size: int = IMAGE, fused: bool = True, hands_on: bool = False
 ) -> contract.Case:
     """All are compiled by a slow test; in the default run timm's ViT and LLaVA are."""
-    return contract.Case(
-        name, make, partial(both, size), compiles=False, fused=fused, hands_on=hands_on, reentrant=REENTRANT
-    )
+    return contract.Case(name, make, partial(both, size), compiles=False, fused=fused, hands_on=hands_on)
 
 
 AVERAGE = {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True, "ls_init_value": 0.1}
@@ -508,7 +504,7 @@ def test_alignment_loss(case: contract.Case) -> None:
         model(*inputs)
         blind = [name for name, tower in attached.towers.items() if tower.project is None]
         if blind:
-            with pytest.raises(RuntimeError, match=f"no projection of single tokens is known for: {blind[0]}"):
+            with pytest.raises(RuntimeError, match=f"no projection .*: {blind[0]}"):
                 attached.alignment_loss()
             return
         attached.alignment_loss().backward()
@@ -531,9 +527,9 @@ def resnet() -> nn.Module:
 def test_a_convolutional_image_tower_is_not_there() -> None:
     model = resnet()
     assert [tower.name for tower in crossget.find_towers(model)] == ["text"]
-    with pytest.raises(ValueError, match=r"\['visual'\].*has \['text'\]; 'visual': ModifiedResNet is convolutional"):
+    with pytest.raises(ValueError, match=r"\['visual'\].*\['text'\]; 'visual': ModifiedResNet"):
         crossget.attach(model, {"visual": crossget.CrossGET(r=2)})
-    with pytest.raises(ValueError, match=r"one reducer is for the tower 'visual'.*ModifiedResNet is convol.*'text'"):
+    with pytest.raises(ValueError, match=r"one reducer.*'visual'.*ModifiedResNet.*'text'"):
         crossget.attach(model, crossget.CrossGET(r=2))
     with crossget.attach(model, {"text": crossget.CrossGET(r=2)}) as attached:
         encode(model, texts())
@@ -582,7 +578,7 @@ def test_tokens_first_is_refused() -> None:
 
 def test_torchscript_is_refused() -> None:
     scripted = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
-    with pytest.raises(TypeError, match="TorchScript model, whose compiled code cannot be watched: load it without"):
+    with pytest.raises(TypeError, match="TorchScript .*load it without"):
         crossget.attach(scripted, crossget.CrossGET(r=2))
 
 

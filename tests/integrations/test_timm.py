@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 import timm
 import timm.models
 import torch
-from plain_host import merge
 from timm.models import vision_transformer as vt
 from timm.models import vision_transformer_relpos as relpos
 from timm.models._features import FeatureGetterNet
@@ -340,39 +340,59 @@ def test_equals_the_forward_written_out(case: Case, cross_token: bool) -> None:
     assert (end[0] - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-def test_rotary_rows_follow_their_tokens() -> None:
-    batch, heads, rows, width, prefix = 2, 3, 9, 8, 2
-    positions = torch.stack([torch.tensor([0, 1, 2, 5, 6, 10, 11]), torch.tensor([0, 1, 3, 4, 8, 9, 11])])
-    watch = merge(torch.zeros(batch, prefix + rows, 4), crossget.ToMe(1, cross_token=True), 1, positions=positions)
-    state = watch.state
-    layouts = {
-        ("rope", True): [(heads, rows, width)],
-        ("rope", False): [(rows, width), (batch, 1, rows, width), (batch, heads, rows, width), (batch, rows, width)],
-        ("rope_sin", False): [(batch, rows, width)],
-        ("rope_cos", False): [(batch, rows, width)],
-    }
-    still = {"rope": [0.0] * 4 + [1.0] * 4, "rope_sin": [0.0] * 8, "rope_cos": [1.0] * 8}
-    for (name, mixed), shapes in layouts.items():
-        for shape in shapes:
-            table = torch.randn(shape)
-            found = adapter.rotary_rows(mixed, nn.Identity(), name, table, state)
-            for image in range(batch):
-                own = table[image] if shape[0] == batch else table
-                part = found if found.dim() == 3 and mixed else found[image]
-                for new, position in enumerate(state.positions[image, prefix:-1] - prefix):
-                    torch.testing.assert_close(part[..., new, :], own[..., position, :].expand_as(part[..., new, :]))
-                assert torch.equal(part[..., -1, :], torch.tensor(still[name]).expand_as(part[..., -1, :]))
-    assert adapter.rotary_rows(False, nn.Identity(), "rope", None, state) is None
-    mask = torch.zeros(1)
-    assert adapter.rotary_rows(False, nn.Identity(), "attn_mask", mask, state) is mask
+def dropping(case: Case) -> Case:
+    """The case with half of the patches dropped in training, other ones in every image."""
+    name, wrap, options = case.make.args  # type: ignore[attr-defined]
+    return dataclasses.replace(case, make=partial(build, name, wrap, {**options, "patch_drop_rate": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("case", "drops", "layout"),
+    [
+        pytest.param(*chosen(id)[0].values, drops, layout, id=f"{id}-{layout}", marks=chosen(id)[0].marks)
+        for id, drops, layout in [
+            ("eva02", False, "ND"), ("eva02", True, "B1ND"), ("rope_mixed", False, "HND"), ("rope_mixed", True, "BHND"),
+            ("naflex_mixed", True, "BHND"), ("gemma4", False, "BND"),
+        ]
+    ],
+)  # fmt: skip
+def test_rotary_rows_follow_their_tokens(case: Case, drops: bool, layout: str) -> None:
+    """An attention gets the row of a token of each group, and for the cross token one that does not rotate it."""
+    model, inputs = contract.build(dropping(case) if drops else case)
+    model.train(drops)
+    hosts: list[dict[str, Tensor]] = []
+    inside: list[dict[str, Tensor]] = []
+
+    def note(seen: list[dict[str, Tensor]], module: nn.Module, args: Any, kwargs: Any) -> None:
+        cls = type(module).__mro__[1] if seen is hosts else type(module)  # a block's class is replaced
+        arguments = dict(zip(list(inspect.signature(cls.forward).parameters)[1:], args, strict=False)) | kwargs
+        seen.append({name: value for name, value in arguments.items() if name.startswith("rope")})
+
+    with crossget.attach(model, crossget.ToMe(3, cross_token=True)) as attached, attached.recording(), torch.no_grad():
+        tower = attached.towers["visual"]
+        for block in tower.blocks:
+            block.register_forward_pre_hook(partial(note, hosts), with_kwargs=True)
+            block.attn.register_forward_pre_hook(partial(note, inside), with_kwargs=True)
+        contract.run(model, inputs)
+        sources = [record.source for record in attached.records["visual"]]
+    for source, host, got in zip(sources, hosts[1:], inside[1:], strict=False):  # of the blocks behind a merge
+        assert got.keys() == host.keys() != set()
+        for name, table in host.items():
+            assert table.dim() == len(layout)
+            rows = table if "B" in layout else table.expand(2, *table.shape)  # [B, .., N, D]
+            sine, cosine = got[name][..., -1, :].chunk(2, -1) if name == "rope" else (got[name][..., -1, :],) * 2
+            assert name == "rope_cos" or (sine == 0).all()
+            assert name == "rope_sin" or (cosine == 1).all()
+            for image, new in itertools.product(range(2), range(tower.prefix, int(source.max()) + 1)):
+                group = (source[image] == new).nonzero()[:, 0] - tower.prefix
+                own = got[name][image][..., new - tower.prefix, :]
+                assert any(torch.equal(own, rows[image][..., old, :].expand_as(own)) for old in group)
 
 
 @pytest.mark.parametrize("case", chosen("dinov2", "eva02", "rope_mixed", "naflex_rope", "naflex_mixed"))
 def test_patches_dropped_in_training(case: Case) -> None:
     """The rotary tables then differ from image to image."""
-    name, wrap, options = case.make.args  # type: ignore[attr-defined]
-    dropping = dataclasses.replace(case, make=partial(build, name, wrap, {**options, "patch_drop_rate": 0.5}))
-    model, inputs = contract.build(dropping)
+    model, inputs = contract.build(dropping(case))
     model.train()
     with crossget.attach(model, crossget.CrossGET(2)) as attached:
         contract.leaves(model(*inputs))[0].square().mean().backward()

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import crossget
-from crossget.core.attachment import find_attachment
+from crossget.core.attach import find_attachment
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SIZES: dict[str, Any] = {
@@ -124,11 +124,11 @@ def test_a_wrong_adapter_is_found() -> None:
 @pytest.mark.parametrize(
     ("reducer", "error", "message"),
     [
-        (crossget.Ward(0), ValueError, r"removes no token from the towers \['visual'\]: give one with r > 0"),
+        (crossget.Ward(0), ValueError, r"no token.*\['visual'\]: give .*r > 0"),
         ({"visual": crossget.ToMe((0, 0, 0))}, ValueError, "removes no token"),
-        ({"text": crossget.ToMe(4)}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
+        ({"text": crossget.ToMe(4)}, ValueError, r"\['text'\].*\['visual'\]"),
         (4, TypeError, "reducer is 4: give a reducer"),
-        (crossget.CrossGET((4, 4)), ValueError, "r lists 2 layers but the tower has 3 blocks"),
+        (crossget.CrossGET((4, 4)), ValueError, "2 layers.*3 blocks"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(reducer: Any, error: type[Exception], message: str) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import crossget
-from crossget.core.attachment import find_attachment
+from crossget.core.attach import find_attachment
 from crossget.measure.allocation import (
     Family,
     OutputLoss,
@@ -181,7 +182,7 @@ class Odd(crossget.ToMe):
 
 
 def test_costs_of_another_form_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"are no polynomial in the tokens of the blocks of tower 'visual'.*tiles"):
+    with pytest.raises(RuntimeError, match=r"no polynomial.*tower 'visual'.*tiles"):
         crossget.fit_schedule(vit(depth=2), images(1), flops=0.7, reducer=Odd(r=0), distribution="constant")
 
 
@@ -343,7 +344,7 @@ def test_a_dictionary_of_towers_and_a_model_of_two() -> None:
 def test_tokens_out(settings: dict[str, Any], distribution: Any) -> None:
     model = vit(**settings)
     for asked in (64, 17):
-        fitted = crossget.fit_schedule(model, images(4), tokens_out=asked, distribution=distribution)
+        fitted = crossget.fit_schedule(model, images(4), tokens_out=asked, reducer=CROSS, distribution=distribution)
         assert fitted.measured == fitted.predicted == asked
         kept = fitted.tokens[-1] - 1 - settings.get("reg_tokens", 0) - settings.get("class_token", True)
         assert kept == asked
@@ -356,11 +357,13 @@ def test_tokens_out(settings: dict[str, Any], distribution: Any) -> None:
 def test_image_tokens_of_llava(distribution: Any) -> None:
     """The image tokens of the prompt: the cross token, which LLaVA has among its features, is one of them."""
     model, inputs = hf_models.llava(), prompts(4)
-    fitted = crossget.fit_schedule(model, inputs, tokens_out=7, distribution=distribution)
+    fitted = crossget.fit_schedule(model, inputs, tokens_out=7, reducer=CROSS, distribution=distribution)
     assert fitted.measured == 7
     assert fitted.schedule.r[-1] == 0  # the model does not use the last block
     if distribution == "measured":  # by the last token's logits, which alone can be compared
-        by_hand = crossget.fit_schedule(model, inputs, tokens_out=7, output=lambda out: out.logits[:, -1])
+        by_hand = crossget.fit_schedule(
+            model, inputs, tokens_out=7, reducer=CROSS, output=lambda out: out.logits[:, -1]
+        )
         assert (by_hand.losses, by_hand.schedule) == (fitted.losses, fitted.schedule)
     with crossget.attach(model, fitted.reducer) as attached:
         assert attached.image_tokens == (16, 7)
@@ -399,8 +402,9 @@ def test_of_several_methods_the_one_that_loses_least(distribution: Any) -> None:
 
 
 def test_the_constant_schedule_stays_where_nothing_is_better() -> None:
-    constant = crossget.fit_schedule(vit(), images(4), tokens_out=20, distribution="constant")
-    fitted = crossget.fit_schedule(vit(), images(4), tokens_out=20, output=lambda logits: torch.ones_like(logits))
+    fit = partial(crossget.fit_schedule, vit(), images(4), tokens_out=20, reducer=CROSS)
+    constant = fit(distribution="constant")
+    fitted = fit(output=lambda logits: torch.ones_like(logits))
     assert fitted.distribution == "constant"
     assert fitted.losses == {"measured": 0.0, "constant": 0.0}
     assert fitted.schedule == constant.schedule
@@ -417,11 +421,11 @@ def test_tokens_out_on_the_meta_device() -> None:
 
 def test_what_cannot_be_done_on_the_meta_device() -> None:
     model, inputs = vit().to("meta"), images(2).to("meta")
-    with pytest.raises(ValueError, match="nothing can be measured: set distribution='constant'"):
+    with pytest.raises(ValueError, match="distribution='constant'"):
         crossget.fit_schedule(model, inputs, flops=0.7)
     with pytest.raises(ValueError, match="nothing can be measured: .* give one reducer"):
         crossget.fit_schedule(model, inputs, flops=0.7, distribution="constant", reducer=[CROSS, TOME])
-    with pytest.raises(ValueError, match="latency cannot be measured on the meta device"):
+    with pytest.raises(ValueError, match="latency .*meta device"):
         crossget.fit_schedule(model, inputs, latency=0.7)
 
 
@@ -454,17 +458,20 @@ def clock(model: Any, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], 
         hook.remove()
 
 
-@pytest.mark.parametrize("distribution", ["constant", "measured"])
-def test_latency(monkeypatch: pytest.MonkeyPatch, distribution: Any) -> None:
+@pytest.mark.parametrize(("distribution", "reducer"), [("constant", None), ("measured", CROSS)])
+def test_latency(monkeypatch: pytest.MonkeyPatch, distribution: Any, reducer: Any) -> None:
+    """Also by the default method, which computes the last block for one token."""
     model, inputs = vit(), images(4)
     with clock(model, monkeypatch, lambda tokens: 1e-3 + 1e-4 * tokens + 1e-6 * tokens**2):
-        fitted = crossget.fit_schedule(model, inputs, latency=0.7, distribution=distribution, rounds=2)
+        fit = partial(crossget.fit_schedule, model, inputs, reducer=reducer, rounds=2)
+        fitted = fit(latency=0.7, distribution=distribution)
+        assert isinstance(fitted.reducer, crossget.Ward if reducer is None else crossget.CrossGET)
         assert fitted.met
         assert fitted.predicted == pytest.approx(fitted.measured, abs=1e-2)
         assert 0.68 < fitted.measured <= 0.7 + 1e-3
         assert fitted.spread == pytest.approx((fitted.measured, fitted.measured))
-        with pytest.raises(ValueError, match=r"latency=0.2 cannot be kept: the nearest possible is 0.\d+"):
-            crossget.fit_schedule(model, inputs, latency=0.2, rounds=2)
+        with pytest.raises(ValueError, match=r"latency=0.2 .*nearest possible is 0.\d+"):
+            fit(latency=0.2)
 
 
 def test_time_that_does_not_fall_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,22 +508,22 @@ def test_a_missed_latency_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "give exactly one budget of flops, tokens_out, latency; got none"),
+        ({}, ValueError, "exactly one .*flops, tokens_out, latency; got none"),
         ({"flops": 0.5, "latency": 0.5}, ValueError, "exactly one budget .*'flops': 0.5, 'latency': 0.5"),
-        ({"flops": 1.2}, ValueError, r"flops is 1.2: expected a share of the dense model's, in \(0, 1\]"),
+        ({"flops": 1.2}, ValueError, r"flops is 1.2: .*\(0, 1\]"),
         ({"latency": 0}, ValueError, "latency is 0: expected a share"),
         ({"flops": "half"}, TypeError, "flops is 'half': expected a number"),
-        ({"tokens_out": 12.0}, TypeError, "tokens_out is 12.0: the number of tokens is an int"),
+        ({"tokens_out": 12.0}, TypeError, "tokens_out is 12.0: .*int"),
         ({"tokens_out": 0}, ValueError, "tokens_out is 0: expected at least 1"),
-        ({"tokens_out": 65}, ValueError, "tokens_out=65 cannot be kept: the nearest possible is 64"),
-        ({"tokens_out": 7}, ValueError, "tokens_out=7 cannot be kept: the nearest possible is 8"),
+        ({"tokens_out": 65}, ValueError, "tokens_out=65 .*nearest possible is 64"),
+        ({"tokens_out": 7}, ValueError, "tokens_out=7 .*nearest possible is 16"),
         ({"flops": 0.5, "distribution": "linear"}, ValueError, "distribution is 'linear': choose 'measured', 'con"),
-        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give a reducer such as crossget.ToMe"),
+        ({"flops": 0.5, "reducer": 16}, TypeError, "reducer is 16: give .*crossget.Ward"),
         ({"flops": 0.5, "reducer": []}, TypeError, r"reducer is \[\]: give a reducer"),
         ({"flops": 0.5, "reducer": [crossget.ToMe(0), "Ward"]}, TypeError, r"'Ward'\]: give a reducer"),
         ({"flops": 0.5, "rounds": 0}, ValueError, "rounds=0: expected at least 1"),
-        ({"flops": 0.5, "tower": "text"}, ValueError, r"names the towers \['text'\]: this model has \['visual'\]"),
-        ({"tokens_out": 30, "output": lambda out: [1]}, ValueError, "cannot be compared with the dense model's"),
+        ({"flops": 0.5, "tower": "text"}, ValueError, r"\['text'\].*\['visual'\]"),
+        ({"tokens_out": 30, "output": lambda out: [1]}, ValueError, "cannot be compared.*output="),
     ],
 )
 def test_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -537,7 +544,7 @@ def test_the_nearest_possible_is_possible(vit_costs: FlopModel, monkeypatch: pyt
     """No schedule costs less than the nearest possible one that the message names."""
     monkeypatch.setattr("crossget.measure.fit.derive", lambda model, space: vit_costs)
     with pytest.raises(ValueError, match="nearest possible") as caught:
-        crossget.fit_schedule(vit(), images(2), flops=0.05)
+        crossget.fit_schedule(vit(), images(2), flops=0.05, reducer=CROSS)
     share = float(str(caught.value).split("possible is ")[1].split(". ")[0])
     dense = crossget.count_flops(vit(), images(2)).total
     space, counts = vit_costs.space, torch.arange(1, vit_costs.space.n_tokens + 1)
@@ -557,12 +564,12 @@ def test_an_attached_model_is_refused() -> None:
 
 
 def test_too_few_tokens_is_an_error() -> None:
-    with pytest.raises(ValueError, match="has 3 tokens, of which 2 always stay: nothing can be merged"):
+    with pytest.raises(ValueError, match="has 2 tokens, of which 1 always"):
         crossget.fit_schedule(vit(img_size=4), images(1, 4), flops=0.5)
 
 
 def test_a_tower_that_does_not_run_is_an_error() -> None:
-    with pytest.raises(ValueError, match="tower 'visual' did not run on these inputs"):
+    with pytest.raises(ValueError, match="tower 'visual' did not run"):
         crossget.fit_schedule(clip(), {"text": torch.randint(1, 60, (2, 12))}, flops=0.5)
 
 

@@ -440,7 +440,7 @@ def test_a_tensor_given_three_times_stays_one() -> None:
 
 @pytest.mark.parametrize("inputs", [[torch.ones(1, 4)], 3, None])
 def test_inputs_of_another_type_are_refused(inputs: Any) -> None:
-    with pytest.raises(TypeError, match=r"expected a tensor, a tuple of positional arguments or a mapping"):
+    with pytest.raises(TypeError, match=r"tensor, a tuple .*mapping"):
         count_flops(nn.Linear(4, 4), inputs)
 
 

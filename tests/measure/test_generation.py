@@ -105,7 +105,7 @@ def test_the_meta_device_counts_the_same(r: Any, attention: str, llava_report: S
 
 @pytest.mark.skipif(hf_models.VERSION >= (5, 0), reason="transformers runs language models on meta from 5.0 on")
 def test_old_versions_on_the_meta_device() -> None:
-    with pytest.raises(RuntimeError, match=r"cannot run a language model on the meta device .*transformers >= 5.0"):
+    with pytest.raises(RuntimeError, match=r"meta device .*transformers >= 5.0"):
         count_stages(hf_models.llava().to("meta"))
 
 
@@ -193,7 +193,7 @@ def test_the_meta_device_counts_the_same_of_blip(make: Callable[[], Any]) -> Non
 def test_blip2_with_an_encoder() -> None:
     model = blip2()
     model.config.text_config.is_encoder_decoder = True
-    with pytest.raises(TypeError, match=r"BLIP-2 with a language model that has an encoder \(T5\) are not known"):
+    with pytest.raises(TypeError, match=r"BLIP-2 .*\(T5\)"):
         count_stages(model)
 
 
@@ -220,9 +220,9 @@ def test_the_report_as_text_and_json(llava_report: StageReport) -> None:
 
 
 def test_a_model_without_stages() -> None:
-    with pytest.raises(TypeError, match="stages of Linear are not defined: expected LLaVA-1.5, BLIP"):
+    with pytest.raises(TypeError, match="Linear .*LLaVA-1.5, BLIP"):
         count_stages(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="text_tokens=0, images=1: a prompt has at least one of each"):
+    with pytest.raises(ValueError, match="text_tokens=0, images=1: .*at least one"):
         count_stages(hf_models.llava(), 0)
 
 
@@ -247,7 +247,7 @@ def test_presets_have_their_size(name: str) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match=r"no preset 'llava': choose one of llava-1.5-7b, llava-1.5-13b"):
+    with pytest.raises(ValueError, match=r"'llava': .*llava-1.5-7b, llava-1.5-13b"):
         build("llava")
 
 

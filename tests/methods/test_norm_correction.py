@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_host import ATTENTIONS, RESIDUALS, TOKENS, Block, Plain, merge, registered
+from plain_host import ATTENTIONS, RESIDUALS, TOKENS, Block, Plain, registered
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
 from crossget.methods.matching import MergePlan
 from crossget.methods.merging import ENSEMBLES, norm_correction
-from crossget.methods.reducers import TowerFacts
 
 plain = pytest.fixture(autouse=True)(registered)
 
@@ -56,23 +56,44 @@ def test_dropping_tokens_keeps_the_corrections_of_the_others() -> None:
     assert found.tolist() == [[1.0, pytest.approx(0.7)]]
 
 
-@pytest.mark.parametrize("residual", [*RESIDUALS, "onto"])
+@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_values_and_what_the_mlp_adds_are_scaled(attention: str, residual: str) -> None:
+    """The first block merges, and scales what its MLP adds; the second one scales values, too."""
     torch.manual_seed(0)
-    block = Block(attention=attention, residual="plus" if residual == "onto" else residual)
-    block.mha.in_proj_weight, block.mha.in_proj_bias = block.qkv.weight, block.qkv.bias
-    block.mha.out_proj.weight, block.mha.out_proj.bias = block.proj.weight, block.proj.bias
-    sizes = torch.randint(1, 4, (2, 20), generator=torch.Generator().manual_seed(1)).float()
-    factor = torch.rand(2, 20, generator=torch.Generator().manual_seed(2))
-    x = TOKENS.clone()
+    model = Plain(depth=2, attention=attention, residual=residual).eval()
+    for block in model.stages:
+        block.mha.in_proj_weight, block.mha.in_proj_bias = block.qkv.weight, block.qkv.bias
+        block.mha.out_proj.weight, block.mha.out_proj.bias = block.proj.weight, block.proj.bias
+    with torch.no_grad(), crossget.attach(model, crossget.Ward((8, 0))) as attached, attached.recording():
+        model(TOKENS.clone())
+    first, second = attached.records["visual"]
+    assert first.weights is not None
+    ones = torch.ones(2, 20)
+    with torch.no_grad():
+        total = attended(model.stages[0], TOKENS, ones, ones)
+        merged, factor = torch.zeros(2, 12, 32), torch.zeros(2, 12)
+        for row, new in itertools.product(range(2), range(12)):
+            group = (first.source[row] == new).nonzero()[:, 0].tolist()
+            assert first.sizes[row, new] == len(group)
+            direction = torch.zeros(32)
+            for old in group:
+                merged[row, new] += total[row, old] / len(group)
+                direction += F.layer_norm(total[row, old], (32,)) / len(group)
+            factor[row, new] = 1.0 if len(group) == 1 else direction.norm() / 32**0.5
+        assert factor.min() < 0.95
+        for block, record in zip(model.stages, (first, second), strict=True):
+            if record is second:
+                merged = attended(block, merged, first.sizes, factor)
+            merged = merged + factor[:, :, None] * block.mlp(merged)
+            torch.testing.assert_close(record.features, merged, rtol=1e-5, atol=1e-5)
+
+
+def attended(block: Block, x: Tensor, sizes: Tensor, factor: Tensor) -> Tensor:
+    """[B, T, C] the tokens after attention over tokens of `sizes` [B, T], with values times `factor` [B, T]."""
     q, k, v = (z.unflatten(-1, (4, -1)).transpose(1, 2) for z in block.qkv(block.norm(x)).chunk(3, -1))
     weights = (q @ k.mT * 8**-0.5 + sizes.log()[:, None, None]).softmax(-1)
-    attended = x + block.proj((weights @ (v * factor[:, None, :, None])).transpose(1, 2).flatten(2))
-    expected = attended + factor[:, :, None] * block.mlp(attended)
-    reducer = crossget.Ward(0).resolved(TowerFacts("tower"))
-    with torch.no_grad(), merge(x, reducer, 0, sizes=sizes, norms=factor):
-        torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+    return x + block.proj((weights @ (v * factor[:, None, :, None])).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("in_place", ["mlp", "tokens"])
@@ -84,12 +105,15 @@ def test_in_place_the_second_residual_is_scaled_as_well(in_place: str) -> None:
             return added.add_(x) if in_place == "mlp" else x.add_(added)
 
     torch.manual_seed(0)
-    block = InPlace()
+    model, same = Plain().eval(), Plain().eval()
+    same.stages = nn.ModuleList([InPlace() for _ in range(3)])
+    same.load_state_dict(model.state_dict())
     results = []
-    for run in (block.forward, lambda x: Block.forward(block, x)):
-        reducer = crossget.Ward(0).resolved(TowerFacts("tower"))
-        with torch.no_grad(), merge(TOKENS, reducer, 0, norms=torch.full((2, 20), 0.5)):
-            results.append(run(TOKENS))
+    for one in (model, same):
+        with torch.no_grad(), crossget.attach(one, crossget.Ward(4)):
+            results.append(one(TOKENS))
+    with torch.no_grad(), crossget.attach(same, crossget.Ward(4, norm_correction=False)):
+        assert not torch.equal(same(TOKENS), results[1])
     assert torch.equal(*results)
 
 

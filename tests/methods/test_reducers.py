@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_host import merge
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -376,48 +375,57 @@ def test_even_attention_weighs_as_size_does() -> None:
 def test_ward_weighs_by_size_unless_told_otherwise(has_class_token: bool) -> None:
     resolved = crossget.Ward(1).resolved(TowerFacts("t", has_class_token))
     assert (resolved.guided_matching, resolved.ensemble, resolved.needs_attention) == (False, "size", False)
-    with pytest.raises(ValueError, match="importance='class_attention' needs a class token, and t has none"):
+    with pytest.raises(ValueError, match="importance='class_attention' .*class token.* t "):
         crossget.Ward(1, importance="class_attention").resolved(TowerFacts("t", has_class_token=False))
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("bias", [None, "row", "square"])
-def test_the_class_token_s_attention_is_what_the_block_computes(fused: bool, bias: str | None) -> None:
-    """Seen through a model: fused and eager attention, with sizes and a mask of the host's in them."""
-    seen: list[Tensor | None] = []
+@pytest.mark.parametrize("bias", ["none", "row", "square"])
+def test_the_class_token_s_attention_is_what_the_block_computes(fused: bool, bias: str) -> None:
+    """The score of the third block, with sizes and a mask of the host's in its attention, fused and eager."""
+    place = torch.arange(10)
+    mask = {
+        "none": None,
+        "row": (place // 3).float().view(1, 1, 1, 10),
+        "square": (place[:, None] * 4.0 + place // 3).view(1, 1, 10, 10),  # another row for every query
+    }[bias]
 
     class Block(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            heads = x.view(2, 6, 2, 4).transpose(1, 2)
-            mask = {
-                None: None,
-                "row": torch.arange(6.0).view(1, 1, 1, 6),
-                "square": torch.arange(36.0).view(1, 1, 6, 6),
-            }
+            heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
             if fused:
-                out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask[bias])
+                out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
             else:
                 scores = heads @ heads.transpose(-1, -2) * 0.5
-                scores = scores if mask[bias] is None else scores + mask[bias]
-                out = scores.softmax(-1) @ heads
-            return x + out.transpose(1, 2).reshape(x.shape)
+                out = (scores if mask is None else scores + mask).softmax(-1) @ heads
+            return x + out.transpose(1, 2).flatten(2)
 
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Noting(crossget.Ward):
-        def reduce(self, view: View, r: int) -> Any:
-            seen.append(view.received)
-            return super().reduce(view, r)
+    class Host(torch.nn.Sequential):
+        pass
 
-    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
-    sizes = torch.tensor([[1.0, 2, 1, 3, 1, 1], [1, 1, 1, 1, 2, 5]])
-    reducer = Noting(2, importance="class_attention").resolved(TOWER)
-    with merge(x, reducer, 2, sizes=sizes):
-        assert Block()(x).shape == (2, 4, 8)
-    heads = x.view(2, 6, 2, 4).transpose(1, 2)
-    scores = heads @ heads.transpose(-1, -2) * 0.5 + sizes.log()[:, None, None]
-    scores = scores + {None: 0, "row": torch.arange(6.0), "square": torch.arange(36.0).view(6, 6)}[bias]
-    assert seen[0] is not None
-    torch.testing.assert_close(seen[0], scores.softmax(-1)[:, :, 0].mean(1))
+    @crossget.register(Host)
+    def adapter(model: Host) -> list[crossget.Tower]:
+        return [crossget.Tower("visual", blocks=list(model), width=8, prefix=1, class_token=True)]
+
+    x = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 4], x[0, 5], x[1, 4], x[1, 7] = x[0, 3], x[0, 3], x[1, 3], x[1, 6]  # these merge first
+    model = Host(Block(), Block(), Block())
+    method = crossget.Ward((1, 1, 2), importance="class_attention", norm_correction=False)
+    try:
+        with torch.no_grad(), crossget.attach(model, method) as attached, attached.recording():
+            model(x)
+    finally:
+        crossget.unregister(Host)
+    _, before, last = attached.records["visual"]
+    assert before.sizes.tolist() == [[1, 1, 1, 3, 1, 1, 1, 1], [1, 1, 1, 2, 1, 2, 1, 1]]
+    heads = before.features.unflatten(-1, (2, 4)).transpose(1, 2)
+    scores = heads[:, :, :1] @ heads.transpose(-1, -2) * 0.5 + before.sizes.log()[:, None, None]
+    if mask is not None:  # the members of a group have one value in the class token's row
+        members = torch.tensor([[row.index(new) for new in range(8)] for row in before.source.tolist()])
+        scores = scores + mask[0, 0, 0][members][:, None, None]
+    received = scores.softmax(-1)[:, :, 0].mean(1)
+    assert last.score is not None
+    torch.testing.assert_close(last.score, (1 + received * 10 / before.sizes).log())
 
 
 # Fields ---------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
-from crossget.core.reduction import Merge
-from crossget.core.state import Forward, HostOutputs, TokenState
-from crossget.methods.reducers import Reducer
 
 TOKENS = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
 ATTENTIONS = ["sdpa", "mha", "mha_weights", "eager", "bmm"]
@@ -93,13 +89,3 @@ def registered() -> Iterator[None]:
 
     yield
     crossget.unregister(Plain)
-
-
-def merge(tokens: Tensor, reducer: Reducer, r: int, **state: Any) -> Merge:
-    """What a block runs under on tokens [B, T, C] of which the first is protected; `state` sets fields of its state."""
-    forward = Forward(
-        None, reducer, 1, tokens.shape[1], prefix=1, causal=False, class_token=True, padding=False, has_end=False,
-        outputs=HostOutputs("tokens", "tokens", 0),
-    )  # fmt: skip
-    begun = TokenState.start(forward, tokens.shape[0], tokens.device)
-    return Merge(tokens, dataclasses.replace(begun, **state), r)

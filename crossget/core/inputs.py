@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a model is called with: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+
+
+AnyInputs = Inputs | Callable[[], Any]
+"""`Inputs`, or a function that runs the model, such as `lambda: model.encode_image(images)`."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +78,40 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             yield from tensors_in(list(leaf.values()))
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             yield from tensors_in([getattr(leaf, entry.name) for entry in dataclasses.fields(leaf)])
+
+
+def as_function(model: nn.Module, inputs: AnyInputs) -> Callable[[], Any]:
+    """A function that runs the model on `inputs`, with the same random numbers every time.
+
+    Raises:
+        TypeError: `inputs` is no tensor, tuple, mapping or function.
+    """
+    is_function = callable(inputs) and not isinstance(inputs, Tensor | nn.Module)
+    run: Callable[[], Any] = inputs if is_function else partial(as_call(inputs).run, model)  # type: ignore[assignment, arg-type]
+
+    def repeatable() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return run()
+
+    return repeatable
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context in which a model is in eval mode and computes no gradients.
+
+    The fused kernel of nn.MultiheadAttention for inference is off, as it rounds differently from its other kernels.
+    """
+    training = [module for module in model.modules() if module.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module in training:
+            module.training = True

@@ -1,0 +1,184 @@
+"""Attaching a reducer to a model, in place: `attach`, `load`, `find_towers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from crossget.core import saving
+from crossget.core.adapters import absent_towers, adapted_towers, has_adapter, reason_against
+from crossget.core.attachment import Attachment, attach_towers, by_tower
+from crossget.core.block_class import owner_of
+from crossget.core.discovery import FoundTowers, discover, warn_about
+from crossget.core.example_inputs import example_inputs
+from crossget.core.inputs import AnyInputs
+from crossget.methods.reducers import Reducer
+
+
+def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTowers:
+    """The towers of a model, which `attach` reduces.
+
+    The towers of a model with an adapter are those that the adapter lists, and no forward runs. In any other model
+    they are found by watching a forward, and proved by further ones (`crossget.core.discovery`). The result is a list
+    of `Tower`. Printed, it says what is known about each, and what cannot be reduced and why. `crossget.register`
+    takes it, so that later no forward is needed.
+
+    Args:
+        model: an instance of `nn.Module`, not attached.
+        inputs: what a model without adapter is run on: a tensor, a tuple of positional arguments, a mapping of keyword
+            arguments, or a function that runs the model. Give two different images (texts, clips) or more. None: random
+            images, for models of timm, open_clip, torchvision and transformers whose configuration tells their size.
+
+    Raises:
+        TypeError: nothing in the model can be reduced (the message says why), or `inputs` is None and no inputs are
+            known for the model.
+        RuntimeError: the adapter found nothing to reduce.
+    """
+    if has_adapter(model):
+        return FoundTowers(adapted_towers(model))
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    reason = reason_against(model)
+    if inputs is None:
+        inputs = None if reason else example_inputs(model)
+    if inputs is None:
+        raise TypeError(
+            f"cannot reduce {name}: {reason or 'it has no adapter, and no inputs are known for it'}. Give two "
+            "different images, as in crossget.attach(model, reducer, inputs=images), to look for its towers in a "
+            "forward; or write an adapter with crossget.register (docs/backbones.md)"
+        )
+    found = discover(model, inputs)
+    if not found:
+        reasons = str(found) or "no two modules pass one sequence of tokens from each to the next"
+        raise TypeError(
+            f"cannot reduce {name}: in a forward on the given inputs, no tower was found that can be reduced:\n"
+            f"{reasons}\n"
+            "If its blocks do pass one sequence [B, T, C], write an adapter with crossget.register (docs/backbones.md)"
+        )
+    return found
+
+
+def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer], inputs: AnyInputs | None = None) -> Attachment:
+    """Attach a reducer to a model, in place: its tokens are reduced from the next forward on.
+
+    Args:
+        model: any model of images, text or audio with transformer blocks, see `crossget.find_towers`.
+        reducer: one for the model, or a dict by tower name. A single reducer on a model with several towers reduces the
+            image tower. If it has a cross token, the other towers get one, too, with r = 0, as in the authors' code.
+        inputs: two different inputs for a model without adapter, see `crossget.find_towers`.
+
+    Returns:
+        The handle. `Attachment.detach` undoes it, and so does the end of `with` on the handle.
+
+    Raises:
+        TypeError: the model is not supported (the message says why), or `reducer` is not a reducer.
+        ValueError: the model is attached already, a tower's name is unknown, or the reducer cannot work on the tower.
+        RuntimeError: the adapter found nothing to reduce.
+
+    Warns:
+        DiscoveryWarning: the model has no adapter. It says what was found, proved and assumed.
+    """
+    check_not_attached(model)
+    found = find_towers(model, inputs)
+    chosen = by_tower({tower.name: tower for tower in found}, reducer, absent_towers(model))
+    attached = attach_towers(found, chosen)
+    if found.discovered:
+        warn_about(model, found)
+    return attached
+
+
+def check_not_attached(model: nn.Module) -> None:
+    """Check that a model is not attached.
+
+    Raises:
+        ValueError: it is.
+    """
+    previous = find_attachment(model)
+    if previous is not None:
+        raise ValueError(
+            f"already attached: {previous}. Call .detach() on the handle that attach returned (or "
+            "crossget.attachment(model).detach()), or set its .reducer"
+        )
+
+
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """The model's attachment; None if it has none."""
+    owners = (owner_of(module) for module in model.modules())
+    return next((owner for owner in owners if isinstance(owner, Attachment)), None)
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The handle of an attached model. Use it for a copy or an unpickled model, for example.
+
+    Raises:
+        ValueError: the model is not attached.
+    """
+    found = find_attachment(model)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} is not attached: call crossget.attach(model, reducer) first")
+    return found
+
+
+def load(model: nn.Module, folder: str | Path) -> Attachment:
+    """Attach the reducers and cross tokens that `Attachment.save` has written.
+
+    Args:
+        model: a model of the same architecture, not attached.
+        folder: a local folder, or the id of a repository on the Hugging Face hub.
+
+    Returns:
+        The handle, as from `crossget.attach`.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: the files were written by a newer version, name an unknown method, or do not fit the model.
+    """
+    reducers, weights, where = saving.open_folder(folder)
+    return attach_with(model, reducers, weights, where)
+
+
+def attach_with(
+    model: nn.Module,
+    reducer: Reducer | Mapping[str, Reducer],
+    cross_tokens: Mapping[str, Tensor],
+    where: str,
+    previous: Attachment | None = None,
+) -> Attachment:
+    """Attach a reducer and set its cross tokens. If they do not fit the model, it stays detached.
+
+    Args:
+        model: the model.
+        reducer: as for `crossget.attach`.
+        cross_tokens: per tower [L, C].
+        where: the source of the cross tokens, for messages.
+        previous: the handle of a model that is attached already. Only its cross tokens are set.
+
+    Returns:
+        The handle.
+
+    Raises:
+        ValueError: the cross tokens of a tower are missing or have another shape, or there are some for a tower that is
+            not attached.
+    """
+    attached = previous or attach(model, reducer)
+    try:
+        _set_cross_tokens(attached, cross_tokens, where)
+    except ValueError:
+        if previous is None:
+            attached.detach()
+        raise
+    return attached
+
+
+def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where: str) -> None:
+    """See `attach_with`."""
+    expected = {name: tuple(p.shape) for name, p in attached.cross_tokens.items()}
+    found = {name: tuple(value.shape) for name, value in weights.items() if name in expected or name in attached.towers}
+    unknown = sorted(set(weights) - set(attached.towers))
+    if unknown or any(found.get(name) != shape for name, shape in expected.items()):
+        raise ValueError(f"{where} has cross tokens {found} {unknown or ''}: this attachment needs {expected}")
+    with torch.no_grad():
+        for name, parameter in attached.cross_tokens.items():
+            parameter.copy_(weights[name])

@@ -1,0 +1,141 @@
+"""One dense forward of a model under hooks: which modules are called with tokens, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from crossget.core.block_class import argument_names
+from crossget.core.layout import packed_lengths
+from crossget.core.tower import split_tokens
+
+# Layers that make tokens from inputs, by the kind of the inputs.
+_STEMS: dict[str, tuple[type[nn.Module], ...]] = {
+    "visual": (nn.Conv2d, nn.Conv3d), "audio": (nn.Conv1d,), "text": (nn.Embedding,),
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module whose first argument may be tokens.
+
+    Attributes:
+        module: the module.
+        path: its path in the model.
+        tokens: its first argument, [B, T, C], [T, B, C] or [N, C].
+        args, kwargs: the other arguments.
+        caller: the call that this one is made in, if that has tokens, too; otherwise None.
+        stem: the kind of the last layer that made tokens from inputs before the call: "visual", "audio", "text" or "".
+        equal_rows: by layout ("BTC", "TBC", "NC"), [T] true for positions whose tokens are equal for all inputs.
+        out: what the module returned, or the first part of it, if it has the shape of `tokens`; otherwise None.
+    """
+
+    module: nn.Module
+    path: str
+    tokens: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    caller: ModuleCall | None
+    stem: str
+    equal_rows: dict[str, Tensor] = field(default_factory=dict)
+    out: Tensor | None = None
+
+
+class Probe:
+    """Notes the calls of a model's modules in one forward.
+
+    Attributes:
+        calls: those with tokens, in the order in which they began.
+        unlike: path -> why the call of a module with children is none of a block.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.calls: list[ModuleCall] = []
+        self.unlike: dict[str, str] = {}
+        self._open: list[ModuleCall | None] = []
+        self._stem = ""
+
+    def run(self, run: Callable[[], Any]) -> Any:
+        """Run the model under hooks, which are removed afterwards, and return what it returns."""
+        hooks: list[Any] = []
+        try:
+            for module in self.paths:
+                kind = next((kind for kind, classes in _STEMS.items() if isinstance(module, classes)), None)
+                if kind is not None:
+                    hooks.append(module.register_forward_pre_hook(partial(self._on_stem, kind)))
+                elif _may_be_block(module):
+                    hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                    hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
+            return run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _on_stem(self, kind: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        ids = args[0] if args else None
+        if kind != "text":
+            self._stem = kind
+        elif isinstance(ids, Tensor) and ids.dim() > 1 and not bool((ids == ids[:1]).all()):
+            self._stem = kind  # other embeddings are looked up with positions, which are equal for all texts
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = argument_names(type(module).forward)
+        call = None
+        if args or (names and names[0] in kwargs):
+            tokens, rest, named = split_tokens(names, args, kwargs)
+            if _is_sequence(tokens):
+                caller = next((one for one in reversed(self._open) if one is not None), None)
+                call = ModuleCall(module, self.paths[module], tokens, tuple(rest), dict(named), caller, self._stem)
+                call.equal_rows = _equal_rows(call)
+                self.calls.append(call)
+            else:
+                self.unlike.setdefault(self.paths[module], f"it gets {_describe(tokens)}")
+        self._open.append(call)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        call = self._open.pop()
+        if call is None:
+            return
+        first = out[0] if isinstance(out, tuple) and out else out
+        if isinstance(first, Tensor) and first.shape == call.tokens.shape:
+            call.out = first
+        else:
+            self.unlike.setdefault(call.path, f"it gets {_describe(call.tokens)} and returns {_describe(first)}")
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Whether a module can hold an attention: it has children, or is no layer of torch."""
+    return next(module.children(), None) is not None or not type(module).__module__.startswith("torch.nn")
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether a value can be the tokens of a block."""
+    return isinstance(value, Tensor) and value.dim() in (2, 3) and value.is_floating_point() and value.numel() > 0
+
+
+def _equal_rows(call: ModuleCall) -> dict[str, Tensor]:
+    """See `ModuleCall.equal_rows`. It is computed before the call, as blocks may change their input in place."""
+    tokens = call.tokens
+    if tokens.dim() == 3:
+        return {
+            "BTC": (tokens == tokens[:1]).all(-1).all(0),
+            "TBC": (tokens == tokens[:, :1]).all(-1).all(1),
+        }
+    lengths = packed_lengths(tokens, [*call.args, *call.kwargs.values()])
+    if lengths is None or len(set(lengths)) != 1:
+        return {}
+    by_image = tokens.reshape(len(lengths), -1, tokens.shape[1])
+    return {"NC": (by_image == by_image[:1]).all(-1).all(0)}
+
+
+def _describe(value: Any) -> str:
+    """What a value is, in a few words."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__} instead of tokens"
+    shape = f"{list(value.shape)}"
+    return f"an image grid {shape}" if value.dim() == 4 else f"a tensor {shape}"
