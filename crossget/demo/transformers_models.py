@@ -253,17 +253,18 @@ def _found(row: Row, model: nn.Module, way: tiny_inputs.Way) -> Row:
     try:
         towers = crossget.find_towers(model, way.call)
     except TypeError as error:
-        return dataclasses.replace(row, cause=str(error))
+        # The first line names the class and the last one gives advice; those between are the reasons.
+        return dataclasses.replace(row, cause="; ".join(str(error).splitlines()[1:-1]) or str(error))
     except Exception as error:
         return dataclasses.replace(row, cause=f"find_towers failed: {_text(error)}")
-    towers, refused = [tower for tower in towers if tower.reducible], dict(towers.refused)
+    reducible = [tower for tower in towers if tower.reducible]
     try:
         # Towers that no adapter lists are proved when they are found.
-        failed = prove_model(model, way.call, towers) if has_adapter(model) else {}
+        failed = prove_model(model, way.call, reducible) if has_adapter(model) else {}
     except Exception as error:
-        failed = {tower.name: f"the proof failed: {_text(error)}" for tower in towers}
-    lines = {_without_depth(str(tower)): failed.get(tower.name, "") for tower in towers}
-    return dataclasses.replace(row, towers=lines, refused=refused)
+        failed = {tower.name: f"the proof failed: {_text(error)}" for tower in reducible}
+    lines = {_without_depth(str(tower)): failed.get(tower.name, "") for tower in reducible}
+    return dataclasses.replace(row, towers=lines, refused=towers.refused)
 
 
 def _without_depth(tower: str) -> str:
