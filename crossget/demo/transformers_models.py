@@ -34,7 +34,7 @@ from crossget.integrations._support import SupportRow
 
 WORKERS = 2
 SECONDS, MEMORY = 100.0, 10 << 30  # limits of one model: time, and bytes of address space
-WAYS = 2  # of calling a model, until one shows a tower
+WAYS = 3  # of calling a model, until one shows a tower
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Row:
 
     def support(self) -> SupportRow:
         """As a row of `crossget models`."""
-        return SupportRow(self.name or self.family, self.name, bool(self.proved), self.proved, self.reason)
+        return SupportRow(self.name or self.family, self.name, bool(self.proved), self.proved, _short(self.reason))
 
     def _rank(self) -> tuple[bool, bool, bool, bool]:
         return bool(self.proved), bool(self.towers), bool(self.called), self.built
