@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,38 +19,40 @@ from crossget.core.adapters import Tower
 from crossget.core.block_class import Wrapped
 from crossget.core.state import TokenState
 
+Part = tuple[nn.Module, str]
+"""A part of a host: a module, and the name of its attribute, or the path to it. It is looked up when it is used."""
 
-def project(norm: nn.Module | None, owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
+
+def project(parts: Sequence[Part], tokens: Tensor) -> Tensor:
     """Project cross tokens [N, C] into the joint space of the towers [N, E]. The parameters get no gradient.
 
     Args:
-        norm: a module that is applied first; None: none is.
-        owner: the module that has the projection as an attribute.
-        name: name of this attribute, which is a module, a matrix [C, E], or None.
+        parts: what is applied, in this order: modules, matrices [C, E], or None for nothing.
         tokens: [N, C].
     """
-    tokens = tokens if norm is None else frozen(norm, tokens)
-    projection = getattr(owner, name)
-    if isinstance(projection, nn.Module):
-        return frozen(projection, tokens)
-    return tokens if projection is None else tokens @ projection.detach()
+    for owner, path in parts:
+        part = attrgetter(path)(owner)
+        if isinstance(part, nn.Module):
+            tokens = frozen(part, tokens)
+        elif part is not None:
+            tokens = tokens @ part.detach()
+    return tokens
 
 
-def embed(norms: Sequence[nn.Module], owner: nn.Module, name: str, tokens: Tensor) -> Tensor:
+def embed(parts: Sequence[Part], tokens: Tensor) -> Tensor:
     """Project tokens [.., C] of the last block into the joint space [.., E], as the host does with its pooled token.
 
     Args:
-        norms: modules that are applied first, in this order.
-        owner: the module that has the projection as an attribute.
-        name: name of this attribute, as in `project`.
+        parts: what is applied, as in `project`.
         tokens: [.., C].
     """
-    for norm in norms:
-        tokens = norm(tokens)
-    projection = getattr(owner, name)
-    if isinstance(projection, nn.Module):
-        return torch.as_tensor(projection(tokens))
-    return tokens if projection is None else tokens @ projection
+    for owner, path in parts:
+        part = attrgetter(path)(owner)
+        if isinstance(part, nn.Module):
+            tokens = torch.as_tensor(part(tokens))
+        elif part is not None:
+            tokens = tokens @ part
+    return tokens
 
 
 def is_of(host: str, module: nn.Module) -> bool:

@@ -118,7 +118,7 @@ def prompt(model: Any, parts: Any, features: Callable[[Mapping[str, Any]], Featu
     return Prompt(
         models=[model] if parts is model else [model, parts],
         placeholder=image_token(model.config),
-        embedding=model.get_input_embeddings(),
+        input_embeddings=model.get_input_embeddings,
         features=features,
         pad=_setting(model.config, "pad_token_id") or 0,
     )

@@ -29,17 +29,17 @@ _DECODES = (
 @register(blip.BlipModel)
 def contrastive(model: Any) -> list[Tower]:
     """The image tower and the text tower. Their poolers are applied to the first token before it is projected."""
-    norm, pooler = model.vision_model.post_layernorm, model.text_model.pooler
-    image = partial(project, nn.Sequential(norm, norm), model, "visual_projection")
-    words = partial(project, nn.Sequential(pooler.dense, pooler.activation), model, "text_projection")
+    norm, pooler = (model, "vision_model.post_layernorm"), "text_model.pooler"
+    image = partial(project, [norm, norm, (model, "visual_projection")])
+    words = partial(project, [(model, f"{pooler}.dense"), (model, f"{pooler}.activation"), (model, "text_projection")])
     return [_visual(model.vision_model, restore=False, project=image), *_text(model.text_model, project=words)]
 
 
 @register(blip.BlipForImageTextRetrieval)
 def retrieval(model: Any) -> list[Tower]:
     """The image tower and the text tower."""
-    image = partial(project, model.vision_model.post_layernorm, model, "vision_proj")
-    words = partial(project, None, model, "text_proj")
+    image = partial(project, [(model, "vision_model.post_layernorm"), (model, "vision_proj")])
+    words = partial(project, [(model, "text_proj")])
     return [_visual(model.vision_model, restore=False, project=image), *_text(model.text_encoder, project=words)]
 
 

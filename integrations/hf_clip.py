@@ -38,8 +38,8 @@ def _visual(model: Any, part: Any) -> Tower:
         part,
         prefix=1,
         class_token=True,
-        project=partial(project, part.pre_layrnorm, model, "visual_projection") if projects else None,
-        embed=partial(embed, [part.post_layernorm], model, "visual_projection") if projects else None,
+        project=partial(project, [(part, "pre_layrnorm"), (model, "visual_projection")]) if projects else None,
+        embed=partial(embed, [(part, "post_layernorm"), (model, "visual_projection")]) if projects else None,
     )
 
 
@@ -51,7 +51,7 @@ def _text(model: Any, part: Any) -> Tower:
         prefix=1,
         causal=True,
         text=TextInput(part.embeddings.token_embedding, partial(_end, part.config.eos_token_id)),
-        project=partial(project, part.final_layer_norm, model, "text_projection") if projects else None,
+        project=partial(project, [(part, "final_layer_norm"), (model, "text_projection")]) if projects else None,
     )
 
 

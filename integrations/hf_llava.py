@@ -18,7 +18,7 @@ from transformers.models.llava import modeling_llava as llava
 
 from crossget.core.adapters import Features, IntermediatesHook, Prefilled, Stages, Tower, register
 from crossget.integrations import hf
-from crossget.integrations._support import frozen
+from crossget.integrations._support import project
 
 _CLASSES = [llava.LlavaForConditionalGeneration, *filter(None, [getattr(llava, "LlavaModel", None)])]
 
@@ -47,7 +47,7 @@ def _visual(model: Any, parts: Any) -> Tower:
         restore=several,
         importance="attention",
         keys="mean_heads",
-        project=None if several else partial(frozen, parts.multi_modal_projector),
+        project=None if several else partial(project, [(parts, "multi_modal_projector")]),
         intermediates=[
             IntermediatesHook(parts, "get_image_features", layers, grid=several, hides_rest=_RETURNS_FEATURES_ONLY)
         ],

@@ -40,7 +40,7 @@ def text(model: Any) -> list[Tower]:
             part,
             prefix=1,  # the first token is protected as in other text towers, though it is no start-of-text token
             text=TextInput(part.embeddings.token_embedding, _last),
-            project=partial(project, part.final_layer_norm, part, "head"),
+            project=partial(project, [(part, "final_layer_norm"), (part, "head")]),
         )
     ]
 

@@ -62,11 +62,9 @@ def absent(model: Any) -> dict[str, str]:
     return {name: reason for name, reason in parts.items() if isinstance(reason, str)}
 
 
-def explain(model: nn.Module) -> str:
-    """Why a module of open_clip has no adapter."""
-    if isinstance(model, ModifiedResNet):
-        return str(_visual(model))
-    return "it is neither a model of open_clip nor one of its towers"
+def impossible(model: nn.Module) -> str:
+    """Why no tower can be found in a module of open_clip; empty if a forward may show one."""
+    return str(_visual(model)) if isinstance(model, ModifiedResNet) else ""
 
 
 # Images -------------------------------------------------------------------------------------------------------------
@@ -85,8 +83,8 @@ def _visual(visual: Any) -> Any:
         width=int(visual.class_embedding.shape[0]),
         prefix=1,
         class_token=True,
-        project=None if pools else partial(project, visual.ln_pre, visual, "proj"),
-        embed=None if pools else partial(embed, [visual.ln_post], visual, "proj"),
+        project=None if pools else partial(project, [(visual, "ln_pre"), (visual, "proj")]),
+        embed=None if pools else partial(embed, [(visual, "ln_post"), (visual, "proj")]),
         single_token_outputs=[SingleTokenOutput(visual, _returns_class_token_only)],
     )
 
@@ -108,12 +106,12 @@ def _trunk(visual: Any) -> Any:
 
 def _trunk_projection(visual: Any) -> Any:
     """The projection of one token into the joint space; None with an attention pool, which needs all tokens."""
-    norm = getattr(visual.trunk, "norm_pre", None)
+    norm = [(visual.trunk, "norm_pre")] if hasattr(visual.trunk, "norm_pre") else []
     if isinstance(getattr(visual.head, "proj", None), nn.Linear):
-        return partial(project, norm, visual.head, "proj")
+        return partial(project, [*norm, (visual, "head.proj")])
     pools = getattr(visual.trunk, "attn_pool", None) is not None
     if not pools and isinstance(getattr(visual.trunk, "head", None), nn.Linear):
-        return partial(project, norm, visual.trunk, "head")
+        return partial(project, [*norm, (visual.trunk, "head")])
     return None
 
 
@@ -122,8 +120,8 @@ def _trunk_embedding(visual: Any) -> Any:
     trunk = visual.trunk
     if getattr(trunk, "attn_pool", None) is not None or hasattr(visual.head, "pool"):
         return None
-    norms = [part for name in ("norm", "fc_norm", "head") if (part := getattr(trunk, name, None)) is not None]
-    return partial(embed, norms, visual, "head")
+    norms = [(trunk, name) for name in ("norm", "fc_norm", "head") if hasattr(trunk, name)]
+    return partial(embed, [*norms, (visual, "head")])
 
 
 # Texts --------------------------------------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ def _text(model: Any) -> Any:
         causal=text.attn_mask is not None,
         padding=pool == "appended" or getattr(text, "use_pad_mask", False),
         text=TextInput(text.token_embedding, partial(_end, pool, eos), single_token=pool != "none"),
-        project=partial(project, text.ln_final, text, "text_projection"),
+        project=partial(project, [(text, "ln_final"), (text, "text_projection")]),
         single_token_outputs=[] if pool == "none" else _text_outputs(model, text),
     )
 
@@ -201,7 +199,7 @@ def _hf_text(text: Any) -> Any:
         )
     encoder, names = text.transformer, _HF_PARTS[kind]
     embedding = encoder.get_submodule(names[0])
-    norm = None if names[2] is None else encoder.get_submodule(names[2])
+    norm = [] if names[2] is None else [(encoder, names[2])]
     single_token = hasattr(text.pooler, "cls_token_position")
     locate = partial(_first if single_token else _all, config.pad_token_id)
     # The encoder's own pooler comes before the projection, so single tokens cannot be projected.
@@ -213,7 +211,7 @@ def _hf_text(text: Any) -> Any:
         prefix=0 if single_token else 1,
         padding=True,
         text=TextInput(embedding, locate, single_token),
-        project=None if own_pooler else partial(project, norm, text, "proj"),
+        project=None if own_pooler else partial(project, [*norm, (text, "proj")]),
         masks=() if kind == "mt5" else ("attention_mask",),
         fit_arguments=_widen_mask if kind == "mt5" else None,
     )

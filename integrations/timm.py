@@ -133,9 +133,14 @@ _GATES = r"SplitAttn|SelectiveKernelAttn|AttentionPool\w*|RotAttentionPool\w*"
 _ATTENTION = re.compile(rf"(?!(?:{_GATES})$)\w*(?:Attn|Attention|MHSA|GPSA|SHSA|SHMA|LiteMLA|XCA|Lambda)")
 
 
+def impossible(model: nn.Module) -> str:
+    """Why no tower can be found in a model of timm; empty if a forward may show one."""
+    return "" if any(_ATTENTION.match(type(module).__name__) for module in model.modules()) else NO_ATTENTION
+
+
 def explain(model: nn.Module) -> str:
-    """Why a model of timm has no adapter."""
-    if not any(_ATTENTION.match(type(module).__name__) for module in model.modules()):
+    """Why a model of timm has no adapter, for the table of all names."""
+    if impossible(model):
         return NO_ATTENTION
     home = type(model).__module__.rpartition(".")[2]
     return next((reason for reason, homes in REASONS.items() if home in homes.split()), UNKNOWN)

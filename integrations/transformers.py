@@ -32,13 +32,6 @@ REASONS = {
 }
 
 
-def explain(model: nn.Module) -> str:
-    """Why a model of transformers has no adapter."""
-    places = type(model).__module__.split(".")
-    found = (reason for reason, homes in REASONS.items() if not set(homes.split()).isdisjoint(places))
-    return next(found, f"of transformers' models, these families are known here: {', '.join(FAMILIES)}")
-
-
 def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
     """One row for each class of transformers that has an adapter."""
     for cls in _adapted():

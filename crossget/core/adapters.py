@@ -171,14 +171,14 @@ class Prompt:
     Attributes:
         models: the modules whose forward takes such prompts, the outermost first. Only the first has a `generate`.
         placeholder: id of the placeholder token.
-        embedding: the token embedding of the language model.
+        input_embeddings: a function without arguments that returns the token embedding of the language model.
         features: a function from a call's arguments, by name, to the `Features` of its images.
         pad: id of the padding token.
     """
 
     models: Sequence[nn.Module]
     placeholder: int
-    embedding: nn.Module
+    input_embeddings: Callable[[], nn.Module]
     features: Callable[[Mapping[str, Any]], Features]
     pad: int = 0
 
@@ -463,7 +463,7 @@ def reason_against(model: nn.Module) -> str:
         return "it is a TorchScript model, whose compiled code cannot be watched: load it without jit"
     for cls in type(model).__mro__:
         for module in load_integrations(cls):
-            reason: str = module.explain(model) if hasattr(module, "explain") else ""
+            reason: str = module.impossible(model) if hasattr(module, "impossible") else ""
             if reason:
                 return reason
     return ""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from crossget.core import saving
 from crossget.core.adapters import absent_towers, adapted_towers, has_adapter, reason_against
@@ -27,7 +30,8 @@ def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTower
     takes it, so that later no forward is needed.
 
     Args:
-        model: an instance of `nn.Module`, not attached.
+        model: an instance of `nn.Module`, not attached. Of a compiled, data-parallel, averaged or PEFT model, it is the
+            model inside.
         inputs: what a model without adapter is run on: a tensor, a tuple of positional arguments, a mapping of keyword
             arguments, or a function that runs the model. Give two different images (texts, clips) or more. None: random
             images, for models of timm, open_clip, torchvision and transformers whose configuration tells their size.
@@ -37,6 +41,7 @@ def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTower
             known for the model.
         RuntimeError: the adapter found nothing to reduce.
     """
+    model = unwrapped(model)
     if has_adapter(model):
         return FoundTowers(adapted_towers(model))
     name = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -44,6 +49,13 @@ def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTower
     if inputs is None:
         inputs = None if reason else example_inputs(model)
     if inputs is None:
+        inner = next((path for path, module in model.named_modules() if path and has_adapter(module)), None)
+        if inner is not None:
+            raise TypeError(
+                f"cannot reduce {name}: it has no adapter, but {type(model.get_submodule(inner)).__qualname__} in it "
+                f"has one. Attach to that, as in crossget.attach(model.get_submodule({inner!r}), reducer); or give two "
+                "different images as inputs=, to look for towers in a forward of the whole"
+            )
         raise TypeError(
             f"cannot reduce {name}: {reason or 'it has no adapter, and no inputs are known for it'}. Give two "
             "different images, as in crossget.attach(model, reducer, inputs=images), to look for its towers in a "
@@ -101,6 +113,23 @@ def check_not_attached(model: nn.Module) -> None:
             f"already attached: {previous}. Call .detach() on the handle that attach returned (or "
             "crossget.attachment(model).detach()), or set its .reducer"
         )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in a wrapper that runs it unchanged.
+
+    Such wrappers are those of torch.compile, DataParallel and DistributedDataParallel, torch's AveragedModel, and a
+    PEFT model.
+    """
+    while True:
+        inner: Any = model._modules.get("_orig_mod")  # of torch.compile
+        if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
+            inner = model.module
+        elif type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model"):
+            inner = cast("Any", model).get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
 
 
 def find_attachment(model: nn.Module) -> Attachment | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from crossget.core.adapters import Blocks, Tower, recognised_kernels
 from crossget.core.block_class import argument_names
-from crossget.core.inputs import AnyInputs, as_function, evaluating
+from crossget.core.inputs import AnyInputs, as_function, evaluating, tensors_in
 from crossget.core.layout import BatchFirst
 from crossget.core.probe import ModuleCall, Probe
 from crossget.core.proofs import Refused, prove_blocks, prove_model, recognise, why
@@ -40,7 +40,7 @@ _KINDS = (
     ("audio", r"audio|speech|sound|(^|[._])mel([._]|$)"),
     ("text", r"text|language|bert|token_emb|word"),
 )
-_CLASS_TOKEN = re.compile(r"(^|[._])(cls|class)(_?(token|tok|embedding|embed|emb|pos))?s?$")
+_CLASS_TOKEN = re.compile(r"(^|[._])(cls|class)(_?(token|tok|embedding|embed|emb|pos))?s?(_?\d+)?$")
 
 
 class DiscoveryWarning(UserWarning):
@@ -81,10 +81,16 @@ def discover(model: nn.Module, inputs: AnyInputs) -> FoundTowers:
     with evaluating(model):
         probe = Probe(model)
         dense = probe.run(run)
+        if not any(True for _ in tensors_in(dense)):
+            raise TypeError(
+                f"on these inputs nothing was returned that is a tensor, but {type(dense).__name__}: give inputs of "
+                "the model, or a function that runs it and returns its output"
+            )
         finder = _Finder(model, probe)
         refused, towers = finder.refused, list[Tower]()
-        for chain in finder.chains:
-            tower, reason = _examined(model, chain)
+        for number, chain in enumerate(finder.chains):
+            before = finder.chains[number - 1] if number else None
+            tower, reason = _examined(model, chain, before, run)
             if tower is not None:
                 towers.append(tower)
             else:
@@ -120,11 +126,18 @@ class _Chain(list[ModuleCall]):
         layout: of their tokens.
         loop: number of blocks that the only module runs; 0: every module is a block.
         has_sums: the host adds the same to the tokens of all inputs between two blocks.
+        prefix: number of leading tokens that are protected, as far as it is known.
     """
 
     def __init__(self, calls: Sequence[ModuleCall], layout: BatchFirst, loop: int = 0) -> None:
         super().__init__(calls)
-        self.layout, self.loop, self.has_sums = layout, loop, False
+        self.layout, self.loop, self.has_sums, self.prefix = layout, loop, False, 0
+
+    @property
+    def batch(self) -> int:
+        """B of the first call."""
+        call = self[0]
+        return int(self.layout.batch(call.tokens, [*call.args, *call.kwargs.values()]))
 
 
 class _Finder:
@@ -208,26 +221,43 @@ class _Finder:
             self.chains.append(chain)
 
     def _explain(self, model: nn.Module, singles: Sequence[ModuleCall]) -> None:
-        """Note why lists of like modules make no tower. Of lists in each other, the inner one counts."""
-        used = {self._probe.paths[part] for chain in self.chains for call in chain for part in call.module.modules()}
-        by_path = {call.path: call for call in self._probe.calls}
-        for path, children in reversed(list(_lists(model))):
-            inner = (*used, *self.refused)
-            if any(one == path or one.startswith(f"{path}." if path else "") for one in inner):
-                continue
-            reason = next(filter(None, (self._reason(child, by_path.get(child), singles) for child in children)), None)
-            if reason is not None:
-                self.refused[path] = reason
+        """Note why lists of like modules make no tower.
 
-    def _reason(self, path: str, call: ModuleCall | None, singles: Sequence[ModuleCall]) -> str | None:
-        if path in self._probe.unlike:
-            return self._probe.unlike[path]
-        if call is None or call.out is None:
+        Of lists in each other, the outer one counts if its modules keep the shape of their tokens. If none does, it is
+        the inner one.
+        """
+        used = {self._probe.paths[part] for chain in self.chains for call in chain for part in call.module.modules()}
+        by_path = {call.path: call for call in self._calls}
+        lists = list(_lists(model))
+        for keep_shape, ordered in ((True, lists), (False, reversed(lists))):
+            for path, children in ordered:
+                if any(_is_part(one, path) for one in (*used, *self.refused)):
+                    continue
+                if any(_is_part(path, one) for one in self.refused):
+                    continue
+                if not keep_shape and self.chains and self._probe.attending.isdisjoint(children):
+                    continue  # convolutions, say: of interest only where nothing was found
+                found = (self._reason(child, by_path.get(child), singles, keep_shape) for child in children)
+                reason = next(filter(None, found), None)
+                if reason is not None:
+                    self.refused[path] = reason
+
+    def _reason(
+        self, path: str, call: ModuleCall | None, singles: Sequence[ModuleCall], keeps_shape: bool
+    ) -> str | None:
+        if not keeps_shape:
+            return self._probe.unlike.get(path)
+        if call is None:
             return None
         known = self._known.get(_structure(call.module))
         if isinstance(known, str):
             return known
-        return "its output is not what the next block gets" if call in singles else None
+        return "something between its blocks changes the tokens" if call in singles else None
+
+
+def _is_part(path: str, whole: str) -> bool:
+    """Whether a module is at, or in, the path of another one."""
+    return not whole or path == whole or path.startswith(f"{whole}.")
 
 
 def _structure(module: nn.Module) -> tuple[type, ...]:
@@ -265,16 +295,24 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
 # Facts ----------------------------------------------------------------------------------------------------------------
 
 
-def _examined(model: nn.Module, chain: _Chain) -> tuple[Tower | None, str]:
-    """The tower of a chain, proved; or None, and why it cannot be reduced."""
+def _examined(
+    model: nn.Module, chain: _Chain, before: _Chain | None, run: Callable[[], Any]
+) -> tuple[Tower | None, str]:
+    """The tower of a chain, proved; or None, and why it cannot be reduced. See `_tower_of` for the arguments."""
     try:
-        return _tower_of(model, chain), ""
+        return _tower_of(model, chain, before, run), ""
     except Exception as error:  # a block's own code, on other tokens than it expects
         return None, why(error)
 
 
-def _tower_of(model: nn.Module, chain: _Chain) -> Tower:
+def _tower_of(model: nn.Module, chain: _Chain, before: _Chain | None, run: Callable[[], Any]) -> Tower:
     """The tower of a chain, proved.
+
+    Args:
+        model: the model.
+        chain: the calls of its blocks.
+        before: the chain that was found before; None: it is the first one.
+        run: runs the model.
 
     Raises:
         Refused: it cannot be reduced.
@@ -284,13 +322,17 @@ def _tower_of(model: nn.Module, chain: _Chain) -> Tower:
     caches = _CACHES & names
     if any(call.kwargs.get(name) is not None for call in chain for name in caches):
         raise Refused("it keeps a cache: it is a language model that generates")
-    batch = layout.batch(first.tokens, [*first.args, *first.kwargs.values()])
+    batch = chain.batch
     length = int(layout.to_batch(first.tokens, batch).shape[1])
     causal = _is_causal(first, layout, batch)
     if causal and caches:
         raise Refused("it is causal and can keep a cache: it is a language model that generates")
     kind = _kind(first, model)
     prefix, fixed, notes = _protected(first, layout, batch, length, kind)
+    if not prefix and not fixed and before is not None and kind == _kind(before[0], model):
+        prefix = _handed_on(chain, before, run)
+        notes = [f"the first {prefix} tokens depend on protected ones only (seen)"] if prefix else notes
+    chain.prefix = prefix
     if length - prefix - len(fixed) < MIN_TOKENS:
         raise Refused(f"{length} tokens, {prefix + len(fixed)} of them protected, are too few to reduce")
     named = any(_CLASS_TOKEN.search(name) for name, _ in model.named_parameters())
@@ -353,6 +395,43 @@ def _protected(
     if fixed:
         notes.append(f"{len(fixed)} more such tokens at {fixed[0]} to {fixed[-1]} (seen)")
     return prefix, fixed, notes
+
+
+def _handed_on(chain: _Chain, before: _Chain, run: Callable[[], Any]) -> int:
+    """The prefix of a later stage of a pyramid: its first tokens that depend on those in the prefix before only.
+
+    The model runs once more, with other tokens after the prefix behind the stage before.
+    """
+    if not before.prefix:
+        return 0
+    found: list[Tensor] = []
+
+    def change(module: nn.Module, args: Any, out: Any) -> Any:
+        tokens = before.layout.to_batch(_first(out), before.batch)
+        noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0)).to(tokens)
+        other = torch.cat([tokens[:, : before.prefix], (tokens + noise)[:, before.prefix :]], 1)
+        other = before.layout.from_batch(other)
+        return (other, *out[1:]) if isinstance(out, tuple) else other
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        names = argument_names(type(module).forward)
+        found.append(args[0] if args else kwargs[names[0]])
+
+    hooks = [
+        before[-1].module.register_forward_hook(change),
+        chain[0].module.register_forward_pre_hook(note, with_kwargs=True),
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found or found[0].shape != chain[0].tokens.shape:
+        return 0
+    tokens, other = (chain.layout.to_batch(x, chain.batch) for x in (chain[0].tokens, found[0]))
+    equal = (tokens == other).all(-1).all(0)
+    prefix = int((~equal).int().argmax()) if not bool(equal.all()) else 0
+    return prefix if prefix <= before.prefix else 0
 
 
 def _kind(call: ModuleCall, model: nn.Module) -> str:

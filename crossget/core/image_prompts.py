@@ -83,7 +83,7 @@ def placeholders(prompt: Prompt, arguments: Mapping[str, Any]) -> Tensor:
     if ids is not None:
         return torch.as_tensor(ids == prompt.placeholder)
     embeds = arguments["inputs_embeds"]
-    image = prompt.embedding(torch.tensor(prompt.placeholder, device=embeds.device))
+    image = prompt.input_embeddings()(torch.tensor(prompt.placeholder, device=embeds.device))
     return torch.as_tensor((embeds == image.to(embeds.dtype)).all(-1))
 
 

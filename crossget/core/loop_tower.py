@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from crossget.core.reduction import Merge
 from crossget.core.state import TokenState
 from crossget.core.tower import AttachedTower, BlockCall
-from crossget.core.watch import ADD, MATMUL
+from crossget.core.watch import ADD, MATMUL, MULTI_HEAD_ATTENTION, SDPA
 from crossget.methods.indexing import size_of
 
 
 def _attends(func: Any, args: tuple[Any, ...], tokens: int) -> bool:
     """Whether a call begins an attention over T = `tokens` tokens."""
-    if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+    if func in (SDPA, MULTI_HEAD_ATTENTION):
         return True
     operands = args[1:] if func is torch.einsum else args if func in MATMUL else ()
     return len(operands) == 2 and all(isinstance(x, Tensor) and x.dim() > 2 and tokens in x.shape for x in operands)

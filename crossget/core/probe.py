@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from crossget.core.block_class import argument_names
 from crossget.core.layout import packed_lengths
 from crossget.core.tower import split_tokens
+from crossget.core.watch import MULTI_HEAD_ATTENTION, SDPA, SOFTMAX
 
 # Layers that make tokens from inputs, by the kind of the inputs.
 _STEMS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -51,13 +53,16 @@ class Probe:
     Attributes:
         calls: those with tokens, in the order in which they began.
         unlike: path -> why the call of a module with children is none of a block.
+        attending: paths of modules in whose calls an attention was seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.paths = {module: path for path, module in model.named_modules()}
         self.calls: list[ModuleCall] = []
         self.unlike: dict[str, str] = {}
+        self.attending: set[str] = set()
         self._open: list[ModuleCall | None] = []
+        self._open_paths: list[str] = []
         self._stem = ""
 
     def run(self, run: Callable[[], Any]) -> Any:
@@ -71,7 +76,8 @@ class Probe:
                 elif _may_be_block(module):
                     hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                     hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
-            return run()
+            with Attentions(lambda *sizes: self.attending.update(self._open_paths)):
+                return run()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -96,9 +102,11 @@ class Probe:
             else:
                 self.unlike.setdefault(self.paths[module], f"it gets {_describe(tokens)}")
         self._open.append(call)
+        self._open_paths.append(self.paths[module])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         call = self._open.pop()
+        self._open_paths.pop()
         if call is None:
             return
         first = out[0] if isinstance(out, tuple) and out else out
@@ -106,6 +114,28 @@ class Probe:
             call.out = first
         else:
             self.unlike.setdefault(call.path, f"it gets {_describe(call.tokens)} and returns {_describe(first)}")
+
+
+class Attentions(TorchFunctionMode):
+    """Sees the attentions in a call of any module.
+
+    Args:
+        on_attention: called with the numbers of queries and keys of each.
+    """
+
+    def __init__(self, on_attention: Callable[[int, int], Any]) -> None:
+        super().__init__()
+        self._on_attention = on_attention
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is SDPA:
+            query, key = [*args, *(kwargs or {}).values()][:2]
+            self._on_attention(int(query.shape[-2]), int(key.shape[-2]))
+        elif func is MULTI_HEAD_ATTENTION:
+            self._on_attention(int(args[0].shape[0]), int(args[1].shape[0]))
+        elif func in SOFTMAX and args[0].dim() > 2:
+            self._on_attention(int(args[0].shape[-2]), int(args[0].shape[-1]))
+        return func(*args, **(kwargs or {}))
 
 
 def _may_be_block(module: nn.Module) -> bool:

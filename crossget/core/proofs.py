@@ -24,7 +24,7 @@ from crossget.core.attachment import Attachment, attach_towers, attached_tower
 from crossget.core.inputs import tensors_in
 from crossget.core.layout import BATCH_FIRST, PACKED, TOKENS_FIRST, BatchFirst
 from crossget.core.loop_tower import count_blocks
-from crossget.core.probe import ModuleCall
+from crossget.core.probe import Attentions, ModuleCall
 from crossget.core.state import Forward, HostOutputs, TokenState
 from crossget.core.tables import TableRows
 from crossget.core.tower import AttachedTower, BlockCall
@@ -51,7 +51,12 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
     Raises:
         Refused: no attention over its tokens with a residual was recognised.
     """
-    problem = "it returns another shape than it gets"
+    sizes: list[tuple[int, int]] = []
+    with torch.no_grad(), Attentions(lambda queries, keys: sizes.append((queries, keys))):
+        call.module.forward(call.tokens, *call.args, **call.kwargs)
+    problem = _why_no_attention(sizes, call.tokens)
+    if problem:
+        raise Refused(problem)
     for layout in (PACKED,) if call.tokens.dim() == 2 else (BATCH_FIRST, TOKENS_FIRST):
         tower = Tower("", [call.module], width=int(call.tokens.shape[-1]), layout=layout)
         try:
@@ -60,13 +65,27 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
                 count = count_blocks(call.module, call.tokens, state, call.args, call.kwargs)
                 if count:
                     return layout, count
-                problem = "no attention over all its tokens, followed by a residual, was recognised"
             else:
                 _run_all(tower, call)
                 return layout, 1
         except Exception as error:  # a module of any kind is called here, with a mode that may not fit it
-            problem = why(error)
-    raise Refused(problem)
+            problem = problem or why(error)
+    raise Refused(problem or "its attention over all tokens is followed by no sum with its input (a residual)")
+
+
+def _why_no_attention(sizes: Sequence[tuple[int, int]], tokens: Tensor) -> str:
+    """Why none of the attentions in a call can be that of a block over `tokens`; empty if one can.
+
+    Args:
+        sizes: the numbers of queries and keys of each.
+        tokens: [B, T, C] or [T, B, C].
+    """
+    if not sizes:
+        return "no attention was seen in it: it has none, or one in a kernel that hides its keys"
+    if tokens.dim() == 2 or any(queries == keys and queries in tokens.shape[:2] for queries, keys in sizes):
+        return ""
+    found = ", ".join(f"{queries} queries and {keys} keys" for queries, keys in dict.fromkeys(sizes))
+    return f"its attention is not over all tokens of {list(tokens.shape)}, but in windows or groups of {found}"
 
 
 def prove_blocks(tower: Tower, calls: Sequence[ModuleCall]) -> Tower:
@@ -119,8 +138,10 @@ def _error_of(tower: Tower, call: ModuleCall) -> tuple[float, str]:
     """
     try:
         return _prove_block(tower, call), ""
+    except Refused as reason:
+        return float("inf"), str(reason)
     except Exception as error:  # the block's own code, with fewer tokens than it expects
-        return float("inf"), why(error)
+        return float("inf"), f"on a part of its tokens it fails: {why(error)}"
 
 
 def _prove_block(tower: Tower, call: ModuleCall) -> float:
@@ -170,7 +191,9 @@ def _difference_on(
 ) -> float:
     """The largest difference between a block on the tokens at `kept` [B, T] and on all of them, see `_prove_block`."""
     tokens = attached.tower.layout.to_batch(call.tokens, len(kept))
-    part = replace(state, positions=kept, protected=state.protected.gather(1, kept), reduced=True)
+    # All tokens in another order are a new sequence, for which masks and tables stay as they are.
+    is_part = kept.shape[1] < tokens.shape[1]
+    part = replace(state, positions=kept, protected=state.protected.gather(1, kept), reduced=is_part)
     expected = take(_run(attached, call, tokens, reference), kept)
     found = _run(attached, call, take(tokens, kept), part)
     if found.shape != expected.shape:
@@ -226,7 +249,7 @@ def why(error: Exception) -> str:
     return text if len(text) < 300 else f"{text[:300]} ..."
 
 
-# The whole model -------------------------------------------------------------------------------------------------------
+# The whole model ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from crossget.core.state import TokenState, token_at
 from crossget.core.watch import IN_PLACE, Watch, additive, lower_triangle
 from crossget.methods.importance import attention_received, by_attention
 from crossget.methods.matching import MergePlan
-from crossget.methods.merging import norm_correction
+from crossget.methods.merging import merge_by, norm_correction
 from crossget.methods.reducers import View
 
 
@@ -52,6 +52,7 @@ class Merge(Watch):
         self._received: list[Tensor] = []
         # The block's mask arguments are for the remaining tokens, so the mask that it makes from them is, too.
         self._arguments_fitted = False
+        self._plan: MergePlan | None = None  # what was merged in this block
         # With norm correction: the tensor that the MLP's output is added to, which tells this addition from others.
         self._mlp_residual: Tensor | None = None
 
@@ -88,6 +89,11 @@ class Merge(Watch):
         return columns in (self.state.length, self.state.length + int(self.state.has_cross_token))
 
     def _fit(self, mask: Tensor) -> Tensor:
+        if not isinstance(mask, Tensor):
+            raise RuntimeError(
+                f"the block got a {type(mask).__name__} as its mask, of an attention kernel that cannot be recognised: "
+                "use SDPA, as by model.set_attn_implementation('sdpa')"
+            )
         if self.state.forward.padding and self.state.valid is None:
             self.state = self.state.with_padding(masks.find_padding(mask, self.state))
         return masks.fit_mask(mask, self.state)
@@ -154,13 +160,16 @@ class Merge(Watch):
             tokens, sizes, plan = reduced
             norms = norm_correction(by_image, self.state.norms, plan) if self.reducer.norm_correction else None
             self.state = self.state.advance(plan, sizes, norms)
+            self._plan = plan
             total = self.from_batch(tokens)
         if self.state.norms is not None:
             self._mlp_residual = total
         return total
 
     def scale_summands(self, func: Callable[..., Tensor], a: Any, b: Any) -> tuple[Any, Any]:
-        """The MLP's output is multiplied by the norms of the tokens (norm correction)."""
+        """The MLP's output is merged if it was computed for all tokens (a parallel block), and gets norm correction."""
+        if self._plan is not None and isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
+            a, b = self._merged(a), self._merged(b)
         norms = self.state.norms
         if norms is None or self._mlp_residual is None or (a is self._mlp_residual) == (b is self._mlp_residual):
             return a, b
@@ -168,6 +177,12 @@ class Merge(Watch):
         if a is self._mlp_residual:
             return a, b * factor
         return a.mul_(factor) if func in IN_PLACE else a * factor, b
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """Features of all tokens of the block, merged like the tokens; other tensors unchanged."""
+        if self._plan is None or not self.is_sequence(x):
+            return x
+        return self.from_batch(merge_by(self.to_batch(x), self._plan))
 
     def _reduce(self, total: Tensor) -> tuple[Tensor, Tensor | None, MergePlan] | None:
         view = self._view(total)

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from crossget.methods.reducers import Reducer
-from crossget.methods.schedules import Constant, Linear, PerLayer, RampedRatio, Ratio, Schedule
+from crossget.methods.schedules import Constant, Linear, Part, PerLayer, RampedRatio, Ratio, Schedule
 
 CONFIG_FILE, WEIGHTS_FILE, _VERSION = "crossget_config.json", "crossget.safetensors", 1
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-_SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, PerLayer, Ratio, RampedRatio)}
+_SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, Part, PerLayer, Ratio, RampedRatio)}
 
 
 def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Mapping[str, Tensor]) -> None:
@@ -104,7 +104,10 @@ def _schedule_to_json(r: Any) -> Any:
         return r
     if type(r) is not _SCHEDULES.get(type(r).__name__):
         raise TypeError(f"r is {r!r}: only {', '.join(_SCHEDULES)}, ints and lists of ints can be saved")
-    return {"schedule": type(r).__name__, **dataclasses.asdict(r)}
+    values = {field.name: getattr(r, field.name) for field in dataclasses.fields(r)}
+    if isinstance(r, Part):
+        values["whole"] = _schedule_to_json(r.whole)
+    return {"schedule": type(r).__name__, **values}
 
 
 def _reducer_from_json(entry: Mapping[str, Any]) -> Reducer:
@@ -125,6 +128,8 @@ def _schedule_from_json(r: Any) -> int | tuple[int, ...] | Schedule:
     if isinstance(r, list):
         return tuple(r)
     fields = dict(r)
+    if "whole" in fields:
+        fields["whole"] = _schedule_from_json(fields["whole"])
     schedule: Schedule = _SCHEDULES[fields.pop("schedule")](**fields)
     return schedule
 

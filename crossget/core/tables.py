@@ -83,6 +83,8 @@ class TableRows:
         axis = row_axis(table, state.length, state.forward.prefix)
         if axis is None or "mask" in name or "bias" in name:
             return table
+        if axis == 1 and table.dim() > 2 and table.shape[0] == 1:
+            table, axis = table[0], 0
         if axis == 0:
             table, axis = table[None], 1
             if self.layout == "b1n" and table.dim() > 2:

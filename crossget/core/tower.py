@@ -19,8 +19,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from crossget.core.adapters import Tower
+from crossget.core.adapters import RECOGNISED_KERNELS, Tower
 from crossget.core.block_class import argument_names, base_of, key_of, runner_of
 from crossget.core.carried import (
     Carried,
@@ -46,6 +47,7 @@ from crossget.core.state import (
     replace_token,
     token_at,
 )
+from crossget.core.watch import SDPA
 from crossget.methods.indexing import size_of, take
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import RampedRatio, Ratio, planned_tokens
@@ -158,7 +160,11 @@ class AttachedTower:
         """
         if self.parameter_owner is None:
             return self._own_cross_vectors
-        return cast("nn.Parameter | None", getattr(self.parameter_owner, self.tower.name, None))
+        return cast("nn.Parameter | None", getattr(self.parameter_owner, self._parameter_name, None))
+
+    @property
+    def _parameter_name(self) -> str:
+        return self.tower.name.replace(".", "_")  # torch allows no dot
 
     def register(self, owner: nn.Module | None) -> None:
         """Make the cross vectors a parameter of the module `owner`; None: of no module."""
@@ -167,7 +173,7 @@ class AttachedTower:
             self._own_cross_vectors = vectors
         elif vectors is not None:
             self._own_cross_vectors = None
-            owner.register_parameter(self.tower.name, vectors)
+            owner.register_parameter(self._parameter_name, vectors)
 
     def make_cross_token(self, origin: Tensor, record: ForwardRecord, layer: int) -> Tensor:
         """[B, C] the cross token of block `layer`: `origin` [B, C] without gradient, plus the block's vector."""
@@ -213,7 +219,7 @@ class AttachedTower:
             if self.parameter_owner is None:
                 self._own_cross_vectors = vectors
             else:
-                self.parameter_owner.register_parameter(self.tower.name, vectors)
+                self.parameter_owner.register_parameter(self._parameter_name, vectors)
         self.reducer = resolved
         self._warned = False
 
@@ -253,8 +259,10 @@ class AttachedTower:
         else:
             try:
                 out = proceed(*args, block_call=block_call, **kwargs)
-            except BaseException:
+            except BaseException as error:
                 self.handed_over.forget()
+                if isinstance(error, RuntimeError) and not state.unmodified and "size" in str(error):
+                    raise RuntimeError(self._failed(block, state, error)) from error
                 raise
         self._finish(out, block_call, layer)
         return out
@@ -599,6 +607,14 @@ class AttachedTower:
                 stacklevel=2,
             )
 
+    def _failed(self, block: nn.Module, state: TokenState, error: RuntimeError) -> str:
+        """The message for a block that fails on another number of tokens than the host's."""
+        return (
+            f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r} got "
+            f"{state.positions.shape[1]} tokens instead of {state.length}, and fails: {error}. If it has tables with "
+            "one row per token, name them in Tower.fit_arguments or Tower.makes_tables (docs/backbones.md)"
+        )
+
     def _not_recognised(self, block: nn.Module, watch: Merge) -> str:
         """The message for a block whose attention or residual was not recognised."""
         what = "no residual addition after its attention" if watch.attention_seen else "no attention over its tokens"
@@ -606,8 +622,19 @@ class AttachedTower:
         return (
             f"{where} showed {what} ({watch.tokens} tokens): expected F.scaled_dot_product_attention, "
             "nn.MultiheadAttention or matmul and softmax over [.., T, T], then an addition to the block's own input. "
-            "docs/backbones.md lists what can be recognised"
+            f"docs/backbones.md lists what can be recognised{_other_kernel(block)}"
         )
+
+
+def _other_kernel(block: nn.Module) -> str:
+    """Which kernel, or which replacement of a torch function, may have hidden the attention; empty if none is known."""
+    if F.scaled_dot_product_attention is not SDPA:
+        return f". F.scaled_dot_product_attention is replaced by {F.scaled_dot_product_attention!r}: restore it"
+    for module in block.modules():
+        kernel = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if kernel not in (None, *RECOGNISED_KERNELS):
+            return f". The attention implementation is {kernel!r}: model.set_attn_implementation('sdpa')"
+    return ""
 
 
 def _execution_device(block: nn.Module) -> torch.device:

@@ -24,6 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+# The functions themselves: tools replace the attributes of torch.nn.functional by wrappers of these.
+SDPA, LINEAR = torch._C._nn.scaled_dot_product_attention, torch._C._nn.linear
+MULTI_HEAD_ATTENTION = F.multi_head_attention_forward
 # Tuples, as some versions of Dynamo cannot trace a look-up of a function in a set.
 ADD = (
     torch.Tensor.add,
@@ -33,7 +36,7 @@ ADD = (
     torch.Tensor.add_,
     torch.Tensor.__iadd__,
 )
-_SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
+SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
 MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
 
@@ -154,11 +157,11 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.residual_seen:
             return self._after_residual(func, args, kwargs)
-        if func is F.scaled_dot_product_attention:
+        if func is SDPA:
             return self._sdpa(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
+        if func is MULTI_HEAD_ATTENTION:
             return self._multi_head_attention(*args, **kwargs)
-        if func is F.linear:
+        if func is LINEAR:
             return self.linear(*args, **kwargs)
         if func in ADD and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             return self._add(func, args[0], args[1], kwargs)
@@ -168,7 +171,7 @@ class Watch(TorchFunctionMode):
             if self._values_next:
                 args = (args[0], self.scale_values(args[1]), *args[2:])
             self._see_product(*args)
-        if func in _SOFTMAX and self._is_square(args[0]):
+        if func in SOFTMAX and self._is_square(args[0]):
             return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
 
@@ -192,6 +195,8 @@ class Watch(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, **options: Any,
     ) -> Tensor:  # fmt: skip
+        if query.dim() == 3 and self.batch and query.shape[-2] == key.shape[-2] == self.tokens:
+            return self._sdpa_of_rows(query, key, value, attn_mask, dropout_p, is_causal, options)
         if not (query.dim() == 4 and query.shape[-2] == self.tokens and key.shape[-2] == self.tokens):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
         mask = None if attn_mask is None else self.fit_mask(attn_mask)
@@ -207,6 +212,25 @@ class Watch(TorchFunctionMode):
         self.on_queries_and_keys(query, keys)
         self.on_fused_attention(query, keys, mask, is_causal, options.get("scale"))
         return self.attend(query, key, value, mask, dropout_p, is_causal, options)
+
+    def _sdpa_of_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
+        options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Computes the fused attention of [B * H, T, D]."""
+        rows = query.shape[0]
+        if mask is not None:
+            mask = self.fit_mask(mask if mask.dim() < 3 else mask.view(self.batch, -1, *mask.shape[-2:]))
+        bias, value = self.key_bias(query.dtype), self.scale_values(value)
+        if is_causal and bias is not None:
+            mask, is_causal = lower_triangle(self.tokens, query.device), False
+        mask = _sum(mask, bias, query.dtype)
+        self.attention_seen = self.softmax_seen = True
+        self.on_queries_and_keys(self.by_head(query), self.by_head(key))
+        self.on_fused_attention(self.by_head(query), self.by_head(key), mask, is_causal, options.get("scale"))
+        if mask is not None and mask.dim() == 4:
+            mask = mask.expand(self.batch, rows // self.batch, *mask.shape[-2:]).flatten(0, 1)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **options)
 
     def _multi_head_attention(
         self, query: Tensor, key: Tensor, value: Tensor, embed_dim: int, heads: int, in_weight: Tensor | None,

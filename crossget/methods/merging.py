@@ -110,6 +110,19 @@ def norm_correction(tokens: Tensor, before: Tensor | None, plan: MergePlan) -> T
     return unmerged.scatter(1, plan.new_destination, norm.to(unmerged.dtype))
 
 
+def merge_by(tokens: Tensor, plan: MergePlan) -> Tensor:
+    """Merge other features of the same tokens [B, T, C] by a plan: [B, T - r, C].
+
+    Raises:
+        ValueError: the ensemble did not set the plan's weights.
+    """
+    if plan.destination is None:
+        return take(tokens, plan.kept)
+    if plan.taken is None or plan.given is None:
+        raise ValueError("the method's ensemble does not set MergePlan.taken and MergePlan.given: let it set them")
+    return _merge(tokens, plan, plan.taken, plan.given)
+
+
 def unmerge(tokens: Tensor, source: Tensor, fill: Tensor | None = None) -> Tensor:
     """Expand reduced tokens to the full grid: each input position gets the token that its input token was merged into.
 
