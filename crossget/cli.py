@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import crossget
 from crossget.checkpoints import convert, hf_sizes
-from crossget.demo import backbones, compare, viewer
+from crossget.demo import backbones, compare, transformers_models, viewer
 from crossget.demo.compare import CompareOptions, Reduction
 from crossget.demo.viewer import ViewerOptions
+from crossget.integrations._support import SupportRow
 from crossget.measure import generation
 from crossget.methods.schedules import Ratio, as_schedule
 
@@ -265,7 +266,9 @@ class Show(Command):
 class Models(Command):
     """Which models can be reduced, and why the others cannot.
 
-    Every model is built on the meta device: seconds for a pattern, minutes for all of them.
+    Every model is built on the meta device: seconds for a pattern, minutes for all of them. Of transformers, a tiny
+    model of every family is built and run: half an hour for all of them. These need --host transformers or --filter;
+    without either, the classes with an adapter are listed alone.
     """
 
     host: Annotated[
@@ -279,7 +282,8 @@ class Models(Command):
     def run(self) -> int:
         rows = []
         for host in [self.host] if self.host else _installed_hosts():
-            rows += [{"host": host, **dataclasses.asdict(row)} for row in _support_matrix(host, self.filter)]
+            matrix = _support_matrix(host, self.filter, every=bool(self.host or self.filter))
+            rows += [{"host": host, **dataclasses.asdict(row)} for row in matrix]
         if self.filter and not rows:
             raise ValueError(
                 f"--filter {self.filter!r} matches no name: a pattern covers whole names, as '*dino*' does"
@@ -437,11 +441,13 @@ def _installed_hosts() -> list[str]:
     return found
 
 
-def _support_matrix(host: str, pattern: str | None) -> Iterator[Any]:
-    """The rows of a host's support matrix whose names match."""
+def _support_matrix(host: str, pattern: str | None, every: bool) -> Iterator[SupportRow]:
+    """The rows of a host's support matrix whose names match; `every`: also those that take long."""
     if not backbones.installed(host):
         raise RuntimeError(f'{host} is not installed: pip install "crossget[{backbones.PACKAGES[host]}]"')
     rows = importlib.import_module(f"crossget.integrations.{host}").support_matrix(pattern)
+    if host == "transformers" and every:
+        rows = transformers_models.with_adapters_first(rows, pattern)
     yield from tqdm(rows, desc=f"building the models of {host}", disable=None, leave=False, unit=" models")
 
 

@@ -1,4 +1,4 @@
-"""transformers: which models can be reduced, and the reasons why others cannot.
+"""transformers: which models have an adapter, and the reasons why others have none.
 
 The adapters are in one file per family (hf_clip and so on). Functions that they share are in hf.py.
 """
@@ -33,7 +33,7 @@ REASONS = {
 
 
 def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
-    """One row for each class of transformers that has an adapter, and for one of each family that is refused."""
+    """One row for each class of transformers that has an adapter."""
     for cls in _adapted():
         if fnmatch.fnmatch(cls.__name__, pattern or "*"):
             try:
@@ -43,9 +43,6 @@ def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
                 yield SupportRow(cls.__name__, cls.__name__, False, reason=reason)
             else:
                 yield support_row(cls.__name__, model, adapted_towers(model))
-    for cls, reason in _refused():
-        if fnmatch.fnmatch(cls.__name__, pattern or "*"):
-            yield SupportRow(cls.__name__, cls.__name__, False, reason=reason)
 
 
 def skeleton(cls: Any) -> nn.Module:
@@ -62,18 +59,6 @@ def _adapted() -> Iterator[type]:
         if home is not None:
             importlib.import_module(f"crossget.integrations.{adapter}")
             yield from (cls for cls in _models(home) if is_registered(cls))
-
-
-def _refused() -> Iterator[tuple[type, str]]:
-    """A class of each family that is refused, and why."""
-    for reason, homes in REASONS.items():
-        for family in homes.split():
-            home = _home(family)
-            if home is not None:
-                # The suffixes of classes that are a whole model, rather than a part of one.
-                ends = ("ForConditionalGeneration", "Model")
-                classes = [cls for end in ends for cls in _models(home) if cls.__name__.endswith(end)]
-                yield classes[0], reason
 
 
 def _models(home: ModuleType) -> Iterator[type]:
