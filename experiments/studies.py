@@ -16,6 +16,7 @@ STUDIES = {
     "flops": "experiments.flops.run",
     "retrieval": "experiments.retrieval.run",
     "speed-costs": "experiments.speed.costs",
+    "speed-discovery": "experiments.speed.discovery",
     "speed-llava": "experiments.speed.llava",
     "speed-operators": "experiments.speed.operators",
     "speed-towers": "experiments.speed.towers",

@@ -29,11 +29,10 @@ from crossget.core.block_class import argument_names
 from crossget.core.inputs import AnyInputs, as_function, evaluating, tensors_in
 from crossget.core.layout import BatchFirst
 from crossget.core.probe import ModuleCall, Probe
-from crossget.core.proofs import Refused, prove_blocks, prove_model, recognise, why
+from crossget.core.proofs import CACHES, Refused, prove_blocks, prove_model, recognise, why
 
 # Fewer tokens than this, without the protected ones, are not worth a reduction.
 MIN_TOKENS = 8
-_CACHES = {"past_key_values", "past_key_value", "layer_past", "cache", "cache_params", "kv_cache"}
 _KINDS = (
     ("decoder", r"decoder|predictor"),
     ("visual", r"vision|visual|image|pixel|video|(^|[._])vit([._]|$)|patch"),
@@ -319,13 +318,10 @@ def _tower_of(model: nn.Module, chain: _Chain, before: _Chain | None, run: Calla
     """
     first, layout = chain[0], chain.layout
     names = {name for call in chain for name in argument_names(type(call.module).forward)}
-    caches = _CACHES & names
-    if any(call.kwargs.get(name) is not None for call in chain for name in caches):
-        raise Refused("it keeps a cache: it is a language model that generates")
     batch = chain.batch
     length = int(layout.to_batch(first.tokens, batch).shape[1])
     causal = _is_causal(first, layout, batch)
-    if causal and caches:
+    if causal and CACHES & names:
         raise Refused("it is causal and can keep a cache: it is a language model that generates")
     kind = _kind(first, model)
     prefix, fixed, notes = _protected(first, layout, batch, length, kind)

@@ -32,6 +32,8 @@ from crossget.methods.indexing import take
 from crossget.methods.reducers import Reducer, ToMe
 from crossget.methods.schedules import planned_tokens
 
+# Names of the arguments in which blocks of language models get their cache.
+CACHES = {"past_key_values", "past_key_value", "layer_past", "cache", "cache_params", "kv_cache"}
 # How far the output of a block on some of its tokens may be from that on all of them, as a share of the largest change
 # that the block makes to a token.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
@@ -51,9 +53,14 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
     Raises:
         Refused: no attention over its tokens with a residual was recognised.
     """
+    if any(call.kwargs.get(name) is not None for name in CACHES):
+        raise Refused("it keeps a cache: it is a language model that generates")
     sizes: list[tuple[int, int]] = []
-    with torch.no_grad(), Attentions(lambda queries, keys: sizes.append((queries, keys))):
-        call.module.forward(call.tokens, *call.args, **call.kwargs)
+    try:
+        with torch.no_grad(), Attentions(lambda queries, keys: sizes.append((queries, keys))):
+            call.module.forward(call.tokens, *call.args, **call.kwargs)
+    except Exception as error:  # it cannot be called a second time: it has filled a cache, say
+        raise Refused(f"called by itself, it fails: {why(error)}") from error
     problem = _why_no_attention(sizes, call.tokens)
     if problem:
         raise Refused(problem)
