@@ -20,6 +20,8 @@ from crossget.core.example_inputs import example_inputs
 from crossget.core.inputs import AnyInputs
 from crossget.methods.reducers import Reducer
 
+_MOST_REASONS = 10  # in an error
+
 
 def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTowers:
     """The towers of a model, which `attach` reduces.
@@ -63,10 +65,12 @@ def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTower
         )
     found = discover(model, inputs)
     if not found:
-        reasons = str(found) or "no two modules pass one sequence of tokens from each to the next"
+        lines = str(found).splitlines() or ["no two modules pass one sequence of tokens from each to the next"]
+        more = [f"and {len(lines) - _MOST_REASONS} more"] if len(lines) > _MOST_REASONS else []
+        reasons = "\n".join([*lines[:_MOST_REASONS], *more])
         raise TypeError(
-            f"cannot reduce {name}: in a forward on the given inputs, no tower was found that can be reduced:\n"
-            f"{reasons}\n"
+            f"cannot reduce {name}{': ' * bool(reason)}{reason}: in a forward on the given inputs, no tower was found "
+            f"that can be reduced:\n{reasons}\n"
             "If its blocks do pass one sequence [B, T, C], write an adapter with crossget.register (docs/backbones.md)"
         )
     return found

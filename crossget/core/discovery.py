@@ -327,7 +327,7 @@ def _tower_of(model: nn.Module, chain: _Chain, before: _Chain | None, run: Calla
     prefix, fixed, notes = _protected(first, layout, batch, length, kind)
     if not prefix and not fixed and before is not None and kind == _kind(before[0], model):
         prefix = _handed_on(chain, before, run)
-        notes = [f"the first {prefix} tokens depend on protected ones only (seen)"] if prefix else notes
+        notes = [f"{_first_tokens(prefix)} independent of all but protected ones (seen)"] if prefix else notes
     chain.prefix = prefix
     if length - prefix - len(fixed) < MIN_TOKENS:
         raise Refused(f"{length} tokens, {prefix + len(fixed)} of them protected, are too few to reduce")
@@ -386,11 +386,15 @@ def _protected(
     fixed = tuple(int(i) - length for i in equal.nonzero().flatten() if int(i) >= prefix)
     if len(fixed) > length // 2:
         raise Refused(f"{len(fixed)} of its {length} tokens are equal for all inputs: give inputs that differ more")
-    which = f"the first {prefix} tokens are" if prefix else "no first token is"
-    notes = [f"{which} equal for all inputs (seen)"]
+    notes = [f"{_first_tokens(prefix)} equal for all inputs (seen)"]
     if fixed:
         notes.append(f"{len(fixed)} more such tokens at {fixed[0]} to {fixed[-1]} (seen)")
     return prefix, fixed, notes
+
+
+def _first_tokens(prefix: int) -> str:
+    """Which tokens a prefix is, with the verb."""
+    return "no first token is" if not prefix else "the first token is" if prefix == 1 else f"the first {prefix} are"
 
 
 def _handed_on(chain: _Chain, before: _Chain, run: Callable[[], Any]) -> int:
