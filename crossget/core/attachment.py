@@ -211,7 +211,9 @@ class Attachment:
 
     @contextlib.contextmanager
     def with_reducer(self, reducer: Reducer | Mapping[str, Reducer]) -> Iterator[Attachment]:
-        """Context in which the model has another reducer, in all threads.
+        """Context in which the model has another reducer, in this thread.
+
+        Other threads keep theirs.
 
         A compiled model is compiled once for every reducer. torch keeps 8 variants of a function
         (`torch._dynamo.config.recompile_limit`): with a ninth one it raises an error or falls back to eager code.
@@ -223,12 +225,11 @@ class Attachment:
             TypeError: it is neither.
             ValueError: the reducer cannot work on the tower, or a tower's name is unknown.
         """
-        before = self.reducers
-        self.reducer = reducer
-        try:
+        with contextlib.ExitStack() as stack:
+            for attached in self._towers.values():
+                stack.enter_context(attached.own_reducer())
+            self.reducer = reducer
             yield self
-        finally:
-            self.reducer = before
 
     @property
     def cross_tokens(self) -> dict[str, nn.Parameter]:

@@ -99,7 +99,6 @@ class AttachedTower:
 
     Attributes:
         tower: the blocks, and the facts about them.
-        reducer: the method, with every field resolved for this tower.
         parameter_owner: the module that has the cross vectors as a parameter, under the tower's name; None: no module.
         handed_over: what the blocks have left on their outputs, for outputs that the host copies.
         recording: forwards that begin now are recorded, see `Attachment.recording`.
@@ -128,7 +127,8 @@ class AttachedTower:
         self.outputs: ThreadValue[HostOutputs] = ThreadValue()
         self.caller: ThreadValue[FrameType] = ThreadValue()
         self.generating: ThreadValue[bool] = ThreadValue()
-        self.reducer = reducer
+        self._reducer_of_thread: ThreadValue[Reducer] = ThreadValue()
+        self._reducer = self._latest_reducer = reducer
         self.set_reducer(reducer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -220,8 +220,34 @@ class AttachedTower:
                 self._own_cross_vectors = vectors
             else:
                 self.parameter_owner.register_parameter(self._parameter_name, vectors)
-        self.reducer = resolved
+        if self._reducer_of_thread.get() is None:
+            self._reducer = resolved
+        else:
+            self._reducer_of_thread.set(resolved)
+        self._latest_reducer = resolved
         self._warned = False
+
+    @property
+    def reducer(self) -> Reducer:
+        """The method, with every field resolved for this tower, in this thread.
+
+        Compiled code has no threads. It gets the one that was set last.
+        """
+        if torch.compiler.is_compiling():
+            return self._latest_reducer
+        own = self._reducer_of_thread.get()
+        return self._reducer if own is None else own
+
+    @contextlib.contextmanager
+    def own_reducer(self) -> Iterator[None]:
+        """Context in which `set_reducer` is for this thread only. At its end the reducer is as before."""
+        before, latest = self._reducer_of_thread.get(), self._latest_reducer
+        self._reducer_of_thread.set(self.reducer)
+        try:
+            yield
+        finally:
+            self._reducer_of_thread.set(before)
+            self._latest_reducer = latest
 
     def tokens_after(self, layer: int, tokens: int) -> int:
         """The number of reduced tokens that block `layer` returns to the host, of `tokens` that the first one gets.
