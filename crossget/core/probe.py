@@ -146,7 +146,9 @@ def _may_be_block(module: nn.Module) -> bool:
 
 def _is_sequence(value: Any) -> bool:
     """Whether a value can be the tokens of a block."""
-    return isinstance(value, Tensor) and value.dim() in (2, 3) and value.is_floating_point() and value.numel() > 0
+    if not isinstance(value, Tensor) or value.is_nested:  # no axis T: its sequences have lengths of their own
+        return False
+    return value.dim() in (2, 3) and value.is_floating_point() and value.numel() > 0
 
 
 def _equal_rows(call: ModuleCall) -> dict[str, Tensor]:
@@ -168,5 +170,7 @@ def _describe(value: Any) -> str:
     """What a value is, in a few words."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__} instead of tokens"
+    if value.is_nested:
+        return "a nested tensor"
     shape = f"{list(value.shape)}"
     return f"an image grid {shape}" if value.dim() == 4 else f"a tensor {shape}"

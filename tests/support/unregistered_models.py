@@ -253,6 +253,21 @@ class TalkingHeads(Projections):
         return self.to_out(join_heads(weights @ v))
 
 
+class EinsumTalkingHeads(Projections):
+    """Heads are mixed before and after the softmax, by torch.einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Parameter(torch.randn(HEADS, HEADS)), nn.Parameter(torch.randn(HEADS, HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.scale
+        weights = torch.einsum("bhij,hg->bgij", scores, self.before).softmax(-1)
+        weights = torch.einsum("bhij,hg->bgij", weights, self.after)
+        return self.to_out(join_heads(torch.einsum("bhij,bhjd->bhid", weights, v)))
+
+
 class GroupedAttention(Projections):
     """Two query heads share one head of keys and values."""
 
@@ -1371,6 +1386,7 @@ KINDS: dict[str, Kind] = {
     "einsum, heads first": vit(partial(EinsumAttention, True)),
     "fused, heads in the batch": vit(HeadsInBatch),
     "talking heads": vit(TalkingHeads),
+    "talking heads, einsum": vit(EinsumTalkingHeads),
     "grouped queries": vit(GroupedAttention),
     "relative bias, eager": vit(partial(RelativeAttention, False)),
     "relative bias, fused": vit(partial(RelativeAttention, True)),
