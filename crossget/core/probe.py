@@ -129,13 +129,15 @@ class Attentions(TorchFunctionMode):
         self._on_attention = on_attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [*args, *(kwargs or {}).values()]
+        if not (inputs and isinstance(inputs[0], Tensor)) or inputs[0].is_nested:  # which have no number of tokens
+            return func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
-            query, key = [*args, *(kwargs or {}).values()][:2]
-            self._on_attention(int(query.shape[-2]), int(key.shape[-2]))
+            self._on_attention(int(inputs[0].shape[-2]), int(inputs[1].shape[-2]))
         elif func is F.multi_head_attention_forward:
-            self._on_attention(int(args[0].shape[0]), int(args[1].shape[0]))
-        elif func in SOFTMAX and args[0].dim() > 2:
-            self._on_attention(int(args[0].shape[-2]), int(args[0].shape[-1]))
+            self._on_attention(int(inputs[0].shape[0]), int(inputs[1].shape[0]))
+        elif func in SOFTMAX and inputs[0].dim() > 2:
+            self._on_attention(int(inputs[0].shape[-2]), int(inputs[0].shape[-1]))
         return func(*args, **(kwargs or {}))
 
 

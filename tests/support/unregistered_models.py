@@ -669,6 +669,23 @@ class SequenceFirst(Vit):
         return super().encode(x.transpose(0, 1)).transpose(0, 1)
 
 
+def nested(x: Tensor) -> Tensor:
+    """[B, T, C] as a nested tensor, in which every image may have its own number of tokens."""
+    return torch.nested.as_nested_tensor(list(x), layout=torch.jagged)
+
+
+class NestedBlock(Block):
+    """Blocks pass nested tensors."""
+
+    def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return nested(super().forward(torch.nested.to_padded_tensor(x, 0.0)))
+
+
+class Nested(Vit):
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.nested.to_padded_tensor(super().encode(nested(x)), 0.0)
+
+
 class QueryKeyPositions(Vit):
     """Every block gets the position embedding again."""
 
@@ -1477,6 +1494,7 @@ KINDS: dict[str, Kind] = {
     "queries of a decoder": refused(QueryDecoder, "layers", "quer"),
     "language model": refused(LanguageModel, "layers", "generates", token_ids),
     "packed, several sizes": refused(PackedVit, "blocks", "one size", partial(packed, (SIDE, SIDE), (SIDE, SIDE // 2))),
+    "nested tensors": refused(partial(Nested, NestedBlock, False), "blocks", "nested"),
     "own kernel": refused(partial(Vit, partial(Block, KernelAttention)), "blocks", "kernel|no attention"),
 }
 
