@@ -972,10 +972,28 @@ class PairStack(nn.Module):
         return self.norm(x)
 
 
-class Pairs(Vit):
-    def __init__(self, names: Sequence[str] = (), attention: Callable[[], nn.Module] = EagerAttention) -> None:
+class NormedPairStack(PairStack):
+    """The input of the loop is normalised, and so is every sum in it."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.transformer = PairStack(names, attention)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * DEPTH))
+
+    def pair(self, *members: nn.Module) -> nn.Module:
+        return super().pair(*(member.fn for member in members if isinstance(member, Normed)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, norms = self.norm(x), iter(self.norms)
+        for attention, feed_forward in self.layers:  # type: ignore[misc]
+            x = next(norms)(x + attention(x))
+            x = next(norms)(x + feed_forward(x))
+        return x
+
+
+class Pairs(Vit):
+    def __init__(self, stack: Callable[[], nn.Module] = PairStack) -> None:
+        super().__init__()
+        self.transformer = stack()
 
     def make_blocks(self, block: Callable[[], nn.Module]) -> None:
         pass
@@ -1418,8 +1436,9 @@ KINDS: dict[str, Kind] = {
     "CLIP's texts [T, B, C]": Kind(ClipTexts, token_ids, (CAUSAL_TEXTS,)),
     "CLIP": Kind(Clip, lambda: {"image": images(), "text": token_ids()}, (CLASS_TOKEN, CAUSAL_TEXTS)),
     "pairs": with_class_token(Pairs),
-    "pairs, fused": with_class_token(partial(Pairs, attention=FusedAttention)),
-    "pairs by name": with_class_token(partial(Pairs, ("attention", "feed_forward"))),
+    "pairs, fused": with_class_token(partial(Pairs, partial(PairStack, attention=FusedAttention))),
+    "pairs by name": with_class_token(partial(Pairs, partial(PairStack, ("attention", "feed_forward")))),
+    "pairs, post-norm": with_class_token(partial(Pairs, NormedPairStack)),
     "sequential": Kind(one_sequential, images, (Expected(),)),
     "sequential of sequentials": with_class_token(SequentialChunks),
     "chunks": with_class_token(ListChunks),
