@@ -449,10 +449,19 @@ def main_towers(names: Iterable[str]) -> list[str]:
 
     These are the image tower, or its stages visual.0, visual.1 ...; of a model without one, the first tower that is no
     decoder.
+
+    Raises:
+        ValueError: there are decoders only.
     """
     found = list(names)
     stages = [name for name in found if name.partition(".")[0] == "visual"]
-    return stages or [name for name in found if name.partition(".")[0] != "decoder"][:1] or found[:1]
+    main = stages or [name for name in found if name.partition(".")[0] != "decoder"][:1]
+    if not main:
+        raise ValueError(
+            f"one reducer is for an image tower, or for another encoder, and this model has {found} alone: name the "
+            f"tower, as in {{{found[0]!r}: crossget.Ward(r=16)}}"
+        )
+    return main
 
 
 def by_tower(

@@ -348,16 +348,18 @@ def _tower_of(model: nn.Module, chain: _Chain, before: _Chain | None, run: Calla
 
 
 def _is_causal(call: ModuleCall, layout: BatchFirst, batch: int) -> bool:
-    """Whether another last token changes the output of no earlier one, and that of the last."""
+    """Whether another token in the middle changes the output of later tokens, and of no earlier one."""
     if layout.axes == "NC":
         return False
     tokens = layout.to_batch(call.tokens, batch)
-    other = torch.cat([tokens[:, :-1], tokens[:, -1:].flip(-1) + 1], 1)
+    middle = int(tokens.shape[1]) // 2
+    other = torch.cat([tokens[:, :middle], tokens[:, middle : middle + 1].flip(-1) + 1, tokens[:, middle + 1 :]], 1)
     before, after = (
         layout.to_batch(_first(call.module(layout.from_batch(x), *call.args, **call.kwargs)), batch)
         for x in (tokens, other)
     )
-    return torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before[:, -1], after[:, -1])
+    later = slice(middle + 1, None)
+    return torch.equal(before[:, :middle], after[:, :middle]) and not torch.equal(before[:, later], after[:, later])
 
 
 def _first(out: Any) -> Tensor:
@@ -384,7 +386,7 @@ def _protected(
         )
     prefix = int((~equal).int().argmax())
     fixed = tuple(int(i) - length for i in equal.nonzero().flatten() if int(i) >= prefix)
-    if len(fixed) > length // 2:
+    if len(fixed) > 3 * length // 4:
         raise Refused(f"{len(fixed)} of its {length} tokens are equal for all inputs: give inputs that differ more")
     notes = [f"{_first_tokens(prefix)} equal for all inputs (seen)"]
     if fixed:
@@ -435,10 +437,15 @@ def _handed_on(chain: _Chain, before: _Chain, run: Callable[[], Any]) -> int:
 
 
 def _kind(call: ModuleCall, model: nn.Module) -> str:
-    """The kind of a tower: by its path, else by the layer that made its tokens, else by the model's main input."""
-    for kind, pattern in _KINDS:
-        if re.search(pattern, call.path.lower()):
-            return kind
+    """The kind of a tower: by names, else by the layer that made its tokens, else by the model's main input.
+
+    The names are those of its path, and of the classes of its blocks and of the model.
+    """
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", f"{type(call.module).__name__} {type(model).__name__}").lower()
+    for names in (call.path.lower(), words):
+        for kind, pattern in _KINDS:
+            if re.search(pattern, names):
+                return kind
     main = str(getattr(model, "main_input_name", ""))
     by_input = "text" if main == "input_ids" else "audio" if main in ("input_features", "input_values") else "visual"
     return call.stem or by_input

@@ -4,7 +4,8 @@
         x = attention(x) + x
         x = mlp(x) + x
 
-Each attention with its residual belongs to one block. The block ends before the next attention.
+Each attention with its residual belongs to one block. The block ends before the next attention. The sums may be
+normalised, x = norm(attention(x) + x), and so may the input of the first block.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crossget.core.reduction import Merge
 from crossget.core.state import TokenState
 from crossget.core.tower import AttachedTower, BlockCall
 from crossget.core.watch import ADD, MATMUL, MULTI_HEAD_ATTENTION, SDPA
 from crossget.methods.indexing import size_of
+
+_NORMS = (F.layer_norm, F.rms_norm)
 
 
 def _attends(func: Any, args: tuple[Any, ...], tokens: int) -> bool:
@@ -52,6 +56,7 @@ class LoopMerge(Merge):
         super().__init__(tokens, state, r)
         self.layer, self.depth, self.next_block = 0, depth, next_block
         self._stream: Tensor | None = None  # the tokens after the last residual
+        self._normed: list[Tensor] = []  # these tokens, normalised
         self._next_r = 0
         self._ended = False  # the tokens are those that the next block gets
 
@@ -61,9 +66,11 @@ class LoopMerge(Merge):
         return self.residual_seen and self.layer == self.depth - 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NORMS:
+            return self._norm(func, args, kwargs or {})
         if self.residual_seen and self._stream is not None and self.layer < self.depth - 1:
             stream = self._stream
-            if func in ADD and any(arg is stream for arg in args):
+            if func in ADD and any(arg is one for arg in args for one in (stream, *self._normed)):
                 total: Tensor = super().__torch_function__(func, types, args, kwargs)
                 if total.shape == stream.shape:
                     total = self._end_block(total)
@@ -72,8 +79,16 @@ class LoopMerge(Merge):
                 self._begin_block()
         return super().__torch_function__(func, types, args, kwargs)
 
+    def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a norm. That of the block's tokens may be the summand of its next residual, in their place."""
+        out = func(*args, **kwargs)
+        tokens = self.residual_inputs if self._stream is None or not self.residual_seen else [self._stream]
+        if any(arg is one for arg in args[:1] for one in tokens):
+            (self._normed if self.residual_seen else self.residual_inputs).append(out)
+        return out
+
     def add_residual(self, a: Tensor, b: Tensor, options: dict[str, Any]) -> Tensor:
-        self._stream = super().add_residual(a, b, options)
+        self._stream, self._normed = super().add_residual(a, b, options), []
         return self._stream
 
     def _end_block(self, tokens: Tensor) -> Tensor:
@@ -81,7 +96,7 @@ class LoopMerge(Merge):
         self._ended = True
         if self.next_block is not None:
             tokens, self._next_r = self.next_block(self.layer + 1, tokens, self.state)
-        self._stream = tokens
+        self._stream, self._normed = tokens, []
         return tokens
 
     def _begin_block(self) -> None:
@@ -94,7 +109,7 @@ class LoopMerge(Merge):
         if not self._ended:
             self._end_block(self._stream)
         self.layer, self.tokens, self.r = self.layer + 1, size_of(self._stream, 1), self._next_r
-        self.residual_inputs = [self._stream]
+        self.residual_inputs = [self._stream, *self._normed]
         self.attention_seen = self.softmax_seen = self.residual_seen = self._ended = False
         self._softmax_next = self._values_next = False
         self._mlp_residual = self._in_place_target = None

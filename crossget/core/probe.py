@@ -128,13 +128,15 @@ class Attentions(TorchFunctionMode):
         self._on_attention = on_attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [*args, *(kwargs or {}).values()]
+        if not (inputs and isinstance(inputs[0], Tensor)) or inputs[0].is_nested:  # which have no number of tokens
+            return func(*args, **(kwargs or {}))
         if func is SDPA:
-            query, key = [*args, *(kwargs or {}).values()][:2]
-            self._on_attention(int(query.shape[-2]), int(key.shape[-2]))
+            self._on_attention(int(inputs[0].shape[-2]), int(inputs[1].shape[-2]))
         elif func is MULTI_HEAD_ATTENTION:
-            self._on_attention(int(args[0].shape[0]), int(args[1].shape[0]))
-        elif func in SOFTMAX and args[0].dim() > 2:
-            self._on_attention(int(args[0].shape[-2]), int(args[0].shape[-1]))
+            self._on_attention(int(inputs[0].shape[0]), int(inputs[1].shape[0]))
+        elif func in SOFTMAX and inputs[0].dim() > 2:
+            self._on_attention(int(inputs[0].shape[-2]), int(inputs[0].shape[-1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -145,7 +147,9 @@ def _may_be_block(module: nn.Module) -> bool:
 
 def _is_sequence(value: Any) -> bool:
     """Whether a value can be the tokens of a block."""
-    return isinstance(value, Tensor) and value.dim() in (2, 3) and value.is_floating_point() and value.numel() > 0
+    if not isinstance(value, Tensor) or value.is_nested:  # no axis T: its sequences have lengths of their own
+        return False
+    return value.dim() in (2, 3) and value.is_floating_point() and value.numel() > 0
 
 
 def _equal_rows(call: ModuleCall) -> dict[str, Tensor]:
@@ -167,5 +171,7 @@ def _describe(value: Any) -> str:
     """What a value is, in a few words."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__} instead of tokens"
+    if value.is_nested:
+        return "a nested tensor"
     shape = f"{list(value.shape)}"
     return f"an image grid {shape}" if value.dim() == 4 else f"a tensor {shape}"

@@ -61,10 +61,16 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
             call.module.forward(call.tokens, *call.args, **call.kwargs)
     except Exception as error:  # it cannot be called a second time: it has filled a cache, say
         raise Refused(f"called by itself, it fails: {why(error)}") from error
-    problem = _why_no_attention(sizes, call.tokens)
-    if problem:
-        raise Refused(problem)
-    for layout in (PACKED,) if call.tokens.dim() == 2 else (BATCH_FIRST, TOKENS_FIRST):
+    if not sizes:
+        raise Refused("no attention was seen in it: it has none, or one in a kernel that hides its keys")
+    layouts = _layouts(sizes, call.tokens)
+    if not layouts:
+        found = ", ".join(f"{queries} queries and {keys} keys" for queries, keys in dict.fromkeys(sizes))
+        raise Refused(
+            f"its attention is not over all tokens of {list(call.tokens.shape)}, but in windows or groups of {found}"
+        )
+    problem = ""
+    for layout in layouts:
         tower = Tower("", [call.module], width=int(call.tokens.shape[-1]), layout=layout)
         try:
             if layout is BATCH_FIRST:
@@ -80,19 +86,17 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
     raise Refused(problem or "its attention over all tokens is followed by no sum with its input (a residual)")
 
 
-def _why_no_attention(sizes: Sequence[tuple[int, int]], tokens: Tensor) -> str:
-    """Why none of the attentions in a call can be that of a block over `tokens`; empty if one can.
+def _layouts(sizes: Sequence[tuple[int, int]], tokens: Tensor) -> list[BatchFirst]:
+    """The layouts of tokens in which one of the attentions in a call is over all of them.
 
     Args:
         sizes: the numbers of queries and keys of each.
-        tokens: [B, T, C] or [T, B, C].
+        tokens: [B, T, C], [T, B, C] or [N, C].
     """
-    if not sizes:
-        return "no attention was seen in it: it has none, or one in a kernel that hides its keys"
-    if tokens.dim() == 2 or any(queries == keys and queries in tokens.shape[:2] for queries, keys in sizes):
-        return ""
-    found = ", ".join(f"{queries} queries and {keys} keys" for queries, keys in dict.fromkeys(sizes))
-    return f"its attention is not over all tokens of {list(tokens.shape)}, but in windows or groups of {found}"
+    if tokens.dim() == 2:
+        return [PACKED]
+    square = {queries for queries, keys in sizes if queries == keys}
+    return [layout for axis, layout in ((1, BATCH_FIRST), (0, TOKENS_FIRST)) if int(tokens.shape[axis]) in square]
 
 
 def prove_blocks(tower: Tower, calls: Sequence[ModuleCall]) -> Tower:

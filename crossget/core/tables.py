@@ -101,6 +101,24 @@ class TableRows:
         return [f"{name} {list(part.shape)}" for name, part in leaves if self._fit(name, part, state) is not part]
 
 
+@dataclass(frozen=True)
+class Positions:
+    """`Tower.fit_arguments` for blocks that get the positions of their tokens [B, T] as an argument.
+
+    Some blocks take their positions from the number of their tokens if this argument is None, as V-JEPA 2's do. The
+    cross token has the position of the last token.
+
+    Attributes:
+        argument: its name.
+    """
+
+    argument: str
+
+    def __call__(self, block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
+        """The positions of the remaining tokens; other arguments unchanged."""
+        return state.positions.clamp(max=state.length - 1) if name == self.argument else value
+
+
 def row_axis(table: Tensor, length: int, prefix: int) -> int | None:
     """The axis of an argument that has one row per token, of T0 or of those after the prefix; None: there is none.
 

@@ -301,8 +301,7 @@ class Watch(TorchFunctionMode):
         terms, _, out = equation.replace(" ", "").partition("->")
         first, second = terms.split(",")
         if self._values_next:
-            self._values_next = False
-            return equation, *self._scaled_values(first, second, *operands)
+            return equation, *self._scaled_values(first, second, out, *operands)
         (query, queries), (key, keys) = (first, operands[0]), (second, operands[1])
         if len(out) > 1 and out[-2] in key:
             (query, queries), (key, keys) = (key, keys), (query, queries)
@@ -326,18 +325,37 @@ class Watch(TorchFunctionMode):
         self.on_queries_and_keys(with_heads(query, queries, out[-2]), with_heads(key, keys, out[-1]))
         return equation, *operands
 
-    def _scaled_values(self, first: str, second: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The operands of a product of probabilities and values, with scaled values: the one with fewer token axes."""
-        if sum(size == self.tokens for size in a.shape) < sum(size == self.tokens for size in b.shape):
-            b, a = self._scaled_values(second, first, b, a)
-            return a, b
-        shared = [i for i, letter in enumerate(second) if letter in first and b.shape[i] == self.tokens]
-        channels = [i for i, letter in enumerate(second) if letter not in first]
-        if len(shared) != 1 or len(channels) != 1:
-            raise RuntimeError(f"the values of an attention could not be told in einsum terms {first!r}, {second!r}")
-        order = [i for i in range(b.dim()) if i not in (shared[0], channels[0])] + [shared[0], channels[0]]
-        values = self.scale_values(b.permute(order))
-        return a, values.permute([order.index(i) for i in range(b.dim())])
+    def _scaled_values(self, first: str, second: str, out: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The operands of an einsum, with scaled values if it is the product of probabilities and values.
+
+        It sums over the last axis of the probabilities, that of the keys. An einsum that mixes their heads does not.
+        """
+        if self._sums_over_keys(first, second, out, a):
+            b = self._scaled_axis(second, first, b)
+        elif self._sums_over_keys(second, first, out, b):
+            a = self._scaled_axis(first, second, a)
+        return a, b
+
+    def _sums_over_keys(self, term: str, other: str, out: str, probabilities: Tensor) -> bool:
+        """Whether an einsum sums over the last axis of its operand [.., T, T], which the other operand has, too."""
+        queries = [i for i, letter in enumerate(term) if letter in out and letter not in other]
+        return (
+            len(term) > 2
+            and term[-1] in other
+            and term[-1] not in out
+            and probabilities.shape[-1] == self.tokens
+            and any(probabilities.shape[i] == self.tokens for i in queries)
+        )
+
+    def _scaled_axis(self, term: str, probabilities: str, values: Tensor) -> Tensor:
+        """The scaled values, in the axes `term`."""
+        self._values_next = False
+        keys, channels = term.index(probabilities[-1]), [i for i, x in enumerate(term) if x not in probabilities]
+        if len(channels) != 1:
+            raise RuntimeError(f"the values of an attention could not be told in einsum terms {probabilities}, {term}")
+        order = [i for i in range(values.dim()) if i not in (keys, channels[0])] + [keys, channels[0]]
+        scaled = self.scale_values(values.permute(order))
+        return scaled.permute([order.index(i) for i in range(values.dim())])
 
     def _softmax(self, func: Callable[..., Tensor], logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bias = self.key_bias(logits.dtype)

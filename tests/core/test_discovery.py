@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import crossget
 from contract import all_equal, identity, leaves, without_fast_path
 from crossget.core.adapters import is_registered
+from crossget.core.attachment import attach_towers
 from crossget.methods.reducers import Reducer
 
 # That an attachment rests on a discovery is said in a warning.
@@ -183,6 +184,15 @@ class TestDetails:
             assert run(model, inputs[[0, 1, 0][:batch]])[0].shape[0] == batch
             first = main_towers(kind)[0].tokens
             assert attached.tokens == {"visual": [first, first - 2, first - 4, first - 6]}
+
+    @pytest.mark.parametrize("attention", [models.EinsumAttention, models.EinsumTalkingHeads])
+    def test_as_many_tokens_as_heads(self, attention: Callable[[], nn.Module]) -> None:
+        """The axes of an einsum are told by its letters. Their sizes would not tell the heads from the tokens."""
+        tower = crossget.Tower("visual", [models.Block(attention)], width=models.WIDTH)
+        method = crossget.ToMe(1, norm_correction=True)
+        with torch.no_grad(), attach_towers([tower], {"visual": method}) as attached:
+            tower.blocks[0](models.random(2, models.HEADS, models.WIDTH))
+            assert attached.tokens == {"visual": [models.HEADS]}
 
     def test_fixed_tokens_are_in_no_group(self) -> None:
         model, inputs = models.build(models.KINDS["detection tokens"])

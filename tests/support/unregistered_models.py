@@ -253,6 +253,21 @@ class TalkingHeads(Projections):
         return self.to_out(join_heads(weights @ v))
 
 
+class EinsumTalkingHeads(Projections):
+    """Heads are mixed before and after the softmax, by torch.einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Parameter(torch.randn(HEADS, HEADS)), nn.Parameter(torch.randn(HEADS, HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.scale
+        weights = torch.einsum("bhij,hg->bgij", scores, self.before).softmax(-1)
+        weights = torch.einsum("bhij,hg->bgij", weights, self.after)
+        return self.to_out(join_heads(torch.einsum("bhij,bhjd->bhid", weights, v)))
+
+
 class GroupedAttention(Projections):
     """Two query heads share one head of keys and values."""
 
@@ -654,6 +669,23 @@ class SequenceFirst(Vit):
         return super().encode(x.transpose(0, 1)).transpose(0, 1)
 
 
+def nested(x: Tensor) -> Tensor:
+    """[B, T, C] as a nested tensor, in which every image may have its own number of tokens."""
+    return torch.nested.as_nested_tensor(list(x), layout=torch.jagged)
+
+
+class NestedBlock(Block):
+    """Blocks pass nested tensors."""
+
+    def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return nested(super().forward(torch.nested.to_padded_tensor(x, 0.0)))
+
+
+class Nested(Vit):
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.nested.to_padded_tensor(super().encode(nested(x)), 0.0)
+
+
 class QueryKeyPositions(Vit):
     """Every block gets the position embedding again."""
 
@@ -940,10 +972,28 @@ class PairStack(nn.Module):
         return self.norm(x)
 
 
-class Pairs(Vit):
-    def __init__(self, names: Sequence[str] = (), attention: Callable[[], nn.Module] = EagerAttention) -> None:
+class NormedPairStack(PairStack):
+    """The input of the loop is normalised, and so is every sum in it."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.transformer = PairStack(names, attention)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * DEPTH))
+
+    def pair(self, *members: nn.Module) -> nn.Module:
+        return super().pair(*(member.fn for member in members if isinstance(member, Normed)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, norms = self.norm(x), iter(self.norms)
+        for attention, feed_forward in self.layers:  # type: ignore[misc]
+            x = next(norms)(x + attention(x))
+            x = next(norms)(x + feed_forward(x))
+        return x
+
+
+class Pairs(Vit):
+    def __init__(self, stack: Callable[[], nn.Module] = PairStack) -> None:
+        super().__init__()
+        self.transformer = stack()
 
     def make_blocks(self, block: Callable[[], nn.Module]) -> None:
         pass
@@ -1371,6 +1421,7 @@ KINDS: dict[str, Kind] = {
     "einsum, heads first": vit(partial(EinsumAttention, True)),
     "fused, heads in the batch": vit(HeadsInBatch),
     "talking heads": vit(TalkingHeads),
+    "talking heads, einsum": vit(EinsumTalkingHeads),
     "grouped queries": vit(GroupedAttention),
     "relative bias, eager": vit(partial(RelativeAttention, False)),
     "relative bias, fused": vit(partial(RelativeAttention, True)),
@@ -1385,8 +1436,9 @@ KINDS: dict[str, Kind] = {
     "CLIP's texts [T, B, C]": Kind(ClipTexts, token_ids, (CAUSAL_TEXTS,)),
     "CLIP": Kind(Clip, lambda: {"image": images(), "text": token_ids()}, (CLASS_TOKEN, CAUSAL_TEXTS)),
     "pairs": with_class_token(Pairs),
-    "pairs, fused": with_class_token(partial(Pairs, attention=FusedAttention)),
-    "pairs by name": with_class_token(partial(Pairs, ("attention", "feed_forward"))),
+    "pairs, fused": with_class_token(partial(Pairs, partial(PairStack, attention=FusedAttention))),
+    "pairs by name": with_class_token(partial(Pairs, partial(PairStack, ("attention", "feed_forward")))),
+    "pairs, post-norm": with_class_token(partial(Pairs, NormedPairStack)),
     "sequential": Kind(one_sequential, images, (Expected(),)),
     "sequential of sequentials": with_class_token(SequentialChunks),
     "chunks": with_class_token(ListChunks),
@@ -1461,6 +1513,7 @@ KINDS: dict[str, Kind] = {
     "queries of a decoder": refused(QueryDecoder, "layers", "quer"),
     "language model": refused(LanguageModel, "layers", "generates", token_ids),
     "packed, several sizes": refused(PackedVit, "blocks", "one size", partial(packed, (SIDE, SIDE), (SIDE, SIDE // 2))),
+    "nested tensors": refused(partial(Nested, NestedBlock, False), "blocks", "nested"),
     "own kernel": refused(partial(Vit, partial(Block, KernelAttention)), "blocks", "kernel|no attention"),
 }
 
