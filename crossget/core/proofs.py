@@ -139,6 +139,7 @@ def _variants(tower: Tower, call: ModuleCall) -> Iterable[Tower]:
         if TableRows("b1n").tables(arguments, state):
             for layout in ("b1n", "bn", "bn1"):
                 yield replace(tower, fit_arguments=TableRows(layout))
+            yield replace(tower, fit_arguments=TableRows("bn"), makes_tables=True)
         yield replace(tower, makes_tables=True)
 
 

@@ -139,12 +139,24 @@ def row_axis(table: Tensor, length: int, prefix: int) -> int | None:
 class TableOperands(Merge):
     """Selects rows of the tables that a block makes inside and adds to, or multiplies with, its reduced tokens.
 
-    Such a table is the operand that has T0 rows (or those after the prefix), where the other one has T.
+    Such a table is the operand that has T0 rows (or those after the prefix), where the other one has T. If a block
+    reshapes a table that it got for all images, [1, ..], the result has one part per image.
+
+    Attributes:
+        tables: arguments of the block for the remaining tokens, with one part per image.
     """
+
+    def __init__(self, tokens: Tensor, state: TokenState, r: int) -> None:
+        super().__init__(tokens, state, r)
+        self.tables: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _COMBINE and len(args) == 2 and not self.state.unmodified and not self.attention_seen:
             args = self._operands(func, *args)
+        if func in (torch.Tensor.view, torch.Tensor.reshape) and any(args[0] is table for table in self.tables):
+            shape = args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:]
+            if shape[0] == 1 < self.batch:
+                return args[0].reshape(self.batch, *shape[1:])
         return super().__torch_function__(func, types, args, kwargs)
 
     def _operands(self, func: Any, a: Any, b: Any) -> tuple[Any, Any]:

@@ -47,6 +47,7 @@ from crossget.core.state import (
     replace_token,
     token_at,
 )
+from crossget.core.tables import TableOperands
 from crossget.core.watch import SDPA
 from crossget.methods.indexing import size_of, take
 from crossget.methods.reducers import Reducer
@@ -526,8 +527,10 @@ class AttachedTower:
         """An argument of the block, for the remaining tokens."""
         if name in self.tower.masks and value is not None:
             return watch.fit_argument(value)
-        fit = self.tower.fit_arguments
+        fit, given = self.tower.fit_arguments, value
         value = value if fit is None else fit(block, name, value, watch.state)
+        if isinstance(watch, TableOperands) and isinstance(value, Tensor) and value is not given:
+            watch.tables.append(value)
         return self.tower.layout.fit_argument(name, value, watch.state)
 
     def _in_output_form(self, tokens: Tensor, state: TokenState, block_call: BlockCall) -> Tensor:
