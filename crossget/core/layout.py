@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from crossget.core.reduction import Merge
 from crossget.core.state import TokenState
 from crossget.core.tables import TableOperands
+from crossget.methods.indexing import size_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,16 @@ class Packed(BatchFirst):
         return tree_map_only(Tensor, fit, value)
 
 
-BATCH_FIRST, TOKENS_FIRST, PACKED = BatchFirst(), TokensFirst(), Packed()
+@dataclass(frozen=True)
+class Appending(BatchFirst):
+    """The layout [B, T, C] of blocks that append tokens of their own, attend over all, and cut them off again."""
+
+    @property
+    def merge(self) -> type[Merge]:
+        return AppendingMerge
+
+
+BATCH_FIRST, TOKENS_FIRST, PACKED, APPENDING = BatchFirst(), TokensFirst(), Packed(), Appending()
 
 
 def packed_lengths(tokens: Tensor, arguments: Iterable[Any]) -> list[int] | None:
@@ -171,6 +182,60 @@ class TokensFirstMerge(Merge):
 
     def from_batch(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1).contiguous()  # blocks may use .view()
+
+
+class AppendingMerge(Merge):
+    """Reduces the tokens of a block that appends tokens of its own, [B, T + N, C], until after its attention."""
+
+    def __init__(self, tokens: Tensor, state: TokenState, r: int) -> None:
+        super().__init__(tokens, state, r)
+        self._own, self._appended = self.tokens, 0  # T and N
+        self._total: Tensor | None = None  # the reduced tokens with the appended ones
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.cat and not self.attention_seen and not self._appended:
+            out: Tensor = super().__torch_function__(func, types, args, kwargs)
+            if self._is_longer(args[0], out):
+                self._appended = size_of(out, 1) - self._own
+                self.tokens, self.residual_inputs = size_of(out, 1), [out]
+            return out
+        if func is torch.Tensor.__getitem__ and self._total is not None and args[0] is self._total:
+            own = self._total[self._cut(args[1])]
+            self._mlp_residual = None if self.state.norms is None else own
+            return own
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _is_longer(self, parts: Any, out: Tensor) -> bool:
+        """Whether a concatenation is the block's input with tokens behind it."""
+        is_first = len(parts) == 2 and any(parts[0] is one for one in self.residual_inputs)
+        return is_first and out.dim() == 3 and size_of(out, 1) > self._own and out.shape[2] == parts[0].shape[2]
+
+    def _cut(self, index: Any) -> Any:
+        """The index of the block's own tokens, `[:, :T]`, for the remaining ones; any other index unchanged."""
+        if isinstance(index, tuple) and len(index) > 1 and index[1] == slice(None, self._own):
+            return (index[0], slice(None, size_of(self.state.positions, 1)), *index[2:])
+        return index
+
+    def key_bias(self, dtype: torch.dtype) -> Tensor | None:
+        bias = super().key_bias(dtype)
+        return bias if bias is None else F.pad(bias, (0, self._appended))
+
+    def scale_values(self, values: Tensor) -> Tensor:
+        if self.state.norms is None:
+            return values
+        norms = F.pad(self.state.norms, (0, self._appended), value=1.0).to(values.dtype)
+        return (self.by_head(values) * norms[:, None, :, None]).reshape(values.shape)
+
+    def on_queries_and_keys(self, queries: Tensor, keys: Tensor) -> None:
+        super().on_queries_and_keys(queries[:, :, : self._own], keys[:, :, : self._own])
+
+    def reduce_tokens(self, total: Tensor) -> Tensor:
+        self._received = [received[:, : self._own] for received in self._received]
+        tokens = super().reduce_tokens(total[:, : self._own])
+        if size_of(tokens, 1) == self._own:
+            return total
+        self._total = torch.cat([tokens, total[:, self._own :]], 1)
+        return self._total
 
 
 class PackedMerge(Merge):

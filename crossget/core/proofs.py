@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from crossget.core.adapters import Tower
 from crossget.core.attachment import Attachment, attach_towers, attached_tower
 from crossget.core.inputs import tensors_in
-from crossget.core.layout import BATCH_FIRST, PACKED, TOKENS_FIRST, BatchFirst
+from crossget.core.layout import APPENDING, BATCH_FIRST, PACKED, TOKENS_FIRST, BatchFirst
 from crossget.core.loop_tower import count_blocks
 from crossget.core.probe import Attentions, ModuleCall
 from crossget.core.state import Forward, HostOutputs, TokenState
@@ -34,6 +34,7 @@ from crossget.methods.schedules import planned_tokens
 
 # Names of the arguments in which blocks of language models get their cache.
 CACHES = {"past_key_values", "past_key_value", "layer_past", "cache", "cache_params", "kv_cache"}
+_MOST_APPENDED = 16  # tokens that a block may append to its own for its attention
 # How far the output of a block on some of its tokens may be from that on all of them, as a share of the largest change
 # that the block makes to a token.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
@@ -96,7 +97,9 @@ def _layouts(sizes: Sequence[tuple[int, int]], tokens: Tensor) -> list[BatchFirs
     if tokens.dim() == 2:
         return [PACKED]
     square = {queries for queries, keys in sizes if queries == keys}
-    return [layout for axis, layout in ((1, BATCH_FIRST), (0, TOKENS_FIRST)) if int(tokens.shape[axis]) in square]
+    first, second = (int(n) for n in tokens.shape[:2])
+    found = [layout for size, layout in ((second, BATCH_FIRST), (first, TOKENS_FIRST)) if size in square]
+    return [*found, *([APPENDING] if any(second < size <= second + _MOST_APPENDED for size in square) else [])]
 
 
 def prove_blocks(tower: Tower, calls: Sequence[ModuleCall]) -> Tower:

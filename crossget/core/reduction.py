@@ -23,6 +23,7 @@ from crossget.core import masks
 from crossget.core.state import TokenState, token_at
 from crossget.core.watch import IN_PLACE, Watch, additive, lower_triangle
 from crossget.methods.importance import attention_received, by_attention
+from crossget.methods.indexing import size_of
 from crossget.methods.matching import MergePlan
 from crossget.methods.merging import merge_by, norm_correction
 from crossget.methods.reducers import View
@@ -154,6 +155,10 @@ class Merge(Watch):
                 "no softmax over the attention scores was seen in the block, so log(size) could not be added: "
                 "set proportional_attention=False, or use F.scaled_dot_product_attention in the block"
             )
+        return self.reduce_tokens(total)
+
+    def reduce_tokens(self, total: Tensor) -> Tensor:
+        """The tokens after the residual, reduced, in the layout of the block's tokens."""
         by_image = self.to_batch(total) if self.r > 0 else total
         reduced = self._reduce(by_image) if self.r > 0 else None
         if reduced is not None:
@@ -214,7 +219,7 @@ class Merge(Watch):
             state.protected,
             forward.n_protected,
             state.valid,
-            (self.tokens - 1 if forward.has_cross_token else None) if state.end is None else state.end,
+            (size_of(total, 1) - 1 if forward.has_cross_token else None) if state.end is None else state.end,
             relevance=forward.relevance,
         )
 

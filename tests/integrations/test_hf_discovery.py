@@ -96,6 +96,18 @@ def vivit() -> tuple[Any, Any]:
     return built("vivit", "VivitModel", "VivitConfig", **sizes), {"pixel_values": images(2, 4, 3, 32, 32)}
 
 
+def x_clip() -> tuple[Any, Any]:
+    vision = {**SIZES, "num_frames": 2, "mit_hidden_size": 32, "mit_intermediate_size": 48}
+    vision |= {"mit_num_attention_heads": 2, "mit_num_hidden_layers": 1, "drop_path_rate": 0.0}
+    model = built(
+        "x_clip", "XCLIPModel", "XCLIPConfig", vision_config=vision, text_config=TEXT, projection_dim=32,
+        prompt_num_attention_heads=2, prompt_layers=1,
+    )  # fmt: skip
+    ids = torch.randint(3, 60, (2, 10), generator=torch.Generator().manual_seed(0))
+    inputs = {"pixel_values": images(2, 2, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return model, inputs
+
+
 def mllama() -> tuple[Any, Any]:
     sizes = {**SMALL, "attention_heads": 2, "num_global_layers": 1, "image_size": 32, "patch_size": 4}
     values = {**sizes, "max_num_tiles": 2, "intermediate_layers_indices": [0], "vision_output_dim": 64}
@@ -168,6 +180,7 @@ KINDS: dict[str, tuple[Callable[[], tuple[Any, Any]], tuple[int, int, int, bool]
     "a backbone is read": (depth_anything, (4, 1, 0, True)),
     "tubelets": (videomae, (3, 0, 0, False)),
     "tubelets and a class token": (vivit, (3, 1, 0, True)),
+    "frames in the batch": (x_clip, (3, 1, 0, True)),
     "image features, class token at the end": (llama4, (3, 0, 1, False)),
     "packed images": (qwen2_vl, (3, 0, 0, False)),
     "padded images": (idefics3, (3, 0, 0, False)),
