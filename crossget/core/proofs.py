@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from crossget.core.adapters import Tower
 from crossget.core.attachment import Attachment, attach_towers, attached_tower
+from crossget.core.block_class import argument_names
 from crossget.core.inputs import tensors_in
 from crossget.core.layout import APPENDING, BATCH_FIRST, PACKED, TOKENS_FIRST, BatchFirst
 from crossget.core.loop_tower import count_blocks
@@ -84,6 +85,8 @@ def recognise(call: ModuleCall) -> tuple[BatchFirst, int]:
                 return layout, 1
         except Exception as error:  # a module of any kind is called here, with a mode that may not fit it
             problem = problem or why(error)
+        if layout is PACKED and "showed no" in problem:
+            problem = "its attention does not run image by image over the packed sequence"
     raise Refused(problem or "its attention over all tokens is followed by no sum with its input (a residual)")
 
 
@@ -137,7 +140,12 @@ def _variants(tower: Tower, call: ModuleCall) -> Iterable[Tower]:
     """The tower with each way in which tables may follow the tokens; the last ones are tables inside the block."""
     yield tower
     if not tower.loop:
-        arguments = [*call.kwargs.items(), *((f"argument {i}", value) for i, value in enumerate(call.args, 1))]
+        names = argument_names(type(call.module).forward)[1:]
+        arguments = [*zip(names, call.args), *call.kwargs.items()]  # noqa: B905
+        masks = [name for name, value in arguments if "mask" in name and isinstance(value, Tensor) and value.dim() == 4]
+        if masks:  # some blocks check the shapes of their masks
+            tower = replace(tower, masks=masks)
+            yield tower
         state = _state(tower, call, AttachedTower(tower, ToMe(r=0)))
         if TableRows("b1n").tables(arguments, state):
             for layout in ("b1n", "bn", "bn1"):

@@ -38,6 +38,7 @@ ADD = (
 )
 SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
 MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+_WITH_INPUT = (LINEAR, F.softmax, torch.softmax, torch.add, torch.matmul)  # their first argument is called `input`
 IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
 
 
@@ -155,6 +156,9 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not args and "input" in kwargs and func in _WITH_INPUT:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"), *([kwargs.pop("other")] if "other" in kwargs else []))
         if self.residual_seen:
             return self._after_residual(func, args, kwargs)
         if func is SDPA:

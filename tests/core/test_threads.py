@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import crossget
+from contract import COMPILES
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 REDUCERS = [crossget.Ward(r) for r in (1, 4, 8)] + [crossget.ToMe(r) for r in (2, 6)] + [crossget.CrossGET(5)]
@@ -78,6 +79,7 @@ def test_a_reducer_for_a_while_can_be_nested_and_set() -> None:
         assert removed() == 3
 
 
+@pytest.mark.skipif(not COMPILES, reason="this torch cannot compile an attached model")
 def test_a_compiled_model_follows_the_reducer() -> None:
     model = vit()
     with torch.no_grad(), crossget.attach(model, crossget.Ward(3)) as attached:

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import hf_models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,14 @@ def images(*shape: int) -> Tensor:
 def built(family: str, name: str, config: str, **values: Any) -> Any:
     """A model with noise on all parameters, in eval mode. Skips where the version has no such family."""
     try:
-        home = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        home, configs = (
+            importlib.import_module(f"transformers.models.{family}.{kind}_{family}")
+            for kind in ("modeling", "configuration")
+        )
     except ModuleNotFoundError:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     torch.manual_seed(0)
-    model = getattr(home, name)(getattr(transformers, config)(**values)).eval()
+    model = getattr(home, name)(getattr(configs, config)(**values)).eval()
     with torch.no_grad():
         add_noise(model)
     return model
@@ -134,6 +138,8 @@ def qwen2_vl() -> tuple[Any, Any]:
     sizes = {"embed_dim": 32, "hidden_size": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
     torch.manual_seed(0)
     config = configs.Qwen2VLVisionConfig(**sizes, spatial_merge_size=2)
+    if hf_models.VERSION < (5, 0):
+        pytest.skip("the attention of this version is over the packed sequence, with a mask between images")
     model = home.Qwen2VisionTransformerPretrainedModel._from_config(config).eval()
     with torch.no_grad():
         add_noise(model)
@@ -263,7 +269,5 @@ def test_a_model_of_known_size_needs_no_inputs() -> None:
     with crossget.attach(model, crossget.Ward(2)) as attached:
         run(model, inputs)
         assert attached.tokens["visual"] == [65, 63, 61]
-    with torch.device("meta"):
-        meta = transformers.BeitModel(transformers.BeitConfig(**SIZES))
     with pytest.raises(TypeError, match="meta device"):
-        crossget.attach(meta, crossget.Ward(2))
+        crossget.attach(model.to("meta"), crossget.Ward(2))

@@ -1513,7 +1513,11 @@ KINDS: dict[str, Kind] = {
     "queries of a decoder": refused(QueryDecoder, "layers", "quer"),
     "language model": refused(LanguageModel, "layers", "generates", token_ids),
     "packed, several sizes": refused(PackedVit, "blocks", "one size", partial(packed, (SIDE, SIDE), (SIDE, SIDE // 2))),
-    "nested tensors": refused(partial(Nested, NestedBlock, False), "blocks", "nested"),
+    **(
+        {"nested tensors": refused(partial(Nested, NestedBlock, False), "blocks", "nested")}
+        if hasattr(torch.nested, "nested_tensor_from_jagged") and torch.__version__ >= "2.6"
+        else {}
+    ),
     "own kernel": refused(partial(Vit, partial(Block, KernelAttention)), "blocks", "kernel|no attention"),
 }
 
