@@ -23,7 +23,6 @@ from crossget.core.tower import AttachedTower, BlockCall
 from crossget.core.watch import ADD, MATMUL
 from crossget.methods.indexing import size_of
 
-
 # Functions that normalise or scale tokens.
 _SCALE = (
     F.layer_norm, F.rms_norm, F.normalize,
