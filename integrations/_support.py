@@ -179,9 +179,9 @@ def _classes(rows: list[SupportRow]) -> str:
 
 
 def _without_depth(tower: str) -> str:
-    """The line of a tower without its number of blocks."""
-    name, _, text = tower.partition(": ")
-    return f"{name}: {text.partition(' blocks ')[2]}"
+    """The line of a tower without its number of blocks; any other line unchanged."""
+    name, colon, text = tower.partition(": ")
+    return f"{name}: {text.partition(' blocks ')[2]}" if colon else tower
 
 
 def _reasons(rows: list[SupportRow]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import timm.models
 import torch
 from timm.models import _features
+from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 
 from crossget.core.adapters import Blocks, SingleTokenOutput, Tower, adapted_towers, register
@@ -123,14 +124,31 @@ REASONS = {
     "its attention runs inside windows of the image grid": (
         "davit gcvit nest swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit"
     ),
-    "the number of tokens changes between its blocks (a pyramid)": "hiera levit mvitv2 pit pvt_v2 twins volo",
+    "the number of tokens changes between its blocks, or that of the keys (a pyramid)": "mvitv2 pvt_v2 twins volo",
+    "its blocks pass an image grid and attend in it with convolutions": "levit",
     "its blocks pass an image grid [B, H, W, C] and attend in windows of it": "hieradet_sam2 vision_transformer_sam",
     "it attends over channels: there is no T x T attention between tokens": "edgenext xcit",
-    "it has two sequences of tokens that exchange information": "crossvit tnt",
-    "its first blocks weight tokens by distances on the full grid, and its class token is added after them": "convit",
+    "it has two sequences of tokens that exchange information": "tnt",
 }
 _GATES = r"SplitAttn|SelectiveKernelAttn|AttentionPool\w*|RotAttentionPool\w*"
 _ATTENTION = re.compile(rf"(?!(?:{_GATES})$)\w*(?:Attn|Attention|MHSA|GPSA|SHSA|SHMA|LiteMLA|XCA|Lambda)")
+
+
+# What a forward shows in models without adapter: the classes of models, or of their parts, and their towers.
+FOUND = {
+    "found in a forward, one tower per stage": (
+        *_present("CrossVit", "Hiera", "Levit", "PoolingVisionTransformer"), MobileVitBlock,
+    ),
+    "found in a forward, the blocks behind those that weight tokens by distances on the full grid": _present("ConVit"),
+}  # fmt: skip
+
+
+def found_in_forward(model: nn.Module) -> str:
+    """The towers that a forward shows in a model without adapter; empty if it shows none."""
+    if getattr(model, "use_conv", False):  # LeViT with convolutions in place of linear layers
+        return ""
+    parts = {type(part).__mro__ for part in model.modules()}
+    return next((towers for towers, classes in FOUND.items() if any({*mro} & {*classes} for mro in parts)), "")
 
 
 def impossible(model: nn.Module) -> str:
@@ -151,7 +169,11 @@ def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
     for name in timm.list_models(pattern or ""):
         model = skeleton(name)
         known = isinstance(model, (*_VIT, *_CAIT, *_WRAPPERS))
-        yield support_row(name, model, adapted_towers(model) if known else [], explain(model))
+        found = "" if known else found_in_forward(model)
+        if found:
+            yield SupportRow(name, type(model).__name__, True, (found,))
+        else:
+            yield support_row(name, model, adapted_towers(model) if known else [], explain(model))
 
 
 def skeleton(name: str) -> nn.Module:

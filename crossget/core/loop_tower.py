@@ -4,8 +4,8 @@
         x = attention(x) + x
         x = mlp(x) + x
 
-Each attention with its residual belongs to one block. The block ends before the next attention. The sums may be
-normalised, x = norm(attention(x) + x), and so may the input of the first block.
+Each attention with its residual belongs to one block. The block ends before the next attention. The tokens
+may be normalised or scaled on the way, as in x = norm(attention(x) + 2 * x).
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from crossget.core.tower import AttachedTower, BlockCall
 from crossget.core.watch import ADD, MATMUL, MULTI_HEAD_ATTENTION, SDPA
 from crossget.methods.indexing import size_of
 
-_NORMS = (F.layer_norm, F.rms_norm)
+# Functions that normalise or scale tokens.
+_SCALE = (
+    F.layer_norm, F.rms_norm, F.normalize,
+    torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__,
+    torch.div, torch.Tensor.div, torch.Tensor.__truediv__,
+    torch.sub, torch.Tensor.sub, torch.Tensor.__sub__,
+)  # fmt: skip
 
 
 def _attends(func: Any, args: tuple[Any, ...], tokens: int) -> bool:
@@ -56,7 +62,7 @@ class LoopMerge(Merge):
         super().__init__(tokens, state, r)
         self.layer, self.depth, self.next_block = 0, depth, next_block
         self._stream: Tensor | None = None  # the tokens after the last residual
-        self._normed: list[Tensor] = []  # these tokens, normalised
+        self._scaled: list[Tensor] = []  # these tokens, normalised or scaled
         self._next_r = 0
         self._ended = False  # the tokens are those that the next block gets
 
@@ -66,11 +72,13 @@ class LoopMerge(Merge):
         return self.residual_seen and self.layer == self.depth - 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _NORMS:
-            return self._norm(func, args, kwargs or {})
+        if func in _SCALE:
+            out = super().__torch_function__(func, types, args, kwargs)
+            self._see_scaled(args, out)
+            return out
         if self.residual_seen and self._stream is not None and self.layer < self.depth - 1:
             stream = self._stream
-            if func in ADD and any(arg is one for arg in args for one in (stream, *self._normed)):
+            if func in ADD and any(arg is one for arg in args for one in (stream, *self._scaled)):
                 total: Tensor = super().__torch_function__(func, types, args, kwargs)
                 if total.shape == stream.shape:
                     total = self._end_block(total)
@@ -79,16 +87,14 @@ class LoopMerge(Merge):
                 self._begin_block()
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a norm. That of the block's tokens may be the summand of its next residual, in their place."""
-        out = func(*args, **kwargs)
-        tokens = self.residual_inputs if self._stream is None or not self.residual_seen else [self._stream]
-        if any(arg is one for arg in args[:1] for one in tokens):
-            (self._normed if self.residual_seen else self.residual_inputs).append(out)
-        return out
+    def _see_scaled(self, args: tuple[Any, ...], out: Tensor) -> None:
+        """Note the normalised or scaled tokens. They may be a summand of the next residual, in place of the tokens."""
+        known = [self._stream, *self._scaled] if self.residual_seen else self.residual_inputs
+        if any(arg is one and arg.shape == out.shape for arg in args if isinstance(arg, Tensor) for one in known):
+            (self._scaled if self.residual_seen else self.residual_inputs).append(out)
 
     def add_residual(self, a: Tensor, b: Tensor, options: dict[str, Any]) -> Tensor:
-        self._stream, self._normed = super().add_residual(a, b, options), []
+        self._stream, self._scaled = super().add_residual(a, b, options), []
         return self._stream
 
     def _end_block(self, tokens: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ class LoopMerge(Merge):
         self._ended = True
         if self.next_block is not None:
             tokens, self._next_r = self.next_block(self.layer + 1, tokens, self.state)
-        self._stream, self._normed = tokens, []
+        self._stream, self._scaled = tokens, []
         return tokens
 
     def _begin_block(self) -> None:
@@ -109,7 +115,7 @@ class LoopMerge(Merge):
         if not self._ended:
             self._end_block(self._stream)
         self.layer, self.tokens, self.r = self.layer + 1, size_of(self._stream, 1), self._next_r
-        self.residual_inputs = [self._stream, *self._normed]
+        self.residual_inputs = [self._stream, *self._scaled]
         self.attention_seen = self.softmax_seen = self.residual_seen = self._ended = False
         self._softmax_next = self._values_next = False
         self._mlp_residual = self._in_place_target = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -540,25 +541,29 @@ def test_equal_padding_leaves_first(kind: str) -> None:
 # What is not supported ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])
+def test_says_why_not(name: str) -> None:
+    with pytest.raises(TypeError, match=r"cannot reduce timm.models.*compare no tokens.*crossget.register"):
+        crossget.attach(adapter.skeleton(name), crossget.CrossGET(1))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("resnet18", "compare no tokens"),
-        ("mixer_s32_224", "compare no tokens"),
         ("botnet26t_256", "full image grid"),
         ("coat_tiny", "full image grid"),
         ("swin_tiny_patch4_window7_224", "windows"),
         ("samvit_base_patch16", r"grid \[B, H, W, C\]"),
         ("xcit_nano_12_p16_224", "over channels"),
-        ("pit_ti_224", "number of tokens changes"),
-        ("crossvit_9_240", "two sequences"),
-        ("convit_tiny", "class token is added"),
+        ("pvt_v2_b0", "pyramid"),
+        ("levit_conv_128s", "image grid"),
+        ("tnt_s_patch16_224", "two sequences"),
     ],
 )
-def test_says_why_not(name: str, words: str) -> None:
+def test_explains_in_the_table_of_all_names(name: str, words: str) -> None:
     model = adapter.skeleton(name)
-    with pytest.raises(TypeError, match=f"cannot reduce timm.models.*{words}.*crossget.register"):
-        crossget.attach(model, crossget.CrossGET(1))
+    assert re.search(words, adapter.explain(model))
+    assert not adapter.found_in_forward(model)
 
 
 def test_says_why_not_of_what_it_does_not_know() -> None:
@@ -568,7 +573,8 @@ def test_says_why_not_of_what_it_does_not_know() -> None:
             self.attention = vt.Attention(8)
 
     Tomorrow.__module__ = "timm.models.tomorrow"
-    with pytest.raises(TypeError, match="not known"):
+    assert adapter.explain(Tomorrow()) == adapter.UNKNOWN
+    with pytest.raises(TypeError, match="no inputs are known"):
         crossget.find_towers(Tomorrow())
     unsupported = timm.create_model("test_resnet", features_only=True)
     with pytest.raises(TypeError, match="compare no tokens"):

@@ -41,6 +41,9 @@ def test_name(name: str) -> None:
         assert row.reason in KNOWN
         assert row.towers == ()
         return
+    if row.towers[0] in adapter.FOUND:  # nothing runs on the meta device: see test_found_in_a_forward
+        assert row.towers == (adapter.found_in_forward(adapter.skeleton(name)),)
+        return
     model = adapter.skeleton(name).eval()
     dense, before = shapes(model), identity(model)
     with crossget.attach(model, crossget.CrossGET(8)) as attached:
@@ -60,6 +63,36 @@ def assert_planned(attached: crossget.Attachment) -> None:
     assert plan[-1] < plan[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "prefix"),
+    [
+        ("convit_tiny", {"visual": 2}, 1),
+        ("crossvit_9_240", {"visual.0": 3, "visual.1": 3, "visual.2": 3}, 1),
+        ("hiera_base_224", {"visual.0": 15, "visual.1": 2}, 0),
+        ("levit_128s", {"visual.0": 2, "visual.1": 3, "visual.2": 4}, 0),
+        ("levit_256d", {"visual.0": 4, "visual.1": 8, "visual.2": 6}, 0),
+        ("mobilevit_xxs", {"visual.0": 2, "visual.1": 4, "visual.2": 3}, 0),
+        ("pit_ti_224", {"visual.0": 2, "visual.1": 6, "visual.2": 4}, 1),
+        ("pit_ti_distilled_224", {"visual.0": 2, "visual.1": 6, "visual.2": 4}, 2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* has no adapter:UserWarning")
+def test_found_in_a_forward(name: str, blocks: dict[str, int], prefix: int) -> None:
+    """One name of each class without adapter, with real forwards. Noise is on all parameters: zeros prove nothing."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    assert adapter.found_in_forward(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        with crossget.attach(model, crossget.CrossGET(2)) as attached:
+            assert {name: len(tower.blocks) for name, tower in attached.towers.items()} == blocks
+            assert {tower.prefix for tower in attached.towers.values()} == {prefix}
+            model(torch.randn(2, *model.pretrained_cfg["input_size"]))
+            for tower, tokens in attached.tokens.items():
+                assert tokens == [tokens[0] - 2 * layer for layer in range(blocks[tower])]
+
+
 def test_every_name_has_a_row() -> None:
     assert list(rows()) == timm.list_models()
     assert all(row.towers for row in rows().values() if row.supported)
@@ -67,7 +100,8 @@ def test_every_name_has_a_row() -> None:
 
 @pytest.mark.skipif(timm.__version__ != VERSION, reason=f"the page is about timm {VERSION}")
 def test_the_page_is_up_to_date() -> None:
-    assert sum(row.supported for row in rows().values()) == 332
+    found = sum(row.towers[0] in adapter.FOUND for row in rows().values() if row.supported)
+    assert (sum(row.supported for row in rows().values()), found) == (375, 43)
     page = (Path(__file__).parents[2] / "experiments" / "models" / "timm.md").read_text()
     assert f"timm {VERSION}:" in page
     assert page.endswith(markdown(rows().values())), "write markdown(support_matrix()) to its end again"

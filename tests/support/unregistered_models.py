@@ -958,7 +958,8 @@ class PairStack(nn.Module):
 
     def __init__(self, names: Sequence[str] = (), attention: Callable[[], nn.Module] = EagerAttention) -> None:
         super().__init__()
-        self.names, self.norm = names, nn.LayerNorm(WIDTH)
+        self.names = names
+        self.norm: nn.Module = nn.LayerNorm(WIDTH)
         self.layers = nn.ModuleList(self.pair(Normed(attention()), Normed(mlp())) for _ in range(DEPTH))
 
     def pair(self, *members: nn.Module) -> nn.Module:
@@ -972,12 +973,24 @@ class PairStack(nn.Module):
         return self.norm(x)
 
 
-class NormedPairStack(PairStack):
-    """The input of the loop is normalised, and so is every sum in it."""
+class RootMeanSquare(nn.Module):
+    """A norm of simple functions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * DEPTH))
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
+class NormedPairStack(PairStack):
+    """The input of the loop is normalised, and so is every sum in it, of a branch and the scaled tokens."""
+
+    def __init__(self, norm: Callable[[], nn.Module] = RootMeanSquare, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale, self.norm = scale, norm()
+        self.norms = nn.ModuleList(norm() for _ in range(2 * DEPTH))
 
     def pair(self, *members: nn.Module) -> nn.Module:
         return super().pair(*(member.fn for member in members if isinstance(member, Normed)))
@@ -985,8 +998,8 @@ class NormedPairStack(PairStack):
     def forward(self, x: Tensor) -> Tensor:
         x, norms = self.norm(x), iter(self.norms)
         for attention, feed_forward in self.layers:  # type: ignore[misc]
-            x = next(norms)(x + attention(x))
-            x = next(norms)(x + feed_forward(x))
+            x = next(norms)(x * self.scale + attention(x))
+            x = next(norms)(x * self.scale + feed_forward(x))
         return x
 
 
@@ -1438,7 +1451,8 @@ KINDS: dict[str, Kind] = {
     "pairs": with_class_token(Pairs),
     "pairs, fused": with_class_token(partial(Pairs, partial(PairStack, attention=FusedAttention))),
     "pairs by name": with_class_token(partial(Pairs, partial(PairStack, ("attention", "feed_forward")))),
-    "pairs, post-norm": with_class_token(partial(Pairs, NormedPairStack)),
+    "pairs, post-norm": with_class_token(partial(Pairs, partial(NormedPairStack, partial(nn.LayerNorm, WIDTH)))),
+    "pairs, scaled": with_class_token(partial(Pairs, partial(NormedPairStack, scale=2.0))),
     "sequential": Kind(one_sequential, images, (Expected(),)),
     "sequential of sequentials": with_class_token(SequentialChunks),
     "chunks": with_class_token(ListChunks),
