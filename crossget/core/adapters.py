@@ -340,6 +340,11 @@ class Tower:
         return self.decoder is None
 
     @property
+    def is_guided(self) -> bool:
+        """Whether it gets a cross token when the image tower does: a tower of texts, or with a space in common."""
+        return self.text is not None or self.decoder is not None or self.project is not None
+
+    @property
     def has_end(self) -> bool:
         """Whether its texts have an end-of-text token. It is protected, and is the guide."""
         return self.text is not None and self.text.single_token

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import crossget
 from contract import all_equal, identity, leaves, without_fast_path
+from crossget.core import layout, tables
 from crossget.core.adapters import is_registered
 from crossget.core.attachment import attach_towers
 from crossget.methods.reducers import Reducer
@@ -132,7 +133,9 @@ class TestFound:
             expected, tokens = run(model, inputs), attached.tokens
         second, _ = models.build(kind)
         count = forwards(second)
-        crossget.register(type(model), towers=towers)
+        printed = eval(repr(list(towers)), {**vars(layout), **vars(tables), **vars(crossget)})
+        assert repr(printed) == repr(list(towers))
+        crossget.register(type(model), towers=printed)
         try:
             with crossget.attach(second, reducer) as attached:
                 assert not count
