@@ -354,8 +354,12 @@ class Tower:
 
         These are the protected ones and, in padded texts, one padding token and one other token.
         """
-        padded = self.padding and self.text is not None
-        return self.prefix + len(self.fixed) + int(cross_token) + int(self.has_end) + 2 * int(padded)
+        return self.prefix + len(self.fixed) + int(cross_token) + int(self.has_end) + self.n_kept
+
+    @property
+    def n_kept(self) -> int:
+        """The number of unprotected tokens that stay: in texts that may be padded, one of padding and one other."""
+        return 2 * int(self.padding and self.text is not None)
 
 
 def recognised_kernels(model: nn.Module, path: str | Sequence[str]) -> tuple[tuple[Any, str, Any], ...]:

@@ -221,6 +221,7 @@ class Merge(Watch):
             state.valid,
             (size_of(total, 1) - 1 if forward.has_cross_token else None) if state.end is None else state.end,
             relevance=forward.relevance,
+            n_kept=forward.n_kept,
         )
 
 

@@ -92,7 +92,12 @@ class TableRows:
             elif self.layout == "bn1":
                 table = table.unsqueeze(2)
         row = table.narrow(axis, 0, 1)
-        last = torch.ones_like(row) if table.is_complex() or "cos" in name else torch.zeros_like(row)
+        if table.is_complex() or "cos" in name:
+            last = torch.ones_like(row)
+        elif "sin" in name or not table.is_floating_point():
+            last = torch.zeros_like(row)
+        else:  # of an unknown kind: the row of the token in the middle
+            last = table.narrow(axis, int(table.shape[axis]) // 2, 1)
         return gather_rows(table, axis, last, state)
 
     def tables(self, arguments: Iterable[tuple[str, Any]], state: TokenState) -> list[str]:

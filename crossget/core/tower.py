@@ -333,7 +333,7 @@ class AttachedTower:
             self, reducer, self.depth, length, prefix=tower.prefix, causal=tower.causal,
             class_token=tower.class_token, padding=tower.padding, has_end=end is not None,
             outputs=info.outputs or self.default_outputs(reducer), relevance=self._relevance(batch),
-            fixed=tower.fixed,
+            fixed=tower.fixed, n_kept=tower.n_kept,
         )  # fmt: skip
         if self.recording and not torch.compiler.is_compiling():
             forward.record.blocks = {}

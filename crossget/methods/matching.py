@@ -36,6 +36,8 @@ class Candidates:
         seed: seed of the random matching.
         budget: number of similarities that are in memory at a time.
         sizes: [B, T] number of input tokens that each token stands for; None: all are 1.
+        n_kept: number of other tokens that stay. With padding it is at least 2: one destination among the padding and
+            one among the other tokens, as the two are never matched with each other.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Candidates:
         seed: int = 0,
         budget: int = BUDGET,
         sizes: Tensor | None = None,
+        n_kept: int = 0,
     ) -> None:
         batch, tokens = size_of(vectors, 0), size_of(vectors, 1)
         self.vectors = vectors
@@ -59,6 +62,7 @@ class Candidates:
         self.protected = protected
         self.n_free = tokens - n_protected
         self.valid = valid
+        self.n_kept = n_kept if valid is None else max(n_kept, 2)
         self.ties = ties
         self.seed = seed
         self.budget = budget
@@ -81,12 +85,8 @@ class Candidates:
         return self._inverse_norms
 
     def limit(self, r: int) -> int:
-        """The number of tokens that can be removed: `r`, but at most half of the unprotected ones.
-
-        With padding, one destination is reserved among the padding and one among the other tokens, as the two are
-        never matched with each other.
-        """
-        most = (self.n_free - (0 if self.valid is None else 2)) // 2
+        """The number of tokens that can be removed: `r`, but at most half of the unprotected ones without `n_kept`."""
+        most = (self.n_free - self.n_kept) // 2
         # Comparisons instead of min and max: one compiled graph then serves all lengths from which r can be removed.
         return r if r <= most else most if most > 0 else 0
 

@@ -62,6 +62,8 @@ class View:
         relevance: function from tokens [B, T, C] to their cosines [B, T] with the features given to
             `Attachment.set_text_features`; None: no features were given.
         score: [B, T] the scores that `reduce` used. It sets this attribute, for `Attachment.records`.
+        n_kept: number of unprotected tokens that stay, see `Candidates`. In a tower of texts that may be padded it is
+            2, whether there is padding or not: the result does not depend on whether a mask of ones is given.
     """
 
     tokens: Tensor
@@ -75,6 +77,7 @@ class View:
     guide: Tensor | int | None = None
     relevance: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
     score: Tensor | None = field(default=None, kw_only=True)
+    n_kept: int = field(default=0, kw_only=True)
 
     def sizes_or_ones(self) -> Tensor:
         """[B, T] float32, the number of input tokens that each token stands for."""
@@ -360,6 +363,7 @@ class Merging(Joining):
                 self._value("ties"),
                 self._value("seed"),
                 sizes=view.sizes,
+                n_kept=view.n_kept,
             )
             r = candidates.limit(r)
             if r == 0:
@@ -459,7 +463,9 @@ class Random(Joining):
 
     def reduce(self, view: View, r: int) -> Reduced | None:
         with torch.no_grad():
-            candidates = Candidates(view.tokens, view.protected, view.n_protected, view.valid, seed=self.seed)
+            candidates = Candidates(
+                view.tokens, view.protected, view.n_protected, view.valid, seed=self.seed, n_kept=view.n_kept
+            )
             r = candidates.limit(r)
             if r == 0:
                 return None
@@ -509,7 +515,9 @@ class TopK(Reducer):
 
     def reduce(self, view: View, r: int) -> Reduced | None:
         with torch.no_grad():
-            candidates = Candidates(_flat(view.keys, self.keys), view.protected, view.n_protected, view.valid)
+            candidates = Candidates(
+                _flat(view.keys, self.keys), view.protected, view.n_protected, view.valid, n_kept=view.n_kept
+            )
             r = candidates.limit(r)
             if r == 0:
                 return None

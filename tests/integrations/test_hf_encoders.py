@@ -628,3 +628,20 @@ def test_says_why_not(name: str, options: dict[str, Any], words: str) -> None:
         TypeError, match=f"cannot reduce transformers.models.{name.lower()}.*{words}.*crossget.register"
     ):
         crossget.attach(model, crossget.CrossGET(1))
+
+
+@pytest.mark.parametrize("method", [crossget.Ward(8), crossget.ToMe(8), crossget.CrossGET(8), crossget.Random(8)])
+def test_a_mask_of_ones_and_the_kernel_change_nothing(method: Any) -> None:
+    config = transformers.CLIPTextConfig(**hf_models.TEXT)
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    found, weights = [], None
+    for kernel in ("sdpa", "eager"):
+        model = hf_models.built(transformers.CLIPTextModel, config, kernel)
+        weights = weights or model.state_dict()
+        model.load_state_dict(weights)
+        for mask in (None, torch.ones_like(ids)):
+            with torch.no_grad(), crossget.attach(model, {"text": method}) as attached:
+                found.append((model(ids, attention_mask=mask).last_hidden_state, attached.tokens))
+    for out, tokens in found[1:]:
+        assert tokens == found[0][1]
+        torch.testing.assert_close(out, found[0][0], rtol=0, atol=1e-5)
