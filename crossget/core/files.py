@@ -79,8 +79,8 @@ def replacing_folder(path: str | Path, drop: Collection[str] = ()) -> Iterator[P
     """Context that writes a folder whole or not at all.
 
     The new files go to another folder beside it. At the end of the context that folder gets what is in the old one and
-    is neither written anew nor to be dropped (hard links, copies where there can be none), and the two are exchanged: in
-    one step on Linux, by two renames elsewhere. After an exception the new folder is removed, and `path` stays as it
+    is neither written anew nor to be dropped (hard links, copies where there can be none). Then the two are exchanged:
+    in one step on Linux, by two renames elsewhere. After an exception the new folder is removed, and `path` stays as it
     was. A process that is killed leaves a hidden folder whose name ends in ".part".
 
     Args:

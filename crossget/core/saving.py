@@ -55,8 +55,8 @@ def read(folder: str | Path) -> tuple[dict[str, Reducer], dict[str, Tensor], str
 
     Raises:
         FileNotFoundError: the folder has no such file.
-        ValueError: the file is damaged, was written by a newer version, or names an unknown method; cross tokens are not
-            numbers, or not finite.
+        ValueError: the file is damaged, was written by a newer version, or names an unknown method; cross tokens are
+            not floating-point, or not finite.
     """
     path = _local(folder)
     opened = files.open_safetensors(path)
