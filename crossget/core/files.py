@@ -266,16 +266,19 @@ def named(path: Path, read: Callable[[], Any]) -> Any:
         raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from error
 
 
-def reason_against(value: Tensor) -> str | None:
-    """Why a tensor from a file cannot be a weight; None if it can."""
+def reason_against(value: Tensor, numbers: bool = True) -> str | None:
+    """Why a tensor from a file cannot be a weight; None if it can.
+
+    Args:
+        value: the tensor.
+        numbers: also look for NaN and infinity, which reads all of it.
+    """
     if value.is_meta:
         return "on the meta device, without numbers"
     if value.is_quantized or not value.is_floating_point():
         return f"{value.dtype}, not floating-point (quantised?)"
-    if value.layout is not torch.strided:
-        return f"sparse ({value.layout})"
-    if value.is_nested:
-        return "nested"
-    if value.numel() and not all(bool(torch.isfinite(end)) for end in value.detach().aminmax()):
-        return "not finite: NaN or infinity"
+    if value.layout is not torch.strided or value.is_nested:
+        return "sparse or nested"
+    if numbers and value.numel() and not all(bool(torch.isfinite(end)) for end in value.detach().aminmax()):
+        return "not finite: it has NaN or infinity"
     return None

@@ -151,11 +151,12 @@ def _schedule_from_json(r: Any) -> int | tuple[int, ...] | Schedule:
         raise ValueError(f"r is {r!r}: expected an int, a list of ints, or one of the schedules {sorted(_SCHEDULES)}")
     fields = dict(r)
     cls = _SCHEDULES[fields.pop("schedule")]
-    whole = {"whole": _schedule_from_json(fields.pop("whole"))} if cls is Part and "whole" in fields else {}
-    if "r" in fields and isinstance(fields["r"], list):
+    if cls is Part and "whole" in fields:
+        fields["whole"] = _schedule_from_json(fields["whole"])
+    if isinstance(fields.get("r"), list):
         fields["r"] = tuple(fields["r"])
     _check_types(cls, fields)
-    schedule: Schedule = cls(**fields, **whole)
+    schedule: Schedule = cls(**fields)
     return schedule
 
 
