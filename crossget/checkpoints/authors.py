@@ -26,6 +26,7 @@ _OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
 # Prefixes in checkpoints of the reference's CoOp (saved by Dassl) -> CLIP's own. They contain no token embedding.
 _DASSL = {"image_encoder.": "visual.", "text_encoder.": "", "logit_scale": "logit_scale"}
 _DASSL_PROMPTS, _EMBEDDING = "prompt_learner.", "token_embedding.weight"
+_KINDS = 'CLIP checkpoint of the reference: expected {"model": state_dict} or Dassl\'s {"state_dict": state_dict}'
 # Classes that such a checkpoint may have pickled: the scheduler and, through it, the optimiser.
 _DASSL_OBJECTS = {
     "torch.optim.lr_scheduler": ("CosineAnnealingLR", "StepLR", "MultiStepLR"),
@@ -111,7 +112,8 @@ def _load_clip(
     content = _load_tensors(path)
     own = model.state_dict()
     if isinstance(content, dict) and "model" in content:
-        state = {name: value for name, value in _state_in(content, "model", path).items() if name not in _OPENAI_EXTRAS}
+        given = _state_in(content, "model", path)
+        state = {name: value for name, value in given.items() if name not in _OPENAI_EXTRAS}
     else:
         state = _from_dassl(_state_in(content, "state_dict", path), path)
         state[_EMBEDDING] = own[_EMBEDDING]
@@ -131,7 +133,7 @@ def _load_clip(
     return attached
 
 
-def _state_in(content: Any, key: str, path: Path) -> dict[str, Tensor]:
+def _state_in(content: Any, key: str, path: Path, kind: str = _KINDS) -> dict[str, Tensor]:
     """The state dict under a key of a file.
 
     Raises:
@@ -140,10 +142,7 @@ def _state_in(content: Any, key: str, path: Path) -> dict[str, Tensor]:
     state = content.get(key) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
-            f'{path} is not a CLIP checkpoint of the reference: expected {{"model": state_dict}} or Dassl\'s '
-            f'{{"state_dict": state_dict}}, found {found}'
-        )
+        raise ValueError(f"{path} is not a {kind}, found {found}")
     others = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
     if others:
         raise ValueError(f"{path} has entries that are not tensors: {llava_format.abbreviated(others)}")
@@ -172,7 +171,9 @@ def dassl_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there is none, or the file contains other objects than Dassl saves.
     """
-    return _state_in(_load_tensors(Path(path)), "state_dict", Path(path))
+    return _state_in(
+        _load_tensors(Path(path)), "state_dict", Path(path), 'file of Dassl\'s: expected {"state_dict": ...}'
+    )
 
 
 def _from_dassl(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -228,13 +229,15 @@ def load_pickle(path: Path) -> Any:
                 "compress; load it with torch.load if you trust it, and save it again"
             )
         else:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and not compressed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about kinds of tensors, which the caller refuses by name
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and not compressed)
     except OSError:
         raise
     except Exception as error:  # damaged bytes raise whatever the code that they reach happens to raise
         raise ValueError(
-            f"{path} is not a torch file of tensors alone, or is truncated: torch.load(weights_only=True) refuses it "
-            f"({str(error).strip().partition(chr(10))[0] or type(error).__name__})"
+            f"{path} is not a torch file, is truncated, or contains more than tensors, which is not loaded "
+            f"(weights_only=True): {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
         ) from error
     raise ValueError(f"{path} {problem}")
 

@@ -230,6 +230,12 @@ def test_reference_keeps_the_reducers_of_an_attached_model(tmp_path: Path) -> No
     [
         ({"visual.proj": None}, r"missing: \['visual.proj'\]"),
         ({"transformer.cross_text": None}, r"missing: \['transformer.cross_text'\]"),
+        ({"visual.proj": torch.full((64, 16), torch.nan)}, "visual.proj is not finite"),
+        ({"visual.proj": torch.ones(64, 16).to_sparse()}, "visual.proj is sparse"),
+        ({"visual.proj": torch.ones(64, 16, device="meta")}, "visual.proj is on the meta device"),
+        ({"visual.proj": torch.ones(64, 16, dtype=torch.int8)}, "visual.proj is torch.int8, not floating-point"),
+        ({"transformer.cross_text": torch.full((1, LAYERS, WIDTH), torch.inf)}, "cross_text is not finite"),
+        ({"visual.proj": 3}, r"entries that are not tensors: \['visual.proj'\]"),
         ({"surplus": torch.ones(1)}, r"unexpected: \['surplus'\]"),
         ({"visual.proj": torch.ones(2, 2)}, r"visual.proj: \[2, 2\], expected \[64, 16\]"),
         (
@@ -247,6 +253,20 @@ def test_reference_files_that_do_not_fit(tmp_path: Path, changes: dict[str, Any]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="is not attached"):
         crossget.attachment(model)
+
+
+def test_a_model_without_numbers_is_refused(tmp_path: Path) -> None:
+    path = reference_file(tmp_path / "checkpoint_best.pth")
+    with pytest.raises(ValueError, match=r"weights on the meta device.*before the model is offloaded"):
+        crossget.load_reference(clip().to("meta"), path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\x80", b"PK\x03\x04", b"\x80\x02]q\x00.", b"root:x:0:0\n"])
+def test_bytes_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "checkpoint_best.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} is not a torch file"):
+        crossget.load_reference(clip(), path)
 
 
 def test_openai_s_integers_are_no_surplus(tmp_path: Path) -> None:
