@@ -235,9 +235,10 @@ def load_pickle(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # damaged bytes raise whatever the code that they reach happens to raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} is not a torch file, is truncated, or contains more than tensors, which is not loaded "
-            f"(weights_only=True): {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+            f"(weights_only=True; save the model's state_dict() instead): {reason}"
         ) from error
     raise ValueError(f"{path} {problem}")
 
