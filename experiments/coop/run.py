@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import crossget
+from crossget.core.files import write_bytes
 from crossget.core.training import parameter_groups
 from experiments.coop import datasets
 from experiments.coop.presets import PRESETS, SETTINGS, Preset, recipe_of
@@ -170,12 +171,9 @@ def load_prompts(learner: PromptLearner, file: Path) -> None:
 
 def save_prompts(context: Tensor, file: Path) -> None:
     """Write learnt prompts."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    save_file({"ctx": context.detach().cpu().contiguous()}, part)
-    part.replace(file)
+    write_bytes(file, save({"ctx": context.detach().cpu().contiguous()}))
 
 
 def train(
