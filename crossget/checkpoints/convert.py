@@ -223,8 +223,8 @@ def _image_tower(source: LlavaFolder, given: str | None) -> ImageTower:
     published = str(name).rstrip("/").rpartition("/")[2]
     if source.has_tower and given is None and published in PRESETS and not Path(str(name)).is_dir():
         return ImageTower(_vision(PRESETS[published].config().vision_config), None, {})
-    folder = _tower_folder(name, given is not None, weights=not source.has_tower)
-    vision = _load_vision(folder)
+    folder = _tower_folder(name, None if given else source.folder, weights=not source.has_tower)
+    vision = _load_vision(folder, None if given else source.folder)
     if source.has_tower:
         return ImageTower(vision, folder, {})
     stored = llava_format.list_weights(folder)
@@ -234,8 +234,17 @@ def _image_tower(source: LlavaFolder, given: str | None) -> ImageTower:
     return ImageTower(vision, folder, {TOWER + key: tensor for key, tensor in stored.items()})
 
 
-def _tower_folder(name: Any, given: bool, weights: bool) -> Path:
-    """A local folder, or the hub's cache with the files in it."""
+def _tower_folder(name: Any, source: Path | None, weights: bool) -> Path:
+    """A local folder, or the hub's cache with the files in it.
+
+    Args:
+        name: the folder, or the id of the repository.
+        source: the folder whose config.json has the name; None: the user gave it.
+        weights: whether weights are needed.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
     name = str(name)
     if Path(name).is_dir():
         return Path(name)
@@ -254,9 +263,9 @@ def _tower_folder(name: Any, given: bool, weights: bool) -> Path:
         return folder
     except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError) as error:
         origin = "--vision-tower"
-        if not given:
+        if source is not None:
             why = "has no vision tower inside" if weights else "has one inside and does not say how it is built"
-            origin = f"config.json's mm_vision_tower; the folder {why}"
+            origin = f"mm_vision_tower of {source / 'config.json'}; the folder {why}"
         raise FileNotFoundError(
             f"{name!r} ({origin}) is neither a local folder nor available from the hub or its cache: give "
             "--vision-tower FOLDER, a CLIP in transformers' layout such as openai/clip-vit-large-patch14-336"
@@ -271,10 +280,11 @@ def _import_hub() -> Any:
     return huggingface_hub
 
 
-def _load_vision(folder: Path) -> dict[str, Any]:
+def _load_vision(folder: Path, source: Path | None) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
+        origin = "" if source is None else f" (mm_vision_tower of {source / 'config.json'})"
         raise FileNotFoundError(
-            f"the vision tower {folder} has no config.json: expected a CLIP in transformers' layout"
+            f"the vision tower {folder}{origin} has no config.json: expected a CLIP in transformers' layout"
         )
     where = folder / "config.json"
     content = files.read_json(where)
@@ -284,8 +294,11 @@ def _load_vision(folder: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{where} has vision_config {given!r}: expected an object")
     llava_format.check_types(given, llava_format.VISION_TYPES, str(where))
-    config = import_transformers().CLIPVisionConfig(**{n: given[n] for n in _VISION if given.get(n) is not None})
-    return _vision(config)
+    make = import_transformers().CLIPVisionConfig
+    try:
+        return _vision(make(**{name: given[name] for name in _VISION if given.get(name) is not None}))
+    except Exception as error:  # each version of transformers has its own
+        raise ValueError(f"{where}: transformers refuses it: {type(error).__name__}: {error}") from error
 
 
 def _vision(config: Any) -> dict[str, Any]:

@@ -189,6 +189,7 @@ def parse_json(text: str | bytes, where: str | Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(text.decode() if isinstance(text, bytes) else text)
+        json.dumps(content, ensure_ascii=False).encode()  # halves of characters could not be written or printed
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -232,9 +233,9 @@ def load_pickle(path: Path) -> Any:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about kinds of tensors, which the caller refuses by name
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and not compressed)
-    except OSError:
-        raise
     except Exception as error:  # damaged bytes raise whatever the code that they reach happens to raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} is not a torch file, is truncated, or contains more than tensors, which is not loaded "
@@ -264,9 +265,9 @@ def named(path: Path, read: Callable[[], Any]) -> Any:
     """
     try:
         return read()
-    except OSError:
-        raise
     except Exception as error:  # also dtypes that torch lacks
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from error
 
 
