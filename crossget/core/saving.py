@@ -91,9 +91,16 @@ def _local(folder: str | Path) -> Path:
         if not (path / FILE).is_file():
             raise FileNotFoundError(f"{path} has no {FILE}: expected what Attachment.save wrote")
         return path / FILE
+    if path.exists():
+        raise FileNotFoundError(f"{path} is not a folder: give the folder that Attachment.save wrote {FILE} into")
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
     except ModuleNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} is no folder here, and to load it from the Hugging Face hub takes huggingface_hub, which is not "
@@ -108,6 +115,8 @@ def _local(folder: str | Path) -> Path:
         raise
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"the hub repository {folder} has no {FILE}") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{folder} is neither a folder here nor a repository of the hub") from error
 
 
 def _reducer_to_json(reducer: Reducer) -> dict[str, Any]:

@@ -191,6 +191,13 @@ def test_neither_folder_nor_hub_id() -> None:
         crossget.load(clip(), "/no/such/folder")
 
 
+def test_the_file_in_place_of_its_folder(tmp_path: Path) -> None:
+    with crossget.attach(clip(), crossget.CrossGET(3)) as attached:
+        attached.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a folder: give the folder"):
+        crossget.load(clip(), tmp_path / "crossget.safetensors")
+
+
 def test_a_schedule_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
     class Odd:
         def removed(self, layer: int, depth: int, tokens: int) -> int:
