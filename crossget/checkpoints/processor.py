@@ -101,7 +101,8 @@ def _naming(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         # A panic of the tokenizers package, which is written in Rust, is no Exception.
-        if isinstance(error, RuntimeError) or not (isinstance(error, Exception) or "Panic" in type(error).__name__):
+        is_damage = isinstance(error, Exception) or "Panic" in type(error).__name__
+        if not is_damage or isinstance(error.__cause__, ModuleNotFoundError):
             raise
         raise ValueError(f"{folder / file} is not a tokenizer that can be loaded: {error}") from error
 
@@ -135,7 +136,8 @@ def write_processor(vocabulary: Vocabulary, source: Path, out: Path, vision: dic
         },
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }  # fmt: skip
-    vocabulary.tokenizer.save(str(out / "tokenizer.json"))
+    # Not by its own save(), whose errors on a full disk are of no particular type.
+    (out / "tokenizer.json").write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
     if (source / "tokenizer.model").is_file():
         shutil.copyfile(source / "tokenizer.model", out / "tokenizer.model")
     for name, content in contents.items():

@@ -95,7 +95,7 @@ def replacing_folder(path: str | Path, drop: Collection[str] = ()) -> Iterator[P
         ValueError: `path` exists and is no folder, or it is a mount point, which cannot be renamed.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and (not target.is_dir() or target.is_mount()):
+    if target.exists() and (not target.is_dir() or os.path.ismount(target)):
         reason = "a mount point, which cannot be exchanged" if target.is_dir() else "not a folder"
         raise ValueError(f"{path} is {reason}: give a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -741,6 +741,25 @@ def test_what_stops_in_the_middle_changes_nothing(
     check_logits_after_load(out)
 
 
+@pytest.mark.parametrize("limit", [200, 2_000, 20_000, 200_000])
+def test_a_full_disk_changes_nothing(limit: int, tmp_path: Path) -> None:
+    """At any file: no file of the process may grow beyond the limit, in bytes."""
+    folder, out = write_original(tmp_path / "original", tokenizer=True), tmp_path / "out"
+    assert convert(folder, out) == 0
+    assert max(path.stat().st_size for path in out.iterdir()) > 200_000
+    before = contents(tmp_path)
+    code = (
+        "import resource, sys\nfrom crossget import cli\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "convert", str(folder), str(out), "--overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(tmp_path) == before
+
+
 def test_what_is_written_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = module._write_safetensors
 
