@@ -110,7 +110,9 @@ def _load_clip(
     model: nn.Module, path: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
 ) -> Attachment:
     content = _load_tensors(path)
-    own = model.state_dict()
+    # Without cross tokens that `Attachment.register_parameters` has put among the model's parameters.
+    crosses = {id(value) for value in previous.parameters()} if previous else set()
+    own = {n: value.detach() for n, value in model.state_dict(keep_vars=True).items() if id(value) not in crosses}
     if isinstance(content, dict) and "model" in content:
         given = _state_in(content, "model", path)
         state = {name: value for name, value in given.items() if name not in _OPENAI_EXTRAS}
@@ -129,7 +131,7 @@ def _load_clip(
     _warn_activation(model, str(path))
     cross = {tower: value.squeeze(0) for tower, value in cross.items()}
     attached = attach_with(model, CrossGET(r=16) if reducer is None else reducer, cross, str(path), previous)
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # the keys have been checked
     return attached
 
 

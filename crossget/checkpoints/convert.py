@@ -284,7 +284,7 @@ def _load_vision(folder: Path, source: Path | None) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         origin = "" if source is None else f" (mm_vision_tower of {source / 'config.json'})"
         raise FileNotFoundError(
-            f"the vision tower {folder}{origin} has no config.json: expected a CLIP in transformers' layout"
+            f"the vision tower {folder} has no config.json{origin}: expected a CLIP in transformers' layout"
         )
     where = folder / "config.json"
     content = files.read_json(where)

@@ -126,6 +126,9 @@ def _flush(file: Path) -> None:
 
 
 def _keep(old: Path, new: Path, drop: Collection[str]) -> None:
+    mounted = [folder for folder, _, _ in os.walk(old) if os.path.ismount(folder)]
+    if mounted:  # no hard links lead there, and what is left of the old folder is deleted
+        raise ValueError(f"{old} has mount points inside, {mounted}: give another folder")
     for item in old.iterdir():
         copy = new / item.name
         if item.name in drop or copy.exists():

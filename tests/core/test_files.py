@@ -108,6 +108,14 @@ def test_a_folder_that_cannot_be_exchanged_stays(folder: Path, monkeypatch: pyte
     assert contents(folder.parent) == before
 
 
+def test_a_folder_with_a_mount_point_inside_is_not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(folder.parent)
+    monkeypatch.setattr(files.os.path, "ismount", lambda path: Path(path).name == "deep")
+    with pytest.raises(ValueError, match="has mount points inside"), files.replacing_folder(folder):
+        pass
+    assert contents(folder.parent) == before
+
+
 def test_a_new_folder(tmp_path: Path) -> None:
     with files.replacing_folder(tmp_path / "a" / "out") as part:
         (part / "config").write_text("new")

@@ -232,6 +232,16 @@ def test_reference_keeps_the_reducers_of_an_attached_model(tmp_path: Path) -> No
         crossget.load_reference(model, path, crossget.CrossGET(3))
 
 
+def test_reference_into_registered_parameters(tmp_path: Path) -> None:
+    model = clip()
+    attached = crossget.attach(model, crossget.CrossGET(2))
+    attached.register_parameters(model)
+    assert crossget.load_reference(model, reference_file(tmp_path / "checkpoint_best.pth")) is attached
+    state = model.state_dict()
+    assert torch.equal(2 * state["crossget.visual"], state["crossget.text"])
+    assert (state["crossget.visual"] != 0).any()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
