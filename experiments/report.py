@@ -6,6 +6,7 @@ Without a name all pages are written. results.csv always holds the results of al
 import sys
 from collections.abc import Sequence
 
+from crossget.core.files import write_text
 from experiments.lib import summary
 from experiments.studies import PAGES, load_page
 
@@ -21,7 +22,7 @@ def main(names: Sequence[str]) -> None:
         raise SystemExit(f"unknown studies {unknown}; pages are written of {', '.join(PAGES)}")
     for name in names or PAGES:
         load_page(name).write()
-    summary.FILE.write_text(summary.table(), encoding="utf-8")
+    write_text(summary.FILE, summary.table())
 
 
 if __name__ == "__main__":

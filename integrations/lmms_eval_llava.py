@@ -18,7 +18,7 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 
 import crossget
-from crossget.core.saving import CONFIG_FILE, WEIGHTS_FILE
+from crossget.core.saving import FILE
 from crossget.methods.reducers import Reducer
 
 _METHODS: dict[str, type[Reducer]] = {"crossget": crossget.CrossGET, "tome": crossget.ToMe}
@@ -138,28 +138,27 @@ def _check(r: Any, method: Any, image_aspect_ratio: Any, batch_size: Any) -> Non
 
 
 def _saved(pretrained: str, revision: str) -> Path | None:
-    """The folder with the files of `Attachment.save`; None if the model has none."""
+    """The folder with the file of `Attachment.save`; None if the model has none."""
     folder = Path(pretrained)
     if folder.is_dir():
-        return folder if (folder / CONFIG_FILE).is_file() else None
+        return folder if (folder / FILE).is_file() else None
     try:
-        config = hf_hub_download(pretrained, CONFIG_FILE, revision=revision)
+        saved = hf_hub_download(pretrained, FILE, revision=revision)
     except HFValidationError as error:
         raise ValueError(
             f"pretrained={pretrained}: neither a folder here nor the id of a hub repository ({error})"
         ) from None
     except LocalEntryNotFoundError:  # the hub cannot be reached
         # None: the cache does not know. Otherwise it has stored that the repository has no such file.
-        if try_to_load_from_cache(pretrained, CONFIG_FILE, revision=revision) is None:
+        if try_to_load_from_cache(pretrained, FILE, revision=revision) is None:
             logger.warning(
-                f"the hub cannot be asked whether {pretrained} has a {CONFIG_FILE}, and the cache does not know: going "
+                f"the hub cannot be asked whether {pretrained} has a {FILE}, and the cache does not know: going "
                 "on as if it had none"
             )
         return None
     except EntryNotFoundError:
         return None
-    hf_hub_download(pretrained, WEIGHTS_FILE, revision=revision)
-    return Path(config).parent
+    return Path(saved).parent
 
 
 def _attach(model: Any, saved: Path | None, r: int | None, method: str) -> crossget.Attachment | None:

@@ -79,6 +79,29 @@ class TestErrors:
         (line,) = captured.err.splitlines()
         assert line.startswith("crossget: error: no model 'vit_tiny_patch16'")
 
+    @pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/sh\n", b"", b"PK\x03\x04", b"\x80\x02}q\x00."])
+    def test_a_file_that_is_no_checkpoint(
+        self, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "weights").write_bytes(content)
+        out = str(tmp_path / "p.html")
+        assert call("show", "--model", TINY, "--checkpoint", str(tmp_path / "weights"), "--out", out) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert line.startswith(f"crossget: error: {tmp_path / 'weights'} ")
+        assert not Path(out).exists()
+
+    def test_a_photograph_is_not_overwritten(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        photo = tmp_path / "photo.png"
+        photo.write_bytes(b"a photograph")
+        for option in ("--out", "--png"):
+            assert call("show", "--model", TINY, option, str(photo)) == 2
+            assert f"{option} {photo}" in capsys.readouterr().err
+        assert call("demo", TINY, "--out", str(photo)) == 2
+        assert "crossget did not write it" in capsys.readouterr().err
+        assert photo.read_bytes() == b"a photograph"
+
     def test_a_long_message_stays_one_line(self, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
         monkeypatch.setattr("crossget.demo.backbones.make", raising(RuntimeError("several\n\tlines")))
         assert call("flops", TINY) == 2

@@ -1,8 +1,12 @@
 """What gets installed is one package, which needs no host; it can save attachments and has the command line."""
 
 import ast
+import io
+import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -108,7 +112,17 @@ def test_adapters_have_one_name() -> None:
 def build_tree(folder: Path, links: bool) -> Path:
     """A copy, so that setuptools leaves nothing in the checkout; git lays `links=False` where it cannot link."""
     adapters = [f"integrations/{name}" for name in ADAPTERS]
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", *DATA, *FILES, *adapters):
+    for name in (
+        "pyproject.toml",
+        "MANIFEST.in",
+        "build_backend.py",
+        "README.md",
+        "LICENSE",
+        "NOTICE",
+        *DATA,
+        *FILES,
+        *adapters,
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((ROOT / name).read_bytes())
     link = folder / "crossget" / "integrations"
@@ -155,6 +169,48 @@ def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", tree)  # the sdist, then the wheel from it
     (rebuilt,) = (tmp_path / "dist").glob("*.whl")
     assert files_in(rebuilt) == files_in(wheel)
+
+
+def build_sdist(folder: Path, epoch: str) -> bytes:
+    """Of the files that git knows; each of them with a time of its own, and of another owner's rights."""
+    names = [name for name in run("git", "ls-files", "-z").split("\0") if name]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            (folder / name).symlink_to((ROOT / name).readlink())
+        else:
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    (folder / "README.md").chmod(0o600)
+    os.utime(folder / "README.md", (10**9, 10**9))
+    code = f"import os\nos.environ['SOURCE_DATE_EPOCH'] = '{epoch}'\nimport build_backend\n"
+    name = python(f"{code}print(build_backend.build_sdist('.'))", cwd=folder).splitlines()[-1]
+    return (folder / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an sdist is built from a checkout")
+def test_sdist_is_small_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+    first = build_sdist(tmp_path / "first", "1700000000")
+    with tarfile.open(fileobj=io.BytesIO(first)) as archive:
+        names = {item.name.partition("/")[2] for item in archive}
+        assert {item.mtime for item in archive} == {1700000000}
+    assert len(first) < 1.2e6
+    assert {"tests/test_packaging.py", "docs/quickstart.md", "experiments/run.py", "build_backend.py"} <= names
+    assert not [name for name in names if "/results" in name or name.endswith((".png", ".pyc", "results.csv"))]
+    assert build_sdist(tmp_path / "second", "1700000000") == first
+    assert build_sdist(tmp_path / "third", "1800000000") != first
+
+
+def test_classifiers_begin_with_the_oldest_python_and_have_no_gap() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    minors = [int(minor) for minor in re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', text)]
+    assert f'requires-python = ">=3.{minors[0]}"' in text
+    assert minors == list(range(minors[0], minors[-1] + 1))
+
+
+def test_saving_needs_nothing_but_what_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"safetensors>=' in text.partition("dependencies = [")[2].partition("]")[0]
 
 
 def needed(requires: list[str]) -> set[str]:

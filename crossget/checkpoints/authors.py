@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crossget.checkpoints import llava_format
+from crossget.core import files
 from crossget.core.attach import attach_with, find_attachment, find_towers
 from crossget.core.attachment import Attachment
 from crossget.methods.reducers import CrossGET, Reducer
@@ -25,6 +26,7 @@ _OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
 # Prefixes in checkpoints of the reference's CoOp (saved by Dassl) -> CLIP's own. They contain no token embedding.
 _DASSL = {"image_encoder.": "visual.", "text_encoder.": "", "logit_scale": "logit_scale"}
 _DASSL_PROMPTS, _EMBEDDING = "prompt_learner.", "token_embedding.weight"
+_KINDS = 'CLIP checkpoint of the reference: expected {"model": state_dict} or Dassl\'s {"state_dict": state_dict}'
 # Classes that such a checkpoint may have pickled: the scheduler and, through it, the optimiser.
 _DASSL_OBJECTS = {
     "torch.optim.lr_scheduler": ("CosineAnnealingLR", "StepLR", "MultiStepLR"),
@@ -64,13 +66,21 @@ def load_reference(
     Raises:
         TypeError: the model is neither.
         FileNotFoundError: a file is missing.
-        ValueError: keys are missing, unexpected or of another shape (the message names them), the checkpoint is of
-            another kind, or `reducer` is given for an attached model. Nothing is loaded or attached then.
+        ValueError: keys are missing, unexpected or of another shape (the message names them), weights are sparse,
+            quantised, without numbers or not finite, a file is damaged, the checkpoint is of another kind, or `reducer`
+            is given for an attached model. Nothing is loaded or attached then: all is checked before the first weight
+            is changed.
     """
     previous = find_attachment(model)
     if previous is not None and reducer is not None:
         raise ValueError(
             "the model is attached, so `reducer` would be ignored: detach it first, or leave `reducer` out"
+        )
+    hollow = [name for name, value in model.state_dict(keep_vars=True).items() if value.is_meta]
+    if hollow:
+        raise ValueError(
+            f"the model has weights on the meta device, which cannot be loaded: {llava_format.abbreviated(hollow)}; "
+            "load the checkpoint before the model is offloaded"
         )
     source = Path(path)
     if not source.exists():
@@ -100,22 +110,19 @@ def _load_clip(
     model: nn.Module, path: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
 ) -> Attachment:
     content = _load_tensors(path)
-    keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-    if "model" in keys and isinstance(content["model"], dict):
-        state = {name: value for name, value in content["model"].items() if name not in _OPENAI_EXTRAS}
-    elif "state_dict" in keys and isinstance(content["state_dict"], dict):
-        state = _from_dassl(content["state_dict"], path)
-        state[_EMBEDDING] = model.state_dict()[_EMBEDDING]
+    # Without cross tokens that `Attachment.register_parameters` has put among the model's parameters.
+    crosses = {id(value) for value in previous.parameters()} if previous else set()
+    own = {n: value.detach() for n, value in model.state_dict(keep_vars=True).items() if id(value) not in crosses}
+    if isinstance(content, dict) and "model" in content:
+        given = _state_in(content, "model", path)
+        state = {name: value for name, value in given.items() if name not in _OPENAI_EXTRAS}
     else:
-        raise ValueError(
-            f'{path} is not a CLIP checkpoint of the reference: expected {{"model": state_dict}} or Dassl\'s '
-            f'{{"state_dict": state_dict}}, found {keys}'
-        )
+        state = _from_dassl(_state_in(content, "state_dict", path), path)
+        state[_EMBEDDING] = own[_EMBEDDING]
     cross = {tower: state.pop(key) for tower, key in _CLIP_CROSS.items() if key in state}
     missing = [key for tower, key in _CLIP_CROSS.items() if tower not in cross]
-    llava_format.check_shapes(
-        _shapes(model.state_dict()), _shapes(state), str(path), type(model).__name__, missing=missing
-    )
+    llava_format.check_shapes(_shapes(own), _shapes(state), str(path), type(model).__name__, missing=missing)
+    _check_values({**state, **{_CLIP_CROSS[tower]: value for tower, value in cross.items()}}, own, path)
     towers = {tower.name: tower for tower in find_towers(model)}
     for name, value in cross.items():
         shape = (1, len(towers[name].blocks), towers[name].width)
@@ -124,8 +131,40 @@ def _load_clip(
     _warn_activation(model, str(path))
     cross = {tower: value.squeeze(0) for tower, value in cross.items()}
     attached = attach_with(model, CrossGET(r=16) if reducer is None else reducer, cross, str(path), previous)
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # the keys have been checked
     return attached
+
+
+def _state_in(content: Any, key: str, path: Path, kind: str = _KINDS) -> dict[str, Tensor]:
+    """The state dict under a key of a file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    state = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} is not a {kind}, found {found}")
+    others = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
+    if others:
+        raise ValueError(f"{path} has entries that are not tensors: {llava_format.abbreviated(others)}")
+    return state
+
+
+def _check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Raise where tensors cannot be weights.
+
+    Raises:
+        ValueError: the message names them.
+    """
+    bad = []
+    for name, value in state.items():
+        counts = name in own and not own[name].is_floating_point()  # such as the batches that a BatchNorm has seen
+        reason = files.reason_against(value.float() if counts and value.dtype == own[name].dtype else value)
+        if reason:
+            bad.append(f"{name} is {reason}")
+    if bad:
+        raise ValueError(f"{path}: {llava_format.abbreviated(bad)}. Nothing was loaded")
 
 
 def dassl_state(path: str | Path) -> dict[str, Tensor]:
@@ -134,12 +173,9 @@ def dassl_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there is none, or the file contains other objects than Dassl saves.
     """
-    content = _load_tensors(Path(path))
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f'{path} is not a file of Dassl\'s: expected {{"state_dict": ...}}, found {found}')
-    state: dict[str, Tensor] = content["state_dict"]
-    return state
+    return _state_in(
+        _load_tensors(Path(path)), "state_dict", Path(path), 'file of Dassl\'s: expected {"state_dict": ...}'
+    )
 
 
 def _from_dassl(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -183,7 +219,7 @@ def _ignore_training_state() -> Iterator[None]:
 
 def _load_tensors(path: Path) -> Any:
     with _ignore_training_state():
-        return llava_format.load_pickle(path)
+        return files.load_pickle(path)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, llava_format.Shape]:
@@ -204,7 +240,7 @@ def _warn_activation(model: nn.Module, path: str) -> None:
 
 
 def _load_llava(
-    model: nn.Module, folder: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
+    model: Any, folder: Path, reducer: Reducer | Mapping[str, Reducer] | None, previous: Attachment | None
 ) -> Attachment:
     source = llava_format.inspect_folder(folder)
     source.require_cross_tokens(" use from_pretrained and crossget.attach")
@@ -221,8 +257,11 @@ def _load_llava(
     shapes = {name: item.shape for name, item in source.stored.items()}
     llava_format.check_shapes(expected, shapes, str(folder), type(model).__name__)
     _check_settings(model, source)
+    source.check_layer(model.config.vision_config.num_hidden_layers)
     towers = {tower.name: (tower.depth, tower.width) for tower in find_towers(model)}
     llava_format.check_cross_tokens(source.cross, towers)
+    for _ in llava_format.load_tensors(source.stored.values()):
+        pass  # raises where numbers are not finite, before anything is changed
     reducer = CrossGET(r=13) if reducer is None else reducer
     attached = attach_with(model, reducer, source.cross_tokens(), str(folder), previous)
     with torch.no_grad():

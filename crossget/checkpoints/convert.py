@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from crossget.checkpoints import llava_format, processor
 from crossget.checkpoints.hf_sizes import PRESETS, import_transformers
 from crossget.checkpoints.llava_format import TOWER, VOCABULARY, LlavaFolder, Shape, StoredTensor
-from crossget.core import saving
+from crossget.core import files, saving
 from crossget.core.attach import attach
 from crossget.methods.reducers import CrossGET, Reducer
 
@@ -35,9 +36,7 @@ _RENAMED = {
     "model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
 }
-_INDEX, _UNFINISHED = "model.safetensors.index.json", ".part"
-# Files of an earlier conversion. All are removed: transformers would load those that this conversion does not write.
-_OUTPUT_FILES = ("model*.safetensors*", "config.json", "generation_config.json", *saving.FILES, *processor.FILES)
+_INDEX, _MANIFEST = "model.safetensors.index.json", "crossget_manifest.json"
 _VISION = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
     "num_channels", "projection_dim", "hidden_act", "layer_norm_eps",
@@ -94,6 +93,7 @@ class ConversionPlan:
         vocabulary: the new tokens and the tokenizer.
         config: config.json of the new model.
         files: the tensors of each weight file.
+        generation: generation_config.json of the new model.
         reducers: by tower; empty for a conversion without cross tokens.
         dtype: of everything that is written; None keeps the source's.
     """
@@ -103,6 +103,7 @@ class ConversionPlan:
     vocabulary: processor.Vocabulary
     config: dict[str, Any]
     files: dict[str, list[OutputTensor]]
+    generation: dict[str, Any]
     reducers: Mapping[str, Reducer]
     dtype: torch.dtype | None
 
@@ -110,6 +111,16 @@ class ConversionPlan:
     def bytes(self) -> int:
         """The size of all weights."""
         return sum(tensor.bytes for file in self.files.values() for tensor in file)
+
+    @property
+    def names(self) -> list[str]:
+        """All files that are written."""
+        return sorted(
+            [
+                *self.files, *([_INDEX] if len(self.files) > 1 else []), *([saving.FILE] if self.reducers else []),
+                *(processor.names(self.vocabulary, self.source.folder)), "generation_config.json", "config.json",
+            ]
+        )  # fmt: skip
 
 
 def convert(
@@ -139,22 +150,27 @@ def convert(
         max_shard_size: bytes per weight file, or a text such as "500MB"; a larger tensor gets a file of its own.
         dtype: of the new weights; None keeps the source's.
         cross_tokens: a folder without cross tokens is an error. False converts the dense model alone.
-        overwrite: write into a folder that is not empty, and replace what an earlier conversion left there.
+        overwrite: write into a folder that is not empty, and replace the files of an earlier conversion, which its
+            crossget_manifest.json lists. Other files stay. The old files are there until the new ones are complete, so
+            the disk has to hold both.
 
     Returns:
         A summary for the user, in a few lines.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the content is wrong (the message names what), or `out` is not empty. Nothing is written then.
+        ValueError: the content is wrong (the message names what), `out` is not empty, or a file of another origin is in
+            the way. `out` stays as it was then.
         RuntimeError: a package is missing.
     """
     _check_out(out, overwrite)
     plan = plan_conversion(folder, r, vision_tower, max_shard_size, dtype, cross_tokens)
     if out.resolve() in [source.resolve() for source in (folder, plan.tower.folder) if source is not None]:
         raise ValueError(f"{out} is one of the folders to read from: give another one for the result")
-    _clear(out)
-    _write(plan, out)
+    written = _check_names(plan, out)
+    with files.replacing_folder(out, drop=written) as part:
+        _write(plan, part)
+        _verify(plan, part)
     return _summary(plan, out)
 
 
@@ -175,7 +191,9 @@ def plan_conversion(
     rows = source.text["vocab_size"]
     vocabulary = processor.load_vocabulary(folder, rows)
     config = _config(source, tower.vision, vocabulary, dtype)
-    model = _on_meta(config)
+    generation = _generation(source, vocabulary)
+    source.check_layer(tower.vision["num_hidden_layers"])
+    model = _on_meta(config, source, len(stored))
     shapes = {name: tuple(value.shape) for name, value in llava_format.parameters(model).items()}
     expected = {name: (rows, *shape[1:]) if name in VOCABULARY else shape for name, shape in shapes.items()}
     sizes = {name: tensor.shape for name, tensor in stored.items()}
@@ -192,7 +210,9 @@ def plan_conversion(
         OutputTensor(_new_name(name), tensor, shapes[name], dtype or dtypes.get(name, tensor.dtype))
         for name, tensor in stored.items()
     ]
-    return ConversionPlan(source, tower, vocabulary, config, _shards(outputs, max_shard_size), reducers, dtype)
+    return ConversionPlan(
+        source, tower, vocabulary, config, _shards(outputs, max_shard_size), generation, reducers, dtype
+    )
 
 
 # The image tower -----------------------------------------------------------------------------------------------------
@@ -203,8 +223,8 @@ def _image_tower(source: LlavaFolder, given: str | None) -> ImageTower:
     published = str(name).rstrip("/").rpartition("/")[2]
     if source.has_tower and given is None and published in PRESETS and not Path(str(name)).is_dir():
         return ImageTower(_vision(PRESETS[published].config().vision_config), None, {})
-    folder = _tower_folder(name, given is not None, weights=not source.has_tower)
-    vision = _load_vision(folder)
+    folder = _tower_folder(name, None if given else source.folder, weights=not source.has_tower)
+    vision = _load_vision(folder, None if given else source.folder)
     if source.has_tower:
         return ImageTower(vision, folder, {})
     stored = llava_format.list_weights(folder)
@@ -214,8 +234,17 @@ def _image_tower(source: LlavaFolder, given: str | None) -> ImageTower:
     return ImageTower(vision, folder, {TOWER + key: tensor for key, tensor in stored.items()})
 
 
-def _tower_folder(name: Any, given: bool, weights: bool) -> Path:
-    """A local folder, or the hub's cache with the files in it."""
+def _tower_folder(name: Any, source: Path | None, weights: bool) -> Path:
+    """A local folder, or the hub's cache with the files in it.
+
+    Args:
+        name: the folder, or the id of the repository.
+        source: the folder whose config.json has the name; None: the user gave it.
+        weights: whether weights are needed.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
     name = str(name)
     if Path(name).is_dir():
         return Path(name)
@@ -234,9 +263,9 @@ def _tower_folder(name: Any, given: bool, weights: bool) -> Path:
         return folder
     except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError) as error:
         origin = "--vision-tower"
-        if not given:
+        if source is not None:
             why = "has no vision tower inside" if weights else "has one inside and does not say how it is built"
-            origin = f"config.json's mm_vision_tower; the folder {why}"
+            origin = f"mm_vision_tower of {source / 'config.json'}; the folder {why}"
         raise FileNotFoundError(
             f"{name!r} ({origin}) is neither a local folder nor available from the hub or its cache: give "
             "--vision-tower FOLDER, a CLIP in transformers' layout such as openai/clip-vit-large-patch14-336"
@@ -251,17 +280,25 @@ def _import_hub() -> Any:
     return huggingface_hub
 
 
-def _load_vision(folder: Path) -> dict[str, Any]:
+def _load_vision(folder: Path, source: Path | None) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
+        origin = "" if source is None else f" (mm_vision_tower of {source / 'config.json'})"
         raise FileNotFoundError(
-            f"the vision tower {folder} has no config.json: expected a CLIP in transformers' layout"
+            f"the vision tower {folder} has no config.json{origin}: expected a CLIP in transformers' layout"
         )
-    content = json.loads((folder / "config.json").read_text())
+    where = folder / "config.json"
+    content = files.read_json(where)
     if content.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(f"the vision tower {folder} has model_type {content.get('model_type')!r}: expected 'clip'")
     given = content.get("vision_config", content)
-    config = import_transformers().CLIPVisionConfig(**{name: given[name] for name in _VISION if name in given})
-    return _vision(config)
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} has vision_config {given!r}: expected an object")
+    llava_format.check_types(given, llava_format.VISION_TYPES, str(where))
+    make = import_transformers().CLIPVisionConfig
+    try:
+        return _vision(make(**{name: given[name] for name in _VISION if given.get(name) is not None}))
+    except Exception as error:  # each version of transformers has its own
+        raise ValueError(f"{where}: transformers refuses it: {type(error).__name__}: {error}") from error
 
 
 def _vision(config: Any) -> dict[str, Any]:
@@ -291,11 +328,23 @@ def _config(
     }  # fmt: skip
 
 
-def _on_meta(config: dict[str, Any]) -> nn.Module:
+def _on_meta(config: dict[str, Any], source: LlavaFolder, stored: int) -> nn.Module:
+    """The model that the configuration describes, without memory.
+
+    Raises:
+        ValueError: the configuration has more blocks than tensors are stored, or transformers refuses it.
+    """
+    where = source.folder / "config.json"
+    blocks = config["text_config"]["num_hidden_layers"] + config["vision_config"]["num_hidden_layers"]
+    if blocks > stored:
+        raise ValueError(f"{where}: {blocks} blocks of both towers together, but {stored} tensors are stored")
     transformers = import_transformers()
     copy = json.loads(json.dumps(config))  # transformers changes what it is given
-    with torch.device("meta"):
-        model: nn.Module = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(copy))
+    try:
+        with torch.device("meta"):
+            model: nn.Module = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(copy))
+    except Exception as error:  # each version of transformers has its own
+        raise ValueError(f"{where}: transformers cannot make this model: {type(error).__name__}: {error}") from error
     return model
 
 
@@ -332,19 +381,29 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} is not empty: give another folder, or --overwrite to replace an earlier conversion")
 
 
-def _clear(out: Path) -> None:
-    """Remove what an earlier conversion may have left."""
-    for pattern in _OUTPUT_FILES:
-        for path in out.glob(pattern):
-            path.unlink()
+def _check_names(plan: ConversionPlan, out: Path) -> set[str]:
+    """The files of an earlier conversion in a folder.
+
+    Raises:
+        ValueError: a file that no conversion wrote is in the way, or the manifest is damaged.
+    """
+    listed = files.read_json(out / _MANIFEST).get("files") if (out / _MANIFEST).exists() else []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"{out / _MANIFEST} has files {listed!r}: expected a list of names")
+    # transformers would load a single file of weights in place of the new shards.
+    strange = [n for n in sorted({*plan.names, "model.safetensors"} - set(listed)) if os.path.lexists(out / n)]
+    if strange:
+        raise ValueError(
+            f"{out} has files that no conversion wrote there: {strange}: move them away, or give another folder"
+        )
+    return {*listed, _MANIFEST}
 
 
 def _write(plan: ConversionPlan, out: Path) -> None:
     source = plan.source
-    out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=plan.bytes, desc="converting", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for name, shard in plan.files.items():
-            _write_safetensors(out / (name + _UNFINISHED), shard, bar)
+            _write_safetensors(out / name, shard, bar)
     if len(plan.files) > 1:
         index = {item.name: name for name, shard in plan.files.items() for item in shard}
         _write_json(out / _INDEX, {"metadata": {"total_size": plan.bytes}, "weight_map": index})
@@ -354,18 +413,31 @@ def _write(plan: ConversionPlan, out: Path) -> None:
     if plan.vocabulary.tokenizer is not None:
         strategy = source.settings["vision_feature_select_strategy"]
         processor.write_processor(plan.vocabulary, source.folder, out, plan.tower.vision, strategy)
-    _write_json(out / "generation_config.json", _generation(plan))
+    _write_json(out / "generation_config.json", plan.generation)
     _write_json(out / "config.json", plan.config)
-    for name in plan.files:  # last, so that an interrupted conversion cannot be loaded
-        (out / (name + _UNFINISHED)).rename(out / name)
+    _write_json(out / _MANIFEST, {"files": [*plan.names, _MANIFEST]})
 
 
-def _generation(plan: ConversionPlan) -> dict[str, Any]:
-    path = plan.source.folder / "generation_config.json"
-    given = json.loads(path.read_text()) if path.is_file() else {}
+def _verify(plan: ConversionPlan, out: Path) -> None:
+    """Read back what was written, before it takes the place of an earlier conversion.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    if sorted(path.name for path in out.iterdir()) != sorted([*plan.names, _MANIFEST]):
+        raise ValueError(f"{out} has {sorted(path.name for path in out.iterdir())}: expected {plan.names}")
+    for name, shard in plan.files.items():
+        found = {key: (item.shape, item.dtype) for key, item in llava_format.list_tensors(out / name).items()}
+        if found != {item.name: (item.shape, item.dtype) for item in shard}:
+            raise ValueError(f"{out / name} does not have the tensors that were written")
+
+
+def _generation(source: LlavaFolder, vocabulary: processor.Vocabulary) -> dict[str, Any]:
+    path = source.folder / "generation_config.json"
+    given = files.read_json(path) if path.exists() else {}
     kept = {name: value for name, value in given.items() if not name.startswith("_") and name != "transformers_version"}
-    special = {name: plan.source.text[name] for name in ("bos_token_id", "eos_token_id")}
-    return {**special, **kept, "pad_token_id": plan.vocabulary.pad}
+    special = {name: source.text[name] for name in ("bos_token_id", "eos_token_id")}
+    return {**special, **kept, "pad_token_id": vocabulary.pad}
 
 
 def _write_safetensors(path: Path, shard: list[OutputTensor], bar: Any) -> None:
@@ -398,7 +470,7 @@ def _pieces(tensor: Tensor, output: OutputTensor) -> Iterator[Tensor]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(plan: ConversionPlan, out: Path) -> str:

@@ -6,16 +6,15 @@ A file is opened for its keys, shapes and dtypes; a tensor is loaded when it is 
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from crossget.core import files
 
 Shape = tuple[int, ...]
 
@@ -35,6 +34,35 @@ _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 _DEFAULTS = {
     "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     "rope_scaling": None, "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+Fits = tuple[Callable[[Any], bool], str]
+_SIZE: Fits = (lambda value: type(value) is int and value > 0, "a whole number from 1 up")
+_POSITIVE: Fits = (lambda value: type(value) in (int, float) and 0 < value < float("inf"), "a number above 0")
+_INT: Fits = (lambda value: type(value) is int, "a whole number")
+_BOOL: Fits = (lambda value: type(value) is bool, "true or false")
+_TEXT: Fits = (lambda value: isinstance(value, str), "a text")
+_IDS: Fits = (
+    lambda value: all(type(one) is int for one in (value if isinstance(value, list) else [value])),
+    "a token id, or a list of them",
+)
+_DTYPE: Fits = (
+    lambda value: isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype),
+    "a dtype of torch, such as 'float16'",
+)
+_OBJECT: Fits = (lambda value: isinstance(value, dict), "an object")
+# What the values of config.json must be; each may also be null, or missing.
+_TYPES = {
+    **dict.fromkeys((*_SIZES, "num_key_value_heads", "max_position_embeddings"), _SIZE),
+    "rms_norm_eps": _POSITIVE, "rope_theta": _POSITIVE, "rope_scaling": _OBJECT, "hidden_act": _TEXT,
+    "attention_bias": _BOOL, "bos_token_id": _INT, "eos_token_id": _IDS, "torch_dtype": _DTYPE, "dtype": _DTYPE,
+    "mm_vision_select_layer": _INT, "mm_use_im_start_end": _BOOL, "mm_vision_select_feature": _TEXT,
+    "mm_vision_tower": _TEXT,
+}  # fmt: skip
+VISION_TYPES = {
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+         "num_channels", "projection_dim"), _SIZE),
+    "hidden_act": _TEXT, "layer_norm_eps": _POSITIVE,
 }  # fmt: skip
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _MAX_NAMES = 10  # in one message
@@ -64,29 +92,56 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors or torch file, by key, without buffers that follow from the sizes.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is neither, is truncated, or contains something else than floating-point tensors.
     """
+    found: dict[str, tuple[Shape, torch.dtype | None, str | None]]
     if path.suffix == ".safetensors":
-        file = _open_safetensors(path)
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-        found = {key: (tuple(s.get_shape()), _FLOATS.get(s.get_dtype())) for key, s in slices.items()}
+        file = files.open_safetensors(path)
+        found = files.named(path, lambda: _describe(file))
     else:
-        found = {key: (tuple(t.shape), t.dtype if t.dtype in CODES else None) for key, t in _open_state(path).items()}
-    kept = {key: (shape, dtype) for key, (shape, dtype) in found.items() if not key.endswith(_BUFFERS)}
-    others = [key for key, (_, dtype) in kept.items() if dtype is None]
-    if others:
-        raise ValueError(f"{path} has weights that are not floating-point (quantised?): {abbreviated(others)}")
-    return {key: StoredTensor(path, key, shape, dtype) for key, (shape, dtype) in kept.items() if dtype is not None}
+        found = {
+            key: (tuple(value.shape), value.dtype, _reason_against(value)) for key, value in _open_state(path).items()
+        }
+    kept = {key: item for key, item in found.items() if not key.endswith(_BUFFERS)}
+    bad = [f"{key}: {reason}" for key, (_, _, reason) in kept.items() if reason]
+    if bad:
+        raise ValueError(f"{path} has weights that cannot be used: {abbreviated(bad)}")
+    return {key: StoredTensor(path, key, shape, dtype) for key, (shape, dtype, _) in kept.items() if dtype is not None}
+
+
+def _describe(file: Any) -> dict[str, tuple[Shape, torch.dtype | None, str | None]]:
+    """Shape, dtype and what is wrong, of the tensors in an open safetensors file."""
+    found = {}
+    for key in file.keys():  # noqa: SIM118 (it is no dict)
+        item = file.get_slice(key)
+        dtype = _FLOATS.get(item.get_dtype())
+        reason = None if dtype else f"{item.get_dtype()}, not floating-point (quantised?)"
+        found[key] = (tuple(item.get_shape()), dtype, reason)
+    return found
+
+
+def _reason_against(value: Tensor) -> str | None:
+    reason = files.reason_against(value, numbers=False)
+    return reason or (None if value.dtype in CODES else f"{value.dtype} (quantised?)")
 
 
 def load_tensors(stored: Iterable[StoredTensor]) -> Iterator[Tensor]:
-    """Load tensors in the given order, with one file open at a time."""
+    """Load tensors in the given order, with one file open at a time.
+
+    Raises:
+        ValueError: a tensor has NaN or infinity, or its file has become unreadable.
+    """
     path, load = None, None
     for item in stored:
         if load is None or item.path != path:
             load = None  # closes the file before the next one is opened
             load, path = _open(item.path), item.path
-        yield load(item.key)
+        value = load(item.key)
+        reason = files.reason_against(value)
+        if reason:
+            raise ValueError(f"{item.path}: {item.key} is {reason}")
+        yield value
 
 
 def list_weights(folder: Path) -> dict[str, StoredTensor]:
@@ -110,7 +165,7 @@ def list_weights(folder: Path) -> dict[str, StoredTensor]:
 def _files(folder: Path) -> list[Path]:
     for index, pattern in _SHARDS.items():
         if (folder / index).is_file():
-            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            names = _names(folder, index)
             absent = [name for name in names if not (folder / name).is_file()]
             if absent:
                 raise FileNotFoundError(f"{folder} has no {abbreviated(absent)}, which its {index} names")
@@ -121,44 +176,42 @@ def _files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no weights: expected {' or '.join(_SHARDS.values())}")
 
 
-def load_pickle(path: Path) -> Any:
-    """Load what `torch.save` wrote: tensors and plain containers only, memory-mapped where the format allows.
+def _names(folder: Path, index: str) -> list[str]:
+    """The files that an index names.
 
     Raises:
-        ValueError: the file contains anything else, or is not such a file.
+        ValueError: a name could lead out of the folder.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a torch file, or contains more than tensors, which is not loaded (weights_only=True)"
-        ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a torch file, or is truncated: {error or type(error).__name__}") from error
+    entries = files.read_json(folder / index).get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries.values()):
+        raise ValueError(f"{folder / index} has no weight_map of file names by key")
+    names = sorted(set(entries.values()))
+    # The snapshots in the hub's cache consist of links into the folder "blobs" beside them.
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    wrong = [
+        name
+        for name in names
+        if name in ("", "..") or "\\" in name or PurePath(name).name != name
+        or (folder / name).resolve().parent not in homes
+    ]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{folder / index} names {abbreviated(wrong)}: expected files of the same folder, no links")
+    return names
 
 
 def _open(path: Path) -> Callable[[str], Tensor]:
     if path.suffix == ".safetensors":
-        get: Callable[[str], Tensor] = _open_safetensors(path).get_tensor
-        return get
+        file = files.open_safetensors(path)
+        return lambda key: files.named(path, lambda: file.get_tensor(key))
     return _open_state(path).__getitem__
 
 
-def _open_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from error
-
-
 def _open_state(path: Path) -> dict[str, Tensor]:
-    state = load_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    state = files.load_pickle(path)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         found = type(state).__name__
         if isinstance(state, dict):
-            found = abbreviated([key for key, value in state.items() if not isinstance(value, Tensor)])
+            found = abbreviated([str(key) for key, value in state.items() if not isinstance(value, Tensor)])
         raise ValueError(f"{path} is not a state dict: expected only tensors, found {found}")
     return state
 
@@ -202,6 +255,22 @@ class LlavaFolder:
         return {
             tower: value.squeeze(0) for tower, value in zip(self.cross, load_tensors(self.cross.values()), strict=True)
         }
+
+    def check_layer(self, depth: int) -> None:
+        """Raise where the layer that the image features are taken from is none of an image tower's.
+
+        Args:
+            depth: number of blocks of the tower; layer 0 is what enters the first one.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        layer = self.settings["vision_feature_layer"]
+        if not -depth - 1 <= layer <= depth:
+            raise ValueError(
+                f"{self.folder / 'config.json'} has mm_vision_select_layer {layer}: the image tower has {depth} "
+                f"blocks, so expected {-depth - 1} to {depth}"
+            )
 
     def require_cross_tokens(self, hint: str = "") -> None:
         """Raise where the folder has no cross tokens.
@@ -255,10 +324,33 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is not a folder: expected one in LLaVA's original layout")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: expected a folder in LLaVA's original layout")
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config = files.read_json(folder / "config.json")
     if "text_config" in config:
         raise ValueError(f"{folder} is in transformers' layout: load it with from_pretrained")
+    check_types(config, _TYPES, str(folder / "config.json"))
     return config
+
+
+def check_types(config: Mapping[str, Any], types: Mapping[str, Fits], where: str) -> None:
+    """Raise where a value of a configuration is of another kind than expected.
+
+    Args:
+        config: the configuration.
+        types: by name, what a value must be if it is there and not None.
+        where: the file, for the message.
+
+    Raises:
+        ValueError: a value is wrong, or attention heads do not divide the width.
+    """
+    for name, (fits, expected) in types.items():
+        if config.get(name) is not None and not fits(config[name]):
+            raise ValueError(f"{where} has {name} {config[name]!r}: expected {expected}")
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if width and heads and (width % heads or heads % (config.get("num_key_value_heads") or heads)):
+        raise ValueError(
+            f"{where} has hidden_size {width}, num_attention_heads {heads} and num_key_value_heads "
+            f"{config.get('num_key_value_heads')}: expected each to divide the one before"
+        )
 
 
 def _text(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -267,12 +359,14 @@ def _text(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"{folder / 'config.json'} has model_type {config.get('model_type')!r}: expected 'llava' or 'llava_llama', "
             "LLaVA with a Llama"
         )
-    absent = [name for name in (*_SIZES, "mm_vision_select_layer") if name not in config]
+    absent = [name for name in (*_SIZES, "mm_vision_select_layer") if config.get(name) is None]
     if absent:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(absent)}")
     fields = {name: config[name] for name in _SIZES}
     fields["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return {**fields, **{name: config.get(name, default) for name, default in _DEFAULTS.items()}}
+    for name, default in _DEFAULTS.items():
+        fields[name] = default if config.get(name) is None else config[name]
+    return fields
 
 
 def _settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -283,7 +377,7 @@ def _settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         )
     if config.get("mm_use_im_start_end"):
         raise ValueError(f"{where} has mm_use_im_start_end: transformers' LLaVA has no such tokens around an image")
-    feature = config.get("mm_vision_select_feature", "patch")
+    feature = config.get("mm_vision_select_feature") or "patch"
     if feature not in _STRATEGIES:
         raise ValueError(f"{where} has mm_vision_select_feature {feature!r}: expected one of {sorted(_STRATEGIES)}")
     return {

@@ -6,21 +6,25 @@ transformers' own save_pretrained writes depends on the version that converts.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crossget.checkpoints.llava_format import abbreviated
+from crossget.core import files
 
 IMAGE, PAD = "<image>", "<pad>"
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",
     "processor_config.json", "chat_template.json",
 )  # fmt: skip
+_SETTINGS = FILES[2:4]
 
 # The prompt of LLaVA-1.5 (its conversation "v1"): first the images, each on its own line, then the text.
 CHAT_TEMPLATE = """\
@@ -54,11 +58,13 @@ class Vocabulary:
         image: id of <image>.
         pad: id of <pad>.
         tokenizer: of the `tokenizers` package, with both tokens; None if the folder has no tokenizer.
+        settings: contents of the folder's configuration files beside the tokenizer, by name.
     """
 
     image: int
     pad: int
     tokenizer: Any
+    settings: dict[str, dict[str, Any]]
 
 
 def load_vocabulary(folder: Path, rows: int) -> Vocabulary:
@@ -70,19 +76,35 @@ def load_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
     Raises:
         RuntimeError: loading tokenizer.model needs packages that are not installed.
-        ValueError: the tokenizer has more tokens than the model.
+        ValueError: the tokenizer has more tokens than the model, or a file is damaged.
     """
-    tokenizer = _tokenizer(folder)
-    if tokenizer is None:
-        return Vocabulary(rows, rows + 1, None)
-    from tokenizers import AddedToken
+    settings = {name: files.read_json(folder / name) for name in _SETTINGS if (folder / name).is_file()}
+    with _naming(folder):
+        tokenizer = _tokenizer(folder)
+        if tokenizer is None:
+            return Vocabulary(rows, rows + 1, None, settings)
+        from tokenizers import AddedToken
 
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (IMAGE, PAD)])
-    ids = tokenizer.get_vocab(with_added_tokens=True)
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (IMAGE, PAD)])
+        ids = tokenizer.get_vocab(with_added_tokens=True)
     unknown = sorted(token for token, i in ids.items() if i >= rows and token not in (IMAGE, PAD))
     if unknown:
         raise ValueError(f"the tokenizer in {folder} has tokens beyond the {rows} of the model: {abbreviated(unknown)}")
-    return Vocabulary(ids[IMAGE], ids[PAD], tokenizer)
+    return Vocabulary(ids[IMAGE], ids[PAD], tokenizer, settings)
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Inside, whatever a damaged tokenizer raises is a ValueError that names its file."""
+    file = next((name for name in FILES[:2] if (folder / name).is_file()), "")
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the tokenizers package, which is written in Rust, is no Exception.
+        is_damage = isinstance(error, Exception) or "Panic" in type(error).__name__
+        if not is_damage or isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        raise ValueError(f"{folder / file} is not a tokenizer that can be loaded: {error}") from error
 
 
 def write_processor(vocabulary: Vocabulary, source: Path, out: Path, vision: dict[str, Any], strategy: str) -> None:
@@ -98,7 +120,7 @@ def write_processor(vocabulary: Vocabulary, source: Path, out: Path, vision: dic
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     size = vision["image_size"]
-    files: dict[str, dict[str, Any]] = {
+    contents: dict[str, dict[str, Any]] = {
         **_tokenizer_files(vocabulary, source),
         "preprocessor_config.json": {
             "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
@@ -114,11 +136,21 @@ def write_processor(vocabulary: Vocabulary, source: Path, out: Path, vision: dic
         },
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }  # fmt: skip
-    vocabulary.tokenizer.save(str(out / "tokenizer.json"))
+    # Not by its own save(), whose errors on a full disk are of no particular type.
+    (out / "tokenizer.json").write_text(vocabulary.tokenizer.to_str(pretty=True), encoding="utf-8")
     if (source / "tokenizer.model").is_file():
         shutil.copyfile(source / "tokenizer.model", out / "tokenizer.model")
-    for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name, content in contents.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def names(vocabulary: Vocabulary, source: Path) -> list[str]:
+    """The files that `write_processor` writes; none without a tokenizer."""
+    if vocabulary.tokenizer is None:
+        return []
+    copied = {"tokenizer.model": (source / "tokenizer.model").is_file()}
+    copied["special_tokens_map.json"] = "special_tokens_map.json" in vocabulary.settings
+    return [name for name in FILES if copied.get(name, True)]
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -154,19 +186,13 @@ def _tokenizer_files(vocabulary: Vocabulary, source: Path) -> dict[str, dict[str
         }
         for i, token in sorted(vocabulary.tokenizer.get_added_tokens_decoder().items())
     }  # fmt: skip
-    config = _load_json(source / "tokenizer_config.json") or {
+    config = vocabulary.settings.get("tokenizer_config.json") or {
         "tokenizer_class": "LlamaTokenizer" if (source / "tokenizer.model").is_file() else "PreTrainedTokenizerFast",
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
     }  # fmt: skip
     # Prompts of a batch are padded on the left, so that generation continues each of them.
-    config |= {"added_tokens_decoder": added, "pad_token": PAD, "padding_side": "left"}
+    config = config | {"added_tokens_decoder": added, "pad_token": PAD, "padding_side": "left"}
     config |= {"model_input_names": ["input_ids", "attention_mask"], "processor_class": "LlavaProcessor"}
-    files = {"tokenizer_config.json": config}
-    if (source / "special_tokens_map.json").is_file():
-        files["special_tokens_map.json"] = {**_load_json(source / "special_tokens_map.json"), "pad_token": PAD}
-    return files
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return content
+    contents = {"tokenizer_config.json": config}
+    special = vocabulary.settings.get("special_tokens_map.json")
+    return {**contents, **({} if special is None else {"special_tokens_map.json": {**special, "pad_token": PAD}})}

@@ -165,11 +165,17 @@ def load(model: nn.Module, folder: str | Path) -> Attachment:
         The handle, as from `crossget.attach`.
 
     Raises:
-        FileNotFoundError: the folder lacks one of the two files.
-        ValueError: the files were written by a newer version, name an unknown method, or do not fit the model.
+        FileNotFoundError: the folder has no `crossget.safetensors`.
+        ValueError: the model is attached already, or the file is damaged, was written by a newer version, names an
+            unknown method, or does not fit the model.
+        TypeError: the model is not supported.
     """
-    reducers, weights, where = saving.open_folder(folder)
-    return attach_with(model, reducers, weights, where)
+    check_not_attached(model)
+    reducers, weights, where = saving.read(folder)
+    try:
+        return attach_with(model, reducers, weights, where)
+    except ValueError as error:
+        raise ValueError(f"cannot attach {where}: {error}") from error
 
 
 def attach_with(

@@ -345,7 +345,9 @@ class Attachment:
         return self._towers[name]
 
     def save(self, folder: str | Path) -> None:
-        """Write the cross tokens and the reducers to a folder, for `crossget.load`.
+        """Write the cross tokens and the reducers to `crossget.safetensors` in a folder, for `crossget.load`.
+
+        The file is written whole or not at all.
 
         Args:
             folder: created if it does not exist.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from crossget.core import files
 from crossget.integrations._support import NumbersOnCPU
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ HUB_TIMEOUT = 5.0  # seconds until the hub's first answer
 
 # Keys under which training programs save the model.
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+_COUNTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DataParallel and torch.compile
 _HTTP_PACKAGES = {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}
 
@@ -398,7 +400,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors or torch file; no pickled code runs.
 
     Raises:
-        ValueError: there is no such file, or it contains no tensors.
+        ValueError: there is no such file, it is damaged, it contains no tensors, or tensors that cannot be weights.
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}: expected a safetensors or torch file")
@@ -407,30 +409,24 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    weights = {_unwrapped(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    weights = {_unwrapped(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights:
         raise ValueError(f"{path} contains no tensors, only {', '.join(map(str, list(content)[:5])) or 'nothing'}")
+    for name, value in weights.items():
+        # Integers count, in a BatchNorm, say.
+        plain = value.dtype in _COUNTS and value.layout is torch.strided and not value.is_meta
+        reason = None if plain else files.reason_against(value)
+        if reason:
+            raise ValueError(f"{path}: {name} is {reason}")
     return weights
 
 
 def _load_file(path: Path) -> Mapping[str, Any]:
-    import pickle
-
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is not a file of tensors: torch.load(weights_only=True) refuses it, as it refuses TorchScript and "
-            "pickled models, which would run code; save the model's state_dict()"
-        ) from error
+        file = files.open_safetensors(path)
+        found: dict[str, Tensor] = files.named(path, lambda: {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return found
+    content = files.load_pickle(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} contains a {type(content).__name__}, expected a state dict")
     return content

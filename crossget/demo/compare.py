@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from crossget.core import files
 from crossget.core.attach import attach, find_towers
 from crossget.core.attachment import Attachment
 from crossget.demo import figures
 from crossget.demo.backbones import DEFAULT, Backbone, make
+from crossget.demo.outputs import MARK, NUMBERS, PICTURE, check_output, save_figure
 from crossget.measure.environment import environment
 from crossget.measure.fit import fit_schedule
 from crossget.measure.flops import count_flops, count_once
@@ -44,6 +47,7 @@ VISUAL, TEXT = "visual", "text"
 Reduction = int | Sequence[int] | Schedule
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_IMAGES = 32  # of a folder
+MAX_16_BITS = 2**16 - 1
 MAX_SHOWN = 4  # in the picture
 MEASURING_SECONDS = 30.0
 NO_WEIGHTS = (
@@ -92,8 +96,9 @@ class CompareOptions:
         images: a folder of photographs; None uses those of scikit-image.
         batch: images per call in the speed measurement.
         rounds: of the speed measurement; 0 skips it, None runs for about half a minute.
-        out: the picture to write; None writes none.
-        json: the JSON file to write; None writes none.
+        out: the picture to write, *.png, *.svg or *.pdf; None writes none. A file that no command wrote is not
+            replaced.
+        json: the JSON file to write, *.json; None writes none.
         device: where the model runs.
         seed: of random weights.
     """
@@ -119,10 +124,10 @@ class CompareOptions:
             path = getattr(self, name)
             if path is not None and not path.exists():
                 raise ValueError(f"--{name} {path}: no such file or folder")
-        for name in ("out", "json"):
+        for name, suffixes in (("out", PICTURE), ("json", NUMBERS)):
             path = getattr(self, name)
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"--{name} {path}: there is no folder {path.parent}")
+            if path is not None:
+                check_output(f"--{name}", path, suffixes)
 
 
 @dataclass
@@ -203,7 +208,7 @@ class Comparison:
         rows = [{name: getattr(row, name) for name in names} for row in self.rows]
         options = dataclasses.asdict(self.options)
         content = {
-            "command": shlex.join(["crossget", *sys.argv[1:]]),
+            "origin": MARK, "command": shlex.join(["crossget", *sys.argv[1:]]),
             "backbone": backbone, "options": options, "methods": rows, "notes": self.notes,
             "photographs": [{"name": p.name, "caption": p.caption, "credit": p.credit} for p in self.photographs],
             "environment": environment(self.options.device), "seconds": round(self.seconds, 1),
@@ -331,9 +336,9 @@ def run(options: CompareOptions, log: Callable[[str], None] = print) -> Comparis
         demo.seconds = time.perf_counter() - start
         if options.out is not None:
             step("drawing")
-            demo.picture().savefig(options.out)
+            save_figure(demo.picture(), options.out)
     if options.json is not None:
-        options.json.write_text(demo.to_json())
+        files.write_text(options.json, demo.to_json())
     return demo
 
 
@@ -380,13 +385,35 @@ def _words(stem: str) -> str:
 
 
 def _open_photograph(path: Path, caption: str, credit: str) -> Photograph:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    files.check_regular(path)
     try:
-        image = Image.open(path).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+            with Image.open(path) as opened:
+                image = _upright(opened)
+    except Exception as error:  # damaged bytes raise whatever the code that they reach happens to raise
+        raise ValueError(f"{path} is not an image that Pillow can read: {error or type(error).__name__}") from error
     return Photograph(path.stem, caption, credit, image)
+
+
+def _upright(image: Image) -> Image:
+    """An image in RGB, turned as its EXIF data say.
+
+    Raises:
+        ValueError: its numbers are neither of 8 nor of 16 bits.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):  # convert() would cut these off at 255
+        pixels = np.asarray(upright)
+        if upright.mode == "F" or pixels.min() < 0 or pixels.max() > MAX_16_BITS:
+            raise ValueError(f"its pixels go from {pixels.min()} to {pixels.max()}: expected 8 or 16 bits")
+        upright = Image.fromarray((pixels * (255 / MAX_16_BITS)).round().astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def _shipped_folder() -> Path:

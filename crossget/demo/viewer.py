@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossget import __version__
+from crossget.core import files
 from crossget.core.adapters import Tower
 from crossget.core.attach import attach, find_towers
 from crossget.core.attachment import Attachment
@@ -34,6 +35,7 @@ from crossget.core.state import BlockRecord
 from crossget.demo import figures
 from crossget.demo.backbones import DEFAULT, Backbone, make
 from crossget.demo.compare import VISUAL, Photograph, Reduction, denormalize, load_photograph, r_text, schedules
+from crossget.demo.outputs import PAGE, PICTURE, check_output, save_figure
 from crossget.measure.flops import Count, count_once
 from crossget.methods.reducers import CrossGET, Random, Reducer, ToMe, TopK, Ward
 
@@ -78,8 +80,8 @@ class ViewerOptions:
         text: texts to compare the tokens with; for models with a text tower.
         checkpoint: a file of weights, see `crossget.demo.backbones.make`.
         pretrained: a tag of the host, see there.
-        out: the page to write.
-        png: the picture to write; None writes none.
+        out: the page to write, *.html. A file that no command wrote is not replaced.
+        png: the picture to write, *.png, *.svg or *.pdf; None writes none.
         device: where the model runs.
         seed: of random weights.
     """
@@ -112,10 +114,9 @@ class ViewerOptions:
             raise ValueError("--text: a text is empty: give words such as 'a cat'")
         if self.checkpoint is not None and not self.checkpoint.exists():
             raise ValueError(f"--checkpoint {self.checkpoint}: no such file")
-        for name in ("out", "png"):
-            path = getattr(self, name)
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"--{name} {path}: there is no folder {path.parent}")
+        check_output("--out", self.out, PAGE)
+        if self.png is not None:
+            check_output("--png", self.png, PICTURE)
 
 
 @dataclass
@@ -359,9 +360,9 @@ def run(options: ViewerOptions, log: Callable[[str], None] = print) -> ViewerRep
     if backbone.random_reason:
         log(f"{backbone.random_reason}: random weights are used")
     report = _Recorder(options, backbone, photograph).report()
-    options.out.write_text(report.page(), encoding="utf-8")
+    files.write_text(options.out, report.page())
     if options.png is not None:
-        report.picture().savefig(options.png)
+        save_figure(report.picture(), options.png)
     return report
 
 

@@ -217,7 +217,7 @@ def draw_curves(tables: dict[str, Table], file: Path) -> None:
         draw_divergence(panels[1, column], table)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(tables), frameon=False, fontsize=9)
-    figure.savefig(file, dpi=160)
+    figure.savefig(file, format="png", dpi=160)
 
 
 def draw_lines(axes: Any, table: Table, value: Callable[[Row], float]) -> None:

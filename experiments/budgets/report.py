@@ -131,7 +131,7 @@ def draw(results: list[Json], file: Path) -> None:
     handles: Any
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(file, dpi=160)
+    figure.savefig(file, format="png", dpi=160)
 
 
 def generated(results: list[Json]) -> str:

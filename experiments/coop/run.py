@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import crossget
+from crossget.core.files import write_bytes
 from crossget.core.training import parameter_groups
+from crossget.demo.backbones import load_weights
 from experiments.coop import datasets
 from experiments.coop.presets import PRESETS, SETTINGS, Preset, recipe_of
 from experiments.coop.prompts import PromptLearner
@@ -154,11 +156,9 @@ def load_prompts(learner: PromptLearner, file: Path) -> None:
     """Load what `save_prompts` wrote.
 
     Raises:
-        ValueError: it has another number of context tokens, classes or width.
+        ValueError: it is damaged, or has another number of context tokens, classes or width.
     """
-    from safetensors.torch import load_file
-
-    context = load_file(file)["ctx"]
+    context = load_weights(file).get("ctx", torch.empty(0))
     if context.shape != learner.ctx.shape:
         raise ValueError(
             f"{file} has prompts {list(context.shape)}, and {list(learner.ctx.shape)} are wanted: give this --context "
@@ -170,12 +170,9 @@ def load_prompts(learner: PromptLearner, file: Path) -> None:
 
 def save_prompts(context: Tensor, file: Path) -> None:
     """Write learnt prompts."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    save_file({"ctx": context.detach().cpu().contiguous()}, part)
-    part.replace(file)
+    write_bytes(file, save({"ctx": context.detach().cpu().contiguous()}))
 
 
 def train(

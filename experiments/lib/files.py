@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from crossget.core import files
 from experiments.lib.statistics import Values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,16 +100,12 @@ def unpack(text: str) -> Values:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all: an interrupted run must not leave half a result behind."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    files.write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(file: Path) -> Json:
     """Return the content of one result file."""
-    content: Json = json.loads(file.read_text(encoding="utf-8"))
-    return content
+    return files.read_json(file)
 
 
 def read_results(folder: Path) -> list[Json]:

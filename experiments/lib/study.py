@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
+from crossget.core.files import replacing
 from experiments.lib import processes
 from experiments.lib.files import Json, environment, read_json, read_results, write_json
 from experiments.lib.tables import update
@@ -182,8 +183,8 @@ class Page:
         results = self._read()
         update(self.file, self.tables(results))
         for name, draw in self.figures.items():
-            (self.file.parent / name).parent.mkdir(parents=True, exist_ok=True)
-            draw(results, self.file.parent / name)
+            with replacing(self.file.parent / name) as part:
+                draw(results, part)
 
     def _read(self) -> list[Json]:
         results = read_results(self.results)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crossget.core.files import write_text
 from experiments.lib.files import Json
 from experiments.lib.statistics import Interval, Seeds, compare_seeds
 
@@ -45,7 +46,7 @@ def update(page: Path, generated: str) -> None:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page} has no lines {BEGIN!r} and {END!r}: put them where the tables belong")
     head, rest = text.split(BEGIN, 1)
-    page.write_text(f"{head}{BEGIN}\n\n{generated}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    write_text(page, f"{head}{BEGIN}\n\n{generated}\n\n{END}{rest.split(END, 1)[1]}")
 
 
 def show(interval: Interval, digits: int = 1) -> str:

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import crossget
+from crossget.core import files
 from experiments.lib.data import Batch, Dataset, Draw, generator
+
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -159,19 +162,39 @@ class Fitted:
     processes: int
 
 
+@dataclass
 class Progress:
-    """How far a run is; saved with its checkpoints."""
+    """How far a run is; saved with its checkpoints, as JSON.
 
-    def __init__(self) -> None:
-        self.epoch, self.batch, self.step = 0, 0, 0
-        self.history: list[dict[str, float]] = []
-        self.sums: dict[str, float] = {}
+    Attributes:
+        epoch: the epoch that is trained, from 0.
+        batch: batches of it that are done.
+        step: steps that are done.
+        history: of each epoch that is done, the mean of every loss.
+        sums: of this epoch, the sum of every loss.
+    """
 
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
+    @classmethod
+    def read(cls, file: Path) -> "Progress":
+        """Return what was saved.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        content = files.read_json(file)
+        counts = [content.get(name) for name in ("epoch", "batch", "step")]
+        history, sums = content.get("history"), content.get("sums")
+        losses = [*history, sums] if isinstance(history, list) else [None]
+        good = all(isinstance(one, dict) and {type(v) for v in one.values()} <= {int, float} for one in losses)
+        if len(content) != 5 or not all(type(count) is int and count >= 0 for count in counts) or not good:
+            raise ValueError(f"{file} is not the progress of a run: {content}")
+        return cls(**content)
 
 
 def fit(
@@ -231,11 +254,12 @@ def fit(
     bases = [group["lr"] for group in optimizer.param_groups]
     model, optimizer, loader = accelerator.prepare(task, optimizer, loader)
     progress = Progress()
-    accelerator.register_for_checkpointing(progress)
     if trackers:
         accelerator.init_trackers(name, config=_plain(recipe))
     checkpoints = None if folder is None else folder / "checkpoints"
     if checkpoints is not None and (latest := latest_checkpoint(checkpoints)) is not None:
+        # Not among what Accelerate saves: it would read the progress from a pickle, whose code runs.
+        progress = Progress.read(latest / PROGRESS)
         accelerator.load_state(str(latest))
     steps = []
     bar = tqdm(
@@ -271,11 +295,11 @@ def fit(
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             accelerator.log({**values, "lr": optimizer.param_groups[0]["lr"]}, step=progress.step)
             if checkpoints is not None and recipe.save_every and progress.step % recipe.save_every == 0:
-                save_checkpoint(accelerator, checkpoints, progress.step)
+                save_checkpoint(accelerator, checkpoints, progress)
         progress.history.append({name: value / progress.batch for name, value in progress.sums.items()})
         progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
         if checkpoints is not None and not recipe.save_every:
-            save_checkpoint(accelerator, checkpoints, progress.step)
+            save_checkpoint(accelerator, checkpoints, progress)
     bar.close()
     state = {key: value.detach().cpu() for key, value in accelerator.get_state_dict(model).items()}
     # Not end_training(): that ends the group of processes, too, and the next row of a queue needs it.
@@ -339,12 +363,14 @@ def enable_checkpointing(task: nn.Module) -> None:
         raise ValueError(f"checkpointing=True: no part of {type(task).__name__} can recompute its activations")
 
 
-def save_checkpoint(accelerator: Any, checkpoints: Path, step: int) -> None:
+def save_checkpoint(accelerator: Any, checkpoints: Path, progress: Progress) -> None:
     """Save the whole state, and then remove what was saved before: a stop in between leaves one of the two."""
+    step = progress.step
     part = checkpoints / f"part-{step}"
     accelerator.save_state(str(part), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        files.write_text(part / PROGRESS, json.dumps(asdict(progress)))
         part.replace(checkpoints / f"step-{step}")
         for folder in checkpoints.iterdir():
             if folder.name != f"step-{step}":

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import tyro
 
+from crossget.core.files import write_text
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,7 +35,7 @@ def main(options: Options) -> None:
     if not isinstance(samples, list):
         raise ValueError(f"{options.source}: expected a JSON list of samples, got a {type(samples).__name__}")
     kept = samples[:: options.every]
-    options.out.write_text(json.dumps(kept), encoding="utf-8")
+    write_text(options.out, json.dumps(kept))
     print(f"{len(kept):,} of {len(samples):,} samples: {options.out}")
 
 

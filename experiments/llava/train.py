@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import crossget
+from crossget.core.files import replacing
 from crossget.core.saving import write
 from experiments.lib import processes
 from experiments.llava.conversation import IGNORED, Encoder
@@ -198,9 +199,9 @@ class InstructionTrainer(Trainer):
             return
         model: Any = self.model
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
         state = model.state_dict() if state_dict is None else state_dict
-        save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / SAFE_WEIGHTS_NAME)
+        with replacing(folder / SAFE_WEIGHTS_NAME) as part:
+            save_file({name: value.cpu().contiguous() for name, value in state.items()}, part)
 
     def _get_train_sampler(self, *given: Any) -> GroupedSampler:
         forwards = self.args.world_size * self.args.gradient_accumulation_steps
@@ -274,6 +275,17 @@ def save(trainer: InstructionTrainer, attached: crossget.Attachment, processor: 
     trainer.accelerator.wait_for_everyone()
 
 
+def last_checkpoint(out: Path) -> Path | None:
+    """Return the newest whole checkpoint; None if there is none.
+
+    The trainer's state is the last file of a checkpoint that transformers writes.
+    """
+    whole = [
+        path.parent for path in out.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.parent.name[11:].isdecimal()
+    ]
+    return max(whole, key=lambda path: int(path.name[11:]), default=None)
+
+
 @processes.ending_group
 def main(options: Options) -> InstructionTrainer:
     """Train, from the last checkpoint if there is one, and write the trained model to `options.out`."""
@@ -294,8 +306,8 @@ def main(options: Options) -> InstructionTrainer:
         options.alignment, model=model, args=training, train_dataset=data,
         data_collator=Collator(0 if pad is None else pad), processing_class=processor,
     )  # fmt: skip
-    last = get_last_checkpoint(str(options.out)) if options.out.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = last_checkpoint(options.out)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     save(trainer, attached, processor, options.out)
     objective.remove()
     return trainer

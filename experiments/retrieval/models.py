@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from crossget.demo.backbones import load_weights as read_weights
 
 # A ViT-Tiny at 112 pixels (50 tokens) and a text tower of half its depth: trains on two CPU cores.
 SMALL: dict[str, Any] = {
@@ -83,16 +84,10 @@ def load_weights(clip: Clip, file: Path) -> None:
     """Load a state dict into the model; a ViT-Tiny of timm into the vision tower of the small one.
 
     Raises:
+        ValueError: the file is damaged, or holds no weights.
         RuntimeError: it is not of this model (torch names the keys).
     """
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(file)
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("model", state.get("state_dict", state))
-    state = {name: value.float() for name, value in state.items()}
+    state = {name: value.float() for name, value in read_weights(file).items()}
     if "blocks.0.attn.qkv.weight" in state:
         load_tower(clip, state)
     else:

@@ -237,7 +237,7 @@ def draw(results: list[Json], file: Path) -> None:
         axes.set_ylabel("mean of the six recalls, %")
         axes.set_title(SETTINGS[setting].title, fontsize=11, loc="left")
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=160)
+    figure.savefig(file, format="png", dpi=160)
 
 
 def generated(results: list[Json]) -> str:

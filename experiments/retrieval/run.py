@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import crossget
+from crossget.core.files import replacing
 from crossget.core.training import parameter_groups
 from experiments.lib import processes, training
 from experiments.lib.data import Dataset, Skipping
@@ -196,8 +197,8 @@ def save_weights(clip: models.Clip, file: Path) -> None:
     """Write the model's state dict, without cross tokens."""
     from safetensors.torch import save_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in clip.model.state_dict().items()}, file)
+    with replacing(file) as part:
+        save_file({name: value.contiguous() for name, value in clip.model.state_dict().items()}, part)
 
 
 def load_photos(options: Options) -> tuple[dict[str, list[data.Photo]], Json]:

@@ -71,7 +71,7 @@ def draw(contents: Sequence[Json], file: Path) -> None:
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.supxlabel("speed relative to dense (median, quartiles)")
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(file, dpi=80, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=80, metadata={"Software": None})
 
 
 def _draw_bars(axes: Any, contents: Sequence[Json]) -> None:

@@ -179,7 +179,7 @@ def draw(results: Sequence[Json], file: Path) -> None:
     panels[0].set_ylabel("divergence from the dense model (KL, nats)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(file, dpi=160)
+    figure.savefig(file, format="png", dpi=160)
 
 
 PAGE = Page(HERE / "RESULTS.md", HERE / "results", generated, {FIGURE: draw})

@@ -6,6 +6,8 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,9 @@ from transformers import (
 
 import crossget
 from crossget import cli
+from crossget.checkpoints import convert as module
 from crossget.checkpoints.convert import plan_conversion
+from crossget.core import saving
 
 OUTPUTS = np.load(GOLDEN / "llava.npz")
 
@@ -119,11 +123,10 @@ def test_crossget_s_own_file_is_what_save_writes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(write_original(tmp_path / "original"), out)
     crossget.load(loaded(out), out).save(tmp_path / "again")
-    for name in ("crossget_config.json", "crossget.safetensors"):
-        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert (out / saving.FILE).read_bytes() == (tmp_path / "again" / saving.FILE).read_bytes()
     # r is the reference's unless told otherwise.
     cli.main(["convert", str(tmp_path / "original"), str(tmp_path / "default")])
-    assert json.loads((tmp_path / "default" / "crossget_config.json").read_text())["towers"]["visual"]["r"] == 13
+    assert saving.read(tmp_path / "default")[0]["visual"].r == 13
 
 
 def test_it_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +283,7 @@ def test_rope_and_generation_settings_are_carried_over(tmp_path: Path) -> None:
 def test_a_dense_llava_on_demand(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert convert(write_original(tmp_path / "original", cross="nowhere"), out, "--no-cross-tokens") == 0
-    assert not list(out.glob("crossget*"))
+    assert not (out / saving.FILE).exists()
     loaded(out)
 
 
@@ -442,9 +445,44 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-def reshape(**changes: Any) -> dict[str, Any]:
-    """Tensors by key, where "_" stands for "."; None is without."""
-    return changes
+def quantise(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of torch deprecate such tensors
+        put(SHARD, {NORM: torch.quantize_per_tensor(torch.ones(48), 0.1, 0, torch.qint8)})(folder)
+
+
+def squeeze(name: str) -> Callable[[Path], None]:
+    """Zeros that take little room when they are compressed."""
+
+    def change(folder: Path) -> None:
+        torch.save({NORM: torch.zeros(10**6)}, folder / name)
+        with zipfile.ZipFile(folder / name) as archive:
+            parts = {item.filename: archive.read(item) for item in archive.infolist()}
+        with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for part, content in parts.items():
+                archive.writestr(part, content)
+
+    return change
+
+
+def index(name: Any) -> Callable[[Path], None]:
+    """A file that the index names in place of the first one."""
+
+    def change(folder: Path) -> None:
+        path = folder / "pytorch_model.bin.index.json"
+        content = json.loads(path.read_text())
+        content["weight_map"][NORM] = name
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+def linked(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).symlink_to(folder.parent / "clip" / "pytorch_model.bin")
+        index(name)(folder)
+
+    return change
 
 
 CROSS = {CROSS_TEXT: WEIGHTS[CROSS_TEXT], CROSS_IMAGE: WEIGHTS[CROSS_IMAGE]}
@@ -473,7 +511,11 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, tuple[str,
         ("'lm_head.weight: [161, 48], expected [160, 48]'",),
     ),
     "many missing": ({"changes": LAYERS}, None, ("'model.layers.1.input_layernorm.weight'", "and 44 more")),
-    "no number": ({"changes": {UP: torch.ones(96, 48, dtype=torch.uint8)}}, None, ("quantised?", f"['{UP}']")),
+    "no number": (
+        {"changes": {UP: torch.ones(96, 48, dtype=torch.uint8)}},
+        None,
+        ("quantised?", f"['{UP}: torch.uint8"),
+    ),
     "no cross tokens": ({"cross": "nowhere"}, None, ("cross_tokens.bin", "--no-cross-tokens")),
     "one cross token": ({"changes": {CROSS_TEXT: None}}, None, ("F/cross_tokens.bin", "['model.cross_text']")),
     "one cross token inside": ({"changes": {CROSS_IMAGE: None}, "cross": "inside"}, None, ("F;", f"['{CROSS_IMAGE}']")),
@@ -543,6 +585,64 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, tuple[str,
         lambda folder: (folder.parent / "clip" / "config.json").unlink(),
         ("clip has no config.json", "expected a CLIP"),
     ),
+    "NaN": ({"changes": {UP: torch.full((96, 48), torch.nan)}}, None, (f"{UP} is not finite", "F/pytorch_model-")),
+    "NaN in cross tokens": (
+        {"changes": {CROSS_TEXT: torch.full((1, 6, 48), torch.inf)}},
+        None,
+        ("F/cross_tokens.bin: model.cross_text is not finite",),
+    ),
+    "sparse": ({}, put(SHARD, {NORM: torch.ones(48).to_sparse()}), (f"F/{SHARD}", f"{NORM}: sparse")),
+    "no numbers": ({}, put(SHARD, {NORM: torch.ones(48, device="meta")}), (f"F/{SHARD}", f"{NORM}: on the meta")),
+    "quantised": (
+        {},
+        quantise,
+        (f"F/{SHARD}", f"{NORM}: torch.qint8"),
+    ),
+    "much in little": ({}, squeeze(SHARD), (f"F/{SHARD}", "expands from", "torch.load if you trust it")),
+    "keys that are no names": ({}, put(SHARD, {1: torch.ones(2)}), (f"F/{SHARD}", "not a state dict")),
+    "an index with a way out": ({}, index("../clip/pytorch_model.bin"), ("index.json names ['../clip", "no links")),
+    "an index with an absolute path": ({}, index("/etc/passwd"), ("index.json names ['/etc/passwd']",)),
+    "an index with a link": ({}, linked("pytorch_model-link.bin"), ("names ['pytorch_model-link.bin']",)),
+    "an index of numbers": ({}, index(3), ("pytorch_model.bin.index.json has no weight_map",)),
+    "an index that is a list": ({}, put("pytorch_model.bin.index.json", b"[]"), ("index.json contains a list",)),
+    "an index that is no JSON": ({}, put("pytorch_model.bin.index.json", b"\xff{"), ("index.json is not JSON",)),
+    "a configuration that is no JSON": ({}, put("config.json", b"{,"), ("F/config.json is not JSON",)),
+    "a layer that is not there": (
+        {},
+        edit(mm_vision_select_layer=999),
+        ("F/config.json has mm_vision_select_layer 999", "4 blocks, so expected -5 to 4"),
+    ),
+    "a layer in words": ({}, edit(mm_vision_select_layer="-2"), ("mm_vision_select_layer '-2': expected a whole",)),
+    "negative heads": ({}, edit(num_attention_heads=-4), ("num_attention_heads -4: expected a whole number from 1",)),
+    "heads that do not divide": ({}, edit(num_attention_heads=7), ("num_attention_heads 7", "divide")),
+    "heads in a fraction": ({}, edit(num_key_value_heads=2.0), ("num_key_value_heads 2.0",)),
+    "a million blocks": ({}, edit(num_hidden_layers=10**6), ("F/config.json: 1000004 blocks",)),
+    "text for a truth value": ({}, edit(mm_use_im_start_end="false"), ("mm_use_im_start_end 'false': expected true",)),
+    "an infinite epsilon": ({}, edit(rms_norm_eps=float("inf")), ("rms_norm_eps inf: expected a number above 0",)),
+    "a feature in a list": ({}, edit(mm_vision_select_feature=["patch"]), ("mm_vision_select_feature ['patch']",)),
+    "a dtype of its own": ({}, edit(torch_dtype="float3"), ("torch_dtype 'float3': expected a dtype",)),
+    "an unknown activation": ({}, edit(hidden_act="magic"), ("F/config.json: transformers cannot make this model",)),
+    "a generation setting that is no object": (
+        {},
+        put("generation_config.json", b"3"),
+        ("F/generation_config.json contains a int",),
+    ),
+    "a damaged tokenizer": ({}, put("tokenizer.json", b"{}"), ("F/tokenizer.json is not a tokenizer",)),
+    "a damaged setting of the tokenizer": (
+        {"tokenizer": True},
+        put("tokenizer_config.json", b"x"),
+        ("F/tokenizer_config.json is not JSON",),
+    ),
+    "a vision tower with negative heads": (
+        {},
+        lambda folder: (
+            (folder.parent / "clip" / "config.json").write_text(
+                '{"model_type": "clip", "vision_config": {"num_attention_heads": -4}}'
+            )
+            and None
+        ),
+        ("clip/config.json has num_attention_heads -4",),
+    ),
     "a larger tokenizer": ({}, lambda folder: write_tokenizer(folder, ROWS + 2), ("160", "['w160', 'w161']")),
     "a tokenizer that cannot be loaded": (
         {},
@@ -578,7 +678,7 @@ def test_where_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert f"{out} is not empty: give another folder, or --overwrite to replace an earlier conversion" in told
     assert convert(folder, out, "--overwrite", "--no-cross-tokens") == 0
     assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
-    assert not list(out.glob("crossget*"))
+    assert not (out / saving.FILE).exists()
     assert (out / "notes.txt").read_text() == "mine"
     for home in (folder, tmp_path / "clip"):
         before = {path.name: path.read_bytes() for path in home.iterdir()}
@@ -591,18 +691,85 @@ def test_where_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "nowhere is not a folder" in capsys.readouterr().err
 
 
-def test_what_was_interrupted_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_original(tmp_path / "original", tokenizer=True)
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of all files below a folder, hidden ones included."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_what_a_conversion_wrote_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = write_original(tmp_path / "original", tokenizer=True), tmp_path / "out"
+    assert convert(folder, out, "--max-shard-size", "100KB") == 0
+    mine = ("model-00001-of-00099.safetensors", "model_backup.safetensors", "tokenizer.model", "deep/notes.txt")
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    assert convert(folder, out, "--overwrite") == 0
+    assert {name: content for name, content in contents(out).items() if content == b"mine"}.keys() == set(mine)
+    assert sorted(path.name for path in out.glob("model-*")) == [mine[0]]
+    check_logits_after_load(out)
+    # A file in the way that no conversion wrote.
+    (out / "crossget_manifest.json").unlink()
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert convert(folder, out, "--overwrite") == 2
+    told = capsys.readouterr().err
+    assert f"{out} has files that no conversion wrote there: [" in told
+    assert "'config.json'" in told
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("old", [True, False])
+def test_what_stops_in_the_middle_changes_nothing(
+    error: BaseException, old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = write_original(tmp_path / "original", tokenizer=True), tmp_path / "out"
+    if old:
+        assert convert(folder, out) == 0
+    before = contents(tmp_path)
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise error
 
-    monkeypatch.setattr("crossget.checkpoints.processor.write_processor", stop)
-    assert convert(folder, tmp_path / "out") == 130
-    assert [path.suffix for path in (tmp_path / "out").glob("model*")] == [".part"]
-    monkeypatch.undo()
-    assert convert(folder, tmp_path / "out", "--overwrite") == 0
-    check_logits_after_load(tmp_path / "out")
+    for where in ("crossget.checkpoints.processor.write_processor", "crossget.core.files.os.fsync"):
+        monkeypatch.setattr(where, stop)
+        assert convert(folder, out, "--overwrite", "--dtype", "float16") == (2 if isinstance(error, OSError) else 130)
+        assert contents(tmp_path) == before
+        monkeypatch.undo()
+    assert out.exists() == old
+    assert convert(folder, out, "--overwrite") == 0
+    check_logits_after_load(out)
+
+
+@pytest.mark.parametrize("limit", [200, 2_000, 20_000, 200_000])
+def test_a_full_disk_changes_nothing(limit: int, tmp_path: Path) -> None:
+    """At any file: no file of the process may grow beyond the limit, in bytes."""
+    folder, out = write_original(tmp_path / "original", tokenizer=True), tmp_path / "out"
+    assert convert(folder, out) == 0
+    assert max(path.stat().st_size for path in out.iterdir()) > 200_000
+    before = contents(tmp_path)
+    code = (
+        "import resource, sys\nfrom crossget import cli\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "convert", str(folder), str(out), "--overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_what_is_written_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = module._write_safetensors
+
+    def damage(path: Path, *rest: Any) -> None:
+        write(path, *rest)
+        path.write_bytes(path.read_bytes()[:-4])
+
+    monkeypatch.setattr(module, "_write_safetensors", damage)
+    assert convert(write_original(tmp_path / "original"), tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_arguments_that_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -709,6 +876,13 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     ),
     "layers": ({}, {"vision_feature_layer": -1}, ("vision_feature_layer is -1, expected -2", "Nothing was loaded")),
     "rope": ({"config": {"rope_theta": 5e5}}, {}, ("rope_theta is 10000.0, expected 500000.0",)),
+    "NaN": ({"changes": {UP: torch.full((96, 48), torch.nan)}}, {}, (f"{UP} is not finite",)),
+    "NaN in cross tokens": ({"changes": {CROSS_TEXT: torch.full((1, 6, 48), torch.nan)}}, {}, ("is not finite",)),
+    "a layer that is not there": (
+        {"config": {"mm_vision_select_layer": 999}},
+        {"vision_feature_layer": 999},
+        ("F/config.json has mm_vision_select_layer 999",),
+    ),
     "a tied head": (
         {},
         {"tie_word_embeddings": True, "text_tie_word_embeddings": True},

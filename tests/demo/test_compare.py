@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -19,7 +21,17 @@ from small_clip import registered
 
 import crossget
 from crossget.demo import compare as demo
-from crossget.demo.compare import CROSSGET, SHIPPED, TOME, WARD, CompareOptions, Comparison, load_photographs, run
+from crossget.demo.compare import (
+    CROSSGET,
+    SHIPPED,
+    TOME,
+    WARD,
+    CompareOptions,
+    Comparison,
+    load_photograph,
+    load_photographs,
+    run,
+)
 
 TINY_CLIP = "tiny-clip"
 R, TEXT_R = 10, 20
@@ -346,6 +358,53 @@ class TestPhotographs:
         (tmp_path / "a.png").write_text("no")
         with pytest.raises(ValueError, match=r"a\.png .*Pillow"):
             load_photographs(tmp_path)
+
+    @pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "I"])
+    def test_brightness_is_kept(self, mode: str, tmp_path: Path) -> None:
+        """Also where a pixel has 16 bits."""
+        grey = np.linspace(0, 255, 64).reshape(8, 8)
+        if mode.startswith("I"):
+            image = Image.fromarray((grey * 257).astype(np.uint16 if mode == "I;16" else np.int32))
+        else:
+            image = Image.fromarray(grey.astype(np.uint8)).convert(mode)
+        assert image.mode == mode
+        image.save(tmp_path / ("a.tif" if mode == "I" else "a.png"))
+        (found,) = load_photographs(tmp_path)
+        assert np.abs(np.asarray(found.image)[..., 0] - grey).max() <= 1
+
+    @pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+    @pytest.mark.parametrize("suffix", ["png", "jpg"])
+    def test_images_are_turned_as_their_camera_says(self, mode: str, suffix: str, tmp_path: Path) -> None:
+        if mode == "I;16" and suffix == "jpg":
+            mode = "CMYK"
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was turned by a quarter
+        pixels = np.zeros((16, 32), np.uint8)
+        pixels[:, :16] = 255
+        image = Image.fromarray(pixels.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(pixels)
+        (image if mode == "I;16" else image.convert(mode)).save(tmp_path / f"a.{suffix}", exif=exif)
+        (found,) = load_photographs(tmp_path)
+        assert found.image.size == (16, 32)
+        upper, lower = np.asarray(found.image)[:12], np.asarray(found.image)[20:]
+        assert upper.min() > 200
+        assert lower.max() < 50
+
+    def test_numbers_that_are_no_brightness(self, tmp_path: Path) -> None:
+        Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match=r"a\.tif .*pixels go from 0\.5 to 0\.5: expected 8 or 16 bits"):
+            load_photographs(tmp_path)
+
+    def test_a_decompression_bomb(self, tmp_path: Path) -> None:
+        Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match=r"a\.png .*400000000 pixels"):
+            load_photographs(tmp_path)
+
+    def test_a_fifo_does_not_hang(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.png")
+        with pytest.raises(ValueError, match=r"a\.png is not a regular file"):
+            load_photographs(tmp_path)
+        with pytest.raises(ValueError, match="no image .*: expected a file"):
+            load_photograph(tmp_path / "a.png")
 
 
 def test_image_features_are_what_the_classifier_reads() -> None:

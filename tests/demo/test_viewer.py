@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shlex
 import statistics
@@ -27,6 +28,7 @@ import crossget
 from crossget import cli
 from crossget.demo import figures, viewer
 from crossget.demo.figures import GROUP_COLOURS, colour_groups, follow_groups, group_map
+from crossget.demo.outputs import save_figure
 from crossget.demo.viewer import ViewerOptions, ViewerReport, correlation, count_regrouped, run, to_script
 from crossget.methods.reducers import Reducer
 
@@ -412,12 +414,48 @@ def test_the_model_is_given_back_as_it_was(clip: ViewerReport) -> None:
         ({"checkpoint": Path("nowhere")}, "--checkpoint nowhere: no such file"),
         ({"out": Path("nowhere/p.html")}, "--out nowhere/p.html: there is no folder nowhere"),
         ({"png": Path("nowhere/p.png")}, "--png nowhere/p.png: there is no folder nowhere"),
+        ({"out": Path("photo.png")}, "--out photo.png: expected a name that ends in .html or .htm"),
+        ({"png": Path("page.html")}, "--png page.html: expected a name that ends in .png or .svg or .pdf"),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_refused_before_any_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ViewerOptions(**options)
+
+
+@pytest.mark.parametrize("name", ["out.html", "png.png", "png.svg", "png.pdf"])
+def test_only_what_a_command_wrote_is_replaced(name: str, clip: ViewerReport, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if path.suffix == ".html":
+        path.write_text(clip.page(), encoding="utf-8")
+    else:
+        save_figure(clip.picture(), path)
+    ViewerOptions(**{path.stem: path})
+    path.write_bytes(b"somebody else's")
+    with pytest.raises(ValueError, match=f"--{path.stem} {path}: it exists, and crossget did not write it"):
+        ViewerOptions(**{path.stem: path})
+    path.write_bytes(b"")  # as mktemp leaves it
+    ViewerOptions(**{path.stem: path})
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="it exists, and crossget did not write it"):
+        ViewerOptions(**{path.stem: path})
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.effect_noise((40, 50), 90).convert("RGB").save(tmp_path / "a.jpg")
+    given = ViewerOptions(tmp_path / "a.jpg", "test_vit", methods=("tome",), pretrained="none", out=tmp_path / "p.html")
+    (tmp_path / "p.html").write_text("written by crossget before")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("crossget.core.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(given, lambda line: None)
+    assert (tmp_path / "p.html").read_text() == "written by crossget before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "p.html"]
 
 
 @pytest.mark.parametrize(

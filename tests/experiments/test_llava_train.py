@@ -234,6 +234,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         assert torch.equal(value, expected[name]), name
 
 
+def test_a_checkpoint_that_was_being_written_is_ignored(tmp_path: Path) -> None:
+    assert train.last_checkpoint(tmp_path) is None
+    for name in ("checkpoint-8", "checkpoint-10", "checkpoint-12", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-12":
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert train.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
 def test_what_is_trained(home: Path, whole_run: train.InstructionTrainer) -> None:
     before, after = load_file(home / "model/model.safetensors"), load_file(home / "whole/model.safetensors")
     assert before.keys() == after.keys()

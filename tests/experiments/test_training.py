@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,55 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert not again.seen
     torch.testing.assert_close(again.weight, task.weight)
     assert len(fitted.history) == 3
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("code ran",))
+
+
+def test_going_on_runs_no_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = Line()
+    task.dies_at = 8
+    with pytest.raises(KeyboardInterrupt):
+        run(task, None, tmp_path / "good", save_every=2)
+    (checkpoint,) = (tmp_path / "good" / "checkpoints").iterdir()
+    names = [path.name for path in checkpoint.iterdir()]
+    assert not [name for name in names if name.startswith("custom_checkpoint")]
+    pickles = [name for name in names if name.endswith((".pkl", ".bin"))]
+    assert len(pickles) >= 2
+    for name in (*pickles, "custom_checkpoint_0.pkl"):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        torch.save(Evil(), tmp_path / name / "checkpoints" / checkpoint.name / name)
+        with contextlib.suppress(Exception):  # versions of accelerate differ in what they say
+            run(Line(), None, tmp_path / name, save_every=2)
+    assert "code ran" not in capsys.readouterr().out
+    rest = Line()
+    run(rest, None, tmp_path / "good", save_every=2)
+    assert len(rest.seen) == 15 - 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "6"},
+        {"epoch": -1},
+        {"batch": True},
+        {"sums": [1]},
+        {"history": {}},
+        {"history": [{"loss": "1"}]},
+        {"x": 1},
+    ],
+    ids=str,
+)
+def test_progress_that_is_none_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    good = {"epoch": 1, "batch": 1, "step": 6, "history": [{"loss": 0.5}], "sums": {"loss": 1}}
+    file = tmp_path / "progress.json"
+    file.write_text(json.dumps(good))
+    assert training.Progress.read(file) == training.Progress(**good)
+    file.write_text(json.dumps({**good, **change}))
+    with pytest.raises(ValueError, match=f"{file} is not the progress of a run"):
+        training.Progress.read(file)
 
 
 def test_a_checkpoint_that_was_being_written_is_ignored(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 
 import crossget
+from crossget.core import saving
 
 NEEDED = ("lmms_eval", "decord")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -208,8 +210,8 @@ def test_saved_cross_tokens(module: Any, trained: Path, given: dict[str, int], r
 
 def test_a_saved_r_of_zero_keeps_the_cross_tokens(module: Any, tmp_path: Path) -> None:
     save_trained(tmp_path)
-    config = tmp_path / "crossget_config.json"
-    config.write_text(config.read_text().replace(f'"r": {SAVED_R}', '"r": 0'))
+    reducers, tokens, _ = saving.read(tmp_path)
+    saving.write(tmp_path, {**reducers, "visual": dataclasses.replace(reducers["visual"], r=0)}, tokens)
     attached = module.LlavaCrossget(str(tmp_path)).attached
     assert attached.reducers["visual"].r == 0
     assert (attached.cross_tokens["visual"] != 0).any()
@@ -333,8 +335,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any) -> Path:
 def test_cross_tokens_from_the_hub(module: Any, cache: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = cache / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
-    for name in ("crossget_config.json", "crossget.safetensors"):
-        (snapshot / name).write_bytes((trained / name).read_bytes())
+    (snapshot / saving.FILE).write_bytes((trained / saving.FILE).read_bytes())
     monkeypatch.setattr(StandIn, "load", lambda self, _: llava())
     attached = module.LlavaCrossget(REPO).attached
     assert attached.reducers["visual"].r == SAVED_R
@@ -346,7 +347,7 @@ def test_the_hub_is_known_to_have_none(
 ) -> None:
     nothing = cache / ".no_exist" / COMMIT
     nothing.mkdir(parents=True)
-    (nothing / "crossget_config.json").touch()
+    (nothing / saving.FILE).touch()
     monkeypatch.setattr(StandIn, "load", lambda self, _: llava())
     assert module.LlavaCrossget(REPO).attached.reducers["visual"].r == R
     assert not caplog.records
@@ -357,7 +358,7 @@ def test_the_hub_is_out_of_reach(
 ) -> None:
     monkeypatch.setattr(StandIn, "load", lambda self, _: llava())
     assert module.LlavaCrossget(REPO).attached.reducers["visual"].r == R
-    assert "cannot be asked whether someone/llava has a crossget_config.json" in caplog.text
+    assert "cannot be asked whether someone/llava has a crossget.safetensors" in caplog.text
 
 
 def test_the_hub_has_none(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
