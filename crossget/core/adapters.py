@@ -251,6 +251,7 @@ class Tower:
         masks: names of the block's arguments that are masks [B or 1, H or 1, T, T]. Such an argument is replaced by the
             mask for the remaining tokens. Name it if the block checks or cuts its mask before the attention gets it.
         keeps_cross_token: the reduced tokens that the tower returns include the cross token.
+        guided: it gets a cross token, with r = 0, if one reducer with a cross token is attached to the image tower.
         prompt: the form of prompts, if they have one placeholder for every token that the tower returns.
         decoder: the module that runs the blocks, if the tower is a language model that generates. Its tokens are not
             merged, and the cross token replaces its first token.
@@ -280,6 +281,7 @@ class Tower:
     fit_arguments: Callable[[nn.Module, str, Any, TokenState], Any] | None = None
     masks: Sequence[str] = ()
     keeps_cross_token: bool = False
+    guided: bool = True
     prompt: Prompt | None = None
     decoder: nn.Module | None = None
     overrides: Sequence[tuple[Any, str, Any]] = ()
@@ -338,11 +340,6 @@ class Tower:
     def reducible(self) -> bool:
         """Whether its tokens can be merged: it is no language model that generates."""
         return self.decoder is None
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether it gets a cross token when the image tower does: a tower of texts, or with a space in common."""
-        return self.text is not None or self.decoder is not None or self.project is not None
 
     @property
     def has_end(self) -> bool:

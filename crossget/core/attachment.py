@@ -501,7 +501,7 @@ def by_tower(
             plain = replace(
                 reducer, r=0, strip_cross_token=False, class_token_only=None if reducer.class_token_only else False
             )
-            guided = (name for name, tower in towers.items() if tower.is_guided and name not in main)
+            guided = (name for name, tower in towers.items() if tower.guided and name not in main)
             chosen |= dict.fromkeys(guided, plain)
         return chosen
     if not isinstance(reducer, Mapping):

@@ -342,7 +342,7 @@ def _tower_of(model: nn.Module, chain: _Chain, before: _Chain | None, run: Calla
     tower = Tower(
         kind, Blocks(path, model), int(first.tokens.shape[-1]), prefix=prefix, fixed=fixed, causal=causal,
         class_token=has_class_token, padding=masks, layout=layout, loop=chain.loop,
-        overrides=recognised_kernels(model, path), notes=notes,
+        guided=kind == "visual", overrides=recognised_kernels(model, path), notes=notes,
     )  # fmt: skip
     return prove_blocks(tower, chain)
 
