@@ -154,12 +154,13 @@ def attachment(model: nn.Module) -> Attachment:
     return found
 
 
-def load(model: nn.Module, folder: str | Path) -> Attachment:
+def load(model: nn.Module, folder: str | Path, inputs: AnyInputs | None = None) -> Attachment:
     """Attach the reducers and cross tokens that `Attachment.save` has written.
 
     Args:
         model: a model of the same architecture, not attached.
         folder: a local folder, or the id of a repository on the Hugging Face hub.
+        inputs: two different inputs for a model without adapter, as for `crossget.attach`.
 
     Returns:
         The handle, as from `crossget.attach`.
@@ -173,7 +174,7 @@ def load(model: nn.Module, folder: str | Path) -> Attachment:
     check_not_attached(model)
     reducers, weights, where = saving.read(folder)
     try:
-        return attach_with(model, reducers, weights, where)
+        return attach_with(model, reducers, weights, where, inputs=inputs)
     except ValueError as error:
         raise ValueError(f"cannot attach {where}: {error}") from error
 
@@ -184,6 +185,7 @@ def attach_with(
     cross_tokens: Mapping[str, Tensor],
     where: str,
     previous: Attachment | None = None,
+    inputs: AnyInputs | None = None,
 ) -> Attachment:
     """Attach a reducer and set its cross tokens. If they do not fit the model, it stays detached.
 
@@ -193,6 +195,7 @@ def attach_with(
         cross_tokens: per tower [L, C].
         where: the source of the cross tokens, for messages.
         previous: the handle of a model that is attached already. Only its cross tokens are set.
+        inputs: as for `crossget.attach`.
 
     Returns:
         The handle.
@@ -201,7 +204,7 @@ def attach_with(
         ValueError: the cross tokens of a tower are missing or have another shape, or there are some for a tower that is
             not attached.
     """
-    attached = previous or attach(model, reducer)
+    attached = previous or attach(model, reducer, inputs)
     try:
         _set_cross_tokens(attached, cross_tokens, where)
     except ValueError:

@@ -174,7 +174,7 @@ def fit_schedule(
     results: list[FittedSchedule] = []
     with in_eval_mode(model), torch.no_grad():
         for method in methods:
-            with attach(model, method if tower is None else {tower: method}) as attachment:
+            with attach(model, method if tower is None else {tower: method}, inputs) as attachment:
                 name = next(iter(attachment.towers)) if tower is None else tower
                 search = _Search(ScheduledModel(model, inputs, attachment, name), output, distribution, rounds)
                 found = search.run(budget, asked)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,6 +235,23 @@ class TestDetails:
             with crossget.attach(model, crossget.ToMe(2), inputs=inputs):
                 model(inputs).square().sum().backward()
             assert all(p.grad is not None and p.grad.any() for p in model.parameters()), name
+
+    def test_saved_and_loaded_and_fitted(self, tmp_path: Path) -> None:
+        model, inputs = models.build(models.KINDS["pyramid"])
+        with crossget.attach(model, crossget.CrossGET(crossget.Linear(4, 0)), inputs=inputs) as attached:
+            for vectors in attached.parameters():
+                nn.init.normal_(vectors)
+            expected = run(model, inputs)
+            attached.save(tmp_path)
+        with crossget.load(model, tmp_path, inputs) as attached:
+            assert all_equal(run(model, inputs), expected)
+            assert {reducer.r.first for reducer in attached.reducers.values()} == {0, 2}  # type: ignore[union-attr]
+        plain, inputs = models.build(models.KINDS["plain"])
+        fitted = crossget.fit_schedule(plain, inputs, flops=0.8)
+        with crossget.attach(plain, fitted.reducer, inputs=inputs) as attached:
+            run(plain, inputs)
+            assert attached.tokens["visual"][-1] < 65
+        assert crossget.doctor(plain, inputs, fitted.reducer).ok
 
     def test_what_was_found_is_said(self) -> None:
         model, inputs = models.build(models.KINDS["registers"])
