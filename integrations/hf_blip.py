@@ -77,8 +77,8 @@ def absent(model: Any) -> dict[str, str]:
     return {"text": reason} if reason else {}
 
 
-def explain(model: nn.Module) -> str:
-    """Why a decoder has no adapter."""
+def impossible(model: nn.Module) -> str:
+    """Why no tower can be found in a decoder."""
     return _DECODES if isinstance(model, blip.BlipTextLMHeadModel) else ""
 
 

@@ -36,8 +36,8 @@ def alone(model: Any) -> list[Tower]:
     return [hf.tower("visual", model, prefix=1, class_token=True)]
 
 
-def explain(model: nn.Module) -> str:
-    """Why a Q-Former without an image tower has no adapter."""
+def impossible(model: nn.Module) -> str:
+    """Why no tower can be found in a Q-Former without an image tower."""
     if hasattr(model, "qformer") or "QFormer" in type(model).__name__:
         return "the Q-Former's tokens are its queries and a text, which are not reduced, and it has no image tower"
     return ""

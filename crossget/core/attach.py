@@ -45,14 +45,18 @@ def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTower
     """
     model = unwrapped(model)
     if has_adapter(model):
-        return FoundTowers(adapted_towers(model))
+        try:
+            return FoundTowers(adapted_towers(model))
+        except TypeError:  # a part of the model has none
+            if inputs is None:
+                raise
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     reason = reason_against(model)
     if inputs is None:
         inputs = None if reason else example_inputs(model)
     if inputs is None:
         inner = next((path for path, module in model.named_modules() if path and has_adapter(module)), None)
-        if inner is not None:
+        if inner is not None and not reason:
             raise TypeError(
                 f"cannot reduce {name}: it has no adapter, but {type(model.get_submodule(inner)).__qualname__} in it "
                 f"has one. Attach to that, as in crossget.attach(model.get_submodule({inner!r}), reducer); or give two "
@@ -126,7 +130,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     PEFT model.
     """
     while True:
-        inner: Any = model._modules.get("_orig_mod")  # of torch.compile
+        inner: Any = getattr(model, "_orig_mod", None)  # of torch.compile
         if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
             inner = model.module
         elif type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model"):

@@ -240,6 +240,12 @@ class _Finder:
                 reason = next(filter(None, found), None)
                 if reason is not None:
                     self.refused[path] = reason
+        if not self.chains and not self.refused:  # no lists: modules that attend
+            for call in self._calls:
+                known = self._known.get(_structure(call.module))
+                if call.path in self._probe.attending and isinstance(known, str):
+                    self.refused[call.path] = known
+                    break
 
     def _reason(
         self, path: str, call: ModuleCall | None, singles: Sequence[ModuleCall], keeps_shape: bool

@@ -70,7 +70,7 @@ def _open_clip(model: Any, images: Callable[..., Tensor]) -> AnyInputs | None:
 
 
 def _transformers(model: Any, images: Callable[..., Tensor]) -> AnyInputs | None:
-    config = model.config
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", "")
     parts = [config, *(getattr(config, name, None) for name in _VISION_CONFIGS)]
     sized = next((part for part in parts if getattr(part, "image_size", None) is not None), None)
     if sized is not None:
@@ -78,15 +78,16 @@ def _transformers(model: Any, images: Callable[..., Tensor]) -> AnyInputs | None
         size: Any = sized.image_size
         size = (size["height"], size["width"]) if isinstance(size, Mapping) else size
         pixels = images(int(channels or 3), *_pair(size))
-        if model.main_input_name == "pixel_values":
+        if main == "pixel_values":
             return {"pixel_values": pixels}
         features = getattr(model, "get_image_features", None)
         if features is not None and "pixel_values" in inspect.signature(features).parameters:
             return partial(features, pixel_values=pixels)
         return None
-    if model.main_input_name == "input_ids" and getattr(config, "vocab_size", None):
+    words = getattr(config, "vocab_size", None)
+    if main == "input_ids" and words:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(config.vocab_size, (BATCH, 16), generator=generator)
+        ids = torch.randint(words, (BATCH, 16), generator=generator)
         return {"input_ids": ids.to(next(model.parameters()).device)}
     return None
 

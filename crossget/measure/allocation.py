@@ -136,7 +136,9 @@ class FewestTokens:
 def total_cost(cost: Cost, tokens: Tensor) -> Tensor:
     """[N] the cost of each schedule in `tokens` [N, L + 1]."""
     depth = tokens.shape[1] - 1
-    return torch.stack([cost.block(i, tokens[:, i], tokens[:, i + 1]) for i in range(depth)]).sum(0)
+    costs = torch.stack([cost.block(i, tokens[:, i], tokens[:, i + 1]) for i in range(depth)]).sum(0)
+    unreduced: float | None = getattr(cost, "unreduced", None)
+    return costs if unreduced is None else torch.where(tokens[:, -1] == tokens[:, 0], float(unreduced), costs)
 
 
 def closest_within(cost: Cost, family: Family, limit: float) -> list[int] | None:

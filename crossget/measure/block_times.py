@@ -36,6 +36,11 @@ class BlockTimes:
     dense: float
     measured: Mapping[tuple[int, ...], float]
 
+    @property
+    def unreduced(self) -> float | None:
+        """Seconds of the schedule that removes nothing, as they were measured."""
+        return self.measured.get((0,) * self.space.depth)
+
     def block(self, layer: int, tokens: Tensor, left: Tensor) -> Tensor:
         """Seconds of block `layer`, see `Cost`; those of `space.last_layer` include what is outside the blocks."""
         cost = (_block_terms(self.space, tokens, left) @ self.blocks[layer]).clamp_min(0)

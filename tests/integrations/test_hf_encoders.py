@@ -607,29 +607,6 @@ def test_no_alignment_behind_an_attention_pool() -> None:
 # What is not supported ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        (
-            "Swin",
-            {"image_size": 32, "embed_dim": 8, "depths": [1], "num_heads": [1]},
-            "inside windows of the image grid",
-        ),
-        (
-            "Bert",
-            SIZES,
-            "these families are known here: clip, siglip, siglip2, vit, deit, dinov2, ",
-        ),
-    ],
-)
-def test_says_why_not(name: str, options: dict[str, Any], words: str) -> None:
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options))
-    with pytest.raises(
-        TypeError, match=f"cannot reduce transformers.models.{name.lower()}.*{words}.*crossget.register"
-    ):
-        crossget.attach(model, crossget.CrossGET(1))
-
-
 @pytest.mark.parametrize("method", [crossget.Ward(8), crossget.ToMe(8), crossget.CrossGET(8), crossget.Random(8)])
 def test_a_mask_of_ones_and_the_kernel_change_nothing(method: Any) -> None:
     config = transformers.CLIPTextConfig(**hf_models.TEXT)

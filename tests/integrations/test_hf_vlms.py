@@ -195,25 +195,24 @@ def test_paligemma_with_suffixes() -> None:
 # What cannot be reduced ----------------------------------------------------------------------------------------------
 
 
-def test_qwen2_vl_is_refused() -> None:
+def test_qwen2_vl_takes_a_forward() -> None:
     text = {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "mlp_ratio": 2}
     settings = {"text_config": text} if VERSION >= (4, 52) else text
     with torch.device("meta"):
         made = transformers.Qwen2VLConfig(**settings, vision_config=vision)
         model = transformers.Qwen2VLForConditionalGeneration(made)
-    with pytest.raises(TypeError, match=r"Qwen2VLForConditionalGeneration: .*\[N, C\]"):
+    with pytest.raises(TypeError, match="Qwen2VLForConditionalGeneration .*meta device"):
         crossget.attach(model, crossget.CrossGET(r=2))
 
 
 def test_swin_is_refused() -> None:
     model = transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[2]))
-    with pytest.raises(TypeError, match="SwinModel: .*windows"):
+    with pytest.raises(TypeError, match="(?s)SwinModel: .*windows"):
         crossget.attach(model, crossget.CrossGET(r=2))
 
 
-def test_an_unknown_family_is_told_which_are_known() -> None:
-    with torch.device("meta"):
-        model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1))
-    with pytest.raises(TypeError, match="BertModel: .*known.*: clip, siglip, "):
+def test_one_block_is_no_tower() -> None:
+    model = transformers.BertModel(transformers.BertConfig(**TEXT | {"num_hidden_layers": 1}))
+    with pytest.raises(TypeError, match="BertModel: .*inputs"):
         crossget.attach(model, crossget.CrossGET(r=2))
