@@ -741,7 +741,7 @@ def test_what_stops_in_the_middle_changes_nothing(
     check_logits_after_load(out)
 
 
-@pytest.mark.parametrize("limit", [200, 2_000, 20_000, 200_000])
+@pytest.mark.parametrize("limit", [*(pytest.param(n, marks=pytest.mark.slow) for n in (200, 2_000, 200_000)), 20_000])
 def test_a_full_disk_changes_nothing(limit: int, tmp_path: Path) -> None:
     """At any file: no file of the process may grow beyond the limit, in bytes."""
     folder, out = write_original(tmp_path / "original", tokenizer=True), tmp_path / "out"

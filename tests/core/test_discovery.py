@@ -29,7 +29,11 @@ PLAIN = models.KINDS["plain"]
 
 found_kind = pytest.mark.parametrize("kind", models.FOUND.values(), ids=models.FOUND)
 refused_kind = pytest.mark.parametrize("kind", models.REFUSED.values(), ids=models.REFUSED)
-each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+each_method = pytest.mark.parametrize(
+    "method",
+    [pytest.param(one, marks=pytest.mark.slow if isinstance(one, crossget.ToMe) else ()) for one in METHODS],
+    ids=lambda method: type(method).__name__,
+)
 
 
 def main_towers(kind: models.Kind) -> list[models.Expected]:
@@ -101,6 +105,7 @@ class TestFound:
             assert all(paths[block].startswith(kind.others) for block in other.blocks), other.name
 
     @found_kind
+    @pytest.mark.slow
     def test_zero_is_the_dense_model(self, kind: models.Kind) -> None:
         model, inputs = models.build(kind)
         with without_fast_path():
@@ -130,8 +135,12 @@ class TestFound:
         model, inputs = models.build(kind)
         reducer = reducers(kind, crossget.ToMe(2))
         towers = crossget.find_towers(model, inputs=inputs)
-        with crossget.attach(model, reducer, inputs=inputs) as attached:
-            expected, tokens = run(model, inputs), attached.tokens
+        crossget.register(type(model), towers=towers)
+        try:
+            with crossget.attach(model, reducer) as attached:
+                expected, tokens = run(model, inputs), attached.tokens
+        finally:
+            crossget.unregister(type(model))
         second, _ = models.build(kind)
         count = forwards(second)
         printed = eval(repr(list(towers)), {**vars(layout), **vars(tables), **vars(crossget)})

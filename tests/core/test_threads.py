@@ -80,6 +80,7 @@ def test_a_reducer_for_a_while_can_be_nested_and_set() -> None:
 
 
 @pytest.mark.skipif(not COMPILES, reason="this torch cannot compile an attached model")
+@pytest.mark.slow
 def test_a_compiled_model_follows_the_reducer() -> None:
     model = vit()
     with torch.no_grad(), crossget.attach(model, crossget.Ward(3)) as attached:

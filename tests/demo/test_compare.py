@@ -92,6 +92,7 @@ def printed(found: Comparison) -> str:
 
 
 class TestWeights:
+    @pytest.mark.slow
     def test_random_weights_are_marked_everywhere(self, untrained: Comparison) -> None:
         assert "timm test_vit (random weights)" in untrained.table()
         assert "note: random weights" in untrained.table()
@@ -99,6 +100,7 @@ class TestWeights:
         assert "crossget demo: timm test_vit (random weights)" in printed(untrained)
         assert json.loads(untrained.to_json())["backbone"]["random_weights"] is True
 
+    @pytest.mark.slow
     def test_random_weights_have_no_similarity(self, untrained: Comparison, trained: Comparison) -> None:
         assert all(row.captions == [] and row.cosine == {} for row in untrained.rows)
         assert "cosine" not in untrained.table() + printed(untrained)
@@ -112,6 +114,7 @@ class TestWeights:
         assert "Weights: clip.safetensors" in printed(trained)
         assert json.loads(trained.to_json())["backbone"]["random_weights"] is False
 
+    @pytest.mark.slow
     def test_no_network_is_told_in_one_line_and_files_are_written(self, tmp_path: Path) -> None:
         images = tmp_path / "images"
         images.mkdir()
@@ -196,6 +199,7 @@ class TestNumbers:
         assert trained.rows[2].cosine["image"] == pytest.approx(float(expected), abs=1e-6)
         assert not torch.equal(dense, reduced)
 
+    @pytest.mark.slow
     def test_the_text_is_reduced_when_asked(self, trained: Comparison, pairs: Comparison) -> None:
         dense, ward, tome, cross = pairs.rows
         assert dense.tokens["text"] == [77] * 3
@@ -215,6 +219,7 @@ class TestNumbers:
             torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
         assert "a photo of a cup of coffee" in trained.table()
 
+    @pytest.mark.slow
     def test_speed_is_a_ratio_to_dense(self, untrained: Comparison) -> None:
         dense, *reduced = untrained.rows
         assert dense.speed == 1.0
@@ -234,6 +239,7 @@ class TestNumbers:
         assert demo._rounds_in_time(model, inputs, turns=3) == 20
         assert demo._rounds_in_time(model, inputs, turns=10**9) == 3
 
+    @pytest.mark.slow
     def test_json_says_where_and_how(self, untrained: Comparison) -> None:
         content = json.loads(untrained.to_json())
         assert content["environment"]["torch"] == torch.__version__
@@ -241,6 +247,7 @@ class TestNumbers:
         assert [method["name"] for method in content["methods"]] == ["dense", WARD, TOME, CROSSGET]
         assert content["photographs"][0]["credit"] == "Stefan van der Walt, CC0"
 
+    @pytest.mark.slow
     def test_the_model_is_given_back_as_it_was(self, untrained: Comparison) -> None:
         with pytest.raises(ValueError, match="is not attached"):
             crossget.attachment(untrained.backbone.model)
@@ -273,6 +280,7 @@ class TestPicture:
         # The preprocessing's normalisation is undone, and nothing else.
         assert (trained.pixels[0].mean((0, 1)) - colour).abs().max() < 0.02
 
+    @pytest.mark.slow
     def test_tokens_that_are_no_grid_are_not_drawn(self, monkeypatch: pytest.MonkeyPatch, clip_file: Path) -> None:
         def no_grid(*_: int) -> None:
             raise ValueError("these tokens are no grid")
@@ -321,6 +329,7 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r'matplotlib.*"crossget\[demo\]"'):
             run(quick(out=tmp_path / "d.png"))
 
+    @pytest.mark.slow
     def test_without_a_picture_matplotlib_is_not_needed(self, monkeypatch: pytest.MonkeyPatch, clip_file: Path) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         assert len(run(quick(checkpoint=clip_file)).rows) == 4
