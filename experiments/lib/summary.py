@@ -108,7 +108,7 @@ def setting_of(run: Json) -> str:
         for key, value in run.items()
         if key not in NOT_SETTING and isinstance(value, str | int | float) and "sha256" not in key
     ]
-    batch = [f"batch={run['batch']}"] if "rounds" in run else []
+    batch = [f"batch={run['batch']}"] if "rounds" in run and "batch" in run else []
     return " ".join([*named, *batch, *others])
 
 

@@ -45,7 +45,7 @@ def test_every_result_file_says_where_it_comes_from() -> None:
         result = read_json(file)
         assert {"run", "command", "environment", "result", "seconds"} <= set(result)
         assert re.fullmatch("[0-9a-f]{40}", result["environment"]["commit"])
-        assert "/" not in re.sub(r"(timm|open_clip)/|experiments/", "", result["command"])
+        assert "/" not in re.sub(r"(timm|open_clip|torchvision)/|experiments/", "", result["command"])
 
 
 def test_the_table_of_results_is_what_the_files_give() -> None:
