@@ -18,18 +18,7 @@ from torch import nn
 from crossget.core.adapters import FAMILIES, adapted_towers, is_registered
 from crossget.integrations._support import NumbersOnCPU, SupportRow, support_row
 
-# Why a family has no adapter: the reasons, with the modules that define the models.
-PACKED = (
-    "its image tower packs all images of a batch into one sequence [N, C] without a batch axis, cut into images or "
-    "windows by cumulative lengths, and merges 2 x 2 neighbours after it"
-)
 NO_DEFAULT = "it has an adapter, but in this version no model can be made from its configuration's default values"
-REASONS = {
-    PACKED: "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe qwen3_omni_moe glm4v glm4v_moe",
-    "its image tower packs all images of a batch into one sequence, separated by a mask": "pixtral mistral3",
-    "its attention runs inside windows of the image grid": "swin swinv2 maskformer_swin donut_swin",
-    "it is convolutional: it has no sequence of tokens to reduce": "resnet convnext convnextv2 regnet",
-}
 
 
 def support_matrix(pattern: str | None = None) -> Iterator[SupportRow]:
