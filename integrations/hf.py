@@ -12,13 +12,13 @@ import transformers.utils.generic
 from torch import Tensor, nn
 
 from crossget.core.adapters import (
-    RECOGNISED_KERNELS,
     Blocks,
     Features,
     IntermediatesHook,
     Prompt,
     Tower,
     adapted_towers,
+    read,
 )
 
 # Paths from a module to the list of blocks that it runs. They differ between versions.
@@ -27,26 +27,34 @@ _BLOCK_PATHS = ("encoder.layers", "encoder.layer", "layers", "layer")
 MASKS = ("attention_mask", "causal_attention_mask")
 
 
-def tower(name: str, part: Any, **fields: Any) -> Tower:
-    """The tower of one part of a model.
+def encoder(name: str, part: str = "base_model", **fields: Any) -> Tower:
+    """The declared tower of an encoder, for every model that has it as a part or that is it.
 
     Its masks hide padding and, in newer versions, any patch that the caller chooses.
 
     Args:
         name: name of the tower.
-        part: the module that contains the blocks.
+        part: name of the module that contains the blocks. Where a model has no such module, it is the model itself.
         fields: other fields of the tower.
     """
-    config = part.config
-    return Tower(
-        name, blocks=blocks(part), width=config.hidden_size, masks=MASKS, padding=True, overrides=kernel(config),
-        **fields,
-    )  # fmt: skip
+    declared = {"masks": MASKS, "padding": True, **fields}
+    return Tower(name, read(partial(_blocks_in, part)), read(partial(_width_in, part)), **declared)
 
 
-def vit(model: Any, prefix: int = 1, **fields: Any) -> Tower:
-    """The image tower of a ViT with a class token, with or without a head."""
-    return tower("visual", model.base_model, prefix=prefix, class_token=True, **fields)
+def _blocks_in(part: str, model: Any) -> Blocks:
+    return blocks(_part(model, part))
+
+
+def _width_in(part: str, model: Any) -> int:
+    return int(_part(model, part).config.hidden_size)
+
+
+def _part(model: Any, name: str) -> Any:
+    return model.base_model if name == "base_model" else inner(model, name)
+
+
+# The image tower of a ViT with a class token, with or without a head.
+VIT = encoder("visual", prefix=1, class_token=True)
 
 
 def blocks(tower: nn.Module) -> Blocks:
@@ -65,11 +73,6 @@ def blocks(tower: nn.Module) -> Blocks:
         f"{type(tower).__name__} has no list of blocks at any of {', '.join(_BLOCK_PATHS)}: this version of "
         "transformers is not known"
     )
-
-
-def kernel(config: Any) -> list[tuple[Any, str, Any]]:
-    """The overrides that make a tower with another attention implementation use SDPA while it is attached."""
-    return [] if config._attn_implementation in RECOGNISED_KERNELS else [(config, "_attn_implementation", "sdpa")]
 
 
 def inner(model: Any, name: str) -> Any:

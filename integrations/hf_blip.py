@@ -7,6 +7,7 @@ text decoder generates with a cache of keys and values, and is not reduced.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,16 +50,11 @@ def question_answering(model: Any) -> list[Tower]:
     return [_visual(model.vision_model, restore=False), *_text(model.text_encoder)]
 
 
-@register(blip.BlipForConditionalGeneration)
-def captioning(model: Any) -> list[Tower]:
-    """The image tower."""
-    return [_visual(model.vision_model, restore=False)]
-
-
-@register(blip.BlipVisionModel)
-def visual(model: Any) -> list[Tower]:
-    """The image tower alone."""
-    return [_visual(model)]
+register(
+    blip.BlipForConditionalGeneration,
+    towers=[hf.encoder("visual", "vision_model", prefix=1, class_token=True, restore=False)],
+)
+register(blip.BlipVisionModel, towers=[hf.VIT])
 
 
 @register(blip.BlipTextModel)
@@ -83,14 +79,14 @@ def impossible(model: nn.Module) -> str:
 
 
 def _visual(part: Any, **fields: Any) -> Tower:
-    return hf.tower("visual", part, prefix=1, class_token=True, **fields)
+    return replace(hf.VIT, **fields).of(part)
 
 
 def _text(part: Any, **fields: Any) -> list[Tower]:
     if _relative(part):
         return []
     ids = TextInput(part.embeddings.word_embeddings, _first)
-    return [hf.tower("text", part, text=ids, fit_arguments=_no_cache, **fields)]
+    return [hf.encoder("text", text=ids, fit_arguments=_no_cache, **fields).of(part)]
 
 
 def _relative(part: Any) -> str:

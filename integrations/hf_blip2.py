@@ -6,7 +6,7 @@ reduced.
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,25 +15,18 @@ from torch import Tensor, nn
 from transformers.models.blip_2 import modeling_blip_2 as blip2
 from transformers.models.instructblip import modeling_instructblip as instructblip
 
-from crossget.core.adapters import Prefilled, Stages, Tower, register
+from crossget.core.adapters import Prefilled, Stages, register
 from crossget.integrations import hf
 
+VISUAL = hf.encoder("visual", "vision_model", prefix=1, class_token=True)
 
-@register(
+register(
     blip2.Blip2Model, blip2.Blip2ForConditionalGeneration, blip2.Blip2ForImageTextRetrieval,
     blip2.Blip2VisionModelWithProjection, instructblip.InstructBlipForConditionalGeneration,
     *filter(None, [getattr(instructblip, "InstructBlipModel", None)]),
+    towers=[replace(VISUAL, restore=False)],
 )  # fmt: skip
-def queried(model: Any) -> list[Tower]:
-    """The image tower."""
-    (tower,) = alone(model.vision_model)
-    return [dataclasses.replace(tower, restore=False)]
-
-
-@register(blip2.Blip2VisionModel, instructblip.InstructBlipVisionModel)
-def alone(model: Any) -> list[Tower]:
-    """The image tower alone."""
-    return [hf.tower("visual", model, prefix=1, class_token=True)]
+register(blip2.Blip2VisionModel, instructblip.InstructBlipVisionModel, towers=[VISUAL])
 
 
 def impossible(model: nn.Module) -> str:

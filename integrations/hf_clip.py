@@ -8,51 +8,27 @@ from typing import Any
 from torch import Tensor
 from transformers.models.clip import modeling_clip as clip
 
-from crossget.core.adapters import TextInput, Tower, register
+from crossget.core.adapters import TextInput, read, register
 from crossget.integrations import hf
 from crossget.integrations._support import embed, project
 
 
-@register(clip.CLIPModel)
-def both(model: Any) -> list[Tower]:
-    """The image tower and the text tower."""
-    return [_visual(model, model.vision_model), _text(model, model.text_model)]
+def _projection(apply: Any, path: str, model: Any) -> Any:
+    """How a token gets into the joint space: a norm and a projection; None without the latter.
+
+    Args:
+        apply: `project` or `embed`.
+        path: the path to the norm, in a model with both towers.
+        model: the model.
+    """
+    part, norm = path.split(".")
+    name = {"vision_model": "visual_projection", "text_model": "text_projection"}[part]
+    return partial(apply, [(hf.inner(model, part), norm), (model, name)]) if hasattr(model, name) else None
 
 
-@register(clip.CLIPVisionModel, clip.CLIPVisionModelWithProjection, clip.CLIPForImageClassification)
-def visual(model: Any) -> list[Tower]:
-    """The image tower alone."""
-    return [_visual(model, hf.inner(model, "vision_model"))]
-
-
-@register(clip.CLIPTextModel, clip.CLIPTextModelWithProjection)
-def text(model: Any) -> list[Tower]:
-    """The text tower alone."""
-    return [_text(model, hf.inner(model, "text_model"))]
-
-
-def _visual(model: Any, part: Any) -> Tower:
-    projects = hasattr(model, "visual_projection")
-    return hf.tower(
-        "visual",
-        part,
-        prefix=1,
-        class_token=True,
-        project=partial(project, [(part, "pre_layrnorm"), (model, "visual_projection")]) if projects else None,
-        embed=partial(embed, [(part, "post_layernorm"), (model, "visual_projection")]) if projects else None,
-    )
-
-
-def _text(model: Any, part: Any) -> Tower:
-    projects = hasattr(model, "text_projection")
-    return hf.tower(
-        "text",
-        part,
-        prefix=1,
-        causal=True,
-        text=TextInput(part.embeddings.token_embedding, partial(_end, part.config.eos_token_id)),
-        project=partial(project, [(part, "final_layer_norm"), (model, "text_projection")]) if projects else None,
-    )
+def _text(model: Any) -> TextInput:
+    part = hf.inner(model, "text_model")
+    return TextInput(part.embeddings.token_embedding, partial(_end, part.config.eos_token_id))
 
 
 def _end(eos: int, ids: Tensor) -> tuple[Tensor, None]:
@@ -60,3 +36,18 @@ def _end(eos: int, ids: Tensor) -> tuple[Tensor, None]:
     if eos == 2:  # a wrong value in old configurations; the host then takes the largest id
         return ids.argmax(-1), None
     return ids.eq(eos).int().argmax(-1), None
+
+
+VISUAL = hf.encoder(
+    "visual", "vision_model", prefix=1, class_token=True,
+    project=read(partial(_projection, project, "vision_model.pre_layrnorm")),
+    embed=read(partial(_projection, embed, "vision_model.post_layernorm")),
+)  # fmt: skip
+TEXT = hf.encoder(
+    "text", "text_model", prefix=1, causal=True, text=read(_text),
+    project=read(partial(_projection, project, "text_model.final_layer_norm")),
+)  # fmt: skip
+
+register(clip.CLIPModel, towers=[VISUAL, TEXT])
+register(clip.CLIPVisionModel, clip.CLIPVisionModelWithProjection, clip.CLIPForImageClassification, towers=[VISUAL])
+register(clip.CLIPTextModel, clip.CLIPTextModelWithProjection, towers=[TEXT])

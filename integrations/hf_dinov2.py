@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
 
-from crossget.core.adapters import Tower, register
+from crossget.core.adapters import read, register
 from crossget.integrations import hf
 
-
-@register(
-    dinov2.Dinov2Model, dinov2.Dinov2ForImageClassification,
+register(dinov2.Dinov2Model, dinov2.Dinov2ForImageClassification, dinov2.Dinov2Backbone, towers=[hf.VIT])
+register(
     registers.Dinov2WithRegistersModel, registers.Dinov2WithRegistersForImageClassification,
+    registers.Dinov2WithRegistersBackbone,
+    towers=[replace(hf.VIT, prefix=read("config.num_register_tokens", add=1))],
 )  # fmt: skip
-def tower(model: Any) -> list[Tower]:
-    """The image tower of a model that uses the last block's tokens."""
-    return [hf.vit(model, _prefix(model))]
-
-
-@register(dinov2.Dinov2Backbone, registers.Dinov2WithRegistersBackbone)
-def backbone(model: Any) -> list[Tower]:
-    """The image tower of a backbone, which uses the tokens of several blocks."""
-    return [hf.vit(model, _prefix(model))]
-
-
-def _prefix(model: Any) -> int:
-    return 1 + int(getattr(model.config, "num_register_tokens", 0))

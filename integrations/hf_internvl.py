@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers.models.internvl import modeling_internvl as internvl
@@ -16,16 +17,4 @@ def internvl_model(model: Any) -> list[Tower]:
     return hf.on_the_grid(model, "get_image_features")
 
 
-@register(internvl.InternVLVisionModel)
-def vision(model: Any) -> list[Tower]:
-    """The image tower alone."""
-    return [
-        Tower(
-            "visual",
-            blocks=hf.blocks(model),
-            width=model.config.hidden_size,
-            prefix=1,
-            class_token=True,
-            overrides=hf.kernel(model.config),
-        )
-    ]
+register(internvl.InternVLVisionModel, towers=[replace(hf.VIT, masks=(), padding=False)])

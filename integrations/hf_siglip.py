@@ -13,37 +13,29 @@ import torch
 from torch import Tensor
 from transformers.models.siglip import modeling_siglip as siglip
 
-from crossget.core.adapters import TextInput, Tower, register
+from crossget.core.adapters import TextInput, read, register
 from crossget.integrations import hf
 from crossget.integrations._support import project
 
 
-@register(siglip.SiglipModel)
-def both(model: Any) -> list[Tower]:
-    """The image tower and the text tower."""
-    return visual(model) + text(model)
-
-
-@register(siglip.SiglipVisionModel, siglip.SiglipForImageClassification)
-def visual(model: Any) -> list[Tower]:
-    """The image tower alone. Single tokens cannot be projected, as its head is an attention pool."""
-    return [hf.tower("visual", hf.inner(model, "vision_model"))]
-
-
-@register(siglip.SiglipTextModel)
-def text(model: Any) -> list[Tower]:
-    """The text tower alone."""
-    part = hf.inner(model, "text_model")
-    return [
-        hf.tower(
-            "text",
-            part,
-            prefix=1,  # the first token is protected as in other text towers, though it is no start-of-text token
-            text=TextInput(part.embeddings.token_embedding, _last),
-            project=partial(project, [(part, "final_layer_norm"), (part, "head")]),
-        )
-    ]
+def _text(model: Any) -> TextInput:
+    return TextInput(hf.inner(model, "text_model").embeddings.token_embedding, _last)
 
 
 def _last(ids: Tensor) -> tuple[Tensor, None]:
     return torch.full_like(ids[:, 0], ids.shape[1] - 1), None
+
+
+def _projection(model: Any) -> Any:
+    part = hf.inner(model, "text_model")
+    return partial(project, [(part, "final_layer_norm"), (part, "head")])
+
+
+# Single tokens of images cannot be projected, as the image tower's head is an attention pool.
+VISUAL = hf.encoder("visual", "vision_model")
+# The first token of a text is protected as in other text towers, though it is no start-of-text token.
+TEXT = hf.encoder("text", "text_model", prefix=1, text=read(_text), project=read(_projection))
+
+register(siglip.SiglipModel, towers=[VISUAL, TEXT])
+register(siglip.SiglipVisionModel, siglip.SiglipForImageClassification, towers=[VISUAL])
+register(siglip.SiglipTextModel, towers=[TEXT])

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from transformers.models.deit import modeling_deit as deit
 from transformers.models.vit import modeling_vit as vit
 
-from crossget.core.adapters import Tower, register
+from crossget.core.adapters import register
 from crossget.integrations import hf
 
-
-@register(vit.ViTModel, vit.ViTForImageClassification, vit.ViTForMaskedImageModeling)
-def vit_tower(model: Any) -> list[Tower]:
-    """The image tower of a ViT."""
-    return [hf.vit(model)]
-
-
-@register(
+register(vit.ViTModel, vit.ViTForImageClassification, vit.ViTForMaskedImageModeling, towers=[hf.VIT])
+register(
     deit.DeiTModel, deit.DeiTForImageClassification, deit.DeiTForImageClassificationWithTeacher,
     deit.DeiTForMaskedImageModeling,
+    towers=[replace(hf.VIT, prefix=2)],
 )  # fmt: skip
-def deit_tower(model: Any) -> list[Tower]:
-    """The image tower of a DeiT."""
-    return [hf.vit(model, prefix=2)]

@@ -22,7 +22,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossget.core.adapters import Blocks, SingleTokenOutput, TextInput, Tower, adapted_towers, register
+from crossget.core.adapters import Blocks, SingleTokenOutput, TextInput, Tower, adapted_towers, read, register
 from crossget.core.state import TokenState
 from crossget.integrations import timm as timm_towers
 from crossget.integrations._support import NumbersOnCPU, SupportRow, embed, is_of, project, support_row
@@ -44,10 +44,10 @@ def clip(model: Any) -> list[Tower]:
     return [tower for tower in (_visual(model.visual), _text(model)) if isinstance(tower, Tower)]
 
 
-@register(VisionTransformer, TimmModel, TextTransformer, HFTextEncoder)
+@register(TimmModel, TextTransformer, HFTextEncoder)
 def part(model: Any) -> list[Tower]:
     """A single tower, outside of a CLIP."""
-    find = _visual if isinstance(model, (VisionTransformer, TimmModel)) else _text
+    find = _visual if isinstance(model, TimmModel) else _text
     tower = find(model)
     return [tower] if isinstance(tower, Tower) else []
 
@@ -76,23 +76,35 @@ def _visual(visual: Any) -> Any:
         return _trunk(visual)
     if not isinstance(visual, VisionTransformer):
         return f"{type(visual).__name__} is convolutional: it has no sequence of tokens to reduce"
-    pools = visual.attn_pool is not None
-    return Tower(
-        "visual",
-        blocks=_blocks(visual.transformer),
-        width=int(visual.class_embedding.shape[0]),
-        prefix=1,
-        class_token=True,
-        project=None if pools else partial(project, [(visual, "ln_pre"), (visual, "proj")]),
-        embed=None if pools else partial(embed, [(visual, "ln_post"), (visual, "proj")]),
-        single_token_outputs=[SingleTokenOutput(visual, _returns_class_token_only)],
-    )
+    return VISION.of(visual)
+
+
+def _projection(apply: Any, norm: str, visual: Any) -> Any:
+    """How a token gets into the joint space; None with an attention pool, which needs all tokens."""
+    return partial(apply, [(visual, norm), (visual, "proj")]) if visual.attn_pool is None else None
+
+
+def _outputs(visual: Any) -> list[SingleTokenOutput]:
+    return [SingleTokenOutput(visual, _returns_class_token_only)]
 
 
 def _returns_class_token_only(visual: Any) -> bool:
     """Whether the result of the image tower depends on the class token only."""
     own = is_of("open_clip", visual)
     return own and visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
+
+
+VISION = Tower(
+    "visual",
+    read(lambda visual: _blocks(visual.transformer)),
+    width=read(lambda visual: int(visual.class_embedding.shape[0])),
+    prefix=1,
+    class_token=True,
+    project=read(partial(_projection, project, "ln_pre")),
+    embed=read(partial(_projection, embed, "ln_post")),
+    single_token_outputs=read(_outputs),
+)
+register(VisionTransformer, towers=[VISION])
 
 
 def _trunk(visual: Any) -> Any:

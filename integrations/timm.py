@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from timm.models import _features
 from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 
-from crossget.core.adapters import Blocks, SingleTokenOutput, Tower, adapted_towers, register
+from crossget.core.adapters import Blocks, SingleTokenOutput, Tower, adapted_towers, read, register
 from crossget.core.state import TokenState
 from crossget.integrations._support import NumbersOnCPU, SupportRow, is_of, remaining_rows, support_row
 
@@ -37,39 +38,22 @@ _CAIT = _present("Cait")
 _WRAPPERS = _present("Qwen3VitClassifier", "DeepseekVitClassifier", "Gemma4VitClassifier", "FeatureGetterNet")
 
 
-@register(*_VIT)
-def vit(model: Any) -> list[Tower]:
-    """ViTs. Class token, distillation token and registers, if any, are the first tokens."""
-    embedding = getattr(model, "embeds", model)
-    class_token = getattr(embedding, "cls_token", None) is not None
-    return [_tower(model, int(model.num_prefix_tokens), class_token)]
-
-
-@register(*_CAIT)
-def cait(model: Any) -> list[Tower]:
-    """CaiT: the blocks over patches. Its class token is added after them, for blocks in which only it attends."""
-    return [_tower(model, 0, False)]
-
-
 @register(*_WRAPPERS)
 def wrapped(model: Any) -> list[Tower]:
     """A classifier with an encoder, or the wrapper of a model with `features_only=True`."""
     return adapted_towers(getattr(model, "encoder", None) or model.model)
 
 
-def _tower(model: Any, prefix: int, class_token: bool) -> Tower:
-    arguments = inspect.signature(model.forward_features).parameters
-    mixed = getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False)
-    return Tower(
-        "visual",
-        blocks=Blocks("blocks", model),
-        width=int(model.embed_dim),
-        prefix=prefix,
-        class_token=class_token,
-        padding=not arguments.keys().isdisjoint({"attn_mask", "patch_valid"}),
-        single_token_outputs=[SingleTokenOutput(model, _pools_class_token)] if class_token else [],
-        fit_arguments=partial(rotary_rows, bool(mixed)),
-    )
+def _has_class_token(model: Any) -> bool:
+    return getattr(getattr(model, "embeds", model), "cls_token", None) is not None
+
+
+def _takes_mask(model: Any) -> bool:
+    return not inspect.signature(model.forward_features).parameters.keys().isdisjoint({"attn_mask", "patch_valid"})
+
+
+def _single_token_outputs(model: Any) -> list[SingleTokenOutput]:
+    return [SingleTokenOutput(model, _pools_class_token)] if _has_class_token(model) else []
 
 
 def _pools_class_token(model: Any) -> bool:
@@ -108,6 +92,27 @@ def _no_rotation(name: str, like: Tensor) -> Tensor:
         sine, cosine = like.chunk(2, -1)
         return torch.cat([torch.zeros_like(sine), torch.ones_like(cosine)], -1)
     return torch.zeros_like(like) if name == "rope_sin" else torch.ones_like(like)
+
+
+def _rotary_rows(model: Any) -> Any:
+    mixed = getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False)
+    return partial(rotary_rows, bool(mixed))
+
+
+# Class token, distillation token and registers, if any, are the first tokens.
+VIT = Tower(
+    "visual",
+    Blocks("blocks"),
+    width=read("embed_dim"),
+    prefix=read("num_prefix_tokens"),
+    class_token=read(_has_class_token),
+    padding=read(_takes_mask),
+    single_token_outputs=read(_single_token_outputs),
+    fit_arguments=read(_rotary_rows),
+)
+register(*_VIT, towers=[VIT])
+# CaiT adds its class token after these blocks, for blocks in which only it attends.
+register(*_CAIT, towers=[replace(VIT, prefix=0, class_token=False, single_token_outputs=())])
 
 
 # Models without adapter ---------------------------------------------------------------------------------------------

@@ -1,19 +1,21 @@
 """Towers, and the adapters that find them in a model.
 
-A tower is a list of transformer blocks that pass one sequence of tokens from each to the next. An adapter is a function
-from a model to its towers. It is looked up by the classes in the model's MRO. The module with the adapters of a library
-is imported when a model of that library is first used. `register` adds an adapter:
+A tower is a list of transformer blocks that pass one sequence of tokens from each to the next. An adapter is a list of
+declared towers, or a function from a model to its towers. It is looked up by the classes in the model's MRO. The module
+with the adapters of a library is imported when a model of that library is first used. `register` adds an adapter:
 
-    @crossget.register(MyViT)
-    def my_vit(model: MyViT) -> list[crossget.Tower]:
-        return [crossget.Tower("visual", blocks=model.layers, width=model.width, prefix=1, class_token=True)]
+    tower = crossget.Tower("visual", crossget.Blocks("layers"), width=read("width"), prefix=1, class_token=True)
+    crossget.register(MyViT, towers=[tower])
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from operator import attrgetter
+from types import MethodType
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -92,6 +94,37 @@ class Blocks(Sequence[nn.Module]):
 
     def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
         return list(self._list)[index]
+
+
+class Read:
+    """The value of a declared tower's field that is read from the model, see `read`."""
+
+    def __init__(self, source: str | Callable[[Any], Any], add: int = 0) -> None:
+        self.source, self.add = source, add
+
+    def __repr__(self) -> str:
+        named = getattr(self.source, "func", self.source)  # of a partial function
+        source = getattr(named, "__qualname__", repr(named))
+        return f"read({source}, add={self.add})" if self.add else f"read({source})"
+
+    def __call__(self, model: nn.Module) -> Any:
+        if not isinstance(self.source, str):
+            return self.source(model)
+        value = attrgetter(self.source)(model)
+        return value + self.add if self.add else value
+
+
+def read(source: str | Callable[[Any], Any], add: int = 0) -> Any:
+    """The value of a field of a `Tower` that is declared for all models of a class, and differs between them.
+
+    `read("config.hidden_size")` is the width of most models of transformers. The value is read in `Tower.of`, whenever
+    a model is attached.
+
+    Args:
+        source: the path from the model to the value, or a function from the model to the value.
+        add: a number that is added to the value at the path.
+    """
+    return Read(source, add)
 
 
 @dataclass
@@ -299,18 +332,30 @@ class Tower:
         return self.loop or len(self.blocks)
 
     def of(self, model: nn.Module | None) -> Tower:
-        """The same tower in another model of the same class, or in none, if its blocks are given by their path.
+        """The declared tower of a model, with what is `read` from it; in None: of no model yet.
 
         Raises:
-            TypeError: the blocks are given as modules.
+            TypeError: a field holds modules, which belong to one model.
         """
-        if not isinstance(self.blocks, Blocks):
+        if not isinstance(self.blocks, (Blocks, Read)):
             raise TypeError(
-                f"tower {self.name!r} lists modules as its blocks: give the path to them, such as 'encoder.layers'"
+                f"tower {self.name!r} lists modules as its blocks: give the path to them, such as "
+                "Blocks('encoder.layers')"
             )
-        path = self.blocks.path
-        overrides = () if model is None else recognised_kernels(model, path)
-        return replace(self, blocks=Blocks(path, model), overrides=overrides)
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        if model is None:
+            held = [name for name, value in values.items() if name not in ("blocks", "overrides") and _holds(value)]
+            if held:
+                raise TypeError(
+                    f"tower {self.name!r} holds modules of one model in {', '.join(held)}: declare a function of the "
+                    f"model instead, {held[0]}=crossget.core.adapters.read(function)"
+                )
+            blocks = Blocks(self.blocks.path) if isinstance(self.blocks, Blocks) else self.blocks
+            return replace(self, blocks=blocks, overrides=self.overrides if isinstance(self.overrides, Read) else ())
+        known = {name: value(model) for name, value in values.items() if isinstance(value, Read)}
+        found: Any = known["blocks"] if isinstance(self.blocks, Read) else Blocks(self.blocks.path, model)
+        overrides = *known.get("overrides", ()), *recognised_kernels(found.owner, found.path)
+        return replace(self, **known | {"blocks": found, "overrides": overrides})
 
     def __str__(self) -> str:
         """The tower in one line: "visual: 12 blocks (Block), prefix 1, class token"."""
@@ -359,6 +404,17 @@ class Tower:
         return 2 * int(self.padding and self.text is not None)
 
 
+def _holds(value: Any) -> bool:
+    """Whether a field's value holds a module."""
+    if isinstance(value, partial):
+        value = [value.func, *value.args, *value.keywords.values()]
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = list(vars(value).values())
+    elif isinstance(value, MethodType):
+        value = [value.__self__]
+    return any(map(_holds, value)) if isinstance(value, (list, tuple)) else isinstance(value, nn.Module)
+
+
 def recognised_kernels(model: nn.Module, path: str | Sequence[str]) -> tuple[tuple[Any, str, Any], ...]:
     """The overrides that make the blocks at a path use SDPA, if their model's attention is a kernel not recognised."""
     path, module = path if isinstance(path, str) else path[0], model
@@ -390,10 +446,11 @@ def register(*backbones: type[nn.Module], towers: Sequence[Tower] | None = None)
     Args:
         backbones: the classes of the models. The adapter is used for their subclasses, too.
         towers: the towers, with the paths of their blocks, as `find_towers` returns them. They hold for every model of
-            these classes. None: `register` returns a decorator for a function.
+            these classes. What differs between the models is declared with `read`. None:
+            `register` returns a decorator for a function.
 
     Raises:
-        TypeError: a backbone is not a subclass of nn.Module, or a tower lists modules instead of paths.
+        TypeError: a backbone is not a subclass of nn.Module, or a tower holds modules instead of paths.
         ValueError: a backbone has an adapter already.
     """
     for backbone in backbones:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from crossget.core.layout import APPENDING, BATCH_FIRST, PACKED, TOKENS_FIRST, B
 from crossget.core.loop_tower import count_blocks
 from crossget.core.probe import Attentions, ModuleCall
 from crossget.core.state import Forward, HostOutputs, TokenState
-from crossget.core.tables import TableRows
+from crossget.core.tables import TableLayout, TableRows
 from crossget.core.tower import AttachedTower, BlockCall
 from crossget.methods.indexing import take
 from crossget.methods.reducers import Reducer, ToMe
@@ -148,7 +148,7 @@ def _variants(tower: Tower, call: ModuleCall) -> Iterable[Tower]:
             yield tower
         state = _state(tower, call, AttachedTower(tower, ToMe(r=0)))
         if TableRows("b1n").tables(arguments, state):
-            for layout in ("b1n", "bn", "bn1"):
+            for layout in get_args(TableLayout):
                 yield replace(tower, fit_arguments=TableRows(layout))
             yield replace(tower, fit_arguments=TableRows("bn"), makes_tables=True)
         yield replace(tower, makes_tables=True)

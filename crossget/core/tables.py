@@ -19,8 +19,11 @@ from crossget.core.reduction import Merge
 from crossget.core.state import TokenState
 from crossget.core.watch import ADD
 
-TableLayout = Literal["b1n", "bn", "bn1"]
-"""The axes that a table [N, ..] without a batch axis gets: [B, 1, N, ..], [B, N, ..] or [B, N, 1, ..]."""
+TableLayout = Literal["b1n", "bn", "bn1", "hn"]
+"""The axes that a table [N, ..] without a batch axis gets: [B, 1, N, ..], [B, N, ..] or [B, N, 1, ..].
+
+"hn": a table [H, N, ..] has one part per head, and gets [B, H, N, ..].
+"""
 
 _COMBINE = (
     *ADD,
@@ -80,11 +83,14 @@ class TableRows:
         return tree_map(lambda part: self._fit(name, part, state) if isinstance(part, Tensor) else part, value)
 
     def _fit(self, name: str, table: Tensor, state: TokenState) -> Tensor:
-        axis = row_axis(table, state.length, state.forward.prefix)
-        if axis is None or "mask" in name or "bias" in name:
+        axis = _table_axis(name, table, state)
+        if axis is None:
             return table
-        if axis == 1 and table.dim() > 2 and table.shape[0] == 1:
-            table, axis = table[0], 0
+        if axis == 1 and table.dim() > 2:
+            if self.layout == "hn":
+                table, axis = table[None], 2
+            elif table.shape[0] == 1:
+                table, axis = table[0], 0
         if axis == 0:
             table, axis = table[None], 1
             if self.layout == "b1n" and table.dim() > 2:
@@ -103,7 +109,7 @@ class TableRows:
     def tables(self, arguments: Iterable[tuple[str, Any]], state: TokenState) -> list[str]:
         """The names and shapes of the arguments that are tables."""
         leaves = [(name, part) for name, value in arguments for part in tree_leaves(value) if isinstance(part, Tensor)]
-        return [f"{name} {list(part.shape)}" for name, part in leaves if self._fit(name, part, state) is not part]
+        return [f"{name} {list(part.shape)}" for name, part in leaves if _table_axis(name, part, state) is not None]
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,11 @@ class Positions:
     def __call__(self, block: nn.Module, name: str, value: Any, state: TokenState) -> Any:
         """The positions of the remaining tokens; other arguments unchanged."""
         return state.positions.clamp(max=state.length - 1) if name == self.argument else value
+
+
+def _table_axis(name: str, table: Tensor, state: TokenState) -> int | None:
+    """The axis of an argument that has one row per token; None: it is no table."""
+    return None if "mask" in name or "bias" in name else row_axis(table, state.length, state.forward.prefix)
 
 
 def row_axis(table: Tensor, length: int, prefix: int) -> int | None:

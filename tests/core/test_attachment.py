@@ -6,7 +6,9 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 import contract
 import crossget
-from crossget.core.adapters import Blocks
+from crossget.core.adapters import Blocks, SingleTokenOutput, TextInput, read
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import planned_tokens
 
@@ -42,7 +44,7 @@ def home() -> Iterator[type[nn.Module]]:
 def test_the_adapter_of_the_docs_is_short() -> None:
     text = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
     adapter = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[2]
-    assert "@crossget.register" in adapter
+    assert "crossget.register(MyViT, towers=[tower])" in adapter
     assert len(adapter.splitlines()) <= 12
 
 
@@ -546,6 +548,64 @@ def test_a_list_of_blocks_that_is_cut_or_replaced() -> None:
         model.stages = whole
         model(TOKENS)
     crossget.unregister(Live)
+
+
+class Sized(Plain):
+    """A host whose models differ in what a declaration reads."""
+
+    def __init__(self, depth: int, front: int) -> None:
+        super().__init__(depth=depth)
+        self.settings = SimpleNamespace(width=32, front=front)
+
+
+def _first_norm(model: Sized) -> Any:
+    return partial(torch.mul, model.get_parameter("stages.0.norm.weight"))
+
+
+def test_a_declaration_reads_what_differs_between_models() -> None:
+    tower = crossget.Tower(
+        "visual",
+        Blocks("stages"),
+        read("settings.width"),
+        prefix=read("settings.front", add=1),
+        project=read(_first_norm),
+    )
+    assert repr(tower) == (
+        "Tower('visual', blocks=Blocks('stages'), width=read('settings.width'), prefix=read('settings.front', add=1), "
+        "project=read(_first_norm))"
+    )
+    crossget.register(Sized, towers=[tower])
+    try:
+        for depth, front in ((3, 0), (4, 2)):
+            model = Sized(depth, front).eval()
+            (found,) = crossget.find_towers(model)
+            assert (found.width, found.prefix, len(found.blocks)) == (32, 1 + front, depth)
+            assert isinstance(found.project, partial)
+            assert found.project.args[0] is model.get_parameter("stages.0.norm.weight")
+            with torch.no_grad(), crossget.attach(model, crossget.ToMe(3)) as attached:
+                model(TOKENS)
+            assert attached.tokens["visual"] == [len(TOKENS[0]) - 3 * n for n in range(depth)]
+    finally:
+        crossget.unregister(Sized)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"text": TextInput(nn.Embedding(3, 4), len)}, "text"),
+        ({"project": nn.Linear(2, 3)}, "project"),
+        ({"embed": nn.Linear(2, 3).forward}, "embed"),
+        ({"embed": partial(len, [(nn.Linear(2, 3), "weight")])}, "embed"),
+        ({"single_token_outputs": [SingleTokenOutput(nn.Linear(2, 3), bool)], "decoder": nn.Identity()},
+         "single_token_outputs, decoder"),
+    ],
+)  # fmt: skip
+def test_a_declaration_holds_no_module_of_one_model(fields: dict[str, Any], named: str) -> None:
+    tower = crossget.Tower("visual", Blocks("stages"), 32, **fields)
+    with pytest.raises(TypeError, match=rf"tower 'visual' holds modules of one model in {named}: .*read\(function\)"):
+        crossget.register(Sized, towers=[tower])
+    with pytest.raises(KeyError):
+        crossget.unregister(Sized)
 
 
 def test_a_forward_has_one_reducer() -> None:

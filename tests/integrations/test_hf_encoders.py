@@ -154,6 +154,11 @@ def test_contract_of_blocks(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)
 
 
+@pytest.mark.parametrize("case", [param for param in CASES if "Text" not in str(param.id) and "sdpa" in str(param.id)])
+def test_a_forward_shows_the_declared_tower(case: Case) -> None:
+    contract.a_forward_shows_the_declared_tower(case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_class_compiles(case: Case) -> None:

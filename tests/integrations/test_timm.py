@@ -151,6 +151,11 @@ def test_contract_of_blocks(case: Case, probe: Callable[[Case], None]) -> None:
     probe(case)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_forward_shows_the_declared_tower(case: Case) -> None:
+    contract.a_forward_shows_the_declared_tower(case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_kind_compiles(case: Case) -> None:

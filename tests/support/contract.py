@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import crossget
+from crossget.core.adapters import adapted_towers
+from crossget.core.discovery import discover
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import planned_tokens
 
@@ -109,6 +111,15 @@ def without_fast_path() -> Iterator[None]:
 
 
 # The probes ---------------------------------------------------------------------------------------------------------
+
+
+def a_forward_shows_the_declared_tower(case: Case) -> None:
+    """What the adapter says of an image tower is what a forward shows."""
+    model, inputs = build(case)
+    (declared,) = (tower for tower in adapted_towers(model) if tower.name == "visual")
+    (found,) = (tower for tower in discover(model, inputs) if tower.name == "visual")
+    assert list(found.blocks) == list(declared.blocks)
+    assert (found.width, found.prefix, found.class_token) == (declared.width, declared.prefix, declared.class_token)
 
 
 def zero_is_identity(case: Case) -> None:
