@@ -11,17 +11,22 @@ from crossget.measure.doctor import doctor
 from crossget.measure.fit import fit_schedule
 from crossget.measure.flops import count_flops
 from crossget.measure.speed import benchmark
+from crossget.methods.diversity import AveragePool, Determinantal, MaxMin
 from crossget.methods.merging import unmerge
 from crossget.methods.reducers import CrossGET, Random, ToMe, TopK, Ward
-from crossget.methods.schedules import Linear, RampedRatio, Ratio
+from crossget.methods.schedules import Keep, Linear, RampedRatio, Ratio
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attachment",
+    "AveragePool",
     "Blocks",
     "CrossGET",
+    "Determinantal",
+    "Keep",
     "Linear",
+    "MaxMin",
     "RampedRatio",
     "Random",
     "Ratio",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from crossget.core import saving
 from crossget.core.adapters import absent_towers, adapted_towers, has_adapter, reason_against
-from crossget.core.attachment import Attachment, attach_towers, by_tower
+from crossget.core.attachment import Attachment, attach_towers, by_tower, marked, split_connector
 from crossget.core.block_class import owner_of
+from crossget.core.connector import AttachedConnector, Connector
 from crossget.core.discovery import FoundTowers, discover, warn_about
 from crossget.core.example_inputs import example_inputs
 from crossget.core.inputs import AnyInputs
@@ -87,6 +89,7 @@ def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer], inputs: A
         model: any model of images, text or audio with transformer blocks, see `crossget.find_towers`.
         reducer: one for the model, or a dict by tower name. A single reducer on a model with several towers reduces the
             image tower. If it has a cross token, the other towers get one, too, with r = 0, as in the authors' code.
+            The name "connector" is for the image features that a language model gets, see `crossget.Keep`.
         inputs: two different inputs for a model without adapter, see `crossget.find_towers`.
 
     Returns:
@@ -101,12 +104,29 @@ def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer], inputs: A
         DiscoveryWarning: the model has no adapter. It says what was found, proved and assumed.
     """
     check_not_attached(model)
+    behind, reducer = split_connector(reducer)
+    connector = None if behind is None else AttachedConnector(find_connector(model), behind)
+    if reducer is None:
+        return attach_towers([], {}, connector)
     found = find_towers(model, inputs)
     chosen = by_tower({tower.name: tower for tower in found}, reducer, absent_towers(model))
-    attached = attach_towers(found, chosen)
+    attached = attach_towers(found, chosen, connector)
     if found.discovered:
         warn_about(model, found)
     return attached
+
+
+def find_connector(model: nn.Module) -> Connector:
+    """The connector of a model of images and text.
+
+    Raises:
+        TypeError: none is known; the message says why.
+    """
+    model = unwrapped(model)
+    if any(cls.__module__.split(".")[0] == "transformers" for cls in type(model).__mro__):
+        found: Connector = importlib.import_module("crossget.integrations.hf_connector").find_connector(model)
+        return found
+    raise TypeError(f"{type(model).__name__} has no known connector: those of models of transformers can be reduced")
 
 
 def check_not_attached(model: nn.Module) -> None:
@@ -142,7 +162,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def find_attachment(model: nn.Module) -> Attachment | None:
     """The model's attachment; None if it has none."""
-    owners = (owner_of(module) for module in model.modules())
+    owners = (owner for module in model.modules() for owner in (owner_of(module), marked(module)))
     return next((owner for owner in owners if isinstance(owner, Attachment)), None)
 
 

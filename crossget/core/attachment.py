@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from torch.nn import functional as F
 from crossget.core import saving
 from crossget.core.adapters import Tower
 from crossget.core.block_class import is_intact, owner_of, swap_in, swap_out
+from crossget.core.connector import NAME as CONNECTOR
+from crossget.core.connector import AttachedConnector
+from crossget.core.connector_prompts import ConnectorPrompts, wrap_model
 from crossget.core.decoder_tower import AttachedDecoder
 from crossget.core.hooks import Undo, check_not_patched, set_text_ends, wrap_host
 from crossget.core.image_prompts import image_tokens
@@ -33,6 +37,7 @@ from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import part_of
 
 _PARAMETER_MODULE = "crossget"
+_MARK = "_crossget_attachment"
 _SETTABLE = {"reducer"}
 
 
@@ -46,16 +51,19 @@ class Attachment:
     name.
     """
 
-    def __init__(self, towers: dict[str, AttachedTower]) -> None:
+    def __init__(self, towers: dict[str, AttachedTower], connector: AttachedConnector | None = None) -> None:
         self._towers = towers
+        self._connector = connector
+        self._prompts = None if connector is None else ConnectorPrompts(connector)
         self._blocks: list[nn.Module] = []
         self._undo: list[Undo] = []
         self._pauses = 0
         self._registered: nn.Module | None = None
 
     def __repr__(self) -> str:
-        towers = "; ".join(f"{attached.tower}: {attached.reducer}" for attached in self._towers.values())
-        return f"Attachment({towers}{'' if self.is_attached else '; detached'})"
+        parts = [f"{attached.tower}: {attached.reducer}" for attached in self._towers.values()]
+        parts += [] if self._connector is None else [f"{CONNECTOR}: {self._connector.reducer}"]
+        return f"Attachment({'; '.join(parts)}{'' if self.is_attached else '; detached'})"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and name not in _SETTABLE:
@@ -78,18 +86,20 @@ class Attachment:
     # What happened in the last forward -----------------------------------------------------------------------------
 
     @property
-    def tokens(self) -> dict[str, list[int]]:
+    def tokens(self) -> dict[str, list[Any]]:
         """Per tower, the number of tokens before each block in the last forward, including the cross token.
 
-        The list is empty for a tower that has not run, and for a language model without a cross token.
+        The list is empty for a tower that has not run, and for a language model without a cross token. For "connector"
+        it has a pair for every unit (image or tile): the number of its features before and after.
 
         Raises:
             RuntimeError: no tower has run.
         """
         found = {name: t.last_record.tokens for name, t in self._towers.items()}
-        if not any(found.values()):
+        units = {} if self._connector is None else {CONNECTOR: list[Any](self._connector.last_record.tokens)}
+        if not any(found.values()) and not any(units.values()):
             raise RuntimeError("no tower has run since crossget.attach: run a forward of the model first")
-        return {name: [tokens[layer] for layer in sorted(tokens)] for name, tokens in found.items()}
+        return {name: [tokens[layer] for layer in sorted(tokens)] for name, tokens in found.items()} | units
 
     @property
     def source(self) -> dict[str, Tensor]:
@@ -101,24 +111,27 @@ class Attachment:
         Raises:
             RuntimeError: no reduced tower has run.
         """
-        found = {name: t.last_record.source for name, t in self._towers.items() if t.last_record.source is not None}
+        ran = [(name, t.last_record.source) for name, t in self._parts.items()]
+        found = {name: source for name, source in ran if source is not None}
         if not found:
             raise RuntimeError("no reduced tower has run since crossget.attach: run a forward of the model first")
         return found
 
     @property
     def records(self) -> dict[str, list[BlockRecord]]:
-        """Per tower, one record for each block of the last forward.
+        """Per tower, one record for each block of the last forward; for "connector", one for each unit, with B = 1.
 
         Raises:
             RuntimeError: the last forward was not recorded.
         """
         found = {name: t.last_record.blocks for name, t in self._towers.items() if t.last_record.blocks is not None}
-        if not found:
+        units = None if self._connector is None else self._connector.last_record.blocks
+        if not found and units is None:
             raise RuntimeError(
                 "the last forward was not recorded: run it inside `with attached.recording():`, and not compiled"
             )
-        return {name: [blocks[layer] for layer in sorted(blocks)] for name, blocks in found.items()}
+        by_layer = {name: [blocks[layer] for layer in sorted(blocks)] for name, blocks in found.items()}
+        return by_layer if units is None else by_layer | {CONNECTOR: units}
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -129,13 +142,13 @@ class Attachment:
         The records are those of the last forward. There are none of compiled forwards, and none of language models that
         generate, as their tokens are not reduced.
         """
-        before = {name: attached.recording for name, attached in self._towers.items()}
-        for attached in self._towers.values():
+        before = {name: attached.recording for name, attached in self._parts.items()}
+        for attached in self._parts.values():
             attached.recording = True
         try:
             yield
         finally:
-            for name, attached in self._towers.items():
+            for name, attached in self._parts.items():
                 attached.recording = before[name]
 
     def alignment_loss(self, divergence: Divergence = "reference", rows: Tensor | None = None) -> Tensor:
@@ -187,9 +200,14 @@ class Attachment:
         return {name: attached.tower for name, attached in self._towers.items()}
 
     @property
+    def _parts(self) -> dict[str, AttachedTower | AttachedConnector]:
+        """The towers, and the connector."""
+        return self._towers | ({} if self._connector is None else {CONNECTOR: self._connector})
+
+    @property
     def reducers(self) -> dict[str, Reducer]:
-        """Per tower, its reducer with all fields resolved."""
-        return {name: attached.reducer for name, attached in self._towers.items()}
+        """Per tower, and for "connector", its reducer with all fields resolved."""
+        return {name: attached.reducer for name, attached in self._parts.items()}
 
     @property
     def reducer(self) -> Reducer | dict[str, Reducer]:
@@ -203,10 +221,17 @@ class Attachment:
     @reducer.setter
     def reducer(self, value: Reducer | Mapping[str, Reducer]) -> None:
         towers = self.towers
-        chosen = by_tower(towers, value)
-        for name, reducer in chosen.items():  # errors are raised before anything changes
+        if not towers and isinstance(value, Reducer):
+            value = {CONNECTOR: value}
+        behind, chosen = split_connector(value)
+        if behind is not None and self._connector is None:
+            raise ValueError(f"reducer names {CONNECTOR!r}, which is not attached: attach to it with crossget.attach")
+        by_name = by_tower(towers, chosen) if chosen is not None else {}
+        for name, reducer in by_name.items():  # errors are raised before anything changes
             attached_tower(towers[name], reducer)
-        for name, reducer in chosen.items():
+        if behind is not None and self._connector is not None:
+            self._connector.set_reducer(behind)
+        for name, reducer in by_name.items():
             self._towers[name].set_reducer(reducer)
 
     @contextlib.contextmanager
@@ -226,7 +251,7 @@ class Attachment:
             ValueError: the reducer cannot work on the tower, or a tower's name is unknown.
         """
         with contextlib.ExitStack() as stack:
-            for attached in self._towers.values():
+            for attached in self._parts.values():
                 stack.enter_context(attached.own_reducer())
             self.reducer = reducer
             yield self
@@ -362,7 +387,7 @@ class Attachment:
     @property
     def is_attached(self) -> bool:
         """Whether the model is attached now."""
-        return bool(self._blocks)
+        return bool(self._blocks or self._undo)
 
     def detach(self) -> None:
         """Undo `attach`: the model is as it was before.
@@ -401,12 +426,19 @@ class Attachment:
     def _swap_in_blocks(self) -> None:
         for tower in self.towers.values():
             check_not_patched(tower)
+        if self._prompts is not None and "generate" in self._prompts.connector.model.__dict__:
+            name = type(self._prompts.connector.model).__name__
+            raise ValueError(f"{name}.generate is patched on the instance: remove that before attaching")
         for attached in self._towers.values():
             for number, block in enumerate(attached.tower.blocks):
                 if owner_of(block) is not self:
                     swap_in(block, self, attached, number)
                     self._blocks.append(block)
-            self._undo += wrap_host(attached)
+            self._undo += wrap_host(attached, self._prompts)
+        if self._prompts is not None:
+            in_towers = any(tower.prompt is not None for tower in self.towers.values())
+            self._undo += wrap_model(self._prompts, wraps_generate=not in_towers)
+            self._undo.append(mark(self._prompts.connector.model, self))
 
     def _swap_out_blocks(self) -> None:
         if not self.is_attached:
@@ -434,16 +466,46 @@ def attached_tower(tower: Tower, reducer: Reducer) -> AttachedTower:
     return (AttachedTower if tower.reducible else AttachedDecoder)(tower, reducer)
 
 
-def attach_towers(towers: Iterable[Tower], reducers: Mapping[str, Reducer]) -> Attachment:
-    """Attach reducers to towers, by name.
+def attach_towers(
+    towers: Iterable[Tower], reducers: Mapping[str, Reducer], connector: AttachedConnector | None = None
+) -> Attachment:
+    """Attach reducers to towers, by name, and one behind the connector.
 
     Raises:
         ValueError: a reducer cannot work on its tower.
     """
     by_name = {tower.name: tower for tower in towers}
-    attachment = Attachment({name: attached_tower(by_name[name], reducer) for name, reducer in reducers.items()})
+    attached = {name: attached_tower(by_name[name], reducer) for name, reducer in reducers.items()}
+    attachment = Attachment(attached, connector)
     attachment._swap_in_blocks()
     return attachment
+
+
+def split_connector(reducer: Any) -> tuple[Reducer | None, Any]:
+    """The reducer behind the connector, and what is for the towers (None: nothing is)."""
+    if not isinstance(reducer, Mapping) or CONNECTOR not in reducer:
+        return None, reducer
+    behind = reducer[CONNECTOR]
+    if not isinstance(behind, Reducer):
+        raise TypeError(
+            f"reducer[{CONNECTOR!r}] is {behind!r}: give a reducer such as crossget.Ward(crossget.Keep(128))"
+        )
+    return behind, {name: value for name, value in reducer.items() if name != CONNECTOR} or None
+
+
+def mark(model: nn.Module, attachment: Attachment) -> Undo:
+    """Let `find_attachment` find the attachment of a model of which no block is attached. Returns what undoes it."""
+    model.__dict__[_MARK] = attachment
+    return partial(_unmark, model)
+
+
+def _unmark(model: nn.Module) -> None:
+    del model.__dict__[_MARK]
+
+
+def marked(model: nn.Module) -> Any:
+    """The attachment that `mark` has left; None: there is none."""
+    return model.__dict__.get(_MARK)
 
 
 def main_towers(names: Iterable[str]) -> list[str]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from crossget.core.adapters import IntermediatesHook, Prompt, SingleTokenOutput, Tower
 from crossget.core.block_class import argument_names, has_own_forward, unwrap, wrap
+from crossget.core.connector_prompts import ConnectorPrompts
 from crossget.core.decoder_tower import cached_tokens, first_token
 from crossget.core.image_prompts import around_generate, before_forward
 from crossget.core.state import HostOutputs
@@ -64,8 +65,12 @@ def _wrapped_methods(tower: Tower) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def wrap_host(attached: AttachedTower) -> list[Undo]:
+def wrap_host(attached: AttachedTower, connector: ConnectorPrompts | None = None) -> list[Undo]:
     """Wrap the entry points of a tower's host.
+
+    Args:
+        attached: the tower.
+        connector: of the same model. Its prompts are fitted after those of the tower.
 
     Returns:
         Functions that undo it, to be called from the last to the first.
@@ -87,22 +92,37 @@ def wrap_host(attached: AttachedTower) -> list[Undo]:
         before = partial(_before_decoder, attached, argument_names(type(tower.decoder).forward))
         undo.append(tower.decoder.register_forward_pre_hook(before, with_kwargs=True).remove)
     if tower.prompt is not None:
-        undo += _wrap_prompts(attached, tower.prompt)
+        undo += _wrap_prompts(attached, tower.prompt, connector)
     for holder, attribute, value in tower.overrides:
         undo.append(partial(setattr, holder, attribute, getattr(holder, attribute)))
         setattr(holder, attribute, value)
     return undo + [partial(unwrap, module, method) for module, method in _wrapped_methods(tower)]
 
 
-def _wrap_prompts(attached: AttachedTower, prompt: Prompt) -> list[Undo]:
+def _wrap_prompts(attached: AttachedTower, prompt: Prompt, connector: ConnectorPrompts | None) -> list[Undo]:
     undo = []
     for model in prompt.models:
         hook = partial(before_forward, prompt, attached, argument_names(type(model).forward))
         undo.append(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
     outer: Any = prompt.models[0]
     if hasattr(outer, "generate"):
-        wrap(outer, "generate", partial(around_generate, prompt, attached, argument_names(type(outer).generate)))
+        names = argument_names(type(outer).generate)
+        wrap(outer, "generate", partial(_around_generate, prompt, attached, connector, names))
     return undo
+
+
+def _around_generate(
+    prompt: Prompt, attached: AttachedTower, connector: ConnectorPrompts | None, names: list[str],
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """`generate` on a prompt for the tower's reduced tokens and then for those that stay behind the connector."""
+
+    def behind_the_tower(*args: Any, **kwargs: Any) -> Any:
+        if connector is None:
+            return original(*args, **kwargs)
+        return connector.around_generate(names, original, args, kwargs)
+
+    return around_generate(prompt, attached, names, behind_the_tower, args, kwargs)
 
 
 # Which outputs the host uses ---------------------------------------------------------------------------------------

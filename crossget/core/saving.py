@@ -18,11 +18,11 @@ from torch import Tensor
 
 from crossget.core import files
 from crossget.methods.reducers import Reducer
-from crossget.methods.schedules import Constant, Linear, Part, PerLayer, RampedRatio, Ratio, Schedule
+from crossget.methods.schedules import Constant, Keep, Linear, Part, PerLayer, RampedRatio, Ratio, Schedule
 
 FILE = "crossget.safetensors"
 _KEY, _VERSION = "crossget", 1
-_SCHEDULES = {cls.__name__: cls for cls in (Constant, Linear, Part, PerLayer, Ratio, RampedRatio)}
+_SCHEDULES = {cls.__name__: cls for cls in (Constant, Keep, Linear, Part, PerLayer, Ratio, RampedRatio)}
 
 
 def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ from crossget.methods.importance import by_class_attention, by_guide, by_text
 from crossget.methods.indexing import size_of, take
 from crossget.methods.matching import MATCHINGS, Candidates, MergePlan, Ties
 from crossget.methods.merging import ENSEMBLES, size
-from crossget.methods.schedules import Schedule, as_int, as_schedule
+from crossget.methods.schedules import Keep, Schedule, as_int, as_schedule
 
 MatchingName = Literal["complete_graph", "bipartite", "ward", "ward_graph", "random"]
 ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention", "text"]
@@ -64,6 +64,7 @@ class View:
         score: [B, T] the scores that `reduce` used. It sets this attribute, for `Attachment.records`.
         n_kept: number of unprotected tokens that stay, see `Candidates`. In a tower of texts that may be padded it is
             2, whether there is padding or not: the result does not depend on whether a mask of ones is given.
+        grid: height and width of the image grid whose places the tokens are, in rows; None: they are not known.
     """
 
     tokens: Tensor
@@ -78,6 +79,7 @@ class View:
     relevance: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
     score: Tensor | None = field(default=None, kw_only=True)
     n_kept: int = field(default=0, kw_only=True)
+    grid: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def sizes_or_ones(self) -> Tensor:
         """[B, T] float32, the number of input tokens that each token stands for."""
@@ -99,6 +101,8 @@ class TowerFacts:
         keeps_cross_token: the tower's features include the cross token in the reference (LLaVA).
         single_token_output: some methods of the model return a single token of the tower, see
             `Tower.single_token_outputs`.
+        connector: this is no tower, but the place behind the connector of a model of images and text. The tokens are
+            the image features that the language model gets.
     """
 
     name: str
@@ -109,6 +113,7 @@ class TowerFacts:
     embeds: bool = False
     keeps_cross_token: bool = field(default=True, kw_only=True)
     single_token_output: bool = field(default=True, kw_only=True)
+    connector: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -165,12 +170,12 @@ class Reducer:
         return as_schedule(self.r)
 
     @property
-    def proportional_attention(self) -> bool:
+    def proportional_attention(self) -> bool | None:
         """Whether log(size) of each key is added to the attention scores. A field of `Joining`."""
         return True
 
     @property
-    def norm_correction(self) -> bool:
+    def norm_correction(self) -> bool | None:
         """Whether attention values and MLP outputs are corrected for merging. A field of `Joining`."""
         return False
 
@@ -183,6 +188,11 @@ class Reducer:
     def needs_class_attention(self) -> bool:
         """Whether `View.received` must hold the attention of the class token's query alone."""
         return False
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether `reduce` needs `View.relevance`."""
+        return getattr(self, "importance", None) == "text"
 
     def resolved(self: Self, tower: TowerFacts) -> Self:
         """A copy of this reducer in which None fields have their values for one tower.
@@ -206,6 +216,12 @@ class Reducer:
                 f"{kind}(class_token_only=True) has no effect on {tower.name}: none of its calls is known to depend on "
                 "a single token of the last block; leave class_token_only out, or name such a call in "
                 "Tower.single_token_outputs"
+            )
+        if isinstance(self.schedule, Keep) and not tower.connector:
+            raise ValueError(
+                f"{kind}({self.r!r}) on {tower.name}: Keep is for image features behind the connector of a model of "
+                'images and text, as in {"connector": ' + f"{kind}({self.r!r})" + "}; for a tower give the number of "
+                "tokens that each block removes"
             )
         missing = {name: value for name, value in self.defaults(tower).items() if getattr(self, name) is None}
         resolved = dataclasses.replace(self, **missing)
@@ -240,14 +256,28 @@ class Joining(Reducer):
 
     Args:
         proportional_attention: add log(size) of each key to the attention scores, so that a merged token gets the
-            attention of all the tokens it stands for (ToMe, arXiv 2210.09461, section 3).
+            attention of all the tokens it stands for (ToMe, arXiv 2210.09461, section 3). Behind the connector these
+            are the scores of the language model. None: True in a tower, False behind the connector.
         norm_correction: multiply the attention values and MLP outputs of a merged token by the norm of the mean
             direction of its members. The LayerNorm before them rescales the (shorter) mean of tokens to full norm, and
-            this factor undoes it. See `crossget.methods.merging.norm_correction`.
+            this factor undoes it. See `crossget.methods.merging.norm_correction`. Refused behind the connector. None:
+            False, and in a tower with `Ward` True.
     """
 
-    proportional_attention: bool = True
-    norm_correction: bool = False
+    proportional_attention: bool | None = None
+    norm_correction: bool | None = None
+
+    def defaults(self, tower: TowerFacts) -> dict[str, Any]:
+        return {
+            **super().defaults(tower), "proportional_attention": not tower.connector, "norm_correction": False,
+        }  # fmt: skip
+
+    def check(self, tower: TowerFacts) -> None:
+        if tower.connector and self.norm_correction:
+            raise ValueError(
+                f"{type(self).__name__}(norm_correction=True) has no effect on {tower.name}, behind which no block "
+                "is corrected; leave norm_correction out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -350,6 +380,7 @@ class Merging(Joining):
         return self.importance == "class_attention"
 
     def check(self, tower: TowerFacts) -> None:
+        super().check(tower)
         if self._scores:
             _check_importance(self, tower)
 
@@ -432,7 +463,6 @@ class Ward(Merging):
     """
 
     matching: MatchingName = "ward_graph"
-    norm_correction: bool = True
     class_token_only: bool | None = None
 
     def _method_defaults(self) -> dict[str, Any]:
@@ -445,6 +475,9 @@ class Ward(Merging):
             "key_stride": 2,
             "ties": "stable",
         }
+
+    def defaults(self, tower: TowerFacts) -> dict[str, Any]:
+        return {**super().defaults(tower), "norm_correction": not tower.connector}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

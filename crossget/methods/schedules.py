@@ -1,5 +1,7 @@
 """How many tokens each block removes: constant, per layer, linear, a ratio, or a ratio that rises in the first blocks.
 
+`Keep` says how many stay, behind the connector of a model of images and text.
+
 A schedule maps the number of `tokens` that enter block `layer` of `depth` to the number of tokens to remove there. A
 block removes at most half of its unprotected tokens, whatever the schedule asks for.
 """
@@ -10,7 +12,7 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -115,6 +117,51 @@ class RampedRatio:
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         return int(min(0.5, self.share * min(1.0, 3 * (layer + 0.5) / max(1, depth - 1))) * tokens)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The number of features of an image that stay behind the connector: `Keep(128)`, or a share, `Keep(0.25)`.
+
+    Args:
+        tokens: an int n keeps n features, or all if there are fewer. A float in (0, 1] keeps that share, rounded, and
+            at least one.
+        per: "unit": of every unit that the model encodes by itself, such as a tile or an image. "image": of all tiles
+            of one image together.
+        separators: features that separate rows of an image (newlines) stay as well, and are not counted.
+        positions: the positions of the prompt's tokens in the language model. "original": those that they have in the
+            full prompt. "renumbered": counted anew; refused where positions are those of an image grid (M-RoPE).
+
+    Raises:
+        TypeError: `tokens` is neither an int nor a float.
+        ValueError: it is an int below 1 or a float outside of (0, 1], or `per` or `positions` is not among its choices.
+    """
+
+    tokens: int | float
+    per: Literal["unit", "image"] = "unit"
+    separators: bool = False
+    positions: Literal["original", "renumbered"] = "original"
+
+    def __post_init__(self) -> None:
+        count, value = as_int(self.tokens), self.tokens
+        if count is None and (isinstance(value, bool | str) or not hasattr(value, "__float__")):
+            raise TypeError(
+                f"Keep({value!r}): give the number of tokens that stay, or their share, such as 128 or 0.25"
+            )
+        if count is not None and count < 1:
+            raise ValueError(f"Keep({count}): at least one token stays")
+        if count is None and not 0.0 < float(value) <= 1.0:
+            raise ValueError(f"Keep({float(value):g}): a share is above 0 and at most 1; write an int for a number")
+        object.__setattr__(self, "tokens", float(value) if count is None else count)
+        for name, choices in (("per", ("unit", "image")), ("positions", ("original", "renumbered"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Keep({name}={getattr(self, name)!r}): choose one of {', '.join(map(repr, choices))}")
+        if not isinstance(self.separators, bool):
+            raise TypeError(f"Keep(separators={self.separators!r}): give True or False")
+
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
+        wanted = self.tokens if isinstance(self.tokens, int) else max(1, round(self.tokens * tokens))
+        return max(0, tokens - wanted)
 
 
 @dataclass(frozen=True)

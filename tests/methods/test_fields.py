@@ -346,4 +346,4 @@ def test_a_method_of_one_s_own_prints_and_resolves_like_the_others() -> None:
     assert (resolved.matching, resolved.importance, resolved.keys) == ("bipartite", "class_token", "all_heads")
     with pytest.raises(ValueError, match="seed=3.* has no effect"):
         Own(3, seed=3)
-    assert Nearby(3).resolved(TOWER) == Nearby(3)
+    assert Nearby(3).resolved(TOWER) == Nearby(3, proportional_attention=True, norm_correction=False)

@@ -1,0 +1,310 @@
+"""Fewer image features behind the connector of a model of images and text.
+
+The connector is the part of such a model between the image tower and the language model. The language model gets one
+feature for every placeholder token of the prompt. `Connector` says where these features are; `AttachedConnector`
+reduces them, image by image, with the same methods as a tower (`reduce_features`). What becomes of the prompt is in
+connector_prompts.py.
+
+Shapes: n features of one unit (an image or tile) before the reduction, k after it, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crossget.core.carried import ThreadValue
+from crossget.core.state import BlockRecord
+from crossget.methods.importance import attention_received
+from crossget.methods.matching import shares
+from crossget.methods.merging import merge_by
+from crossget.methods.reducers import Reducer, TowerFacts, View
+from crossget.methods.schedules import Keep
+
+NAME = "connector"
+FACTS = TowerFacts(
+    "the connector", has_class_token=False, importance="cross_token", embeds=True,
+    keeps_cross_token=False, single_token_output=False, connector=True,
+)  # fmt: skip
+
+
+@dataclass
+class Connector:
+    """Where the image features of a model of images and text are.
+
+    Attributes:
+        model: the module whose `forward` and `generate` take prompts with images.
+        parts: the module whose `get_image_features` encodes the images.
+        placeholders: modality ("image", "video") -> id of its placeholder token.
+        field: name of the features in the output of `get_image_features`.
+        units: "entry": every entry of that field is one unit. "run": an entry holds several, which end where a run of
+            placeholders ends.
+        inner: other modules whose `forward` takes such prompts.
+        separator: name of the parameter of `parts` that separates the rows of an image, such as "image_newline"; None:
+            there is none among the features.
+        attentions: the attentions of the language model, whose scores can take a bias; None: one of its layers has no
+            such scores.
+    """
+
+    model: Any
+    parts: Any
+    placeholders: dict[str, int]
+    field: str = "pooler_output"
+    units: Literal["entry", "run"] = "entry"
+    inner: Sequence[nn.Module] = ()
+    separator: str | None = None
+    attentions: Sequence[nn.Module] | None = None
+
+
+class ReducedUnit(NamedTuple):
+    """The features of one unit after the reduction.
+
+    Attributes:
+        tokens: [k, C].
+        kept: [k] the places, among the n, of the features that stay.
+        sizes: [k] float32, the number of features that each stands for.
+        source: [n] for each feature, the index among the k of the one that it was merged into; -1 if it was dropped.
+        carried: other features of the same tokens, [k, C'] each, merged like them.
+        record: what is recorded, see `Attachment.records`; None: nothing is recorded.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    sizes: Tensor
+    source: Tensor
+    carried: list[Tensor]
+    record: BlockRecord | None
+
+
+def reduce_features(
+    reducer: Reducer, features: Tensor, n_kept: int, *, text: Tensor | None = None, protected: Tensor | None = None,
+    grid: tuple[int, int] | None = None, carried: Sequence[Tensor] = (), recording: bool = False,
+) -> ReducedUnit:  # fmt: skip
+    """Reduce the features of one unit, in as many rounds as it takes: a matching removes at most half of its tokens.
+
+    A feature is compared as it is: it stands for a token, its query and its key, with one head. With a cross token, the
+    text is appended as a token that guides, and is taken off in the end.
+
+    Args:
+        reducer: the method, with all fields resolved.
+        features: [n, C].
+        n_kept: k, the number of features that stay, besides the protected ones.
+        text: [C] the mean embedding of the prompt's text, for methods that are guided by a text.
+        protected: [n] true for features that stay as they are; None: there are none.
+        grid: height and width of the unit's grid; None: they are not known.
+        carried: other features of the same tokens [n, C'].
+        recording: keep a record.
+
+    Raises:
+        RuntimeError: the method is guided by a text, and the prompt has none.
+    """
+    n, guided = int(features.shape[0]), bool(reducer.cross_token)
+    tokens = features[None]
+    if guided:
+        if text is None:
+            raise RuntimeError(
+                f"{reducer} is guided by the text of the prompt, and there is none beside the image: use a method "
+                "without a cross token"
+            )
+        tokens = torch.cat([tokens, text.to(features)[None, None]], 1)
+    fixed = torch.zeros(1, n, dtype=torch.bool, device=features.device) if protected is None else protected[None]
+    if guided:
+        fixed = F.pad(fixed, (0, 1), value=True)
+    n_protected = int(fixed.sum())
+    extras = [extra[None] for extra in carried]
+    kept = source = torch.arange(tokens.shape[1], device=features.device)[None]
+    sizes: Tensor | None = None
+    weights: Tensor | None = torch.ones_like(kept, dtype=torch.float32)
+    score: Tensor | None = None
+    relevance = None if text is None else _Similarity(text.detach())
+    while (rest := int(tokens.shape[1]) - n_protected - n_kept) > 0:
+        heads = tokens.detach()[:, None]
+        received = None
+        if reducer.needs_attention:
+            received = attention_received(heads, heads, None, float(heads.shape[-1]) ** -0.5)
+        view = View(
+            tokens, heads, heads, received, sizes, fixed, n_protected,
+            guide=int(tokens.shape[1]) - 1 if guided else None, relevance=relevance,
+            grid=grid if sizes is None and n_protected == 0 else None,
+        )  # fmt: skip
+        reduced = reducer.reduce(view, rest)
+        if reduced is None:
+            raise RuntimeError(
+                f"{reducer} cannot reduce {n} features to {n_kept}: it left {int(tokens.shape[1]) - n_protected} of "
+                "them; take another method, or keep more"
+            )
+        tokens, sizes, plan = reduced
+        score = view.score if score is None else score
+        extras = [_merged(extra, plan, guided) for extra in extras]
+        share = shares(plan) if recording else None
+        before = source.clamp(min=0)
+        weights = None if weights is None or share is None else weights * share.gather(1, before)
+        source = torch.where(source < 0, source, plan.index.gather(1, before))
+        kept, fixed = kept.gather(1, plan.kept), fixed.gather(1, plan.kept)
+    if sizes is None:
+        sizes = torch.ones_like(kept, dtype=torch.float32)
+    if guided:
+        tokens, kept, sizes, source = (values[:, :-1] for values in (tokens, kept, sizes, source))
+        score = None if score is None else score[:, :-1]
+    record = None
+    if recording:
+        weights = None if weights is None else weights[:, :n]
+        record = BlockRecord(source, sizes, weights, score, tokens.detach().clone())
+    return ReducedUnit(tokens[0], kept[0], sizes[0], source[0], [extra[0] for extra in extras], record)
+
+
+def _merged(extra: Tensor, plan: Any, guided: bool) -> Tensor:
+    """Other features [1, T, C'] of the same tokens, merged like them. The text has none."""
+    padded = F.pad(extra, (0, 0, 0, 1)) if guided else extra
+    merged = merge_by(padded, plan)
+    return merged[:, :-1] if guided else merged
+
+
+class _Similarity:
+    """Cosines of tokens [B, T, C] with a text [C]."""
+
+    def __init__(self, text: Tensor) -> None:
+        self.text = text
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[B, T]."""
+        return F.cosine_similarity(tokens.float(), self.text.float().to(tokens.device), dim=-1)
+
+
+@dataclass
+class ConnectorRecord:
+    """What the user can read about the images of one forward: one unit after the other, in the order of the prompts.
+
+    Attributes:
+        units: the reduced units.
+    """
+
+    units: list[ReducedUnit] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[tuple[int, int]]:
+        """Per unit, the number of features before and after."""
+        return [(len(unit.source), len(unit.kept)) for unit in self.units]
+
+    @property
+    def source(self) -> Tensor | None:
+        """[U, n] for each feature of each of U units, the index of the one that it was merged into.
+
+        -1 if it was dropped, and behind the end of a unit that is shorter than the longest one. None: no unit.
+        """
+        if not self.units:
+            return None
+        return nn.utils.rnn.pad_sequence([unit.source for unit in self.units], batch_first=True, padding_value=-1)
+
+    @property
+    def blocks(self) -> list[BlockRecord] | None:
+        """One record per unit; None if the forward was not recorded."""
+        records = [unit.record for unit in self.units if unit.record is not None]
+        return records or None
+
+
+class AttachedConnector:
+    """A connector with the reducer that is attached to it.
+
+    Attributes:
+        connector: where the features are.
+        recording: forwards that begin now are recorded.
+    """
+
+    def __init__(self, connector: Connector, reducer: Reducer) -> None:
+        self.connector, self.recording = connector, False
+        self._records: ThreadValue[ConnectorRecord] = ThreadValue()
+        self._latest = ConnectorRecord()
+        self._own: ThreadValue[Reducer] = ThreadValue()
+        self._reducer = reducer
+        self.set_reducer(reducer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_latest": ConnectorRecord()}
+
+    @property
+    def reducer(self) -> Reducer:
+        """The method, with all fields resolved."""
+        return self._own.get() or self._reducer
+
+    def set_reducer(self, reducer: Reducer) -> None:
+        """Set the method.
+
+        Raises:
+            ValueError: it cannot work behind the connector, or asks for sizes in attentions that take no bias.
+        """
+        resolved = reducer.resolved(FACTS)
+        if resolved.proportional_attention and self.connector.attentions is None:
+            raise ValueError(
+                f"proportional_attention=True on {FACTS.name} adds log(size) to the attention scores of the language "
+                f"model, and not every layer of {type(self.connector.model).__name__} has such scores: leave it out"
+            )
+        self._check(resolved.schedule)
+        if self._own.get() is None:
+            self._reducer = resolved
+        else:
+            self._own.set(resolved)
+
+    def _check(self, keep: Any) -> None:
+        if not isinstance(keep, Keep):
+            return
+        kind = type(self.connector.model).__name__
+        if keep.separators and self.connector.separator is None:
+            raise ValueError(f"{keep} on {kind}: there are no separators among its image features; leave it out")
+        if keep.per == "image" and self.connector.units == "run":
+            raise ValueError(f"{keep} on {kind}: which tiles are of one image is not known there; leave per out")
+        if keep.positions == "renumbered" and hasattr(self.connector.parts, "get_rope_index"):
+            raise ValueError(f"{keep} on {kind}: its positions are those of the image grid; leave positions out")
+
+    @contextlib.contextmanager
+    def own_reducer(self) -> Iterator[None]:
+        """Context in which `set_reducer` is for this thread only."""
+        before = self._own.get()
+        self._own.set(self.reducer)
+        try:
+            yield
+        finally:
+            self._own.set(before)
+
+    @property
+    def last_record(self) -> ConnectorRecord:
+        """The record of this thread's last forward; of the last one of any thread, if this one has run none."""
+        return self._records.get() or self._latest
+
+    @last_record.setter
+    def last_record(self, record: ConnectorRecord) -> None:
+        self._latest = record
+        self._records.set(record)
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether features are compared with the text of the prompt."""
+        return bool(self.reducer.cross_token) or self.reducer.needs_text
+
+    def n_kept(self, features: int) -> int:
+        """k, the number of features of a unit that stay, of n."""
+        return features - min(self.reducer.schedule.removed(0, 1, features), features - 1)
+
+    @property
+    def keep(self) -> Keep:
+        """What `Keep` says besides a number. Another schedule is for every unit, without separators."""
+        schedule = self.reducer.schedule
+        return schedule if isinstance(schedule, Keep) else Keep(1.0)
+
+    def reduce(
+        self, features: Tensor, *, text: Tensor | None, separators: Tensor | None, grid: tuple[int, int] | None,
+        carried: Sequence[Tensor],
+    ) -> ReducedUnit:  # fmt: skip
+        """Reduce the features [n, C] of one unit, see `reduce_features`."""
+        protected = separators if self.keep.separators else None
+        n = int(features.shape[0]) - (0 if protected is None else int(protected.sum()))
+        return reduce_features(
+            self.reducer, features, self.n_kept(n) if n else 0, text=text, protected=protected, grid=grid,
+            carried=carried, recording=self.recording,
+        )  # fmt: skip

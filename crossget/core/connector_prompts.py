@@ -1,0 +1,607 @@
+"""Prompts for fewer image features: the placeholders of the features that left are left out.
+
+The host computes the features of all images first, outside of its forward. They are reduced, and the host gets them
+back as `mm_encoder_outputs`, which its forward takes in place of pixels. The columns of the placeholders whose features
+left are dropped from ids, mask, labels and token types. The others keep the positions that the host computes for the
+full prompt. What is known of a prompt (`PromptRecord`) is an attribute of its cache of keys and values, so that later
+turns and decoding steps find it.
+
+Shapes: B rows, T tokens of the caller's prompt, W tokens of the shorter one, N placeholders, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossget.core.block_class import argument_names, unwrap, wrap
+from crossget.core.carried import ThreadValue
+from crossget.core.connector import AttachedConnector, ConnectorRecord
+from crossget.core.decoder_tower import cached_tokens
+from crossget.core.image_prompts import _PADDING_VALUES, _first_given, _padding, _shift_limits, _with_prompt
+
+PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches")
+_RECORD = "_crossget_prompt"
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """What is known of a shorter prompt.
+
+    Attributes:
+        keep: [B, T] the columns of the caller's prompt that stayed.
+        padding: [B, T] the columns that are padding.
+        positions: [.., B, W] of the shorter prompt. Later ones are counted on from the last.
+        log_sizes: [B, W] log(size) of the tokens; None: the language model's attention takes no sizes.
+    """
+
+    keep: Tensor
+    padding: Tensor
+    positions: Tensor
+    log_sizes: Tensor | None
+
+
+class Columns:
+    """The columns of a prompt that stay. Shorter rows are padded in front or behind.
+
+    Args:
+        keep: [B, T] true for columns that stay.
+        padding: [B, T] true for padding. Each row keeps as much as the row with the least padding has.
+        left: pad in front.
+    """
+
+    def __init__(self, keep: Tensor, padding: Tensor, *, left: bool) -> None:
+        keep = keep & ~padding
+        self.tokens = int(keep.shape[1])
+        self.lengths = keep.sum(1)
+        self.width = int(self.lengths.max() + padding.sum(1).min())
+        self.row, self.source = keep.nonzero(as_tuple=True)
+        place = keep.long().cumsum(1) - 1
+        if left:
+            place = place + (self.width - self.lengths)[:, None]
+        self.column = place[self.row, self.source]
+
+    def take(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[B, S + T, ..] -> [B, S + W, ..], with `fill` at padding. S is what a mask has for cached tokens."""
+        cached, values = values.tensor_split([values.shape[1] - self.tokens], 1)
+        row, source, column = (index.to(values.device) for index in (self.row, self.source, self.column))
+        out = values.new_full((len(values), self.width, *values.shape[2:]), fill)
+        out = out.index_put((row, column), values[row, source])
+        return torch.cat([cached, out], 1) if cached.shape[1] else out
+
+    def take_positions(self, positions: Tensor) -> Tensor:
+        """[.., B, T] -> [.., B, W], with 0 at padding."""
+        row, source, column = (index.to(positions.device) for index in (self.row, self.source, self.column))
+        out = positions.new_zeros(*positions.shape[:-1], self.width)
+        out[..., row, column] = positions[..., row, source]
+        return out
+
+
+class Encoded(NamedTuple):
+    """The features of one modality: what `get_image_features` returned, read in the order of the placeholders.
+
+    Attributes:
+        out: what was returned.
+        entries: the number of features of each of its entries.
+        flat: [N, C] all features.
+        layers: [N, C'] further features of the same tokens, for layers of the language model (deepstack).
+    """
+
+    out: Any
+    entries: list[int]
+    flat: Tensor
+    layers: list[Tensor]
+
+
+class ConnectorPrompts:
+    """Fits the arguments of a model's `forward` and `generate` to the features that stay.
+
+    Args:
+        attached: the connector, with its reducer.
+
+    Attributes:
+        inside: a call that was fitted runs in this thread.
+        current: the record of the prompt of the call that runs in this thread.
+    """
+
+    def __init__(self, attached: AttachedConnector) -> None:
+        self.attached, self.connector = attached, attached.connector
+        self.inside: ThreadValue[bool] = ThreadValue()
+        self.current: ThreadValue[PromptRecord] = ThreadValue()
+
+    # What a call becomes ----------------------------------------------------------------------------------------
+
+    def fit(self, arguments: dict[str, Any], *, generates: bool) -> tuple[dict[str, Any], PromptRecord | None]:
+        """The arguments for fewer features, and what is known of their prompt (None: the call has no images).
+
+        Args:
+            arguments: of the call, by name. They are not modified.
+            generates: the call is one of `generate`.
+
+        Raises:
+            ValueError: the attention mask does not have the shape [B, T], or there are other features than
+                placeholders.
+        """
+        tokens = _first_given(arguments, "input_ids", "inputs_embeds")
+        given = dict(arguments.get("mm_encoder_outputs") or {})
+        has_images = any(given.values()) or any(arguments.get(name) is not None for name in PIXELS)
+        if tokens is None:
+            return arguments, None
+        earlier = record_of(_first_given(arguments, "cache", "past_key_values"))
+        if not generates and earlier is not None:
+            if has_images:
+                raise ValueError(
+                    "a forward with a cache got new images behind the connector: give the whole prompt and the cache "
+                    "to generate, which goes on from it, or run the forward without a cache"
+                )
+            return arguments, None
+        if not has_images:
+            return (arguments, None) if earlier is None else self._shorten(dict(arguments), arguments, earlier, None)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a compiled forward cannot reduce image features, whose number depends on the images: compile "
+                "model.get_decoder() instead, or generate, which encodes the images outside of what it compiles"
+            )
+        mask = arguments.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has the shape {list(mask.shape)}, which cannot be shortened with its prompt: give a "
+                "mask [B, T]"
+            )
+        encoded = self._encode(arguments, given)
+        if not encoded:
+            return arguments, None
+        new = {name: value for name, value in arguments.items() if name not in PIXELS}
+        chosen = _Chosen(self, arguments, tokens, earlier, generates)
+        new["mm_encoder_outputs"] = {**given, **{name: chosen.reduce(name, one) for name, one in encoded.items()}}
+        self.attached.last_record = chosen.record
+        if bool(chosen.keep.all()) and earlier is None:
+            return new, None
+        return self._shorten(new, arguments, earlier, chosen, generates=generates)
+
+    def _encode(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Encoded]:
+        """What the host makes of the images and videos of a call, by modality."""
+        found = {}
+        for modality in self.connector.placeholders:
+            out = given.get(modality)
+            if out is None:
+                method = getattr(self.connector.parts, f"get_{modality}_features")
+                names = [name for name in inspect.signature(method).parameters if arguments.get(name) is not None]
+                if any(name in PIXELS for name in names):
+                    out = method(**{name: arguments[name] for name in names}, return_dict=True)
+            if out is not None:
+                found[modality] = self._read(out)
+        return found
+
+    def _read(self, out: Any) -> Encoded:
+        features = getattr(out, self.connector.field)
+        if isinstance(features, Tensor) and features.dim() == 2:
+            features = features[None]
+        entries = [entry.reshape(-1, entry.shape[-1]) for entry in features]
+        layers = [_features_of(layer) for layer in getattr(out, "deepstack_features", None) or []]
+        flat_layers = [torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]) for layer in layers]
+        return Encoded(out, [len(entry) for entry in entries], torch.cat(entries), flat_layers)
+
+    def placeholders(self, modality: str, tokens: Tensor) -> Tensor:
+        """[B, T] true for the placeholders of a modality, in token ids [B, T] or embeddings [B, T, C]."""
+        placeholder = self.connector.placeholders[modality]
+        if tokens.dim() == 2:
+            return tokens == placeholder
+        like = self.connector.model.get_input_embeddings()(torch.tensor(placeholder, device=tokens.device))
+        return torch.as_tensor((tokens == like.to(tokens.dtype)).all(-1))
+
+    # The shorter prompt -----------------------------------------------------------------------------------------
+
+    def _shorten(
+        self, new: dict[str, Any], arguments: Mapping[str, Any], earlier: PromptRecord | None,
+        chosen: _Chosen | None, *, generates: bool = True,
+    ) -> tuple[dict[str, Any], PromptRecord]:  # fmt: skip
+        """The arguments without the columns that left, and their record.
+
+        Args:
+            new: the arguments, with reduced features.
+            arguments: the arguments as they were given.
+            earlier: of the prompt in the cache, which the prompt goes on from; None: it begins.
+            chosen: what stays of the images of this call; None: it has no images.
+            generates: the call is one of `generate`.
+        """
+        ids = arguments.get("input_ids")
+        tokens = ids if ids is not None else arguments["inputs_embeds"]
+        batch, length = int(tokens.shape[0]), int(tokens.shape[1])
+        pad = self._pad()
+        mask: Any = arguments.get("attention_mask")
+        if mask is None:
+            # Without a mask and a cache, gaps between positions would be taken for borders of packed sequences.
+            hides = generates and ids is not None and earlier is None
+            seen = ids != pad if hides else torch.ones(batch, length, device=tokens.device)
+            mask = torch.as_tensor(seen).long()
+            new["attention_mask"] = mask
+        keep = chosen.keep if chosen is not None else torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+        padding = _padding({"attention_mask": mask}, keep)
+        full = self._full_positions(arguments, mask, tokens, earlier)
+        if earlier is not None:
+            known = int(earlier.keep.shape[1])
+            keep = torch.cat([earlier.keep, keep[:, known:]], 1)
+            padding = torch.cat([earlier.padding, padding[:, known:]], 1)
+        columns = Columns(keep, padding, left=generates or bool(padding[:, 0].any()))
+        for name, fill in {"input_ids": pad, **_PADDING_VALUES, "moe_mm_token_type_ids": 0}.items():
+            if new.get(name) is not None:
+                new[name] = columns.take(new[name], fill)
+        positions = self._short_positions(full, columns, new["attention_mask"])
+        if earlier is not None:  # the positions of what is in the cache stay
+            width = int(earlier.positions.shape[-1])
+            positions = torch.cat([earlier.positions, positions[..., width:]], -1)
+        new["position_ids"] = positions
+        self._set_rope_deltas(positions, columns)
+        log_sizes = None
+        if self.attached.reducer.proportional_attention:
+            sizes = torch.ones_like(keep, dtype=torch.float32) if chosen is None else chosen.sizes
+            log_sizes = columns.take(sizes, 1).log()
+            if earlier is not None and earlier.log_sizes is not None:
+                log_sizes = torch.cat([earlier.log_sizes, log_sizes[:, earlier.log_sizes.shape[1] :]], 1)
+        return new, PromptRecord(keep, padding, positions, log_sizes)
+
+    def _pad(self) -> int:
+        config = self.connector.model.config
+        holders = (config, config.get_text_config())
+        return int(next((pad for one in holders if (pad := getattr(one, "pad_token_id", None)) is not None), 0))
+
+    def _full_positions(
+        self, arguments: Mapping[str, Any], mask: Tensor, tokens: Tensor, earlier: PromptRecord | None
+    ) -> Tensor:
+        """[B or 1, T] or [3 or 4, B, T] the positions that the host gives to the prompt as it was given."""
+        given = arguments.get("position_ids")
+        if given is not None:
+            return torch.as_tensor(given)
+        start = 0 if earlier is None else int(earlier.keep.shape[1])
+        known = {**arguments, "attention_mask": mask}
+        for name in (*_PADDING_VALUES, "input_ids"):
+            if start and known.get(name) is not None:
+                known[name] = known[name][:, start:]
+        if earlier is None:
+            return torch.as_tensor(self.connector.model._prepare_position_ids_for_generation(tokens, known))
+        known = {name: value for name, value in known.items() if name not in ("cache", "past_key_values")}
+        later: Tensor = self.connector.model._prepare_position_ids_for_generation(tokens[:, start:], known)
+        last = earlier.positions[..., -1:]
+        if last.dim() == 3:  # all axes go on from the largest position
+            last = last[-self._axes() :].amax(0, keepdim=True).expand(len(later), -1, -1)
+        later = later.expand(*later.shape[:-2], len(tokens), -1) + last + 1
+        return torch.cat([later.new_zeros(*later.shape[:-1], start), later], -1)
+
+    def _axes(self) -> int:
+        rope = getattr(self.connector.model.config.get_text_config(), "rope_parameters", None) or {}
+        return len(rope.get("mrope_section") or (1, 1, 1))
+
+    def _short_positions(self, full: Tensor, columns: Columns, mask: Tensor) -> Tensor:
+        batch = len(mask)
+        counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -columns.width :]
+        if full.dim() == 2:
+            original = self.attached.keep.positions == "original"
+            return columns.take_positions(full.expand(batch, -1)) if original else counted
+        short = columns.take_positions(full.expand(-1, batch, -1))
+        if len(short) == self._axes() + 1:
+            short[0] = counted  # it counts tokens, for masks, and rotates nothing
+        return short
+
+    def _set_rope_deltas(self, positions: Tensor, columns: Columns) -> None:
+        """Correct what the host adds to the positions of later calls that give none."""
+        holder = self.connector.parts
+        if positions.dim() == 3 and getattr(holder, "rope_deltas", None) is not None:
+            last = positions[-self._axes() :].amax(0).amax(-1)
+            holder.rope_deltas = (last + 1 - columns.lengths.to(last.device))[:, None]
+
+    # In the host's entry points ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def running(self, record: PromptRecord | None) -> Iterator[None]:
+        """Context of a call that was fitted."""
+        before = self.inside.get(), self.current.get()
+        self.inside.set(True)
+        self.current.set(record)
+        try:
+            yield
+        finally:
+            self.inside.set(before[0])
+            self.current.set(before[1])
+
+    def before_forward(
+        self, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook with keyword arguments."""
+        named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+        if not self.inside.get():
+            named, record = self.fit(named, generates=False)
+            self.current.set(record)
+        cache = _first_given(named, "cache", "past_key_values")
+        record = self.current.get()
+        if cache is not None and record is not None:
+            setattr(cache, _RECORD, record)
+        record = record_of(cache)
+        tokens = _first_given(named, "input_ids", "inputs_embeds")
+        if record is not None and named.get("position_ids") is None and tokens is not None:
+            name = "position_ids"
+            named[name] = _later_positions(record.positions, int(cached_tokens(cache)), tokens)
+        return (), named
+
+    def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Forward hook: the cache that this forward has made gets the record of its prompt."""
+        record = self.current.get()
+        cache = _first_given(out, "cache", "past_key_values") if isinstance(out, Mapping) else None
+        if record is not None and cache is not None:
+            setattr(cache, _RECORD, record)
+        if not self.inside.get():
+            self.current.set(None)
+
+    def around_generate(
+        self, names: list[str], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run `generate` on the shorter prompt. The output begins with the caller's prompt."""
+        arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+        if arguments.get("inputs") is not None and arguments.get("input_ids") is None:
+            arguments["input_ids"] = arguments.pop("inputs")
+        with torch.no_grad():
+            fitted, record = self.fit(arguments, generates=True)
+        old, new = (_first_given(these, "input_ids", "inputs_embeds") for these in (arguments, fitted))
+        self._check_beams(fitted)
+        if new is not old:
+            _shift_limits(fitted, int(new.shape[1]) - int(old.shape[1]))
+        with self.running(record):
+            out = original(**fitted)
+        if new is old or arguments.get("input_ids") is None:  # generated from embeddings, the output has no prompt
+            return out
+        if isinstance(out, Tensor):
+            return _with_prompt(old, out[:, new.shape[1] :])
+        out.sequences = _with_prompt(old, out.sequences[:, new.shape[1] :])
+        return out
+
+    def _check_beams(self, arguments: Mapping[str, Any]) -> None:
+        """Check that `generate` can tell the images of the rows apart, which it repeats for every beam.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        config = arguments.get("generation_config") or self.connector.model.generation_config
+        copies = max(arguments.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+        for out in (arguments.get("mm_encoder_outputs") or {}).values():
+            features = getattr(out, self.connector.field)
+            if copies > 1 and isinstance(features, Tensor) and len(features) == 1 and len(self._units()) > 1:
+                raise ValueError(
+                    f"{type(self.connector.model).__name__} holds the features of all images in one tensor, and "
+                    f"generate repeats them for each of {copies} sequences by images of one size: keep the same number "
+                    "for every image, or generate one sequence"
+                )
+
+    def _units(self) -> list[Any]:
+        return self.attached.last_record.units
+
+    def before_attention(
+        self, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook of an attention of the language model: adds log(size) of the keys to its mask."""
+        named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+        cache = _first_given(named, "cache", "past_key_values")
+        record = self.current.get() or record_of(cache)
+        if record is None or record.log_sizes is None:
+            return None
+        hidden = named["hidden_states"]
+        queries, past = int(hidden.shape[1]), 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
+        mask = named.get("attention_mask")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise RuntimeError(
+                f"the attention got a {type(mask).__name__} as its mask, of a kernel that takes no bias: use SDPA, as "
+                "by model.set_attn_implementation('sdpa'), or leave proportional_attention out"
+            )
+        keys = past + queries if mask is None else int(mask.shape[-1])
+        if mask is None:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device).tril(keys - queries)[None, None]
+        if mask.dtype == torch.bool:
+            least = torch.finfo(hidden.dtype).min
+            mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, least)
+        bias = _bias(record.log_sizes, len(hidden), past + queries, keys).to(mask)
+        return (), {**named, "attention_mask": mask + bias[:, None, None]}
+
+
+class _Chosen:
+    """What stays of the images of one call.
+
+    Attributes:
+        keep: [B, T] the columns of the prompt that stay.
+        sizes: [B, T] float32, the number of features that each column stands for.
+        record: the reduced units.
+    """
+
+    def __init__(
+        self, prompts: ConnectorPrompts, arguments: Mapping[str, Any], tokens: Tensor, earlier: PromptRecord | None,
+        generates: bool,
+    ) -> None:  # fmt: skip
+        self._prompts, self._arguments, self._tokens = prompts, arguments, tokens
+        self._known = 0 if earlier is None else int(earlier.keep.shape[1])
+        self.keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        self.sizes = torch.ones(tokens.shape[:2], device=tokens.device)
+        self._padding = _padding(arguments, self.keep)
+        self.record = ConnectorRecord()
+        self._text = self._mean_text() if prompts.attached.uses_text else None
+
+    def reduce(self, modality: str, encoded: Encoded) -> Any:
+        """Reduce the features of a modality; returns what the host's forward gets."""
+        attached, connector = self._prompts.attached, self._prompts.connector
+        where = self._prompts.placeholders(modality, self._tokens)
+        where[:, : self._known] = False
+        row, column = where.nonzero(as_tuple=True)
+        flat, layers = encoded.flat, encoded.layers
+        if len(flat) != len(row):
+            raise ValueError(
+                f"the prompts have {len(row)} {modality} tokens and the {modality}s have {len(flat)} features: give "
+                "every one with its pixel values in the call that has its tokens"
+            )
+        separators = None
+        if connector.separator is not None:
+            separators = (flat == getattr(connector.parts, connector.separator).to(flat)).all(-1)
+        stays = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+        sizes = torch.ones(len(flat), device=flat.device)
+        units, start = [], 0
+        for number, length in enumerate(self._lengths(encoded, row, column)):
+            part = slice(start, start + length)
+            unit = attached.reduce(
+                flat[part],
+                text=None if self._text is None else self._text[int(row[start])],
+                separators=None if separators is None else separators[part],
+                grid=self._grid(modality, number, length),
+                carried=[layer[part] for layer in layers],
+            )
+            units.append(unit)
+            stays[start + unit.kept] = True
+            sizes[start + unit.kept] = unit.sizes
+            start += length
+        self.record.units += units
+        self.keep[row, column] = stays.to(self.keep.device)
+        self.sizes[row, column] = sizes.to(self.sizes.device)
+        # Features whose placeholders are hidden as padding leave with them.
+        seen = ~self._padding[row, column].to(stays.device)
+        left = (stays & seen).split(encoded.entries)
+        counts = [int(part.sum()) for part in left]
+        visible = seen[stays]
+        new_flat = torch.cat([unit.tokens for unit in units])[visible]
+        new_layers = [torch.cat([unit.carried[n] for unit in units])[visible] for n in range(len(layers))]
+        return self._put_back(encoded.out, new_flat, new_layers, counts)
+
+    def _lengths(self, encoded: Encoded, row: Tensor, column: Tensor) -> list[int]:
+        """The number of features of each unit."""
+        connector, entries = self._prompts.connector, encoded.entries
+        per_image = self._prompts.attached.keep.per == "image"
+        if connector.units == "entry" and not per_image:
+            return entries
+        is_last = torch.ones(len(row), dtype=torch.bool, device=row.device)  # of a run of placeholders
+        is_last[:-1] = (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1)
+        ends = torch.tensor(entries).cumsum(0) - 1
+        if per_image and isinstance(getattr(encoded.out, connector.field), Tensor):  # its entries are tiles
+            borders = is_last.cpu()
+        else:  # an entry is an image, or holds several units that are runs
+            borders = torch.zeros(len(row), dtype=torch.bool)
+            borders[ends] = True
+            if connector.units == "run":
+                borders |= is_last.cpu()
+        stops = borders.nonzero()[:, 0] + 1
+        return [int(n) for n in torch.diff(stops, prepend=torch.zeros(1, dtype=torch.long))]
+
+    def _grid(self, modality: str, number: int, length: int) -> tuple[int, int] | None:
+        """Height and width of the grid of a unit, in features; None: they are not known."""
+        sizes = self._arguments.get(f"{modality}_grid_thw")
+        if sizes is not None and number < len(sizes):
+            frames, height, width = (int(n) for n in sizes[number])
+            share = math.isqrt(frames * height * width // max(1, length))
+            if frames == 1 and share and height // share * (width // share) == length:
+                return height // share, width // share
+        side = math.isqrt(length)
+        return (side, side) if side * side == length else None
+
+    def _mean_text(self) -> Tensor:
+        """[B, C] the mean embedding of the tokens of each row that are neither placeholders nor padding."""
+        tokens = self._tokens
+        is_text = ~self._padding
+        for modality in self._prompts.connector.placeholders:
+            is_text = is_text & ~self._prompts.placeholders(modality, tokens)
+        if not bool(is_text.any(1).all()):
+            row = int((~is_text.any(1)).nonzero()[0])
+            raise RuntimeError(f"the method is guided by the text of the prompt, and row {row} has none")
+        with torch.no_grad():
+            embeds = self._prompts.connector.model.get_input_embeddings()(tokens) if tokens.dim() == 2 else tokens
+            weights = is_text.to(embeds.dtype)[:, :, None]
+            return torch.as_tensor((embeds * weights).sum(1) / weights.sum(1))
+
+    def _put_back(self, out: Any, flat: Tensor, layers: list[Tensor], counts: list[int]) -> Any:
+        """A copy of what the host returned, with the features that stay."""
+        name = self._prompts.connector.field
+        new, before = copy.copy(out), getattr(out, name)
+        setattr(new, name, _like(before, flat.split(counts)))
+        if layers:
+            pairs = zip(out.deepstack_features, layers, strict=True)
+            new.deepstack_features = [_with_features(old, list(layer.split(counts))) for old, layer in pairs]
+        return new
+
+
+def _features_of(layer: Any) -> Any:
+    """The features of one layer of deepstack: some hosts give a pair of the layer's number and the features."""
+    return layer[1] if isinstance(layer[0], int) else layer
+
+
+def _with_features(layer: Any, features: list[Tensor]) -> Any:
+    return (layer[0], features) if isinstance(layer[0], int) else features
+
+
+def _like(before: Any, entries: tuple[Tensor, ...]) -> Any:
+    """The entries in the form that they had: a list, a tuple, or a tensor [entries, n, C] or [n, C].
+
+    Entries of different lengths become one entry of a tensor.
+    """
+    if not isinstance(before, Tensor):
+        return type(before)(entries)
+    if before.dim() == 2:
+        return torch.cat(entries)
+    if len({len(entry) for entry in entries}) == 1:
+        return torch.stack(entries).reshape(*before.shape[:-2], -1, before.shape[-1])
+    return torch.cat(entries)[None]
+
+
+def record_of(cache: Any) -> PromptRecord | None:
+    """What is known of the prompt in a cache."""
+    found: PromptRecord | None = getattr(cache, _RECORD, None)
+    return found
+
+
+def _later_positions(known: Tensor, past: int, tokens: Tensor) -> Tensor:
+    """The positions of a call that gives none: those of the prompt, and on from its last one."""
+    new, batch_axis = int(tokens.shape[1]), known.dim() - 2
+    known = known.repeat_interleave(len(tokens) // known.shape[batch_axis], batch_axis)
+    behind = max(0, past + new - int(known.shape[-1]))
+    later = known[..., -1:] + 1 + torch.arange(behind, device=known.device)
+    return torch.cat([known, later], -1)[..., past : past + new]
+
+
+def _bias(log_sizes: Tensor, batch: int, total: int, keys: int) -> Tensor:
+    """[B, keys] log(size) of the keys of an attention.
+
+    Args:
+        log_sizes: [rows, W] of the prompt.
+        batch: B, a multiple of the rows (beams).
+        total: number of tokens so far.
+        keys: number of keys: fewer than `total` in a sliding window, more in a static cache.
+    """
+    sizes = log_sizes.repeat_interleave(batch // len(log_sizes), 0)
+    more = max(total, keys) - int(sizes.shape[1])
+    if more > 0:
+        sizes = torch.cat([sizes, sizes.new_zeros(batch, more)], 1)
+    if keys < total:
+        return sizes[:, total - keys : total]
+    return torch.cat([sizes[:, :total], sizes.new_zeros(batch, keys - total)], 1)
+
+
+def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Callable[[], Any]]:
+    """Wrap the entry points of the model. Returns functions that undo it.
+
+    Args:
+        prompts: what they do.
+        wraps_generate: wrap `generate`, too. A tower with prompts of its own does that otherwise.
+    """
+    connector, undo = prompts.connector, list[Callable[[], Any]]()
+    for module in (connector.model, *connector.inner):
+        before = partial(prompts.before_forward, argument_names(type(module).forward))
+        undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        undo.append(module.register_forward_hook(prompts.after_forward, with_kwargs=True, always_call=True).remove)
+    for module in connector.attentions or ():
+        before_attention = partial(prompts.before_attention, argument_names(type(module).forward))
+        undo.append(module.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
+    if wraps_generate and hasattr(connector.model, "generate"):
+        names = argument_names(type(connector.model).generate)
+        wrap(connector.model, "generate", partial(prompts.around_generate, names))
+        undo.append(partial(unwrap, connector.model, "generate"))
+    return undo
