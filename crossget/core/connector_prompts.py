@@ -14,10 +14,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -102,21 +103,31 @@ class Encoded(NamedTuple):
     layers: list[Tensor]
 
 
+class _FittedCall(NamedTuple):
+    """A call whose arguments were fitted, and which runs.
+
+    Attributes:
+        module: whose forward it is; None: a call of `generate`.
+        frame: from which the forward is called, or that of `generate`.
+        record: of its prompt; None: it has no images.
+    """
+
+    module: Any
+    frame: FrameType
+    record: PromptRecord | None
+
+
 class ConnectorPrompts:
     """Fits the arguments of a model's `forward` and `generate` to the features that stay.
 
     Args:
         attached: the connector, with its reducer.
 
-    Attributes:
-        inside: a call that was fitted runs in this thread.
-        current: the record of the prompt of the call that runs in this thread.
     """
 
     def __init__(self, attached: AttachedConnector) -> None:
         self.attached, self.connector = attached, attached.connector
-        self.inside: ThreadValue[bool] = ThreadValue()
-        self.current: ThreadValue[PromptRecord] = ThreadValue()
+        self._calls: ThreadValue[_FittedCall] = ThreadValue()
 
     # What a call becomes ----------------------------------------------------------------------------------------
 
@@ -301,28 +312,28 @@ class ConnectorPrompts:
 
     # In the host's entry points ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def running(self, record: PromptRecord | None) -> Iterator[None]:
-        """Context of a call that was fitted."""
-        before = self.inside.get(), self.current.get()
-        self.inside.set(True)
-        self.current.set(record)
-        try:
-            yield
-        finally:
-            self.inside.set(before[0])
-            self.current.set(before[1])
+    def _running(self) -> _FittedCall | None:
+        """The call that was fitted and runs in this thread. A KeyboardInterrupt ends it without a hook."""
+        call = self._calls.get()
+        frame: FrameType | None = sys._getframe(1)
+        while call is not None and frame is not call.frame:
+            if frame is None:
+                self._calls.set(None)
+                return None
+            frame = frame.f_back
+        return call
 
     def before_forward(
         self, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook with keyword arguments."""
         named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-        if not self.inside.get():
+        call = self._running()
+        if call is None:
             named, record = self.fit(named, generates=False)
-            self.current.set(record)
-        cache = _first_given(named, "cache", "past_key_values")
-        record = self.current.get()
+            call = _FittedCall(module, sys._getframe(1), record)
+            self._calls.set(call)
+        cache, record = _first_given(named, "cache", "past_key_values"), call.record
         if cache is not None and record is not None:
             setattr(cache, _RECORD, record)
         record = record_of(cache)
@@ -334,12 +345,12 @@ class ConnectorPrompts:
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Forward hook: the cache that this forward has made gets the record of its prompt."""
-        record = self.current.get()
+        call = self._calls.get()
         cache = _first_given(out, "cache", "past_key_values") if isinstance(out, Mapping) else None
-        if record is not None and cache is not None:
-            setattr(cache, _RECORD, record)
-        if not self.inside.get():
-            self.current.set(None)
+        if call is not None and call.record is not None and cache is not None:
+            setattr(cache, _RECORD, call.record)
+        if call is not None and call.module is module:
+            self._calls.set(None)
 
     def around_generate(
         self, names: list[str], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -354,8 +365,12 @@ class ConnectorPrompts:
         self._check_beams(fitted)
         if new is not old:
             _shift_limits(fitted, int(new.shape[1]) - int(old.shape[1]))
-        with self.running(record):
+        outer = self._calls.get()
+        self._calls.set(_FittedCall(None, sys._getframe(), record))
+        try:
             out = original(**fitted)
+        finally:
+            self._calls.set(outer)
         if new is old or arguments.get("input_ids") is None:  # generated from embeddings, the output has no prompt
             return out
         if isinstance(out, Tensor):
@@ -389,7 +404,8 @@ class ConnectorPrompts:
         """Forward pre-hook of an attention of the language model: adds log(size) of the keys to its mask."""
         named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         cache = _first_given(named, "cache", "past_key_values")
-        record = self.current.get() or record_of(cache)
+        call = self._running()
+        record = (None if call is None else call.record) or record_of(cache)
         if record is None or record.log_sizes is None:
             return None
         hidden = named["hidden_states"]
