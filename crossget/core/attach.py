@@ -20,6 +20,7 @@ from crossget.core.connector import AttachedConnector, Connector
 from crossget.core.discovery import FoundTowers, discover, warn_about
 from crossget.core.example_inputs import example_inputs
 from crossget.core.inputs import AnyInputs
+from crossget.core.merge_units import AttachedUnits, UnitTower
 from crossget.methods.reducers import Reducer
 
 _MOST_REASONS = 10  # in an error
@@ -53,7 +54,7 @@ def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTower
             if inputs is None:
                 raise
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    reason = reason_against(model)
+    reason, given = reason_against(model), inputs
     if inputs is None:
         inputs = None if reason else example_inputs(model)
     if inputs is None:
@@ -69,7 +70,16 @@ def find_towers(model: nn.Module, inputs: AnyInputs | None = None) -> FoundTower
             "different images, as in crossget.attach(model, reducer, inputs=images), to look for its towers in a "
             "forward; or write an adapter with crossget.register (docs/backbones.md)"
         )
-    found = discover(model, inputs)
+    try:
+        found = discover(model, inputs)
+    except Exception as error:  # the host's own code, on inputs that were made for it
+        if given is not None:
+            raise
+        raise TypeError(
+            f"cannot reduce {name}: it has no adapter, and it does not run on random inputs of its kind "
+            f"({type(error).__name__}: {error}). Give two different images, as in crossget.attach(model, reducer, "
+            "inputs=images), to look for its towers in a forward"
+        ) from error
     if not found:
         lines = str(found).splitlines() or ["no two modules pass one sequence of tokens from each to the next"]
         more = [f"and {len(lines) - _MOST_REASONS} more"] if len(lines) > _MOST_REASONS else []
@@ -105,15 +115,40 @@ def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer], inputs: A
     """
     check_not_attached(model)
     behind, reducer = split_connector(reducer)
-    connector = None if behind is None else AttachedConnector(find_connector(model), behind)
+    units, reducer = _attached_units(model, reducer) if inputs is None else (None, reducer)
+    connector = None
+    if behind is not None:
+        connector = AttachedConnector(find_connector(model), behind, has_copies=units is not None)
     if reducer is None:
-        return attach_towers([], {}, connector)
+        return attach_towers([], {}, connector, units)
     found = find_towers(model, inputs)
     chosen = by_tower({tower.name: tower for tower in found}, reducer, absent_towers(model))
     attached = attach_towers(found, chosen, connector)
     if found.discovered:
         warn_about(model, found)
     return attached
+
+
+def _attached_units(model: nn.Module, reducer: Any) -> tuple[AttachedUnits | None, Any]:
+    """The packed tower with merge units, if the reducer is for one, and what is for other towers (None: nothing is)."""
+    model = unwrapped(model)
+    if reducer is None or has_adapter(model) or not _is_of_transformers(model):
+        return None, reducer
+    units: UnitTower | None = importlib.import_module("crossget.integrations.hf_units").find_units(model)
+    if units is None or (isinstance(reducer, Mapping) and "visual" not in reducer):
+        return None, reducer
+    if isinstance(reducer, Mapping):
+        others = sorted(set(reducer) - {"visual"})
+        if others:
+            raise ValueError(f"reducer names the towers {others}: {type(model).__name__} has ['connector', 'visual']")
+        reducer = reducer["visual"]
+    if not isinstance(reducer, Reducer):
+        raise TypeError(f"reducer is {reducer!r}: give a reducer such as crossget.Ward(crossget.Ratio(0.1))")
+    return AttachedUnits(units, reducer), None
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    return any(cls.__module__.split(".")[0] == "transformers" for cls in type(model).__mro__)
 
 
 def find_connector(model: nn.Module) -> Connector:
@@ -123,7 +158,7 @@ def find_connector(model: nn.Module) -> Connector:
         TypeError: none is known; the message says why.
     """
     model = unwrapped(model)
-    if any(cls.__module__.split(".")[0] == "transformers" for cls in type(model).__mro__):
+    if _is_of_transformers(model):
         found: Connector = importlib.import_module("crossget.integrations.hf_connector").find_connector(model)
         return found
     raise TypeError(f"{type(model).__name__} has no known connector: those of models of transformers can be reduced")

@@ -30,6 +30,7 @@ from crossget.core.decoder_tower import AttachedDecoder
 from crossget.core.hooks import Undo, check_not_patched, set_text_ends, wrap_host
 from crossget.core.image_prompts import image_tokens
 from crossget.core.loop_tower import AttachedLoop
+from crossget.core.merge_units import AttachedUnits
 from crossget.core.state import BlockRecord
 from crossget.core.tower import AttachedTower
 from crossget.methods.alignment import Divergence, alignment_loss
@@ -51,9 +52,12 @@ class Attachment:
     name.
     """
 
-    def __init__(self, towers: dict[str, AttachedTower], connector: AttachedConnector | None = None) -> None:
+    def __init__(
+        self, towers: dict[str, AttachedTower], connector: AttachedConnector | None = None,
+        units: AttachedUnits | None = None,
+    ) -> None:  # fmt: skip
         self._towers = towers
-        self._connector = connector
+        self._connector, self._units = connector, units
         self._prompts = None if connector is None else ConnectorPrompts(connector)
         self._blocks: list[nn.Module] = []
         self._undo: list[Undo] = []
@@ -62,6 +66,7 @@ class Attachment:
 
     def __repr__(self) -> str:
         parts = [f"{attached.tower}: {attached.reducer}" for attached in self._towers.values()]
+        parts += [] if self._units is None else [f"{self._units.units}: {self._units.reducer}"]
         parts += [] if self._connector is None else [f"{CONNECTOR}: {self._connector.reducer}"]
         return f"Attachment({'; '.join(parts)}{'' if self.is_attached else '; detached'})"
 
@@ -95,7 +100,7 @@ class Attachment:
         Raises:
             RuntimeError: no tower has run.
         """
-        found = {name: t.last_record.tokens for name, t in self._towers.items()}
+        found = {name: t.last_record.tokens for name, t in self._parts.items() if t is not self._connector}
         units = {} if self._connector is None else {CONNECTOR: list[Any](self._connector.last_record.tokens)}
         if not any(found.values()) and not any(units.values()):
             raise RuntimeError("no tower has run since crossget.attach: run a forward of the model first")
@@ -200,9 +205,10 @@ class Attachment:
         return {name: attached.tower for name, attached in self._towers.items()}
 
     @property
-    def _parts(self) -> dict[str, AttachedTower | AttachedConnector]:
+    def _parts(self) -> dict[str, Any]:
         """The towers, and the connector."""
-        return self._towers | ({} if self._connector is None else {CONNECTOR: self._connector})
+        others = {"visual": self._units, CONNECTOR: self._connector}
+        return self._towers | {name: part for name, part in others.items() if part is not None}
 
     @property
     def reducers(self) -> dict[str, Reducer]:
@@ -221,18 +227,19 @@ class Attachment:
     @reducer.setter
     def reducer(self, value: Reducer | Mapping[str, Reducer]) -> None:
         towers = self.towers
+        parts = self._parts
         if not towers and isinstance(value, Reducer):
-            value = {CONNECTOR: value}
-        behind, chosen = split_connector(value)
-        if behind is not None and self._connector is None:
-            raise ValueError(f"reducer names {CONNECTOR!r}, which is not attached: attach to it with crossget.attach")
-        by_name = by_tower(towers, chosen) if chosen is not None else {}
+            value = {next(iter(parts)): value}
+        others = {} if isinstance(value, Reducer) else {name: one for name, one in value.items() if name not in towers}
+        unknown = sorted(set(others) - set(parts))
+        if unknown:
+            raise ValueError(f"reducer names {unknown}: attached are {sorted(parts)}")
+        chosen = value if isinstance(value, Reducer) else {name: one for name, one in value.items() if name in towers}
+        by_name = by_tower(towers, chosen) if chosen else {}
         for name, reducer in by_name.items():  # errors are raised before anything changes
             attached_tower(towers[name], reducer)
-        if behind is not None and self._connector is not None:
-            self._connector.set_reducer(behind)
-        for name, reducer in by_name.items():
-            self._towers[name].set_reducer(reducer)
+        for name, reducer in {**others, **by_name}.items():
+            parts[name].set_reducer(reducer)
 
     @contextlib.contextmanager
     def with_reducer(self, reducer: Reducer | Mapping[str, Reducer]) -> Iterator[Attachment]:
@@ -435,6 +442,9 @@ class Attachment:
                     swap_in(block, self, attached, number)
                     self._blocks.append(block)
             self._undo += wrap_host(attached, self._prompts)
+        if self._units is not None:
+            self._undo += self._units.wrap()
+            self._undo.append(mark(self._units.units.tower, self))
         if self._prompts is not None:
             in_towers = any(tower.prompt is not None for tower in self.towers.values())
             self._undo += wrap_model(self._prompts, wraps_generate=not in_towers)
@@ -467,16 +477,17 @@ def attached_tower(tower: Tower, reducer: Reducer) -> AttachedTower:
 
 
 def attach_towers(
-    towers: Iterable[Tower], reducers: Mapping[str, Reducer], connector: AttachedConnector | None = None
-) -> Attachment:
-    """Attach reducers to towers, by name, and one behind the connector.
+    towers: Iterable[Tower], reducers: Mapping[str, Reducer], connector: AttachedConnector | None = None,
+    units: AttachedUnits | None = None,
+) -> Attachment:  # fmt: skip
+    """Attach reducers to towers, by name, one behind the connector, and one to the merge units of a packed tower.
 
     Raises:
         ValueError: a reducer cannot work on its tower.
     """
     by_name = {tower.name: tower for tower in towers}
     attached = {name: attached_tower(by_name[name], reducer) for name, reducer in reducers.items()}
-    attachment = Attachment(attached, connector)
+    attachment = Attachment(attached, connector, units)
     attachment._swap_in_blocks()
     return attachment
 

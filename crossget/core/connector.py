@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from crossget.core.carried import ThreadValue
 from crossget.core.state import BlockRecord
 from crossget.methods.importance import attention_received
+from crossget.methods.indexing import take
 from crossget.methods.matching import shares
 from crossget.methods.merging import merge_by
 from crossget.methods.reducers import Reducer, TowerFacts, View
@@ -30,7 +31,8 @@ from crossget.methods.schedules import Keep
 NAME = "connector"
 FACTS = TowerFacts(
     "the connector", has_class_token=False, importance="cross_token", embeds=True,
-    keeps_cross_token=False, single_token_output=False, connector=True,
+    keeps_cross_token=False, single_token_output=False, corrects_norms=False,
+    connector=True,
 )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ class ReducedUnit(NamedTuple):
 def reduce_features(
     reducer: Reducer, features: Tensor, n_kept: int, *, text: Tensor | None = None, protected: Tensor | None = None,
     grid: tuple[int, int] | None = None, carried: Sequence[Tensor] = (), recording: bool = False,
+    has_copies: bool = False,
 ) -> ReducedUnit:  # fmt: skip
     """Reduce the features of one unit, in as many rounds as it takes: a matching removes at most half of its tokens.
 
@@ -100,6 +103,8 @@ def reduce_features(
         grid: height and width of the unit's grid; None: they are not known.
         carried: other features of the same tokens [n, C'].
         recording: keep a record.
+        has_copies: features that are equal are copies of one merged token of the tower. They become one first, so that
+            fewer than `n_kept` may stay.
 
     Raises:
         RuntimeError: the method is guided by a text, and the prompt has none.
@@ -121,6 +126,10 @@ def reduce_features(
     kept = source = torch.arange(tokens.shape[1], device=features.device)[None]
     sizes: Tensor | None = None
     weights: Tensor | None = torch.ones_like(kept, dtype=torch.float32)
+    if has_copies:
+        kept, source, counts = _originals(tokens, fixed)
+        tokens, fixed, extras = take(tokens, kept), fixed.gather(1, kept), [take(extra, kept) for extra in extras]
+        sizes, weights = counts, 1 / counts.gather(1, source)
     score: Tensor | None = None
     relevance = None if text is None else _Similarity(text.detach())
     while (rest := int(tokens.shape[1]) - n_protected - n_kept) > 0:
@@ -131,7 +140,7 @@ def reduce_features(
         view = View(
             tokens, heads, heads, received, sizes, fixed, n_protected,
             guide=int(tokens.shape[1]) - 1 if guided else None, relevance=relevance,
-            grid=grid if sizes is None and n_protected == 0 else None,
+            grid=grid if int(tokens.shape[1]) == n else None,
         )  # fmt: skip
         reduced = reducer.reduce(view, rest)
         if reduced is None:
@@ -157,6 +166,21 @@ def reduce_features(
         weights = None if weights is None else weights[:, :n]
         record = BlockRecord(source, sizes, weights, score, tokens.detach().clone())
     return ReducedUnit(tokens[0], kept[0], sizes[0], source[0], [extra[0] for extra in extras], record)
+
+
+def _originals(tokens: Tensor, protected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first of the equal ones among tokens [1, T, C]; protected ones [1, T] are all kept.
+
+    Returns:
+        [1, K] the places of the first ones; [1, T] the index of its first one among the K; [1, K] float32, how many are
+        equal to it.
+    """
+    order = torch.arange(tokens.shape[1], device=tokens.device)
+    marked = torch.cat([tokens[0].detach(), torch.where(protected[0], order + 1, 0)[:, None].to(tokens.dtype)], 1)
+    groups = marked.unique(dim=0, return_inverse=True)[1]
+    first = torch.full_like(order, len(order)).scatter_reduce(0, groups, order, "amin")[groups]
+    kept, source, counts = first.unique(return_inverse=True, return_counts=True)
+    return kept[None], source[None], counts[None].float()
 
 
 def _merged(extra: Tensor, plan: Any, guided: bool) -> Tensor:
@@ -215,10 +239,11 @@ class AttachedConnector:
     Attributes:
         connector: where the features are.
         recording: forwards that begin now are recorded.
+        has_copies: the tower merges units, and its features are copies of them, see `crossget.core.merge_units`.
     """
 
-    def __init__(self, connector: Connector, reducer: Reducer) -> None:
-        self.connector, self.recording = connector, False
+    def __init__(self, connector: Connector, reducer: Reducer, *, has_copies: bool = False) -> None:
+        self.connector, self.recording, self.has_copies = connector, False, has_copies
         self._records: ThreadValue[ConnectorRecord] = ThreadValue()
         self._latest = ConnectorRecord()
         self._own: ThreadValue[Reducer] = ThreadValue()
@@ -306,5 +331,5 @@ class AttachedConnector:
         n = int(features.shape[0]) - (0 if protected is None else int(protected.sum()))
         return reduce_features(
             self.reducer, features, self.n_kept(n) if n else 0, text=text, protected=protected, grid=grid,
-            carried=carried, recording=self.recording,
+            carried=carried, recording=self.recording, has_copies=self.has_copies,
         )  # fmt: skip

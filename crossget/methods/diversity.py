@@ -41,7 +41,8 @@ class MaxMin(Reducer):
                 added = take(distances, new[:, None])[:, 0]
                 return added if first else torch.minimum(nearest, added)
 
-            return _keep(view, r, nearest, step)
+            plan = _plan(view, r, nearest, step)
+        return _dropped(view, plan)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -88,7 +89,8 @@ class Determinantal(Reducer):
                 rows.append(row)
                 return gains - row.square()
 
-            return _keep(view, r, kernel.diagonal(dim1=1, dim2=2).clone(), step)
+            plan = _plan(view, r, kernel.diagonal(dim1=1, dim2=2).clone(), step)
+        return _dropped(view, plan)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -132,7 +134,15 @@ def _cells(height: int, width: int, cells: int) -> Tensor:
     return places.flatten()
 
 
-def _keep(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, bool], Tensor]) -> Reduced | None:
+def _dropped(view: View, plan: MergePlan | None) -> Reduced | None:
+    """The tokens that stay."""
+    if plan is None:
+        return None
+    sizes = None if view.sizes is None else view.sizes.gather(1, plan.kept)
+    return take(view.tokens, plan.kept), sizes, plan
+
+
+def _plan(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, bool], Tensor]) -> MergePlan | None:
     """Keep one token after the other, always the one with the largest gain, and drop the last `r`.
 
     Protected tokens are kept first, and padding last.
@@ -156,5 +166,4 @@ def _keep(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, boo
         new = free.masked_fill(chosen, -torch.inf).argmax(1)
         chosen = chosen.scatter(1, new[:, None], True)
         gains = step(gains, new, number == 0)
-    plan = MergePlan((~chosen).nonzero()[:, 1].view(len(chosen), r), None, tokens)
-    return take(view.tokens, plan.kept), None if view.sizes is None else view.sizes.gather(1, plan.kept), plan
+    return MergePlan((~chosen).nonzero()[:, 1].view(len(chosen), r), None, tokens)

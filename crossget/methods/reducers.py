@@ -101,6 +101,7 @@ class TowerFacts:
         keeps_cross_token: the tower's features include the cross token in the reference (LLaVA).
         single_token_output: some methods of the model return a single token of the tower, see
             `Tower.single_token_outputs`.
+        corrects_norms: attention values and MLP outputs can be corrected for merging.
         connector: this is no tower, but the place behind the connector of a model of images and text. The tokens are
             the image features that the language model gets.
     """
@@ -113,6 +114,7 @@ class TowerFacts:
     embeds: bool = False
     keeps_cross_token: bool = field(default=True, kw_only=True)
     single_token_output: bool = field(default=True, kw_only=True)
+    corrects_norms: bool = field(default=True, kw_only=True)
     connector: bool = field(default=False, kw_only=True)
 
 
@@ -260,8 +262,8 @@ class Joining(Reducer):
             are the scores of the language model. None: True in a tower, False behind the connector.
         norm_correction: multiply the attention values and MLP outputs of a merged token by the norm of the mean
             direction of its members. The LayerNorm before them rescales the (shorter) mean of tokens to full norm, and
-            this factor undoes it. See `crossget.methods.merging.norm_correction`. Refused behind the connector. None:
-            False, and in a tower with `Ward` True.
+            this factor undoes it. See `crossget.methods.merging.norm_correction`. Refused behind the connector and for
+            merge units. None: False, and in any other tower with `Ward` True.
     """
 
     proportional_attention: bool | None = None
@@ -273,10 +275,10 @@ class Joining(Reducer):
         }  # fmt: skip
 
     def check(self, tower: TowerFacts) -> None:
-        if tower.connector and self.norm_correction:
+        if self.norm_correction and not tower.corrects_norms:
             raise ValueError(
-                f"{type(self).__name__}(norm_correction=True) has no effect on {tower.name}, behind which no block "
-                "is corrected; leave norm_correction out"
+                f"{type(self).__name__}(norm_correction=True) has no effect on {tower.name}: no block is corrected "
+                "there; leave norm_correction out"
             )
 
 
@@ -477,7 +479,7 @@ class Ward(Merging):
         }
 
     def defaults(self, tower: TowerFacts) -> dict[str, Any]:
-        return {**super().defaults(tower), "norm_correction": not tower.connector}
+        return {**super().defaults(tower), "norm_correction": tower.corrects_norms}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
