@@ -9,6 +9,7 @@ undoes both.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate
@@ -28,6 +29,7 @@ from crossget.core.image_prompts import image_tokens
 from crossget.core.loop_tower import AttachedLoop
 from crossget.core.state import BlockRecord
 from crossget.core.tower import AttachedTower
+from crossget.core.updates import UntrainedWarning
 from crossget.methods.alignment import Divergence, alignment_loss
 from crossget.methods.reducers import Reducer
 from crossget.methods.schedules import part_of
@@ -52,6 +54,7 @@ class Attachment:
         self._undo: list[Undo] = []
         self._pauses = 0
         self._registered: nn.Module | None = None
+        self._warned_untrained = False
 
     def __repr__(self) -> str:
         towers = "; ".join(f"{attached.tower}: {attached.reducer}" for attached in self._towers.values())
@@ -279,6 +282,20 @@ class Attachment:
             attached.register(None)
         delattr(self._registered, _PARAMETER_MODULE)
         self._registered = None
+
+    def warn_untrained(self, tower: str) -> None:
+        """Warn, once, that no optimiser updates the cross tokens of the tower `tower`."""
+        if self._warned_untrained:
+            return
+        self._warned_untrained = True
+        warnings.warn(
+            f"the weights of tower {tower!r} have changed since the last training forward, and its cross tokens, which "
+            "have a gradient, have not: the optimiser lacks them. Call attached.register_parameters(model) before the "
+            "optimiser is made, or give it attached.parameters(), too. If they are not to be trained, call "
+            ".requires_grad_(False) on each of attached.parameters()",
+            UntrainedWarning,
+            stacklevel=2,
+        )
 
     @property
     def image_tokens(self) -> tuple[int, int]:

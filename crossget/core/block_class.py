@@ -43,6 +43,10 @@ class Runner(Protocol):
         """Run `forward`, the block's own, with the arguments that its hooks have returned."""
         ...
 
+    def weights_loaded(self) -> None:
+        """A state dict is loaded into a block."""
+        ...
+
 
 class Attached(NamedTuple):
     """What a swapped block holds.
@@ -154,6 +158,12 @@ def _subclass(base: type) -> Any:
 
             return found.runner.call_block(self, proceed, args, kwargs)
 
+        def load(self: Any, *args: Any, **kwargs: Any) -> None:
+            found = self.__dict__.get(_ATTACHED)
+            if found is not None:
+                found.runner.weights_loaded()
+            super(swapped, self)._load_from_state_dict(*args, **kwargs)
+
         def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
             # The subclass cannot be imported by name. So its base is pickled, and the block is swapped while
             # unpickling.
@@ -161,7 +171,8 @@ def _subclass(base: type) -> Any:
             return _blank, (base,), state
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, _BASE: base, **names}
+        methods = {"forward": forward, "__call__": call, "_load_from_state_dict": load, "__reduce_ex__": reduce}
+        body = {**methods, _BASE: base, **names}
         swapped: Any = type(base.__name__, (base,), body)
         _SUBCLASSES[base] = swapped
     return _SUBCLASSES[base]

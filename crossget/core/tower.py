@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossget.core.adapters import RECOGNISED_KERNELS, Tower
-from crossget.core.block_class import argument_names, base_of, key_of, runner_of
+from crossget.core.block_class import argument_names, base_of, key_of, owner_of, runner_of
 from crossget.core.carried import (
     Carried,
     EntryInfo,
@@ -48,6 +48,7 @@ from crossget.core.state import (
     token_at,
 )
 from crossget.core.tables import TableOperands
+from crossget.core.updates import Updates
 from crossget.core.watch import SDPA
 from crossget.methods.indexing import size_of, take
 from crossget.methods.reducers import Reducer
@@ -124,6 +125,7 @@ class AttachedTower:
         self._own_cross_vectors: nn.Parameter | None = None
         self._argument_names: dict[type, list[str]] = {}
         self._warned = False
+        self.updates = Updates()
         self.text_info: ThreadValue[Any] = ThreadValue()
         self.outputs: ThreadValue[HostOutputs] = ThreadValue()
         self.caller: ThreadValue[FrameType] = ThreadValue()
@@ -190,7 +192,21 @@ class AttachedTower:
         token = origin.detach() + vector.to(origin.device, origin.dtype)
         if torch.is_grad_enabled():
             record.cross_tokens[layer] = token
+            if layer == 0:
+                self._notice_untrained(vectors)
         return token
+
+    def _notice_untrained(self, vectors: Tensor) -> None:
+        """Warn, once per attachment, if the tower is trained and its cross tokens are not."""
+        first = self.tower.blocks[0]
+        if not first.training or not _is_eager() or recomputing():
+            return
+        if self.updates.leave_out(self.tower.blocks, vectors):
+            owner_of(first).warn_untrained(self.tower.name)
+
+    def weights_loaded(self) -> None:
+        """See `Runner.weights_loaded`."""
+        self.updates.restart()
 
     # The reducer ------------------------------------------------------------------------------------------------
 
