@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -225,6 +224,4 @@ def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where
     unknown = sorted(set(weights) - set(attached.towers))
     if unknown or any(found.get(name) != shape for name, shape in expected.items()):
         raise ValueError(f"{where} has cross tokens {found} {unknown or ''}: this attachment needs {expected}")
-    with torch.no_grad():
-        for name, parameter in attached.cross_tokens.items():
-            parameter.copy_(weights[name])
+    attached.set_cross_tokens({name: weights[name] for name in expected})

@@ -12,6 +12,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from crossget.core.block_class import is_intact, owner_of, swap_in, swap_out
 from crossget.core.decoder_tower import AttachedDecoder
 from crossget.core.hooks import Undo, check_not_patched, set_text_ends, wrap_host
 from crossget.core.image_prompts import image_tokens
+from crossget.core.layer_groups import wrap_groups
 from crossget.core.loop_tower import AttachedLoop
 from crossget.core.state import BlockRecord
 from crossget.core.tower import AttachedTower
@@ -54,6 +56,7 @@ class Attachment:
         self._undo: list[Undo] = []
         self._pauses = 0
         self._registered: nn.Module | None = None
+        self._undo_registering: list[Undo] = []
         self._warned_untrained = False
 
     def __repr__(self) -> str:
@@ -235,31 +238,44 @@ class Attachment:
             yield self
 
     @property
-    def cross_tokens(self) -> dict[str, nn.Parameter]:
-        """Per tower [L, C]: one learnable vector per block."""
+    def cross_tokens(self) -> dict[str, Tensor]:
+        """Per tower [L, C]: one learnable vector per block.
+
+        They are the parameters themselves, but copies while they are registered with one parameter per block.
+        """
         return {
             name: attached.cross_vectors
             for name, attached in self._towers.items()
             if attached.cross_vectors is not None
         }
 
+    def set_cross_tokens(self, values: Mapping[str, Tensor]) -> None:
+        """Write values [L, C] into the cross tokens, by tower."""
+        for name, value in values.items():
+            self._tower(name).set_cross_vectors(value)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The cross tokens, for an optimiser."""
-        yield from self.cross_tokens.values()
+        for attached in self._towers.values():
+            yield from attached.cross_parameters
 
-    def register_parameters(self, module: nn.Module) -> None:
+    def register_parameters(self, module: nn.Module, per_block: bool = False) -> None:
         """Make the cross tokens parameters of a module, until `unregister_parameters` or `detach`.
 
         Their names are `crossget.visual` and so on. Optimisers over `module.parameters()`, DDP, FSDP2, DeepSpeed, state
         dicts and checkpoints of training loops then treat them as any other parameter. Call this before the module is
         wrapped by DDP, FSDP2 or DeepSpeed.
 
+        The model's own `no_weight_decay` and `group_matcher`, which optimisers of timm ask for, know them, too.
+
         Args:
             module: usually the attached model.
+            per_block: one parameter [C] per block, `crossget.visual.0` and so on, instead of one [L, C] per tower. They
+                are new parameters. timm's layer-wise learning rates then give each that of its block.
 
         Raises:
             RuntimeError: they are registered already, or the model is detached.
-            ValueError: the module has an attribute `crossget`.
+            ValueError: the module has an attribute `crossget`, or a patched method of the above.
         """
         if self._registered is not None or not self.is_attached:
             state = (
@@ -268,9 +284,10 @@ class Attachment:
             raise RuntimeError(f"cannot register the cross tokens: they are {state}")
         if hasattr(module, _PARAMETER_MODULE):
             raise ValueError(f"{type(module).__name__} has an attribute {_PARAMETER_MODULE!r} already")
+        self._undo_registering = wrap_groups(module, partial(self._hosts, module))
         parameter_module = nn.Module()
         for attached in self._towers.values():
-            attached.register(parameter_module)
+            attached.register(parameter_module, per_block)
         module.add_module(_PARAMETER_MODULE, parameter_module)
         self._registered = module
 
@@ -280,8 +297,23 @@ class Attachment:
             return
         for attached in self._towers.values():
             attached.register(None)
+        while self._undo_registering:
+            self._undo_registering.pop()()
         delattr(self._registered, _PARAMETER_MODULE)
         self._registered = None
+
+    def _hosts(self, module: nn.Module) -> dict[str, str | None]:
+        """See `layer_groups.Hosts`, for the module in which the cross tokens are registered."""
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        found: dict[str, str | None] = {}
+        for attached in self._towers.values():
+            blocks, parameters = attached.tower.blocks, attached.cross_parameters
+            for layer, parameter in enumerate(parameters):
+                of_block = None
+                if parameter.dim() == 1:  # a loop is one module for all blocks
+                    of_block = next(iter(blocks[min(layer, len(blocks) - 1)].parameters()), None)
+                found[names[id(parameter)]] = names.get(id(of_block))
+        return found
 
     def warn_untrained(self, tower: str) -> None:
         """Warn, once, that no optimiser updates the cross tokens of the tower `tower`."""

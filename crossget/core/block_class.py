@@ -171,8 +171,8 @@ def _subclass(base: type) -> Any:
             return _blank, (base,), state
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        methods = {"forward": forward, "__call__": call, "_load_from_state_dict": load, "__reduce_ex__": reduce}
-        body = {**methods, _BASE: base, **names}
+        body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, _BASE: base, **names}
+        body["_load_from_state_dict"] = load
         swapped: Any = type(base.__name__, (base,), body)
         _SUBCLASSES[base] = swapped
     return _SUBCLASSES[base]
