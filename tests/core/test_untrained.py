@@ -55,8 +55,7 @@ def train(model: Any, optimizer: torch.optim.Optimizer, steps: int = 3) -> list[
             forward_backward(model)
             optimizer.step()
             optimizer.zero_grad()
-    assert {one.category for one in found} <= {UntrainedWarning}
-    return [str(one.message) for one in found]
+    return [str(one.message) for one in found if issubclass(one.category, UntrainedWarning)]
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
