@@ -12,11 +12,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from crossget.core import saving
 from crossget.core.adapters import absent_towers, adapted_towers, has_adapter, reason_against
-from crossget.core.attachment import Attachment, attach_towers, by_tower
+from crossget.core.attachment import Attachment, attach_towers
 from crossget.core.block_class import owner_of
 from crossget.core.discovery import FoundTowers, discover, warn_about
 from crossget.core.example_inputs import example_inputs
 from crossget.core.inputs import AnyInputs
+from crossget.core.tower_choice import by_tower
 from crossget.methods.reducers import Reducer
 
 _MOST_REASONS = 10  # in an error

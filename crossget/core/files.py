@@ -133,7 +133,7 @@ def _prefix(target: Path) -> str:
     """How the names of hidden paths for a target begin, until the next start of this machine or container."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     booted = boot.read_text() if boot.is_file() else uuid.getnode()
-    numbering = os.readlink(namespace) if namespace.is_symlink() else ""  # containers number their processes themselves
+    numbering = namespace.readlink() if namespace.is_symlink() else ""  # containers number their processes themselves
     machine = hashlib.sha256(f"{booted} {platform.node()} {numbering}".encode()).hexdigest()[:8]
     return f".{target.name[:40]}.{machine}."
 
