@@ -466,6 +466,10 @@ class Attachment:
                 )
         while self._blocks:
             swap_out(self._blocks.pop())
+        for attached in self._towers.values():
+            for block in attached.tower.blocks:
+                if owner_of(block) is not None:  # a copy of a block, made while that was attached
+                    swap_out(block)
         while self._undo:
             self._undo.pop()()
 

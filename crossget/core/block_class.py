@@ -80,12 +80,6 @@ def owner_of(block: nn.Module) -> Any:
     return None if found is None else found.owner
 
 
-def runner_of(block: nn.Module) -> Any:
-    """The runner of a swapped block; None for any other."""
-    found = block.__dict__.get(_ATTACHED)
-    return None if found is None else found.runner
-
-
 def key_of(block: nn.Module) -> int:
     """The number of a swapped block in its tower; -1 for any other."""
     found = block.__dict__.get(_ATTACHED)

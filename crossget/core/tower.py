@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossget.core.adapters import RECOGNISED_KERNELS, Tower
-from crossget.core.block_class import argument_names, base_of, key_of, owner_of, runner_of
+from crossget.core.block_class import argument_names, base_of, key_of, owner_of
 from crossget.core.carried import (
     Carried,
     EntryInfo,
@@ -599,19 +599,19 @@ class AttachedTower:
         if tokens.dim() != len(layout.axes):
             axes = ", ".join(layout.axes)
             raise RuntimeError(f"tower {name!r} got tokens of shape {list(tokens.shape)}: expected [{axes}]")
+        unattached = []
+        if not torch.compiler.is_compiling():  # the owner of a copied block is a copy, too
+            unattached = [i for i, one in enumerate(self.tower.blocks) if owner_of(one) is not owner_of(block)]
+        if unattached:
+            raise RuntimeError(
+                f"blocks {unattached} of tower {name!r} came after crossget.attach and are not attached: detach, and "
+                "attach again"
+            )
         if key_of(block) != key_of(self.tower.blocks[0]):
             raise RuntimeError(
                 f"block {key_of(block)} of tower {name!r} got tokens {list(tokens.shape)} without their state: "
                 "no forward of this thread waits for this block. The block was called outside of its tower, or "
                 "something gave it tokens of another shape than the previous block returned"
-            )
-        if torch.compiler.is_compiling():
-            return
-        unattached = [i for i, one in enumerate(self.tower.blocks) if runner_of(one) is None]
-        if unattached:
-            raise RuntimeError(
-                f"blocks {unattached} of tower {name!r} came after crossget.attach and are not attached: detach, and "
-                "attach again"
             )
 
     def _text_ends(self, tokens: Tensor, found: TextEnds | None) -> tuple[Tensor | None, Tensor | None]:
