@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from crossget.core import saving
 from crossget.core.adapters import absent_towers, adapted_towers, has_adapter, reason_against
-from crossget.core.attachment import Attachment, attach_towers, by_tower, marked, split_connector
+from crossget.core.attachment import Attachment, attach_towers, marked
 from crossget.core.block_class import owner_of
 from crossget.core.connector import AttachedConnector, Connector
 from crossget.core.discovery import FoundTowers, discover, warn_about
 from crossget.core.example_inputs import example_inputs
 from crossget.core.inputs import AnyInputs
 from crossget.core.merge_units import AttachedUnits, UnitTower
+from crossget.core.tower_choice import by_tower, split_connector
 from crossget.methods.reducers import Reducer
 
 _MOST_REASONS = 10  # in an error
@@ -280,6 +280,4 @@ def _set_cross_tokens(attached: Attachment, weights: Mapping[str, Tensor], where
     unknown = sorted(set(weights) - set(attached.towers))
     if unknown or any(found.get(name) != shape for name, shape in expected.items()):
         raise ValueError(f"{where} has cross tokens {found} {unknown or ''}: this attachment needs {expected}")
-    with torch.no_grad():
-        for name, parameter in attached.cross_tokens.items():
-            parameter.copy_(weights[name])
+    attached.set_cross_tokens({name: weights[name] for name in expected})

@@ -9,10 +9,9 @@ undoes both.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,15 @@ from crossget.core.connector_prompts import ConnectorPrompts, wrap_model
 from crossget.core.decoder_tower import AttachedDecoder
 from crossget.core.hooks import Undo, check_not_patched, set_text_ends, wrap_host
 from crossget.core.image_prompts import image_tokens
+from crossget.core.layer_groups import wrap_groups
 from crossget.core.loop_tower import AttachedLoop
 from crossget.core.merge_units import AttachedUnits
 from crossget.core.state import BlockRecord
 from crossget.core.tower import AttachedTower
+from crossget.core.tower_choice import by_tower
+from crossget.core.updates import UntrainedWarning
 from crossget.methods.alignment import Divergence, alignment_loss
 from crossget.methods.reducers import Reducer
-from crossget.methods.schedules import part_of
 
 _PARAMETER_MODULE = "crossget"
 _MARK = "_crossget_attachment"
@@ -63,6 +64,8 @@ class Attachment:
         self._undo: list[Undo] = []
         self._pauses = 0
         self._registered: nn.Module | None = None
+        self._undo_registering: list[Undo] = []
+        self._warned_untrained = False
 
     def __repr__(self) -> str:
         parts = [f"{attached.tower}: {attached.reducer}" for attached in self._towers.values()]
@@ -264,31 +267,44 @@ class Attachment:
             yield self
 
     @property
-    def cross_tokens(self) -> dict[str, nn.Parameter]:
-        """Per tower [L, C]: one learnable vector per block."""
+    def cross_tokens(self) -> dict[str, Tensor]:
+        """Per tower [L, C]: one learnable vector per block.
+
+        They are the parameters themselves, but copies while they are registered with one parameter per block.
+        """
         return {
             name: attached.cross_vectors
             for name, attached in self._towers.items()
             if attached.cross_vectors is not None
         }
 
+    def set_cross_tokens(self, values: Mapping[str, Tensor]) -> None:
+        """Write values [L, C] into the cross tokens, by tower."""
+        for name, value in values.items():
+            self._tower(name).set_cross_vectors(value)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The cross tokens, for an optimiser."""
-        yield from self.cross_tokens.values()
+        for attached in self._towers.values():
+            yield from attached.cross_parameters
 
-    def register_parameters(self, module: nn.Module) -> None:
+    def register_parameters(self, module: nn.Module, per_block: bool = False) -> None:
         """Make the cross tokens parameters of a module, until `unregister_parameters` or `detach`.
 
         Their names are `crossget.visual` and so on. Optimisers over `module.parameters()`, DDP, FSDP2, DeepSpeed, state
         dicts and checkpoints of training loops then treat them as any other parameter. Call this before the module is
         wrapped by DDP, FSDP2 or DeepSpeed.
 
+        The model's own `no_weight_decay` and `group_matcher`, which optimisers of timm ask for, know them, too.
+
         Args:
             module: usually the attached model.
+            per_block: one parameter [C] per block, `crossget.visual.0` and so on, instead of one [L, C] per tower. They
+                are new parameters. timm's layer-wise learning rates then give each that of its block.
 
         Raises:
             RuntimeError: they are registered already, or the model is detached.
-            ValueError: the module has an attribute `crossget`.
+            ValueError: the module has an attribute `crossget`, or a patched method of the above.
         """
         if self._registered is not None or not self.is_attached:
             state = (
@@ -297,9 +313,10 @@ class Attachment:
             raise RuntimeError(f"cannot register the cross tokens: they are {state}")
         if hasattr(module, _PARAMETER_MODULE):
             raise ValueError(f"{type(module).__name__} has an attribute {_PARAMETER_MODULE!r} already")
+        self._undo_registering = wrap_groups(module, partial(self._hosts, module))
         parameter_module = nn.Module()
         for attached in self._towers.values():
-            attached.register(parameter_module)
+            attached.register(parameter_module, per_block)
         module.add_module(_PARAMETER_MODULE, parameter_module)
         self._registered = module
 
@@ -309,8 +326,37 @@ class Attachment:
             return
         for attached in self._towers.values():
             attached.register(None)
+        while self._undo_registering:
+            self._undo_registering.pop()()
         delattr(self._registered, _PARAMETER_MODULE)
         self._registered = None
+
+    def _hosts(self, module: nn.Module) -> dict[str, str | None]:
+        """See `layer_groups.Hosts`, for the module in which the cross tokens are registered."""
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        found: dict[str, str | None] = {}
+        for attached in self._towers.values():
+            blocks, parameters = attached.tower.blocks, attached.cross_parameters
+            for layer, parameter in enumerate(parameters):
+                of_block = None
+                if parameter.dim() == 1:  # a loop is one module for all blocks
+                    of_block = next(iter(blocks[min(layer, len(blocks) - 1)].parameters()), None)
+                found[names[id(parameter)]] = names.get(id(of_block))
+        return found
+
+    def warn_untrained(self, tower: str) -> None:
+        """Warn, once, that no optimiser updates the cross tokens of the tower `tower`."""
+        if self._warned_untrained:
+            return
+        self._warned_untrained = True
+        warnings.warn(
+            f"the weights of tower {tower!r} have changed since the last training forward, and its cross tokens, which "
+            "have a gradient, have not: the optimiser lacks them. Call attached.register_parameters(model) before the "
+            "optimiser is made, or give it attached.parameters(), too. If they are not to be trained, call "
+            ".requires_grad_(False) on each of attached.parameters()",
+            UntrainedWarning,
+            stacklevel=2,
+        )
 
     @property
     def image_tokens(self) -> tuple[int, int]:
@@ -461,6 +507,10 @@ class Attachment:
                 )
         while self._blocks:
             swap_out(self._blocks.pop())
+        for attached in self._towers.values():
+            for block in attached.tower.blocks:
+                if owner_of(block) is not None:  # a copy of a block, made while that was attached
+                    swap_out(block)
         while self._undo:
             self._undo.pop()()
 
@@ -492,18 +542,6 @@ def attach_towers(
     return attachment
 
 
-def split_connector(reducer: Any) -> tuple[Reducer | None, Any]:
-    """The reducer behind the connector, and what is for the towers (None: nothing is)."""
-    if not isinstance(reducer, Mapping) or CONNECTOR not in reducer:
-        return None, reducer
-    behind = reducer[CONNECTOR]
-    if not isinstance(behind, Reducer):
-        raise TypeError(
-            f"reducer[{CONNECTOR!r}] is {behind!r}: give a reducer such as crossget.Ward(crossget.Keep(128))"
-        )
-    return behind, {name: value for name, value in reducer.items() if name != CONNECTOR} or None
-
-
 def mark(model: nn.Module, attachment: Attachment) -> Undo:
     """Let `find_attachment` find the attachment of a model of which no block is attached. Returns what undoes it."""
     model.__dict__[_MARK] = attachment
@@ -517,73 +555,3 @@ def _unmark(model: nn.Module) -> None:
 def marked(model: nn.Module) -> Any:
     """The attachment that `mark` has left; None: there is none."""
     return model.__dict__.get(_MARK)
-
-
-def main_towers(names: Iterable[str]) -> list[str]:
-    """The names of the towers that a single reducer is for.
-
-    These are the image tower, or its stages visual.0, visual.1 ...; of a model without one, the first tower that is no
-    decoder.
-
-    Raises:
-        ValueError: there are decoders only.
-    """
-    found = list(names)
-    stages = [name for name in found if name.partition(".")[0] == "visual"]
-    main = stages or [name for name in found if name.partition(".")[0] != "decoder"][:1]
-    if not main:
-        raise ValueError(
-            f"one reducer is for an image tower, or for another encoder, and this model has {found} alone: name the "
-            f"tower, as in {{{found[0]!r}: crossget.Ward(r=16)}}"
-        )
-    return main
-
-
-def by_tower(
-    towers: Mapping[str, Tower], reducer: Reducer | Mapping[str, Reducer], absent: Mapping[str, str] | None = None
-) -> dict[str, Reducer]:
-    """The reducers by tower name.
-
-    Args:
-        towers: the towers of the model, by name.
-        reducer: one for the model, or a dict by tower name.
-        absent: why the model lacks a tower, by the tower's name.
-
-    Raises:
-        TypeError: `reducer` is neither a reducer nor a dict of reducers.
-        ValueError: it is for a tower that the model lacks.
-    """
-    absent = absent or {}
-    if isinstance(reducer, Reducer):
-        if "visual" in absent:
-            raise ValueError(
-                f"one reducer is for the tower 'visual', which cannot be reduced here: {absent['visual']}. Name the "
-                f"towers instead, of {sorted(towers)}, as in {{{next(iter(towers))!r}: {reducer}}}"
-            )
-        main = main_towers(towers)
-        depths = [towers[name].depth for name in main]
-        chosen = dict.fromkeys(main, reducer)
-        if len(main) > 1:  # one reducer for all blocks of the stages
-            parts = zip(main, accumulate(depths, initial=0), depths, strict=False)
-            chosen = {
-                name: replace(reducer, r=part_of(reducer.schedule, first, depth, sum(depths)))
-                for name, first, depth in parts
-            }
-        if reducer.cross_token:
-            # Without fields that may have no effect on the other towers, and would be refused there.
-            plain = replace(
-                reducer, r=0, strip_cross_token=False, class_token_only=None if reducer.class_token_only else False
-            )
-            guided = (name for name, tower in towers.items() if tower.guided and name not in main)
-            chosen |= dict.fromkeys(guided, plain)
-        return chosen
-    if not isinstance(reducer, Mapping):
-        raise TypeError(f"reducer is {reducer!r}: give a reducer such as crossget.Ward(r=16), or a dict by tower name")
-    unknown = sorted(set(reducer) - set(towers))
-    if unknown or not reducer:
-        reasons = "".join(f"; {name!r}: {absent[name]}" for name in unknown if name in absent)
-        raise ValueError(f"reducer names the towers {sorted(reducer)}: this model has {sorted(towers)}{reasons}")
-    for name, value in reducer.items():
-        if not isinstance(value, Reducer):
-            raise TypeError(f"reducer[{name!r}] is {value!r}: give a reducer such as crossget.Ward(r=16)")
-    return dict(reducer)

@@ -43,6 +43,10 @@ class Runner(Protocol):
         """Run `forward`, the block's own, with the arguments that its hooks have returned."""
         ...
 
+    def weights_loaded(self) -> None:
+        """A state dict is loaded into a block."""
+        ...
+
 
 class Attached(NamedTuple):
     """What a swapped block holds.
@@ -74,12 +78,6 @@ def owner_of(block: nn.Module) -> Any:
     """The owner of a swapped block; None for any other."""
     found = block.__dict__.get(_ATTACHED)
     return None if found is None else found.owner
-
-
-def runner_of(block: nn.Module) -> Any:
-    """The runner of a swapped block; None for any other."""
-    found = block.__dict__.get(_ATTACHED)
-    return None if found is None else found.runner
 
 
 def key_of(block: nn.Module) -> int:
@@ -154,6 +152,12 @@ def _subclass(base: type) -> Any:
 
             return found.runner.call_block(self, proceed, args, kwargs)
 
+        def load(self: Any, *args: Any, **kwargs: Any) -> None:
+            found = self.__dict__.get(_ATTACHED)
+            if found is not None:
+                found.runner.weights_loaded()
+            super(swapped, self)._load_from_state_dict(*args, **kwargs)
+
         def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
             # The subclass cannot be imported by name. So its base is pickled, and the block is swapped while
             # unpickling.
@@ -162,6 +166,7 @@ def _subclass(base: type) -> Any:
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, _BASE: base, **names}
+        body["_load_from_state_dict"] = load
         swapped: Any = type(base.__name__, (base,), body)
         _SUBCLASSES[base] = swapped
     return _SUBCLASSES[base]

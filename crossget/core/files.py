@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import sys
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator
@@ -36,7 +40,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     The new content goes to another file in the same folder. At the end of the context it is flushed to the disk, and
     takes the place of `path` in one step. After an exception it is removed, and `path` stays as it was. A process that
-    is killed leaves a hidden file whose name ends in ".part".
+    is killed leaves a hidden file whose name ends in ".part"; the next one that writes `path` removes it, if
+    the machine was not restarted since.
 
     Args:
         path: the file to write. Its folder is created. If it is a link, the file that it points to is replaced.
@@ -52,6 +57,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} is not a regular file: give the name of a file to write")
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(target)
     part = _beside(target)
     try:
         yield part
@@ -82,7 +88,8 @@ def replacing_folder(path: str | Path, drop: Collection[str] = ()) -> Iterator[P
     The new files go to another folder beside it. At the end of the context that folder gets what is in the old one and
     is neither written anew nor to be dropped (hard links, copies where there can be none). Then the two are exchanged:
     in one step on Linux, by two renames elsewhere. After an exception the new folder is removed, and `path` stays as it
-    was. A process that is killed leaves a hidden folder whose name ends in ".part".
+    was. A process that is killed leaves a hidden folder whose name ends in ".part"; the next one that writes `path`
+    removes it, if the machine was not restarted since.
 
     Args:
         path: the folder to write; it may exist. Its parent is created.
@@ -99,6 +106,7 @@ def replacing_folder(path: str | Path, drop: Collection[str] = ()) -> Iterator[P
         reason = "a mount point, which cannot be exchanged" if target.is_dir() else "not a folder"
         raise ValueError(f"{path} is {reason}: give a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(target)
     part = _beside(target)
     part.mkdir()
     try:
@@ -116,8 +124,38 @@ def replacing_folder(path: str | Path, drop: Collection[str] = ()) -> Iterator[P
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.part")
+def _beside(target: Path, suffix: str = "part") -> Path:
+    """A new hidden path in the same folder, whose name says which process made it."""
+    return target.with_name(f"{_prefix(target)}{os.getpid()}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _prefix(target: Path) -> str:
+    """How the names of hidden paths for a target begin, until the next start of this machine or container."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    booted = boot.read_text() if boot.is_file() else uuid.getnode()
+    numbering = namespace.readlink() if namespace.is_symlink() else ""  # containers number their processes themselves
+    machine = hashlib.sha256(f"{booted} {platform.node()} {numbering}".encode()).hexdigest()[:8]
+    return f".{target.name[:40]}.{machine}."
+
+
+def _remove_left_behind(target: Path) -> None:
+    """Remove the ".part" paths of processes that have ended."""
+    if os.name != "posix":  # elsewhere os.kill ends the process
+        return
+    pattern = re.compile(re.escape(_prefix(target)) + r"(\d+)\.[0-9a-f]{8}\.part")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):  # it runs, as another user; or the name is not ours
+            continue
 
 
 def _flush(file: Path) -> None:
@@ -154,7 +192,7 @@ def _exchange(new: Path, old: Path) -> None:
         rename = getattr(ctypes.CDLL(None), "renameat2", None)
         if rename is not None and rename(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _EXCHANGE) == 0:
             return
-    aside = _beside(old)
+    aside = _beside(old, "old")  # not removed by others: for a moment it is the only copy
     old.rename(aside)
     try:
         new.rename(old)

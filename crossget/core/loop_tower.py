@@ -72,6 +72,7 @@ class LoopMerge(Merge):
         return self.residual_seen and self.layer == self.depth - 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = self.known(func)
         if func in _SCALE:
             out = super().__torch_function__(func, types, args, kwargs)
             self._see_scaled(args, out)

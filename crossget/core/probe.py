@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from crossget.core.block_class import argument_names
 from crossget.core.layout import packed_lengths
 from crossget.core.tower import split_tokens
-from crossget.core.watch import MULTI_HEAD_ATTENTION, SDPA, SOFTMAX
+from crossget.core.watch import MULTI_HEAD_ATTENTION, SDPA, SOFTMAX, replaced_functions
 
 # Layers that make tokens from inputs, by the kind of the inputs.
 _STEMS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -126,8 +126,10 @@ class Attentions(TorchFunctionMode):
     def __init__(self, on_attention: Callable[[int, int], Any]) -> None:
         super().__init__()
         self._on_attention = on_attention
+        self._replaced = replaced_functions()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = self._replaced.get(func, func)
         inputs = [*args, *(kwargs or {}).values()]
         if not (inputs and isinstance(inputs[0], Tensor)) or inputs[0].is_nested:  # which have no number of tokens
             return func(*args, **(kwargs or {}))

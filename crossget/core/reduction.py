@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from crossget.core import masks
 from crossget.core.state import TokenState, token_at
-from crossget.core.watch import IN_PLACE, Watch, additive, lower_triangle
+from crossget.core.watch import IN_PLACE, LINEAR, PLUS, Watch, additive, lower_triangle
 from crossget.methods.importance import attention_received, by_attention
 from crossget.methods.indexing import size_of
 from crossget.methods.matching import MergePlan
@@ -149,7 +149,7 @@ class Merge(Watch):
     # The residual -----------------------------------------------------------------------------------------------
 
     def add_residual(self, a: Tensor, b: Tensor, options: dict[str, Any]) -> Tensor:
-        total = torch.add(a, b, **options)
+        total = PLUS(a, b, **options)
         if not self.softmax_seen and self.state.sizes is not None:
             raise RuntimeError(
                 "no softmax over the attention scores was seen in the block, so log(size) could not be added: "
@@ -246,7 +246,7 @@ class ClassTokenOnly(Merge):
     ) -> Tensor:  # fmt: skip
         mask = lower_triangle(self.tokens, query.device) if is_causal else mask
         row, mask = self._row(query), None if mask is None else self._row(mask)
-        out = F.scaled_dot_product_attention(row, key, value, mask, dropout, **options)
+        out = self.kernel(row, key, value, mask, dropout, **options)
         return out.expand(-1, -1, self.tokens, -1)
 
     def project_output(self, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -255,15 +255,15 @@ class ClassTokenOnly(Merge):
 
     def linear(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
         if x.dim() == 3 and x.shape[1] == self.tokens > 1 and x.stride(1) == 0:  # one row, expanded to T
-            return F.linear(x[:, :1], *rest, **options).expand(-1, self.tokens, -1)
-        return F.linear(x, *rest, **options)
+            return LINEAR(x[:, :1], *rest, **options).expand(-1, self.tokens, -1)
+        return LINEAR(x, *rest, **options)
 
     def add_residual(self, a: Tensor, b: Tensor, options: dict[str, Any]) -> Tensor:
         if a.shape != b.shape:
             return super().add_residual(a, b, options)
         self.block_input = a if any(a is candidate for candidate in self.residual_inputs) else b
         end = self.state.end
-        return torch.add(token_at(a, end), token_at(b, end), **options)
+        return PLUS(token_at(a, end), token_at(b, end), **options)
 
     def _row(self, rows: Tensor) -> Tensor:
         """[.., 1, N] the row of the computed token, from queries or a mask [.., T or 1, N]."""

@@ -31,6 +31,8 @@ _COMBINE = (
     torch.Tensor.__imul__, torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, torch.Tensor.__rsub__,
 )  # fmt: skip
 
+_RESHAPE = (torch.Tensor.view, torch.Tensor.reshape)
+
 
 def gather_rows(table: Tensor, axis: int, last: Tensor, state: TokenState) -> Tensor:
     """The rows of a table for the remaining tokens.
@@ -167,9 +169,10 @@ class TableOperands(Merge):
         self.tables: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = self.known(func)
         if func in _COMBINE and len(args) == 2 and not self.state.unmodified and not self.attention_seen:
             args = self._operands(func, *args)
-        if func in (torch.Tensor.view, torch.Tensor.reshape) and any(args[0] is table for table in self.tables):
+        if func in _RESHAPE and any(args[0] is table for table in self.tables):
             shape = args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:]
             if shape[0] == 1 < self.batch:
                 return args[0].reshape(self.batch, *shape[1:])

@@ -15,14 +15,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossget.core.adapters import RECOGNISED_KERNELS, Tower
-from crossget.core.block_class import argument_names, base_of, key_of, runner_of
+from crossget.core.block_class import argument_names, base_of, key_of, owner_of
 from crossget.core.carried import (
     Carried,
     EntryInfo,
@@ -48,6 +48,7 @@ from crossget.core.state import (
     token_at,
 )
 from crossget.core.tables import TableOperands
+from crossget.core.updates import Updates
 from crossget.core.watch import SDPA
 from crossget.methods.indexing import size_of, take
 from crossget.methods.reducers import Reducer
@@ -121,9 +122,11 @@ class AttachedTower:
         self.text_features: Tensor | None = None
         self.prompt_of_image: Tensor | None = None
         self.parameter_owner: nn.Module | None = None
+        self._per_block = False
         self._own_cross_vectors: nn.Parameter | None = None
         self._argument_names: dict[type, list[str]] = {}
         self._warned = False
+        self.updates = Updates()
         self.text_info: ThreadValue[Any] = ThreadValue()
         self.outputs: ThreadValue[HostOutputs] = ThreadValue()
         self.caller: ThreadValue[FrameType] = ThreadValue()
@@ -153,44 +156,90 @@ class AttachedTower:
     # Cross tokens -----------------------------------------------------------------------------------------------
 
     @property
-    def cross_vectors(self) -> nn.Parameter | None:
-        """[L, C] one learnable vector per block, initially zero; None: the method has no cross token.
+    def cross_parameters(self) -> list[nn.Parameter]:
+        """One [L, C], or L of [C] each, one per block; empty if the method has no cross token.
 
-        If they are the parameter of a module, they are looked up there every time, as sharding (FSDP2) replaces
+        If they are parameters of a module, they are looked up there every time, as sharding (FSDP2) replaces
         parameters.
         """
-        if self.parameter_owner is None:
-            return self._own_cross_vectors
-        return cast("nn.Parameter | None", getattr(self.parameter_owner, self._parameter_name, None))
+        found: Any = self._own_cross_vectors
+        if self.parameter_owner is not None:
+            found = getattr(self.parameter_owner, self.parameter_name, None)
+        if found is None:
+            return []
+        return list(found) if isinstance(found, nn.ParameterList) else [found]
 
     @property
-    def _parameter_name(self) -> str:
+    def cross_vectors(self) -> Tensor | None:
+        """[L, C] one learnable vector per block, initially zero; None: the method has no cross token.
+
+        It is the parameter itself, or a copy of the parameters of all blocks.
+        """
+        found = self.cross_parameters
+        if not found or found[0].dim() == 2:
+            return found[0] if found else None
+        return torch.stack(list[Tensor](found))
+
+    @property
+    def parameter_name(self) -> str:
+        """The name of the cross vectors in the module that owns them."""
         return self.tower.name.replace(".", "_")  # torch allows no dot
 
-    def register(self, owner: nn.Module | None) -> None:
-        """Make the cross vectors a parameter of the module `owner`; None: of no module."""
-        vectors, self.parameter_owner = self.cross_vectors, owner
+    def register(self, owner: nn.Module | None, per_block: bool = False) -> None:
+        """Make the cross vectors parameters of the module `owner`, one per block or one; None: of no module."""
+        found = self.cross_parameters
+        self.parameter_owner, self._per_block = owner, per_block
         if owner is None:
-            self._own_cross_vectors = vectors
-        elif vectors is not None:
+            self._own_cross_vectors = _joined(found)
+        elif found:
             self._own_cross_vectors = None
-            owner.register_parameter(self._parameter_name, vectors)
+            self._give(owner, found[0])
+
+    def _give(self, owner: nn.Module, vectors: nn.Parameter) -> None:
+        """Make the vectors [L, C] parameters of a module."""
+        if self._per_block:
+            rows = (nn.Parameter(row.clone(), vectors.requires_grad) for row in vectors.detach())
+            owner.add_module(self.parameter_name, nn.ParameterList(rows))
+        else:
+            owner.register_parameter(self.parameter_name, vectors)
+
+    def set_cross_vectors(self, values: Tensor) -> None:
+        """Write the values [L, C] into the cross vectors."""
+        found = self.cross_parameters
+        with torch.no_grad():
+            for parameter, value in zip(found, values[None] if found[0].dim() == 2 else values, strict=True):
+                parameter.copy_(value)
 
     def make_cross_token(self, origin: Tensor, record: ForwardRecord, layer: int) -> Tensor:
         """[B, C] the cross token of block `layer`: `origin` [B, C] without gradient, plus the block's vector."""
-        vectors = self.cross_vectors
-        if vectors is None:
+        found = self.cross_parameters
+        if not found:
             raise RuntimeError(
                 f"tower {self.tower.name!r} has no cross tokens, though its reducer needs them: detach, and "
                 "attach again"
             )
         # A trace takes no constants that require gradients.
         is_tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()
-        vector = (vectors.data if is_tracing else vectors)[layer]
+        vectors, row = (found[0], layer) if found[0].dim() == 2 else (found[layer], ...)
+        vector = (vectors.data if is_tracing else vectors)[row]
         token = origin.detach() + vector.to(origin.device, origin.dtype)
         if torch.is_grad_enabled():
             record.cross_tokens[layer] = token
+            if layer == 0:
+                self._notice_untrained(found[0])
         return token
+
+    def _notice_untrained(self, vectors: Tensor) -> None:
+        """Warn, once per attachment, if the tower is trained and its cross tokens are not."""
+        first = self.tower.blocks[0]
+        if not first.training or not _is_eager() or recomputing():
+            return
+        if self.updates.leave_out(self.tower.blocks, vectors):
+            owner_of(first).warn_untrained(self.tower.name)
+
+    def weights_loaded(self) -> None:
+        """See `Runner.weights_loaded`."""
+        self.updates.restart()
 
     # The reducer ------------------------------------------------------------------------------------------------
 
@@ -212,7 +261,7 @@ class AttachedTower:
         resolved, depth = reducer.resolved(self.tower.facts), self.depth
         for layer in range(depth):
             resolved.schedule.removed(layer, depth, 1)  # raises if the schedule is not for this number of blocks
-        if resolved.cross_token and self.cross_vectors is None:
+        if resolved.cross_token and not self.cross_parameters:
             # The first parameter of floating point: quantised weights are integers.
             like = next(p for p in self.tower.blocks[0].parameters() if p.is_floating_point())
             device = like.device if not like.is_meta else _execution_device(self.tower.blocks[0])
@@ -220,7 +269,7 @@ class AttachedTower:
             if self.parameter_owner is None:
                 self._own_cross_vectors = vectors
             else:
-                self.parameter_owner.register_parameter(self._parameter_name, vectors)
+                self._give(self.parameter_owner, vectors)
         if self._reducer_of_thread.get() is None:
             self._reducer = resolved
         else:
@@ -550,19 +599,19 @@ class AttachedTower:
         if tokens.dim() != len(layout.axes):
             axes = ", ".join(layout.axes)
             raise RuntimeError(f"tower {name!r} got tokens of shape {list(tokens.shape)}: expected [{axes}]")
+        unattached = []
+        if not torch.compiler.is_compiling():  # the owner of a copied block is a copy, too
+            unattached = [i for i, one in enumerate(self.tower.blocks) if owner_of(one) is not owner_of(block)]
+        if unattached:
+            raise RuntimeError(
+                f"blocks {unattached} of tower {name!r} came after crossget.attach and are not attached: detach, and "
+                "attach again"
+            )
         if key_of(block) != key_of(self.tower.blocks[0]):
             raise RuntimeError(
                 f"block {key_of(block)} of tower {name!r} got tokens {list(tokens.shape)} without their state: "
                 "no forward of this thread waits for this block. The block was called outside of its tower, or "
                 "something gave it tokens of another shape than the previous block returned"
-            )
-        if torch.compiler.is_compiling():
-            return
-        unattached = [i for i, one in enumerate(self.tower.blocks) if runner_of(one) is None]
-        if unattached:
-            raise RuntimeError(
-                f"blocks {unattached} of tower {name!r} came after crossget.attach and are not attached: detach, and "
-                "attach again"
             )
 
     def _text_ends(self, tokens: Tensor, found: TextEnds | None) -> tuple[Tensor | None, Tensor | None]:
@@ -665,6 +714,14 @@ def _other_kernel(block: nn.Module) -> str:
         if kernel not in (None, *RECOGNISED_KERNELS):
             return f". The attention implementation is {kernel!r}: model.set_attn_implementation('sdpa')"
     return ""
+
+
+def _joined(parameters: list[nn.Parameter]) -> nn.Parameter | None:
+    """One parameter [L, C] of those of all blocks [C]; a single one [L, C] as it is; None of none."""
+    if not parameters or parameters[0].dim() == 2:
+        return parameters[0] if parameters else None
+    trained = any(parameter.requires_grad for parameter in parameters)
+    return nn.Parameter(torch.stack([parameter.detach() for parameter in parameters]), trained)
 
 
 def _execution_device(block: nn.Module) -> torch.device:

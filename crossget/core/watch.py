@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 # The functions themselves: tools replace the attributes of torch.nn.functional by wrappers of these.
 SDPA, LINEAR = torch._C._nn.scaled_dot_product_attention, torch._C._nn.linear
+PLUS = torch.add
 MULTI_HEAD_ATTENTION = F.multi_head_attention_forward
 # Tuples, as some versions of Dynamo cannot trace a look-up of a function in a set.
 ADD = (
@@ -40,6 +41,25 @@ SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
 MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 _WITH_INPUT = (LINEAR, F.softmax, torch.softmax, torch.add, torch.matmul)  # their first argument is called `input`
 IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
+# A mode is told the method that torch.Tensor has at the time, and the function of torch.nn.functional, which a tool may
+# have replaced by a wrapper.
+_REPLACEABLE: dict[Any, tuple[str, ...]] = {
+    torch.Tensor: (
+        "add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__",
+        "mul_", "__imul__", "div", "__truediv__", "matmul", "__matmul__", "bmm", "softmax", "view", "reshape",
+        "__getitem__",
+    ),
+    F: ("softmax", "multi_head_attention_forward", "layer_norm", "rms_norm", "normalize"),
+}  # fmt: skip
+_ORIGINALS = [(holder, name, getattr(holder, name)) for holder, names in _REPLACEABLE.items() for name in names]
+
+
+def replaced_functions() -> dict[Any, Any]:
+    """The wrappers that tools have put in the place of functions of torch -> the functions."""
+    if torch.compiler.is_compiling():
+        return {}
+    found = ((getattr(holder, name), original) for holder, name, original in _ORIGINALS)
+    return {now: original for now, original in found if now is not original}
 
 
 class Watch(TorchFunctionMode):
@@ -68,6 +88,9 @@ class Watch(TorchFunctionMode):
         self._softmax_next = False  # the product of queries and keys was seen, but not its softmax
         self._values_next = False  # the softmax was seen, but not the product of probabilities and values
         self._in_place_target: Tensor | None = None  # the tensor that an in-place residual should have changed
+        self._replaced = replaced_functions()
+        # A wrapper that counts has counted a function before it gets here. Inside of nn.MultiheadAttention it has not.
+        self.kernel: Callable[..., Tensor] = SDPA
 
     # Hook methods -----------------------------------------------------------------------------------------------
 
@@ -116,7 +139,7 @@ class Watch(TorchFunctionMode):
         options: dict[str, Any],
     ) -> Tensor:  # fmt: skip
         """Computes the fused attention: [B, H, T, D]."""
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, **options)
+        return self.kernel(query, key, value, mask, dropout, is_causal, **options)
 
     def project_output(self, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the output projection of `nn.MultiheadAttention`, from [B, H, T, D] to [T, B, C]."""
@@ -124,11 +147,11 @@ class Watch(TorchFunctionMode):
 
     def linear(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
         """Computes a linear layer of the block. Called until the residual is recognised."""
-        return F.linear(x, *rest, **options)
+        return LINEAR(x, *rest, **options)
 
     def add_residual(self, a: Tensor, b: Tensor, options: dict[str, Any]) -> Tensor:
         """Computes the residual a + b. The rest of the block uses the result."""
-        return torch.add(a, b, **options)
+        return PLUS(a, b, **options)
 
     def scale_summands(self, func: Callable[..., Tensor], a: Any, b: Any) -> tuple[Any, Any]:
         """The summands that an addition `func` after the residual uses instead of a and b."""
@@ -150,12 +173,19 @@ class Watch(TorchFunctionMode):
         """Whether a tensor has the shape of the block's tokens, with any number of channels."""
         return x.dim() == 3 and x.shape[1] == self.tokens
 
+    def known(self, func: Any) -> Any:
+        """The function of torch that `func` is or, if a tool has put it in the place of one, stands for.
+
+        The wrapper itself is not called: it has been, if the function was, and an operator does not call it.
+        """
+        return self._replaced.get(func, func) if self._replaced else func
+
     # Recognition ------------------------------------------------------------------------------------------------
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, func = kwargs or {}, self.known(func)
         if not args and "input" in kwargs and func in _WITH_INPUT:
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"), *([kwargs.pop("other")] if "other" in kwargs else []))
@@ -202,7 +232,7 @@ class Watch(TorchFunctionMode):
         if query.dim() == 3 and self.batch and query.shape[-2] == key.shape[-2] == self.tokens:
             return self._sdpa_of_rows(query, key, value, attn_mask, dropout_p, is_causal, options)
         if not (query.dim() == 4 and query.shape[-2] == self.tokens and key.shape[-2] == self.tokens):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+            return self.kernel(query, key, value, attn_mask, dropout_p, is_causal, **options)
         mask = None if attn_mask is None else self.fit_mask(attn_mask)
         bias, value = self.key_bias(query.dtype), self.scale_values(value)
         if is_causal and bias is not None:
@@ -234,7 +264,7 @@ class Watch(TorchFunctionMode):
         self.on_fused_attention(self.by_head(query), self.by_head(key), mask, is_causal, options.get("scale"))
         if mask is not None and mask.dim() == 4:
             mask = mask.expand(self.batch, rows // self.batch, *mask.shape[-2:]).flatten(0, 1)
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **options)
+        return self.kernel(query, key, value, mask, dropout_p, is_causal, **options)
 
     def _multi_head_attention(
         self, query: Tensor, key: Tensor, value: Tensor, embed_dim: int, heads: int, in_weight: Tensor | None,
@@ -257,6 +287,7 @@ class Watch(TorchFunctionMode):
             )
         if use_separate_proj_weight or bias_k is not None or add_zero_attn or in_weight is None:
             raise RuntimeError("nn.MultiheadAttention with bias_k, add_zero_attn or separate widths is not supported")
+        self.kernel = F.scaled_dot_product_attention
         q, k, v = (_split_heads(part, heads) for part in F.linear(query, in_weight, in_bias).chunk(3, -1))
         mask = _mha_mask(attn_mask, key_padding_mask, self.batch, q.dtype)
         dropout_p = dropout_p if training else 0.0
@@ -382,7 +413,7 @@ class Watch(TorchFunctionMode):
                 out = self.add_residual(a, b, kwargs)
                 self.residual_inputs.clear()  # free the memory: the MLP, which needs the most, comes next
                 return out
-            total = torch.add(a, b, **kwargs)
+            total = PLUS(a, b, **kwargs)
             self.residual_inputs.append(total)  # such as a position embedding that the block adds before its attention
             return total
         if self._adds_mask(a, b):

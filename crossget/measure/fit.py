@@ -148,7 +148,8 @@ def fit_schedule(
     Raises:
         TypeError: the model is not supported, or an argument has a wrong type.
         ValueError: not exactly one budget is given; it is out of range or cannot be kept (the message names the nearest
-            one that can); the model is attached; or something is to be measured and the inputs are on the meta device.
+            one that can); the model is attached; it is a pyramid and `tower` names no stage; or something is to be
+            measured and the inputs are on the meta device.
         RuntimeError: the multiply-adds are no polynomial in the tokens, see `crossget.measure.cost_model.derive`.
     """
     budget, asked = _chosen_budget({"flops": flops, "tokens_out": tokens_out, "latency": latency})
@@ -176,6 +177,12 @@ def fit_schedule(
         for method in methods:
             with attach(model, method if tower is None else {tower: method}, inputs) as attachment:
                 name = next(iter(attachment.towers)) if tower is None else tower
+                stages = [one for one in attachment.towers if one.partition(".")[0] == name.partition(".")[0]]
+                if tower is None and len(stages) > 1:
+                    raise ValueError(
+                        f"the model is a pyramid with the stages {stages}, and a schedule is fitted for one tower: "
+                        f"name the stage, as in tower={stages[-1]!r}; the others stay as they are"
+                    )
                 search = _Search(ScheduledModel(model, inputs, attachment, name), output, distribution, rounds)
                 found = search.run(budget, asked)
                 schedule = PerLayer(tuple(removed_tokens(found.tokens)))

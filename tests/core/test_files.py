@@ -140,5 +140,18 @@ def test_a_killed_process_leaves_the_old_content(folder: Path, what: str) -> Non
     assert (folder / "config").read_text() == "old"
     left = [path for path in [*folder.iterdir(), *folder.parent.iterdir()] if path.name.startswith(".")]
     assert [path.name.endswith(".part") for path in left] == [True]
-    files.write_text(folder / "config", "new")
+    others = [left[0].with_name(name) for name in (
+        left[0].name.replace(left[0].name.split(".")[-3], str(os.getpid())),  # of a process that runs
+        left[0].name.replace(left[0].name.split(".")[-4], "0123abcd"),  # of another machine
+        f".{target.name}.part", left[0].name + "s", left[0].name.replace(".part", ".old"),
+    )]  # fmt: skip
+    for other in others:
+        other.write_text("theirs")
+    if target == folder:
+        with files.replacing_folder(target, drop={"config"}) as part:
+            (part / "config").write_text("new")
+    else:
+        files.write_text(target, "new")
     assert (folder / "config").read_text() == "new"
+    assert not left[0].exists(), "the next one that writes there removes it"
+    assert all(other.read_text() == "theirs" for other in others)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import plain_host
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 import crossget
 
+plain = pytest.fixture(plain_host.registered)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -38,6 +41,60 @@ def test_a_wrapped_function_is_recognised(name: str, monkeypatch: pytest.MonkeyP
         assert torch.equal(model(IMAGES), expected)
         assert attached.tokens["visual"] == [65, 57, 49]
     assert calls or name == "softmax"  # timm calls the method of the tensor
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Replace what counters of FLOPs replace: functions, and methods of torch.Tensor."""
+    calls: Counter[str] = Counter()
+
+    def replace(holder: Any, name: str) -> None:
+        original = getattr(holder, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(holder, name, wrapper)
+
+    for name in ("linear", "softmax", "scaled_dot_product_attention"):
+        replace(F, name)
+    for name in ("matmul", "bmm", "add", "mul"):
+        replace(torch, name)
+    for name in ("matmul", "bmm", "add", "add_", "mul", "div", "sub", "softmax", "view", "reshape"):
+        replace(torch.Tensor, name)
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", plain_host.RESIDUALS)
+@pytest.mark.parametrize("attention", plain_host.ATTENTIONS)
+def test_counters_that_replace_methods_count_the_same(
+    attention: str, residual: str, monkeypatch: pytest.MonkeyPatch, plain: None
+) -> None:
+    model = plain_host.Plain(attention=attention, residual=residual).eval()
+    with crossget.attach(model, crossget.ToMe(4)) as attached:
+        expected = model(plain_host.TOKENS)
+        attached.reducer = crossget.ToMe(0)
+        monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+        calls = counted(monkeypatch)
+        dense, seen = model(plain_host.TOKENS), Counter(calls)
+        with attached.paused():
+            calls.clear()
+            torch.testing.assert_close(model(plain_host.TOKENS), dense)
+        names = ("linear", "scaled_dot_product_attention", "matmul", "bmm", "softmax", "add")
+        if attention != "mha_weights":  # its parts are computed without the functions that it calls
+            assert {name: seen[name] for name in names} == {name: calls[name] for name in names}
+        attached.reducer = crossget.ToMe(4)
+        assert torch.equal(model(plain_host.TOKENS), expected)
+        assert attached.tokens["visual"] == [20, 16, 12]
+
+
+@torch.no_grad()
+def test_a_search_for_towers_sees_through_replaced_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain_host.Plain(attention="eager").eval()
+    counted(monkeypatch)
+    (tower,) = crossget.find_towers(model, plain_host.TOKENS)
+    assert tower.depth == 3
 
 
 @torch.no_grad()

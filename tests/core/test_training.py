@@ -172,3 +172,110 @@ def test_a_model_without_images_in_prompts_has_no_image_tokens() -> None:
     attached = crossget.attach(vit(), crossget.CrossGET(r=2))
     with pytest.raises(ValueError, match="no tower of .* puts images into prompts"):
         attached.image_tokens  # noqa: B018
+
+
+def test_one_parameter_per_block_is_the_same_model() -> None:
+    model = vit()
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    values = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    attached.set_cross_tokens({"visual": values})
+    expected = model(IMAGE)
+    attached.register_parameters(model, per_block=True)
+    assert list(attached.parameters()) == [model.crossget.visual[layer] for layer in range(3)]
+    assert torch.equal(attached.cross_tokens["visual"], values)
+    torch.testing.assert_close(model(IMAGE), expected, rtol=0, atol=0)
+    model(IMAGE).sum().backward()
+    assert all(parameter.grad is not None for parameter in attached.parameters())
+    attached.set_cross_tokens({"visual": 2 * values})
+    attached.unregister_parameters()
+    assert isinstance(attached.cross_tokens["visual"], nn.Parameter)
+    assert torch.equal(attached.cross_tokens["visual"], 2 * values)
+    attached.reducer = crossget.ToMe(r=2)
+    attached.detach()
+
+
+def test_a_reducer_set_later_has_one_parameter_per_block_too() -> None:
+    model = vit()
+    attached = crossget.attach(model, crossget.ToMe(r=2))
+    attached.register_parameters(model, per_block=True)
+    attached.reducer = crossget.CrossGET(r=2)
+    assert [p.shape for p in attached.parameters()] == [(32,)] * 3
+
+
+# timm's groups of parameters ------------------------------------------------------------------------------------------
+
+
+def of_family(name: str) -> Any:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
+    return getattr(timm.models, name)(**options)
+
+
+def settings(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    """By name of a parameter: the factor of its learning rate, and its weight decay."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: (group.get("lr_scale"), group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", ["VisionTransformer", "Eva", "VisionTransformerDistilled", "Beit"])
+def test_layer_wise_learning_rates_of_timm_are_those_of_the_blocks(name: str, copied: bool) -> None:
+    from timm.optim import create_optimizer_v2, param_groups_layer_decay
+
+    model = of_family(name)
+    before = dict(model.__dict__)
+    plain = settings(model, param_groups_layer_decay(model, 0.05, model.no_weight_decay()))
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    attached.register_parameters(model, per_block=True)
+    model = copy.deepcopy(model) if copied else model
+    by_hand = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.75)
+    made = create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.05, layer_decay=0.75).param_groups
+    for groups in (by_hand, made):
+        found = settings(model, groups)
+        for layer in range(3):
+            scale = plain[f"blocks.{layer}.norm1.weight"][0]
+            assert found.pop(f"crossget.visual.{layer}") == (scale, 0.0)
+        assert found == plain, "the others' are as before"
+    attached.detach()
+    if not copied:
+        assert model.__dict__.keys() == before.keys()
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+def test_cross_tokens_have_no_weight_decay_in_timm(per_block: bool) -> None:
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay
+
+    model = of_family("VisionTransformer")
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    attached.register_parameters(model, per_block)
+    by_hand = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    made = create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.05).param_groups
+    for groups in (by_hand, made):
+        found = settings(model, groups)
+        ours = [decay for name, (_, decay) in found.items() if name.startswith("crossget.")]
+        assert ours == [0.0] * (3 if per_block else 1)
+        assert found["blocks.0.attn.qkv.weight"][1] == 0.05
+
+
+def test_one_parameter_for_all_blocks_has_no_layer_wise_learning_rate() -> None:
+    model = of_family("VisionTransformer")
+    crossget.attach(model, crossget.CrossGET(r=2)).register_parameters(model)
+    with pytest.warns(UserWarning, match="per_block=True"):
+        model.group_matcher()
+
+
+def test_matchers_that_are_functions_and_patched_methods() -> None:
+    class Own(timm.models.VisionTransformer):  # type: ignore[misc]
+        def group_matcher(self, coarse: bool = False) -> Any:
+            return lambda name: int(name.split(".")[1]) if name.startswith("blocks.") else 99
+
+    model = Own(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+    attached = crossget.attach(model, crossget.CrossGET(r=2))
+    attached.register_parameters(model, per_block=True)
+    assert [model.group_matcher()(name) for name in ("crossget.visual.2", "blocks.1.x", "head.bias")] == [2, 1, 99]
+    attached.unregister_parameters()
+    model.no_weight_decay = set
+    with pytest.raises(ValueError, match="no_weight_decay is patched"):
+        attached.register_parameters(model)
+    assert not hasattr(model, "crossget")
+    assert "group_matcher" not in model.__dict__

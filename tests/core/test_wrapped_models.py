@@ -104,3 +104,21 @@ def test_blocks_that_are_cut_after_attach() -> None:
         model.blocks = model.blocks[:-1]
         assert model.forward_features(IMAGES).shape == (2, 65, 32)
         assert attached.tokens["visual"] == [66, 58]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_copy_of_an_attached_block_among_the_blocks_is_named_and_does_not_outlive_the_attachment(layer: int) -> None:
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2).eval()
+    images = torch.randn(2, 3, 32, 32)
+    dense = model(images)
+    attached = crossget.attach(model, crossget.Ward(3))
+    reduced = model(images)
+    model.blocks[layer] = copy.deepcopy(model.blocks[layer])
+    with pytest.raises(RuntimeError, match=r"blocks \[.*\] of tower 'visual' came after crossget.attach"):
+        model(images)
+    attached.detach()
+    assert torch.equal(model(images), dense)
+    with crossget.attach(model, crossget.Ward(3)):
+        assert torch.equal(model(images), reduced)

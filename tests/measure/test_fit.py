@@ -17,6 +17,7 @@ import open_clip
 import pytest
 import torch
 import transformers
+import unregistered_models
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -589,3 +590,16 @@ def test_the_search_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         crossget.fit_schedule(vit(depth=2), images(2), flops=0.8, reducer=TOME, distribution="constant")
+
+
+@pytest.mark.filterwarnings("ignore::crossget.core.discovery.DiscoveryWarning")
+def test_a_stage_of_a_pyramid_is_fitted_by_name_only() -> None:
+    model, inputs = unregistered_models.build(unregistered_models.KINDS["pyramid"])
+    with pytest.raises(ValueError, match=r"stages \['visual.0', 'visual.1'\].* tower='visual.1'"):
+        crossget.fit_schedule(model, inputs, flops=0.95, distribution="constant")
+    assert find_attachment(model) is None
+    fitted = crossget.fit_schedule(model, inputs, flops=0.95, distribution="constant", tower="visual.0")
+    assert fitted.measured <= 0.95
+    with crossget.attach(model, fitted.reducer, inputs) as attached:
+        assert list(attached.towers) == ["visual.0"]
+        assert crossget.count_flops(model, inputs).ratio == fitted.measured
