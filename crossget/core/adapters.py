@@ -174,6 +174,7 @@ class Prompt:
         input_embeddings: a function without arguments that returns the token embedding of the language model.
         features: a function from a call's arguments, by name, to the `Features` of its images.
         pad: id of the padding token.
+        images_after_cache: `generate` takes images beside a filled cache.
     """
 
     models: Sequence[nn.Module]
@@ -181,6 +182,12 @@ class Prompt:
     input_embeddings: Callable[[], nn.Module]
     features: Callable[[Mapping[str, Any]], Features]
     pad: int = 0
+    images_after_cache: bool = True
+
+    @property
+    def fill(self) -> int:
+        """Id of the token that shorter rows are filled up with. It is no placeholder, whatever `pad` is."""
+        return self.pad if self.pad != self.placeholder else int(self.pad == 0)
 
 
 class Prefilled(NamedTuple):

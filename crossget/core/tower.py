@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -110,11 +111,13 @@ class AttachedTower:
             default.
         caller: the frame of the call that set `outputs`, where an interruption can end that call unnoticed.
         generating: the host's `generate` runs.
+        identity: tells this tower from others, see `crossget.core.image_prompts`. Copies have the same one.
     """
 
     def __init__(self, tower: Tower, reducer: Reducer) -> None:
         self.tower = tower
         self.handed_over = HandedOver()
+        self.identity = uuid.uuid4().hex
         self._records: ThreadValue[ForwardRecord] = ThreadValue()
         self._latest_record = ForwardRecord()
         self.recording = False
