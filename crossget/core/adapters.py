@@ -354,16 +354,8 @@ class Tower:
         return self.text is not None and self.text.single_token
 
     def n_reserved(self, cross_token: bool) -> int:
-        """The number of tokens of a row that are never removed.
-
-        These are the protected ones and, in padded texts, one padding token and one other token.
-        """
-        return self.prefix + len(self.fixed) + int(cross_token) + int(self.has_end) + self.n_kept
-
-    @property
-    def n_kept(self) -> int:
-        """The number of unprotected tokens that stay: in texts that may be padded, one of padding and one other."""
-        return 2 * int(self.padding and self.text is not None)
+        """The number of tokens of a row that are never removed: the protected ones."""
+        return self.prefix + len(self.fixed) + int(cross_token) + int(self.has_end)
 
 
 def recognised_kernels(model: nn.Module, path: str | Sequence[str]) -> tuple[tuple[Any, str, Any], ...]:
