@@ -170,11 +170,25 @@ class Candidates:
         )
         return zeros.masked_fill_(self.protected, -math.inf)
 
-    def argsort(self, values: Tensor, descending: bool = False) -> Tensor:
-        """[B, N] indices that sort `values` [B, N] along the last axis; `ties` decides on equal values."""
+    def argsort(self, values: Tensor, descending: bool = False, own: Tensor | None = None) -> Tensor:
+        """[B, N] indices that sort `values` [B, N] along the last axis; `ties` decides on equal values.
+
+        Args:
+            values: what is sorted.
+            descending: the largest value comes first.
+            own: [B, N] false for values that a row without its padding lacks, all of which come last; None: it has all.
+        """
         if self.ties == "stable":
             return torch.sort(values, dim=1, descending=descending, stable=True).indices
-        return torch.argsort(values, dim=1, descending=descending)
+        if own is None or values.device.type != "cpu" or torch.compiler.is_compiling():
+            return torch.argsort(values, dim=1, descending=descending)
+        # How a CPU orders equal values depends on their number. So the rows of each length are sorted alone.
+        order, counts = torch.sort((~own).long(), dim=1, stable=True).indices, own.sum(1)
+        for count in counts.unique().tolist():
+            rows = counts == count
+            at = order[rows, :count]
+            order[rows, :count] = at.gather(1, torch.argsort(values[rows].gather(1, at), dim=1, descending=descending))
+        return order
 
     def noise(self, r: int | None = None) -> Tensor:
         """Numbers in [0, 1), [B, T] or [B, r, T], that depend only on the seed, their index and the number of tokens.
@@ -320,10 +334,11 @@ def _complete_graph_by(
     else:
         pairs = Square(similar, blocked, mirrored=candidates.ties == "stable")
     best = pairs.best() + blocked
-    order = candidates.argsort(best, descending=True)
+    own = None if candidates.padding is None else ~candidates.padding
+    order = candidates.argsort(best, descending=True, own=own)
     places = torch.arange(tokens, device=order.device, dtype=best.dtype).expand_as(order)
     below = pairs.best_below(torch.empty_like(best).scatter(1, order, places)) + blocked
-    source = candidates.sources(candidates.argsort(_priority(below, importance)), r)
+    source = candidates.sources(candidates.argsort(_priority(below, importance), own=own), r)
     return source, pairs.nearest(source, blocked.scatter(1, source, -math.inf))
 
 
@@ -344,14 +359,14 @@ def _bipartite_by(
     candidates: Candidates, similar: Similarity, r: int, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`bipartite`, with any similarity between tokens."""
-    a, b, blocked = _split(candidates)
+    a, b, own = _split(candidates)
     similarity = similar(a, b)
-    if blocked is not None:
-        similarity.masked_fill_(blocked, -math.inf)
+    if own is not None:
+        similarity.masked_fill_(~(own[0][:, :, None] & own[1][:, None, :]), -math.inf)
     nearest = similarity.max(-1)
     scores = None if importance is None else importance.gather(1, a)
-    best = candidates.argsort(_priority(nearest.values, scores))[:, :r]
-    return candidates.sources(a.gather(1, best), r), b.gather(1, nearest.indices.gather(1, best))
+    best = candidates.argsort(_priority(nearest.values, scores), own=None if own is None else own[0])
+    return candidates.sources(a.gather(1, best), r), b.gather(1, nearest.indices.gather(1, best[:, :r]))
 
 
 def ward(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -442,11 +457,11 @@ MATCHINGS: dict[str, Matching] = {
 }  # fmt: skip
 
 
-def _split(candidates: Candidates) -> tuple[Tensor, Tensor, Tensor | None]:
+def _split(candidates: Candidates) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """The unprotected tokens, alternately in two sets: possible sources [B, n] and destinations [B, m].
 
-    In rows with padding the sets are smaller, and filled up with other tokens. The third value [B, n, m] is true for
-    pairs with one of these; None: there are none.
+    In rows with padding the sets are smaller, and filled up with other tokens, for which the masks [B, n] and [B, m] in
+    the third value are false. None: there is no padding.
     """
     free = ~candidates.protected
     turn = free.long().cumsum(1)
@@ -461,7 +476,7 @@ def _split(candidates: Candidates) -> tuple[Tensor, Tensor, Tensor | None]:
         return a, b, None
     # A row's destinations follow its own sources.
     b = order.gather(1, n_free // 2 + torch.arange(candidates.n_free - n_sources, device=order.device))
-    return a, b, (group.gather(1, a) != 0)[:, :, None] | (group.gather(1, b) != 1)[:, None, :]
+    return a, b, (group.gather(1, a) == 0, group.gather(1, b) == 1)
 
 
 def _priority(similarity: Tensor, importance: Tensor | None) -> Tensor:
