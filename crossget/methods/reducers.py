@@ -538,7 +538,8 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
             )
         if reducer.importance == "attention":
             return view.received
-        return by_class_attention(view.received, view.sizes_or_ones(), view.valid)
+        counted = None if view.valid is None else view.valid | view.protected
+        return by_class_attention(view.received, view.sizes_or_ones(), counted)
     if reducer.importance == "text":
         if view.relevance is None:
             raise RuntimeError("importance='text' has no text: call Attachment.set_text_features(features) first")

@@ -609,6 +609,23 @@ def test_padding_does_not_change_what_a_text_becomes() -> None:
     torch.testing.assert_close(many[:, :10][mask.bool()], few[mask.bool()], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [crossget.CrossGET(3, ties="stable"), crossget.ToMe(crossget.Ratio(0.3)), crossget.Ward(2)],
+    ids=repr,
+)
+def test_a_text_is_what_it_is_alone(method: Any) -> None:
+    model = contract.build(chosen("BlipTextModel")[0].values[0])[0].double()
+    lengths = torch.tensor([10, 7, 4, 2])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    ids = torch.randint(7, 40, (4, 12)).masked_fill(mask == 0, 0)
+    with crossget.attach(model, method), torch.no_grad():
+        together = model(ids, mask).last_hidden_state
+        for row, n in enumerate(lengths.tolist()):
+            alone = model(ids[row, None, :n], mask[row, None, :n]).last_hidden_state
+            torch.testing.assert_close(together[row, None, :n], alone, rtol=0, atol=1e-9)
+
+
 # Training -----------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 from hf_models import VERSION
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +23,7 @@ import contract
 import crossget
 from contract import Case
 from crossget.methods.importance import by_attention
-from crossget.methods.reducers import View
+from crossget.methods.reducers import Reducer, View
 
 R = 2
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -498,12 +500,42 @@ def test_more_padding_changes_nothing_for_images(case: Case) -> None:
     torch.testing.assert_close(few, many, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", chosen("CLIPTextModel-sdpa"))
-def test_more_padding_changes_nothing_for_texts(case: Case) -> None:
-    model, (ids, mask) = contract.build(case)
-    with trained(model, crossget.CrossGET(0)), torch.no_grad():
-        few, many = (model(F.pad(ids, (0, more)), F.pad(mask, (0, more))).pooler_output for more in (0, 4))
-    torch.testing.assert_close(few, many, rtol=0, atol=1e-5)
+ALONE = [
+    crossget.CrossGET(3, ties="stable"), crossget.CrossGET(20, ties="stable", importance="attention"),
+    crossget.CrossGET(crossget.Ratio(0.3), ties="stable", norm_correction=True), crossget.ToMe(2), crossget.Ward(3),
+    crossget.ToMe(crossget.RampedRatio(0.4)), crossget.Ward(crossget.Linear(5, 0), matching="ward", key_stride=1),
+    crossget.TopK(2, importance="attention"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:r of ")  # some methods ask for more than short texts have
+@pytest.mark.parametrize("method", ALONE, ids=repr)
+@pytest.mark.parametrize("name", ["CLIPTextModel-sdpa", "CLIPTextModel-eager"])
+@given(st.lists(st.integers(2, 16), min_size=1, max_size=4), st.integers(0, 4), st.integers(0, 99))
+@settings(max_examples=5, deadline=None)
+def test_a_text_is_what_it_is_alone(name: str, method: Reducer, lengths: list[int], more: int, seed: int) -> None:
+    """The lengths of the other texts of a batch, and padding beyond the longest, change nothing."""
+    model = contract.build(chosen(name)[0].values[0])[0].double()
+    width = min(16, max(lengths) + more)
+    ids = torch.randint(2, 59, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    ids[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = 59
+    ids = ids.masked_fill(mask == 0, 0)
+    with trained(model, method), torch.no_grad():
+        together = model(ids, mask).pooler_output
+        alone = [model(row[None, :n], seen[None, :n]) for row, seen, n in zip(ids, mask, lengths, strict=True)]
+    torch.testing.assert_close(together, torch.cat([out.pooler_output for out in alone]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ALONE, ids=repr)
+def test_an_image_is_what_it_is_alone(method: Reducer) -> None:
+    model, (x, mask, shapes) = contract.build(chosen("Siglip2VisionModel-sdpa")[0].values[0])
+    model, x = model.double(), x.double()
+    with trained(model, method), torch.no_grad():
+        together = model(x, mask, shapes).pooler_output
+        counts = mask.sum(1).tolist()
+        alone = [model(x[i, None, :n], mask[i, None, :n], shapes[i, None]) for i, n in enumerate(counts)]
+    torch.testing.assert_close(together, torch.cat([out.pooler_output for out in alone]), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", MASKED)

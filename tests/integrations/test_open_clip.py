@@ -422,12 +422,28 @@ def test_a_text_does_not_depend_on_its_neighbours(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MASKED if name != "coca"])
 def test_more_padding_changes_nothing(name: str) -> None:
-    """As in the dense model. With r > 0 it decides how many of the tokens that leave are padding."""
+    """As in the dense model."""
     model, ids = prepared(name), texts()
     torch.testing.assert_close(encode(model, ids), encode(model, ids[:, :13]), rtol=0, atol=1e-5)
     with randomised(model, crossget.CrossGET(r=0, cross_token=True)) as attached:
         torch.testing.assert_close(encode(model, ids), encode(model, ids[:, :13]), rtol=0, atol=1e-5)
         assert attached.tokens["text"] == [14] * len(attached.towers["text"].blocks)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [crossget.CrossGET(3, ties="stable"), crossget.ToMe(crossget.Ratio(0.3)), crossget.Ward(2)],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", [name for name in MASKED if name != "coca"])
+def test_a_text_is_what_it_is_alone(name: str, method: Reducer) -> None:
+    """The lengths of the other texts of a batch change nothing."""
+    model, ids = prepared(name).double(), texts()
+    lengths = (ids != PAD).sum(1).tolist()
+    with randomised(model, method):
+        together = encode(model, ids)
+        alone = torch.cat([encode(model, row[None, :n]) for row, n in zip(ids, lengths, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["causal", "coca"])

@@ -233,6 +233,45 @@ def test_invariants(case: tuple[View, int], method: type[Merging], tied: bool) -
         torch.testing.assert_close(back[untouched], view.tokens[row, untouched], rtol=2e-2, atol=1e-6)
 
 
+METHODS = [
+    crossget.CrossGET(1), crossget.ToMe(1), crossget.Ward(1), crossget.Ward(1, importance="class_attention"),
+    crossget.Ward(1, matching="ward", key_stride=1), crossget.TopK(1), crossget.Random(1),
+    crossget.CrossGET(1, matching="bipartite", ensemble="normalized"), crossget.CrossGET(1, matching="random"),
+]  # fmt: skip
+
+
+@given(views(tied=True), st.sampled_from(METHODS))
+@settings(max_examples=150, deadline=None)
+def test_a_row_loses_what_it_loses_alone(case: tuple[Seen, int], reducer: Reducer) -> None:
+    view, r = case
+    reducer = reducer.resolved(TOWER)
+    view.tokens = view.keys.transpose(1, 2).flatten(2)  # which are exact, so that padding does not change any rounding
+    assert view.received is not None
+    out = reducer.reduce(view, r)
+    for row in range(len(view.tokens)):
+        mine = own(view, row)
+        guide = None if view.guide is None else torch.tensor([mine.index(i) if i in mine else 0 for i in view.guide])
+        several = (row + 1, *[-1] * 3)  # the random choice depends on the row
+        alone = View(
+            view.tokens[row, mine].expand(several[:3]), view.queries[row][:, mine].expand(several),
+            view.keys[row][:, mine].expand(several), view.received[row, mine].expand(several[:2]),
+            None if view.sizes is None else view.sizes[row, mine].expand(several[:2]),
+            view.protected[row, mine].expand(several[:2]), view.n_protected, None,
+            None if guide is None else guide[row].expand(row + 1),
+        )  # fmt: skip
+        found, count = reducer.reduce(alone, r), limit(view, r, row)
+        assert (found is None) == (count == 0)
+        if found is None or out is None:
+            continue
+        tokens, _, plan = out
+        assert [mine.index(i) for i in plan.source[row, :count].tolist()] == found[2].source[row].tolist()
+        stay = torch.isin(plan.kept[row], torch.tensor(mine))
+        torch.testing.assert_close(tokens[row, stay], found[0][row], rtol=2e-2, atol=1e-5)
+        index = plan.index[row, mine]
+        positions = torch.where(index < 0, index, (stay.long().cumsum(0) - 1)[index])
+        assert torch.equal(positions, found[2].index[row])
+
+
 @given(views(), st.sampled_from(["size", "normalized"]))
 @settings(max_examples=50, deadline=None)
 def test_constants_are_preserved(case: tuple[View, int], ensemble: Any) -> None:
@@ -327,8 +366,7 @@ def test_ward_equals_loops(matching: Any, case: tuple[Seen, int], by_attention: 
     for row in range(len(tokens)):
         at, count = own(view, row), limit(view, r, row)
         mine = [1.0] * len(at) if view.sizes is None else view.sizes[row, at].tolist()
-        total = sum(s for s, i in zip(mine, at, strict=True) if view.valid is None or view.valid[row, i])
-        attention = [total * float(a) for a in view.received[row, at]]
+        attention = [sum(mine) * float(a) for a in view.received[row, at]]
         masses = [s + a if by_attention else s for s, a in zip(mine, attention, strict=True)]
         image = reference.Image(
             view.tokens[row, at], mine, view.protected[row, at].tolist(), torch.empty(0), [],
