@@ -276,7 +276,8 @@ class TokenState:
     def full_grid(self, tokens: Tensor) -> Tensor:
         """[B, T0, C] one token for every input position, from reduced tokens [B, T, C].
 
-        The cross token is left out. A dropped token is replaced by the mean of the remaining tokens after the prefix.
+        The cross token is left out. A dropped token is replaced by the mean of the remaining tokens after the prefix,
+        without padding.
         """
         has_cross_token, length = self.forward.has_cross_token, self.forward.length
         if not self.reduced:
@@ -284,8 +285,12 @@ class TokenState:
         source = self.source[:, :length]
         if not self.has_dropped:
             return unmerge(tokens, source)
-        stop = size_of(tokens, 1) - int(has_cross_token)
-        return unmerge(tokens, source, tokens[:, self.forward.prefix : stop].mean(1, keepdim=True))
+        part = slice(self.forward.prefix, size_of(tokens, 1) - int(has_cross_token))
+        if self.valid is None:
+            return unmerge(tokens, source, tokens[:, part].mean(1, keepdim=True))
+        real = self.valid[:, part, None].to(tokens.dtype)
+        mean = (tokens[:, part] * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+        return unmerge(tokens, source, mean)
 
 
 def token_at(tokens: Tensor, position: Tensor | None) -> Tensor:

@@ -522,7 +522,8 @@ class TopK(Reducer):
             if r == 0:
                 return None
             view.score = _score(self, view, candidates)
-            order = view.score.masked_fill(candidates.protected, torch.inf).argsort(1)
+            own = None if candidates.padding is None else ~candidates.padding
+            order = candidates.argsort(view.score.masked_fill(candidates.protected, torch.inf), own=own)
             plan = candidates.plan(candidates.sources(order, r), None)
         tokens = take(view.tokens, plan.kept)
         return tokens, None if view.sizes is None else view.sizes.gather(1, plan.kept), plan

@@ -611,7 +611,7 @@ def test_padding_does_not_change_what_a_text_becomes() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [crossget.CrossGET(3, ties="stable"), crossget.ToMe(crossget.Ratio(0.3)), crossget.Ward(2)],
+    [crossget.CrossGET(3, ties="stable", importance="attention"), crossget.ToMe(crossget.Ratio(0.3)), crossget.Ward(2)],
     ids=repr,
 )
 def test_a_text_is_what_it_is_alone(method: Any) -> None:
@@ -623,7 +623,7 @@ def test_a_text_is_what_it_is_alone(method: Any) -> None:
         together = model(ids, mask).last_hidden_state
         for row, n in enumerate(lengths.tolist()):
             alone = model(ids[row, None, :n], mask[row, None, :n]).last_hidden_state
-            torch.testing.assert_close(together[row, None, :n], alone, rtol=0, atol=1e-9)
+            torch.testing.assert_close(together[row, None, :n], alone, rtol=0, atol=1e-6)
 
 
 # Training -----------------------------------------------------------------------------------------------------------

@@ -247,17 +247,19 @@ def test_a_row_loses_what_it_loses_alone(case: tuple[Seen, int], reducer: Reduce
     reducer = reducer.resolved(TOWER)
     view.tokens = view.keys.transpose(1, 2).flatten(2)  # which are exact, so that padding does not change any rounding
     assert view.received is not None
+    assert isinstance(view.guide, Tensor)
+    guides = [(own(view, row), int(guide)) for row, guide in enumerate(view.guide)]
+    view.guide = torch.tensor([guide if guide in mine else mine[0] for mine, guide in guides])  # no padding guides
     out = reducer.reduce(view, r)
     for row in range(len(view.tokens)):
         mine = own(view, row)
-        guide = None if view.guide is None else torch.tensor([mine.index(i) if i in mine else 0 for i in view.guide])
         several = (row + 1, *[-1] * 3)  # the random choice depends on the row
         alone = View(
             view.tokens[row, mine].expand(several[:3]), view.queries[row][:, mine].expand(several),
             view.keys[row][:, mine].expand(several), view.received[row, mine].expand(several[:2]),
             None if view.sizes is None else view.sizes[row, mine].expand(several[:2]),
             view.protected[row, mine].expand(several[:2]), view.n_protected, None,
-            None if guide is None else guide[row].expand(row + 1),
+            torch.tensor([mine.index(int(view.guide[row]))] * (row + 1)),
         )  # fmt: skip
         found, count = reducer.reduce(alone, r), limit(view, r, row)
         assert (found is None) == (count == 0)
