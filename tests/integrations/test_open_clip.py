@@ -19,6 +19,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from written_out import followed, on_the_grid
 
 import contract
 import crossget
@@ -301,11 +302,11 @@ def explicit(
         if reduced is not None:
             x, new_sizes, plan = reduced
             assert new_sizes is not None
-            sizes, source = new_sizes, plan.index.gather(1, source)
+            sizes, source = new_sizes, followed(source, plan)
             position, valid, protected = (part.gather(1, plan.kept) for part in (position, valid, protected))
             end = None if end is None else plan.index.gather(1, end[:, None])[:, 0]
         x = host.rest(block, x)
-    return take(x, source[:, :length])
+    return on_the_grid(x, source[:, :length], valid if tower.padding else None, tower.prefix, cross is not None)
 
 
 def no_padding(ids: Tensor) -> Tensor:

@@ -233,9 +233,11 @@ def test_invariants(case: tuple[View, int], method: type[Merging], tied: bool) -
         torch.testing.assert_close(back[untouched], view.tokens[row, untouched], rtol=2e-2, atol=1e-6)
 
 
+WARDS = [
+    crossget.Ward(1), crossget.Ward(1, importance="class_attention"), crossget.Ward(1, matching="ward", key_stride=1),
+]  # fmt: skip
 METHODS = [
-    crossget.CrossGET(1), crossget.ToMe(1), crossget.Ward(1), crossget.Ward(1, importance="class_attention"),
-    crossget.Ward(1, matching="ward", key_stride=1), crossget.TopK(1), crossget.Random(1),
+    crossget.CrossGET(1), crossget.ToMe(1), crossget.TopK(1), crossget.Random(1),
     crossget.CrossGET(1, matching="bipartite", ensemble="normalized"), crossget.CrossGET(1, matching="random"),
 ]  # fmt: skip
 
@@ -243,9 +245,21 @@ METHODS = [
 @given(views(tied=True), st.sampled_from(METHODS))
 @settings(max_examples=150, deadline=None)
 def test_a_row_loses_what_it_loses_alone(case: tuple[Seen, int], reducer: Reducer) -> None:
+    """Similarities are exact and often equal, so that padding changes no rounding, and would change the order of ties."""
+    check_alone(*case, reducer.resolved(TOWER))
+
+
+@given(views(), st.sampled_from([*WARDS, *METHODS]))
+@settings(max_examples=100, deadline=None)
+def test_a_row_without_ties_loses_what_it_loses_alone(case: tuple[Seen, int], reducer: Reducer) -> None:
     view, r = case
-    reducer = reducer.resolved(TOWER)
-    view.tokens = view.keys.transpose(1, 2).flatten(2)  # which are exact, so that padding does not change any rounding
+    view.tokens, view.keys, view.queries = view.tokens.double(), view.keys.double(), view.queries.double()
+    if isinstance(reducer, Merging) and reducer.matching != "random":
+        reducer = dataclasses.replace(reducer, ties="stable")  # two nearest neighbours tie
+    check_alone(view, r, reducer.resolved(TOWER))
+
+
+def check_alone(view: Seen, r: int, reducer: Reducer) -> None:
     assert view.received is not None
     assert isinstance(view.guide, Tensor)
     guides = [(own(view, row), int(guide)) for row, guide in enumerate(view.guide)]
