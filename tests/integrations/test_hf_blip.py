@@ -325,7 +325,7 @@ def explicit(
         protected, source = protected.gather(1, plan.kept), followed(source, plan)
         valid = None if valid is None else valid.gather(1, plan.kept)
         x = host.rest(block, x)
-    return x, on_the_grid(x, source[:, :length], valid, 1, cross is not None)
+    return x, on_the_grid(x, source[:, :length], valid, 0, cross is not None)
 
 
 WRITTEN = ["BlipVisionModel", "BlipTextModel", "BlipModel", "retrieval_itm", "question_answering"]

@@ -245,7 +245,7 @@ METHODS = [
 @given(views(tied=True), st.sampled_from(METHODS))
 @settings(max_examples=150, deadline=None)
 def test_a_row_loses_what_it_loses_alone(case: tuple[Seen, int], reducer: Reducer) -> None:
-    """Similarities are exact and often equal, so that padding changes no rounding, and would change the order of ties."""
+    """Similarities are exact and often equal: padding cannot change a rounding, and must not change how ties break."""
     check_alone(*case, reducer.resolved(TOWER))
 
 
