@@ -14,7 +14,7 @@ def followed(source: Tensor, plan: MergePlan) -> Tensor:
 
 
 def on_the_grid(x: Tensor, source: Tensor, valid: Tensor | None, prefix: int, cross_token: bool) -> Tensor:
-    """[B, T0, C] the tokens [B, T, C] at `source` [B, T0]; at dropped ones, the mean of real tokens after the prefix."""
+    """[B, T0, C] the tokens [B, T, C] at `source` [B, T0]; at dropped ones the mean of real tokens after the prefix."""
     part = slice(prefix, x.shape[1] - int(cross_token))
     real = torch.ones_like(x[:, part, :1]) if valid is None else valid[:, part, None].to(x.dtype)
     mean = (x[:, part] * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
