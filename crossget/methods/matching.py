@@ -180,7 +180,8 @@ class Candidates:
         """
         if self.ties == "stable":
             return torch.sort(values, dim=1, descending=descending, stable=True).indices
-        if own is None or values.device.type != "cpu" or torch.compiler.is_compiling():
+        fixed = torch.compiler.is_compiling() or torch._C._is_tracing()  # then lengths are not known
+        if own is None or values.device.type != "cpu" or fixed:
             return torch.argsort(values, dim=1, descending=descending)
         # How a CPU orders equal values depends on their number. So the rows of each length are sorted alone.
         order, counts = torch.sort((~own).long(), dim=1, stable=True).indices, own.sum(1)
