@@ -104,7 +104,7 @@ class Candidates:
         if self.lengths is None:
             return None
         most = (self.lengths - self.n_protected).clamp(min=0) // 2
-        return most.clamp(max=r) if self.wanted is None else torch.minimum(most, self.wanted)
+        return (most if self.wanted is None else torch.minimum(most, self.wanted)).clamp(max=r)
 
     def sources(self, order: Tensor, r: int) -> Tensor:
         """[B, r] the first tokens of `order` [B, N], as many as each row loses, followed by padding."""

@@ -173,8 +173,8 @@ def as_int(value: Any) -> int | None:
 def by_length(schedule: Schedule, layer: int, depth: int, tokens: int, n_protected: int) -> list[int] | None:
     """How many tokens a row loses in block `layer`, by its number of tokens without padding: 0, 1, .., `tokens`.
 
-    A batch has one number of columns. So a longer row never keeps fewer tokens than a shorter one: where a schedule
-    asks for that, the longer row loses fewer.
+    A batch has one number of columns. So a longer row never keeps fewer tokens than a shorter one, and a shorter one
+    never loses more than the longest: where a schedule asks for either, the row loses fewer. The schedules here do not.
 
     Args:
         schedule: how many tokens each block should remove.
