@@ -23,6 +23,7 @@ from crossget.core.adapters import (
 
 # Paths from a module to the list of blocks that it runs. They differ between versions.
 _BLOCK_PATHS = ("encoder.layers", "encoder.layer", "layers", "layer")
+_PREPARE = transformers.GenerationMixin.prepare_inputs_for_generation
 # The names of the blocks' mask arguments. Some versions check the shape of a mask, others cut it to the number of keys.
 MASKS = ("attention_mask", "causal_attention_mask")
 
@@ -124,6 +125,8 @@ def prompt(model: Any, parts: Any, features: Callable[[Mapping[str, Any]], Featu
         input_embeddings=model.get_input_embeddings,
         features=features,
         pad=_setting(model.config, "pad_token_id") or 0,
+        # Before 5.0, pixels are forwarded with the first token of a conversation only.
+        images_after_cache="is_first_iteration" in inspect.signature(_PREPARE).parameters,
     )
 
 

@@ -207,6 +207,7 @@ class Prompt:
         input_embeddings: a function without arguments that returns the token embedding of the language model.
         features: a function from a call's arguments, by name, to the `Features` of its images.
         pad: id of the padding token.
+        images_after_cache: `generate` takes images beside a filled cache.
     """
 
     models: Sequence[nn.Module]
@@ -214,6 +215,12 @@ class Prompt:
     input_embeddings: Callable[[], nn.Module]
     features: Callable[[Mapping[str, Any]], Features]
     pad: int = 0
+    images_after_cache: bool = True
+
+    @property
+    def fill(self) -> int:
+        """Id of the token that shorter rows are filled up with. It is no placeholder, whatever `pad` is."""
+        return self.pad if self.pad != self.placeholder else int(self.pad == 0)
 
 
 class Prefilled(NamedTuple):
@@ -392,16 +399,8 @@ class Tower:
         return self.text is not None and self.text.single_token
 
     def n_reserved(self, cross_token: bool) -> int:
-        """The number of tokens of a row that are never removed.
-
-        These are the protected ones and, in padded texts, one padding token and one other token.
-        """
-        return self.prefix + len(self.fixed) + int(cross_token) + int(self.has_end) + self.n_kept
-
-    @property
-    def n_kept(self) -> int:
-        """The number of unprotected tokens that stay: in texts that may be padded, one of padding and one other."""
-        return 2 * int(self.padding and self.text is not None)
+        """The number of tokens of a row that are never removed: the protected ones."""
+        return self.prefix + len(self.fixed) + int(cross_token) + int(self.has_end)
 
 
 def _holds(value: Any) -> bool:

@@ -28,7 +28,7 @@ from crossget.core.block_class import argument_names, unwrap, wrap
 from crossget.core.carried import ThreadValue
 from crossget.core.connector import AttachedConnector, ConnectorRecord
 from crossget.core.decoder_tower import cached_tokens
-from crossget.core.image_prompts import _PADDING_VALUES, _first_given, _padding, _shift_limits, _with_prompt
+from crossget.core.image_prompts import _PADDING_VALUES, _first_given, _outer, _shift_limits, _with_prompt
 
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches")
 _RECORD = "_crossget_prompt"
@@ -566,6 +566,12 @@ def _like(before: Any, entries: tuple[Tensor, ...]) -> Any:
     if len({len(entry) for entry in entries}) == 1:
         return torch.stack(entries).reshape(*before.shape[:-2], -1, before.shape[-1])
     return torch.cat(entries)[None]
+
+
+def _padding(arguments: Mapping[str, Any], like: Tensor) -> Tensor:
+    """[B, T] true for the columns that the attention mask hides at the start and at the end of each row."""
+    mask = arguments.get("attention_mask")
+    return torch.zeros_like(like) if mask is None else _outer(mask[:, -like.shape[1] :].to(like.device) != 0)
 
 
 def record_of(cache: Any) -> PromptRecord | None:

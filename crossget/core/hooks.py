@@ -29,7 +29,7 @@ from crossget.core.adapters import IntermediatesHook, Prompt, SingleTokenOutput,
 from crossget.core.block_class import argument_names, has_own_forward, unwrap, wrap
 from crossget.core.connector_prompts import ConnectorPrompts
 from crossget.core.decoder_tower import cached_tokens, first_token
-from crossget.core.image_prompts import around_generate, before_forward
+from crossget.core.image_prompts import after_forward, around_generate, before_forward
 from crossget.core.state import HostOutputs
 from crossget.core.tower import AttachedTower
 from crossget.methods.indexing import size_of
@@ -104,6 +104,7 @@ def _wrap_prompts(attached: AttachedTower, prompt: Prompt, connector: ConnectorP
     for model in prompt.models:
         hook = partial(before_forward, prompt, attached, argument_names(type(model).forward))
         undo.append(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        undo.append(model.register_forward_hook(partial(after_forward, attached), with_kwargs=True).remove)
     outer: Any = prompt.models[0]
     if hasattr(outer, "generate"):
         names = argument_names(type(outer).generate)

@@ -57,13 +57,13 @@ class LoopMerge(Merge):
 
     def __init__(
         self, tokens: Tensor, state: TokenState, r: int, depth: int,
-        next_block: Callable[[int, Tensor, TokenState], tuple[Tensor, int]] | None = None,
+        next_block: Callable[[int, Tensor, TokenState], tuple[Tensor, int, Tensor | None]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(tokens, state, r)
         self.layer, self.depth, self.next_block = 0, depth, next_block
         self._stream: Tensor | None = None  # the tokens after the last residual
         self._scaled: list[Tensor] = []  # these tokens, normalised or scaled
-        self._next_r = 0
+        self._next: tuple[int, Tensor | None] = (0, None)
         self._ended = False  # the tokens are those that the next block gets
 
     @property
@@ -102,7 +102,8 @@ class LoopMerge(Merge):
         """The tokens that the next block gets, from the last sum of this block."""
         self._ended = True
         if self.next_block is not None:
-            tokens, self._next_r = self.next_block(self.layer + 1, tokens, self.state)
+            tokens, r, by_length = self.next_block(self.layer + 1, tokens, self.state)
+            self._next = r, by_length
         self._stream, self._scaled = tokens, []
         return tokens
 
@@ -115,7 +116,8 @@ class LoopMerge(Merge):
             )
         if not self._ended:
             self._end_block(self._stream)
-        self.layer, self.tokens, self.r = self.layer + 1, size_of(self._stream, 1), self._next_r
+        self.layer, self.tokens = self.layer + 1, size_of(self._stream, 1)
+        self.r, self.by_length = self._next
         self.residual_inputs = [self._stream, *self._scaled]
         self.attention_seen = self.softmax_seen = self.residual_seen = self._ended = False
         self._softmax_next = self._values_next = False
@@ -126,9 +128,9 @@ class AttachedLoop(AttachedTower):
     """A tower whose blocks run in a loop, with the reducer that is attached to it."""
 
     def _watch(self, tokens: Tensor, state: TokenState, block_call: BlockCall) -> Merge:
-        record, schedule = state.forward.record, state.forward.reducer.schedule
+        record = state.forward.record
 
-        def next_block(layer: int, tokens: Tensor, state: TokenState) -> tuple[Tensor, int]:
+        def next_block(layer: int, tokens: Tensor, state: TokenState) -> tuple[Tensor, int, Tensor | None]:
             count = size_of(tokens, 1)
             record.tokens[layer] = count
             if record.blocks is not None:
@@ -136,9 +138,11 @@ class AttachedLoop(AttachedTower):
             if state.has_cross_token:
                 token = self.make_cross_token(tokens[:, -1], record, layer)
                 tokens = torch.cat([tokens[:, :-1], token[:, None]], 1)
-            return tokens, schedule.removed(layer, self.depth, count)
+            return tokens, *self._wanted(state, layer, count)
 
-        return LoopMerge(tokens, state, block_call.r, self.depth, next_block)
+        watch = LoopMerge(tokens, state, block_call.r, self.depth, next_block)
+        watch.by_length = block_call.by_length
+        return watch
 
     def _finish(self, out: Any, block_call: BlockCall, layer: int) -> None:
         super()._finish(out, block_call, self.depth - 1)

@@ -41,7 +41,10 @@ class Merge(Watch):
         state: of the tokens; after the reduction, of the remaining ones.
         reducer: the method.
         score: [B, T] the importance scores that the reducer used; None before, or if it used none.
+        by_length: [T + 1] number of tokens that a row loses, by its number of tokens without padding; None: `r`.
     """
+
+    by_length: Tensor | None = None
 
     def __init__(self, tokens: Tensor, state: TokenState, r: int) -> None:
         super().__init__(tokens, *self.sizes(tokens, state))
@@ -131,12 +134,12 @@ class Merge(Watch):
                 bias = bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
                 bias = bias if bias.shape[2] == 1 else self._scored_rows(bias)
             scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
-            self._received.append(attention_received(self._scored_rows(queries), keys, bias, scale))
+            self._received.append(attention_received(self._scored_rows(queries), keys, bias, scale, self.state.valid))
 
     def on_probabilities(self, probabilities: Tensor) -> None:
         if self._wants_attention:
             heads = self.by_head(probabilities.detach())
-            self._received.append(by_attention(self._scored_rows(heads).float()).mean(1))
+            self._received.append(by_attention(self._scored_rows(heads).float(), self.state.valid).mean(1))
 
     @property
     def _wants_attention(self) -> bool:
@@ -208,6 +211,9 @@ class Merge(Watch):
         """The input of the reducer. The queries and keys are not kept."""
         state, forward = self.state, self.state.forward
         queries, keys = self._queries, self._keys
+        wanted = None
+        if state.valid is not None and self.by_length is not None:
+            wanted = self.by_length[(state.valid | state.protected).sum(1)]
         received = torch.stack(self._received).mean(0) if self._received else None
         self._queries, self._keys, self._received = [], [], []
         return View(
@@ -221,7 +227,7 @@ class Merge(Watch):
             state.valid,
             (size_of(total, 1) - 1 if forward.has_cross_token else None) if state.end is None else state.end,
             relevance=forward.relevance,
-            n_kept=forward.n_kept,
+            wanted=wanted,
         )
 
 

@@ -120,7 +120,6 @@ class Forward:
         prefix: number of leading tokens that are protected.
         fixed: positions of other tokens that are protected, from 0.
         n_protected: the largest number of protected tokens in a row.
-        n_kept: number of unprotected tokens in a row that stay, see `crossget.methods.reducers.View`.
         causal: a token attends to itself and earlier tokens only.
         class_token: the first token is a class token, and the cross token starts as its copy.
         padding: a mask of the attention may hide padding.
@@ -132,14 +131,13 @@ class Forward:
     def __init__(
         self, owner: Any, reducer: Reducer, depth: int, length: int, *, prefix: int, causal: bool, class_token: bool,
         padding: bool, has_end: bool, outputs: HostOutputs, relevance: Relevance | None = None,
-        fixed: Sequence[int] = (), n_kept: int = 0,
+        fixed: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.owner, self.reducer, self.depth, self.length = owner, reducer, depth, length
         self.has_cross_token = bool(reducer.cross_token)
         self.prefix, self.causal, self.class_token, self.padding = prefix, causal, class_token, padding
         self.fixed = tuple(position % length for position in fixed)
         self.n_protected = prefix + len(self.fixed) + int(self.has_cross_token) + int(has_end)
-        self.n_kept = n_kept
         self.outputs = outputs
         self.relevance = relevance
         self.record = ForwardRecord()
@@ -244,7 +242,7 @@ class TokenState:
             sizes=sizes,
             norms=norms,
             weights=None if self.weights is None or share is None else self.weights * share.gather(1, index),
-            has_dropped=self.has_dropped or plan.destination is None,
+            has_dropped=self.has_dropped or plan.destination is None or plan.dropped is not None,
             reduced=True,
         )
 
@@ -278,7 +276,8 @@ class TokenState:
     def full_grid(self, tokens: Tensor) -> Tensor:
         """[B, T0, C] one token for every input position, from reduced tokens [B, T, C].
 
-        The cross token is left out. A dropped token is replaced by the mean of the remaining tokens after the prefix.
+        The cross token is left out. A dropped token is replaced by the mean of the remaining tokens after the prefix,
+        without padding.
         """
         has_cross_token, length = self.forward.has_cross_token, self.forward.length
         if not self.reduced:
@@ -286,8 +285,12 @@ class TokenState:
         source = self.source[:, :length]
         if not self.has_dropped:
             return unmerge(tokens, source)
-        stop = size_of(tokens, 1) - int(has_cross_token)
-        return unmerge(tokens, source, tokens[:, self.forward.prefix : stop].mean(1, keepdim=True))
+        part = slice(self.forward.prefix, size_of(tokens, 1) - int(has_cross_token))
+        if self.valid is None:
+            return unmerge(tokens, source, tokens[:, part].mean(1, keepdim=True))
+        real = self.valid[:, part, None].to(tokens.dtype)
+        mean = (tokens[:, part] * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+        return unmerge(tokens, source, mean)
 
 
 def token_at(tokens: Tensor, position: Tensor | None) -> Tensor:

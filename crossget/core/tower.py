@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -52,7 +53,7 @@ from crossget.core.updates import Updates
 from crossget.core.watch import SDPA
 from crossget.methods.indexing import size_of, take
 from crossget.methods.reducers import Reducer
-from crossget.methods.schedules import RampedRatio, Ratio, planned_tokens
+from crossget.methods.schedules import RampedRatio, Ratio, by_length, planned_tokens
 
 TextEnds = tuple[int, "Tensor | None", "Tensor | None"]
 """Number of texts B; [B] index of each end-of-text token (None: the tower has none); [B, T] false for padding (None:
@@ -65,6 +66,7 @@ class BlockCall:
     Attributes:
         state: of the tokens before the block.
         r: number of tokens to remove.
+        by_length: [T + 1] see `crossget.core.reduction.Merge`.
         output_form: what the block returns to the host.
         input_is_full_grid: the block's input is the full grid, and its tokens are the rows at `state.positions`.
         cross_token: [B, C] the cross token for this block; None: the method has none.
@@ -87,10 +89,11 @@ class BlockCall:
     hidden_cross_token: Tensor | None = None
 
     def __init__(
-        self, state: TokenState, r: int, output_form: OutputForm, *, input_is_full_grid: bool = False,
-        cross_token: Tensor | None = None, appends_cross_token: bool = False, class_token_only: bool = False,
+        self, state: TokenState, r: int, output_form: OutputForm, *, by_length: Tensor | None = None,
+        input_is_full_grid: bool = False, cross_token: Tensor | None = None, appends_cross_token: bool = False,
+        class_token_only: bool = False,
     ) -> None:  # fmt: skip
-        self.state, self.r, self.output_form = state, r, output_form
+        self.state, self.r, self.by_length, self.output_form = state, r, by_length, output_form
         self.input_is_full_grid = input_is_full_grid
         self.cross_token, self.appends_cross_token = cross_token, appends_cross_token
         self.class_token_only = class_token_only
@@ -111,11 +114,13 @@ class AttachedTower:
             default.
         caller: the frame of the call that set `outputs`, where an interruption can end that call unnoticed.
         generating: the host's `generate` runs.
+        identity: tells this tower from others, see `crossget.core.image_prompts`. Copies have the same one.
     """
 
     def __init__(self, tower: Tower, reducer: Reducer) -> None:
         self.tower = tower
         self.handed_over = HandedOver()
+        self.identity = uuid.uuid4().hex
         self._records: ThreadValue[ForwardRecord] = ThreadValue()
         self._latest_record = ForwardRecord()
         self.recording = False
@@ -382,7 +387,7 @@ class AttachedTower:
             self, reducer, self.depth, length, prefix=tower.prefix, causal=tower.causal,
             class_token=tower.class_token, padding=tower.padding, has_end=end is not None,
             outputs=info.outputs or self.default_outputs(reducer), relevance=self._relevance(batch),
-            fixed=tower.fixed, n_kept=tower.n_kept,
+            fixed=tower.fixed,
         )  # fmt: skip
         if self.recording and not torch.compiler.is_compiling():
             forward.record.blocks = {}
@@ -439,9 +444,18 @@ class AttachedTower:
         class_token_only = is_last and forward.outputs.class_token_only and not state.unmodified
         if class_token_only:
             forward.record.class_token_only = True
-        tokens = size_of(state.positions, 1)
-        r = 0 if class_token_only else forward.reducer.schedule.removed(layer, forward.depth, tokens)
-        return BlockCall(state, r, output_form, class_token_only=class_token_only, **inputs)
+        r, by_length = (0, None) if class_token_only else self._wanted(state, layer, size_of(state.positions, 1))
+        return BlockCall(state, r, output_form, by_length=by_length, class_token_only=class_token_only, **inputs)
+
+    def _wanted(self, state: TokenState, layer: int, tokens: int) -> tuple[int, Tensor | None]:
+        """How many of a block's tokens the schedule asks to remove: `BlockCall.r` and `BlockCall.by_length`."""
+        forward, schedule = state.forward, state.forward.reducer.schedule
+        # In the first block, padding may be found when the attention gets its mask.
+        if forward.padding and (state.valid is not None or layer == 0):
+            counts = by_length(schedule, layer, forward.depth, tokens, forward.n_protected)
+            if counts is not None:
+                return counts[tokens], torch.tensor(counts, device=state.positions.device)
+        return schedule.removed(layer, forward.depth, tokens), None
 
     def _finish(self, out: Any, block_call: BlockCall, layer: int) -> None:
         """Write the record, and set the state for the next block on what the block returns."""
@@ -560,7 +574,9 @@ class AttachedTower:
         if block_call.class_token_only:
             return ClassTokenOnly(tokens, state)
         merge = self.tower.layout.merge
-        return (with_tables(merge) if self.tower.makes_tables else merge)(tokens, state, block_call.r)
+        watch = (with_tables(merge) if self.tower.makes_tables else merge)(tokens, state, block_call.r)
+        watch.by_length = block_call.by_length
+        return watch
 
     def _skip(self, tokens: Tensor, state: TokenState, block_call: BlockCall) -> Any:
         """Return the block's input as its output, without computing the block."""

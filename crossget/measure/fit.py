@@ -280,7 +280,8 @@ class _Search:
         if len(model.entered) != depth:
             raise ValueError(f"tower {model.name!r} did not run on these inputs: give inputs that reach it")
         n_tokens = model.entered[0]
-        n_reserved = self.count_reserved(tower.n_reserved(bool(cross_token)), n_tokens)
+        n_reserved = tower.n_reserved(bool(cross_token))
+        self.check_reserved(n_reserved, n_tokens)
         if n_tokens - n_reserved < 2:
             raise ValueError(
                 f"tower {model.name!r} has {n_tokens} tokens, of which {n_reserved} always stay: nothing can be "
@@ -300,17 +301,13 @@ class _Search:
             RampedFamily(self.space) if self.simple == "ramped" else Family(self.space, constant_weights(self.space))
         )
 
-    def count_reserved(self, least: int, n_tokens: int) -> int:
-        """How many tokens always stay, seen in a forward that removes as many as possible.
-
-        Padding adds two to the `least`: one of the padding tokens and one of the others always stay.
-        """
+    def check_reserved(self, n_reserved: int, n_tokens: int) -> None:
+        """Raise a RuntimeError unless `n_reserved` tokens stay in a forward that removes as many as possible."""
         depth = self.model.tower.depth
         self.run_model([n_tokens] * depth)
-        for n_reserved in (least, least + 2):
-            tokens = planned_tokens(PerLayer((n_tokens,) * depth), depth, n_tokens, n_reserved)
-            if tokens[:-1] == self.model.entered:
-                return n_reserved
+        tokens = planned_tokens(PerLayer((n_tokens,) * depth), depth, n_tokens, n_reserved)
+        if tokens[:-1] == self.model.entered:
+            return
         raise RuntimeError(
             f"tower {self.model.name!r} ran its blocks on {self.model.entered} tokens, unlike planned: its number of "
             "tokens depends on more than the schedule"

@@ -44,14 +44,9 @@ def _cosines(
 
 
 @triton.jit
-def _groups(protected, valid, protected_t, valid_t, t, T):
-    """The group of each token. Tokens are matched within a group only, and those of group -1 are not matched."""
-    blocked = tl.load(protected + t * protected_t, mask=t < T, other=1).to(tl.int32)
-    group = -blocked
-    if valid is not None:
-        good = tl.load(valid + t * valid_t, mask=t < T, other=0).to(tl.int32)
-        group = tl.where(blocked != 0, -1, good)
-    return group
+def _groups(protected, protected_t, t, T):
+    """0 for tokens that are matched, -1 for others."""
+    return -tl.load(protected + t * protected_t, mask=t < T, other=1).to(tl.int32)
 
 
 @triton.jit
@@ -62,8 +57,8 @@ def _load(keys, norms, group, keys_t, t, T):
 
 
 def row_max(
-    keys, norms, protected, valid, best, group, is_source, T, bucket, keys_b, keys_t, protected_b, protected_t, valid_b,
-    valid_t, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    keys, norms, protected, best, group, is_source, T, bucket, keys_b, keys_t, protected_b, protected_t,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """best [B, T]: the largest similarity of each token. Also sets `group`, and `is_source` to 0."""
     tiles = tl.cdiv(T, BLOCK_M)
@@ -72,19 +67,17 @@ def row_max(
     keys += b * keys_b
     norms += b * T
     protected += b * protected_b
-    if valid is not None:
-        valid += b * valid_b
     # Rows beyond the end load the last token, so that the inner loop needs no mask. They are not matched, as their
     # group is -1.
     row = keys + tl.minimum(i, T - 1).to(tl.int64) * keys_t
     row_norm = tl.load(norms + i, mask=i < T, other=1.0)
-    row_group = _groups(protected, valid, protected_t, valid_t, i, T)
+    row_group = _groups(protected, protected_t, i, T)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     for start in range(0, T, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         column = keys + tl.minimum(j, T - 1).to(tl.int64) * keys_t
         column_norm = tl.load(norms + j, mask=j < T, other=1.0)
-        column_group = _groups(protected, valid, protected_t, valid_t, j, T)
+        column_group = _groups(protected, protected_t, j, T)
         s = _cosines(row, column, row_norm, column_norm, C, BLOCK_M, BLOCK_N, BLOCK_K)
         allowed = (row_group[:, None] == column_group[None, :]) & (row_group[:, None] >= 0)
         allowed = allowed & (i[:, None] != j[None, :])
@@ -200,7 +193,7 @@ def push(
 ):  # fmt: skip
     """out [B, N + R, C]: the gradient of `pull`. The first N programs are those of kept tokens, the others of sources.
 
-    A token is kept or a source, so every row of `out` is written once.
+    A token is kept or a source, so every row of `out` is written once. A dropped source has no destination, and gets 0.
     """
     slot = tl.program_id(0) % (N + R)
     b = (tl.program_id(0) // (N + R)).to(tl.int64)
@@ -217,7 +210,7 @@ def push(
         n = tl.load(new_destination + b * new_destination_b + slot - N)
         t = tl.load(source + b * source_b + slot - N)
         share = tl.load(taken + b * taken_b + slot - N)
-    row = tl.load(grad + b * grad_b + n * grad_n + c, mask=c < C, other=0.0).to(tl.float32)
+    row = tl.load(grad + b * grad_b + n * grad_n + c, mask=(c < C) & (n >= 0), other=0.0).to(tl.float32)
     tl.store(out + (b * (N + R) + t) * C + c, (share * row).to(out.dtype.element_ty), mask=c < C)
 
 
@@ -246,7 +239,7 @@ _FLAT = _tiles((16, 128, 64, 4, 4), (32, 128, 64, 4, 3), (64, 64, 64, 4, 4), (16
 
 def _tuned(function, configs, key):
     # Not specialised, as _VARYING.
-    names = ["T", "R", "bucket", "r_bucket", "protected_b", "valid_b", "importance_b"]
+    names = ["T", "R", "bucket", "r_bucket", "protected_b", "importance_b"]
     kernel = triton.jit(do_not_specialize=[name for name in names if name in function.__code__.co_varnames])(function)
     if not isinstance(kernel, triton.JITFunction):
         # Triton's interpreter, where time has no meaning: small tiles, so that small inputs need several.

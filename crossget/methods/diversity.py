@@ -155,7 +155,7 @@ def _plan(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, boo
             the new gains [B, T].
     """
     tokens = size_of(view.tokens, 1)
-    r = min(r, tokens - view.n_protected - view.n_kept)
+    r = min(r, tokens - view.n_protected - 1)
     if r <= 0:
         return None
     chosen = torch.zeros_like(view.protected)

@@ -35,7 +35,7 @@ def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
     return torch.bmm(query, keys.transpose(1, 2)).squeeze(1) * (inverse_norms / norm)
 
 
-def by_attention(weights: Tensor) -> Tensor:
+def by_attention(weights: Tensor, valid: Tensor | None = None) -> Tensor:
     """The attention that each token receives: from all queries but the last on average, plus that from the last query.
 
     The last token is the cross token, if there is one. Without one, the query of an ordinary last token gets the same
@@ -43,6 +43,8 @@ def by_attention(weights: Tensor) -> Tensor:
 
     Args:
         weights: [.., T, T] attention probabilities (query, key).
+        valid: [B, T] false for padding, whose queries do not count; `weights` is then [B, .., T, T]. None: there is
+            none.
 
     Returns:
         [.., T].
@@ -51,10 +53,16 @@ def by_attention(weights: Tensor) -> Tensor:
     """
     if weights.shape[-2] == 1:
         return weights[..., 0, :]
+    if valid is not None:
+        place = valid.cumsum(1)
+        last = valid & (place == place[:, -1:])
+        share = (valid & ~last).to(weights.dtype) / (place[:, -1:] - 1).clamp(min=1) + last.to(weights.dtype)
+        share = share.view(len(share), *(1,) * (weights.dim() - 2), -1)
+        return (share @ weights).squeeze(-2)
     return weights[..., :-1, :].mean(-2) + weights[..., -1, :]
 
 
-def by_class_attention(attention: Tensor, sizes: Tensor) -> Tensor:
+def by_class_attention(attention: Tensor, sizes: Tensor, valid: Tensor | None = None) -> Tensor:
     """log(1 + a / s): a is the class token's attention to a token, s is the token's size over the sum of all sizes.
 
     `matching.ward` and `merging.normalized` weight a token by its mass, size * exp(score). With this score the mass is
@@ -66,14 +74,18 @@ def by_class_attention(attention: Tensor, sizes: Tensor) -> Tensor:
         attention: [B, T] attention probabilities of the class token's query, averaged over heads, computed with
             log(size) added to the attention scores.
         sizes: [B, T] number of input tokens that each token stands for.
+        valid: [B, T] false for padding, whose sizes do not count; None: there is none.
 
     Returns:
         [B, T], at least 0.
     """
-    return (attention * (sizes.sum(1, keepdim=True) / sizes)).log1p()
+    total = (sizes if valid is None else sizes * valid).sum(1, keepdim=True)
+    return (attention * (total / sizes)).log1p()
 
 
-def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def attention_received(
+    queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, valid: Tensor | None = None
+) -> Tensor:
     """`by_attention`, averaged over heads, for a fused attention, which does not return its probabilities.
 
     The [B, H, T, T] probabilities are computed again and reduced to one number per token, a few heads at a time. On a
@@ -85,6 +97,7 @@ def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale
         bias: [B or 1, H or 1, T or 1, T] additive mask plus log(size), added to the attention scores; None for
             neither.
         scale: factor of the attention scores.
+        valid: [B, T] false for padding, as in `by_attention`.
 
     Returns:
         [B, T] in float32 or float64.
@@ -93,13 +106,14 @@ def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale
     eager_cpu = queries.device.type == "cpu" and not torch.compiler.is_compiling()
     limit = _CPU_SCORES if eager_cpu else _MAX_SCORES
     if batch * heads * tokens**2 <= limit:  # Compared first: the code below would fix sizes in a compiled graph.
-        return _received(queries, keys, bias, scale) / heads
+        return _received(queries, keys, bias, scale, valid) / heads
     at_once = max(1, limit // tokens**2)
     rows, heads_at_once = max(1, at_once // heads), min(heads, at_once)
     received = []
     for row in range(0, batch, rows):
         parts = [(slice(row, row + rows), slice(h, h + heads_at_once)) for h in range(0, heads, heads_at_once)]
-        sums = [_received(queries[part], keys[part], _part(bias, *part), scale) for part in parts]
+        real = None if valid is None else valid[row : row + rows]
+        sums = [_received(queries[part], keys[part], _part(bias, *part), scale, real) for part in parts]
         received.append(functools.reduce(torch.add, sums) / heads)
     return received[0] if len(received) == 1 else torch.cat(received)
 
@@ -128,13 +142,13 @@ def by_text(cosines: Tensor, free: Tensor) -> Tensor:
 _CPU_SCORES, _MAX_SCORES = 1 << 20, 1 << 27
 
 
-def _received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, valid: Tensor | None) -> Tensor:
     """[B, T] attention received, summed over heads."""
     scores = (queries * scale) @ keys.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
     wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    return by_attention(wide.softmax(-1)).sum(1)
+    return by_attention(wide.softmax(-1), valid).sum(1)
 
 
 def _part(bias: Tensor | None, rows: slice, heads: slice) -> Tensor | None:

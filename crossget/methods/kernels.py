@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,7 +63,11 @@ def disabled() -> Iterator[None]:
 
 
 def complete_graph(
-    keys: Tensor, protected: Tensor, valid: Tensor | None, r: int, importance: Tensor | None
+    keys: Tensor,
+    protected: Tensor,
+    r: int,
+    importance: Tensor | None,
+    pick: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`matching.complete_graph` with `ties="stable"`, without any [T, T] matrix in memory.
 
@@ -77,9 +81,9 @@ def complete_graph(
     Args:
         keys: [B, T, C] float32, float16 or bfloat16, of any norm and strides; copied unless channels are contiguous.
         protected: [B, T] true for tokens that are neither source nor destination.
-        valid: [B, T] false for padding, which is matched with padding only; None: there is no padding.
         r: number of sources, at most `Candidates.limit(r)`.
         importance: [B, T] scores; None: the choice of sources uses none.
+        pick: `Candidates.sources`, for rows with padding, whose tokens are protected; None: there is no padding.
 
     Returns:
         Sources [B, r] in the order in which they were picked, and their destinations [B, r].
@@ -102,14 +106,14 @@ def complete_graph(
 
     with _launching, _device_of(keys):
         kernels.row_max[tiles(tokens)](
-            keys, norms, protected, valid, best, group, is_source, tokens, bucket, *strides, *protected.stride(),
-            *((0, 0) if valid is None else valid.stride()), channels,
+            keys, norms, protected, best, group, is_source, tokens, bucket, *strides, *protected.stride(), channels,
         )  # fmt: skip
         kernels.priority[tiles(tokens)](
             keys, norms, best, group, importance, priority, tokens, bucket, *strides,
             *((0, 0) if importance is None else importance.stride()), channels,
         )  # fmt: skip
         source = torch.topk(priority, r, dim=1, largest=False, sorted=True).indices
+        source = source if pick is None else pick(source, r)
         is_source.scatter_(1, source, 1)
         destination = torch.empty_like(source)
         kernels.nearest[tiles(r)](
@@ -138,7 +142,7 @@ def pull(
         source: [B, r] positions of the tokens that are removed.
         destination: [B, r] position of the token that each source is merged into. Not used, as it is equal to `kept`
             at `new_destination`.
-        new_destination: [B, r] position of each destination among the kept tokens.
+        new_destination: [B, r] position of each destination among the kept tokens; -1 for a source that is dropped.
         taken: [B, r] float32, the weight of each source.
         given: [B, r] float32, the weight that its destination loses.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crossget.methods import kernels
 from crossget.methods.indexing import size_of, take
-from crossget.methods.pairs import ALL, BUDGET, Similarity, Square, Tiles, bands, symmetric, unlike
+from crossget.methods.pairs import ALL, BUDGET, Similarity, Square, Tiles, bands, symmetric
 
 Ties = Literal["torch", "stable"]
 
@@ -28,16 +28,20 @@ class Candidates:
 
     Args:
         vectors: [B, T, C] the vectors that tokens are compared by, of any norm and dtype; usually keys.
-        protected: [B, T] true for tokens that are neither source nor destination.
+        protected: [B, T] true for tokens that are neither source nor destination. The attribute is true for padding,
+            too.
         n_protected: the largest number of protected tokens in a row. It is one int for all rows, so that shapes are
             static.
-        valid: [B, T] false for padding, which is matched with padding only. None: there is no padding.
+        valid: [B, T] false for padding, which is never matched. None: there is no padding.
         ties: how equal similarities are ranked, see `complete_graph`.
         seed: seed of the random matching.
         budget: number of similarities that are in memory at a time.
         sizes: [B, T] number of input tokens that each token stands for; None: all are 1.
-        n_kept: number of other tokens that stay. With padding it is at least 2: one destination among the padding and
-            one among the other tokens, as the two are never matched with each other.
+        wanted: [B] number of tokens to remove from each row with padding; None: the same number as from all.
+
+    Attributes:
+        padding: [B, T] true for padding that can be dropped; None: there is none.
+        lengths: [B] number of tokens of each row without that padding; None: T.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class Candidates:
         seed: int = 0,
         budget: int = BUDGET,
         sizes: Tensor | None = None,
-        n_kept: int = 0,
+        wanted: Tensor | None = None,
     ) -> None:
         batch, tokens = size_of(vectors, 0), size_of(vectors, 1)
         self.vectors = vectors
@@ -59,10 +63,12 @@ class Candidates:
         # In float32 the kernels would not use tensor cores.
         self.by_kernels = self.is_half and kernels.usable(vectors)
         self.in_tiles = batch * tokens**2 > budget
-        self.protected = protected
+        self.protected = protected if valid is None else protected | ~valid
+        self.n_protected = n_protected
         self.n_free = tokens - n_protected
-        self.valid = valid
-        self.n_kept = n_kept if valid is None else max(n_kept, 2)
+        self.padding = None if valid is None else ~(valid | protected)
+        self.lengths = None if valid is None else (valid | protected).sum(1)
+        self.wanted = wanted
         self.ties = ties
         self.seed = seed
         self.budget = budget
@@ -85,10 +91,44 @@ class Candidates:
         return self._inverse_norms
 
     def limit(self, r: int) -> int:
-        """The number of tokens that can be removed: `r`, but at most half of the unprotected ones without `n_kept`."""
-        most = (self.n_free - self.n_kept) // 2
+        """The number of tokens that can be removed: `r`, but at most half of the unprotected ones."""
+        most = self.n_free // 2
         # Comparisons instead of min and max: one compiled graph then serves all lengths from which r can be removed.
         return r if r <= most else most if most > 0 else 0
+
+    def removed(self, r: int) -> Tensor | None:
+        """[B] number of tokens of each row among the `r` that are removed: as many as it loses without its padding.
+
+        The others are padding. None: there is no padding.
+        """
+        if self.lengths is None:
+            return None
+        most = (self.lengths - self.n_protected).clamp(min=0) // 2
+        return (most if self.wanted is None else torch.minimum(most, self.wanted)).clamp(max=r)
+
+    def sources(self, order: Tensor, r: int) -> Tensor:
+        """[B, r] the first tokens of `order` [B, N], as many as each row loses, followed by padding."""
+        removed, padding, source = self.removed(r), self.padding, order[:, :r]
+        if removed is None or padding is None:
+            return source
+        tokens = size_of(padding, 1)
+        place = torch.arange(tokens, device=padding.device)
+        dropped = torch.where(padding, place, place + tokens).argsort(1)[:, :r]
+        behind = place[:r] - removed[:, None]
+        return torch.where(behind < 0, source, dropped.gather(1, behind.clamp(min=0)))
+
+    def plan(self, source: Tensor, destination: Tensor | None) -> MergePlan:
+        """The plan that merges these sources [B, r] into these destinations [B, r], and drops padding.
+
+        Args:
+            source: what `sources` returns.
+            destination: of each source; any position for padding. None: all sources are dropped.
+        """
+        r, dropped = size_of(source, 1), None
+        removed = self.removed(r)
+        if removed is not None and destination is not None:
+            dropped = torch.arange(r, device=source.device) >= removed[:, None]
+        return MergePlan(source, destination, size_of(self.protected, 1), dropped)
 
     def cosines(self, rows: Tensor | slice = ALL, columns: Tensor | slice = ALL) -> Tensor:
         """Cosines between the vectors of some tokens and of others, without masks.
@@ -130,20 +170,45 @@ class Candidates:
         )
         return zeros.masked_fill_(self.protected, -math.inf)
 
-    def argsort(self, values: Tensor, descending: bool = False) -> Tensor:
-        """[B, N] indices that sort `values` [B, N] along the last axis; `ties` decides on equal values."""
+    def argsort(self, values: Tensor, descending: bool = False, own: Tensor | None = None) -> Tensor:
+        """[B, N] indices that sort `values` [B, N] along the last axis; `ties` decides on equal values.
+
+        Args:
+            values: what is sorted.
+            descending: the largest value comes first.
+            own: [B, N] false for values that a row without its padding lacks, all of which come last; None: it has all.
+        """
         if self.ties == "stable":
             return torch.sort(values, dim=1, descending=descending, stable=True).indices
-        return torch.argsort(values, dim=1, descending=descending)
+        fixed = torch.compiler.is_compiling() or torch._C._is_tracing()  # then lengths are not known
+        if own is None or values.device.type != "cpu" or fixed:
+            return torch.argsort(values, dim=1, descending=descending)
+        # How a CPU orders equal values depends on their number. So the rows of each length are sorted alone.
+        order, counts = torch.sort((~own).long(), dim=1, stable=True).indices, own.sum(1)
+        for count in counts.unique().tolist():
+            rows = counts == count
+            at = order[rows, :count]
+            order[rows, :count] = at.gather(1, torch.argsort(values[rows].gather(1, at), dim=1, descending=descending))
+        return order
 
-    def noise(self, *shape: int) -> Tensor:
-        """Numbers in [0, 1) that depend only on the seed, the shape and the number of tokens.
+    def noise(self, r: int | None = None) -> Tensor:
+        """Numbers in [0, 1), [B, T] or [B, r, T], that depend only on the seed, their index and the number of tokens.
 
-        They are a hash and come from no random generator. So the recomputation of gradient checkpointing, other
-        threads, compiled graphs and other devices all get the same numbers.
+        Padding does not count among the tokens. The numbers are a hash and come from no random generator. So the
+        recomputation of gradient checkpointing, other threads, compiled graphs and other devices all get the same.
         """
-        n = torch.arange(math.prod(shape), device=self.vectors.device).view(shape)
-        n = n + (7919 * (self.seed + 1) + 104729 * size_of(self.vectors, 1))
+        batch, tokens = size_of(self.vectors, 0), size_of(self.vectors, 1)
+        row = torch.arange(batch, device=self.vectors.device)[:, None]
+        column = torch.arange(tokens, device=self.vectors.device).expand(batch, tokens)
+        count: Tensor | int = tokens
+        if self.padding is not None and self.lengths is not None:
+            column, count = (~self.padding).long().cumsum(1) - 1, self.lengths[:, None]
+        if r is not None:
+            removed = self.removed(r)
+            each = torch.arange(r, device=row.device)[None, :, None]
+            row = row[:, :, None] * (r if removed is None else removed[:, None, None]) + each
+            column, count = column[:, None], count if isinstance(count, int) else count[:, :, None]
+        n = row * count + column + (7919 * (self.seed + 1) + 104729 * count)
         for _ in range(2):
             n = ((n ^ (n >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
         return ((n ^ (n >> 16)) & 0xFFFFFF).float() / 2**24
@@ -158,10 +223,12 @@ class MergePlan:
         source: [B, r] positions of the tokens that are removed, without duplicates.
         destination: [B, r] position of the token that each source is merged into; None if sources are dropped.
         tokens: T, the number of tokens before the removal.
+        dropped: [B, r] true for sources that are dropped, though others are merged; None: none is.
 
     Attributes:
-        source, destination: the arguments.
-        new_destination: [B, r] position of each destination among the kept tokens; -1 if sources are dropped.
+        source, destination, dropped: the arguments. The destination of a dropped source is the first kept token, which
+            gets nothing of it.
+        new_destination: [B, r] position of each destination among the kept tokens; -1 if all sources are dropped.
         kept: [B, T - r] positions of the kept tokens, ascending.
         index: [B, T] position among the kept tokens of the token that each token is part of; -1 if it is dropped.
         taken, given: [B, r] float32, set by an ensemble: a destination x_b becomes x_b + sum over its sources a of
@@ -171,7 +238,7 @@ class MergePlan:
     taken: Tensor | None = None
     given: Tensor | None = None
 
-    def __init__(self, source: Tensor, destination: Tensor | None, tokens: int) -> None:
+    def __init__(self, source: Tensor, destination: Tensor | None, tokens: int, dropped: Tensor | None = None) -> None:
         batch, n_kept = size_of(source, 0), tokens - size_of(source, 1)
         order = torch.arange(tokens, device=source.device).expand(batch, tokens)
         # Integers instead of booleans: torch.jit.trace cannot scatter a boolean value.
@@ -180,10 +247,13 @@ class MergePlan:
         # wait for the device.
         place = new.scatter(1, source, n_kept)
         self.kept = new.new_empty(batch, n_kept + 1).scatter(1, place, order)[:, :n_kept]
+        if destination is not None and dropped is not None:
+            destination = torch.where(dropped, self.kept[:, :1], destination)
         self.source = source
         self.destination = destination
+        self.dropped = dropped
         self.new_destination = torch.full_like(source, -1) if destination is None else new.gather(1, destination)
-        self.index = new.scatter(1, source, self.new_destination)
+        self.index = new.scatter(1, source, self.without_dropped(self.new_destination, -1))
         self._pairs: Tensor | None = None
 
     def destinations(self) -> Tensor:
@@ -196,11 +266,17 @@ class MergePlan:
             raise ValueError("the plan drops its sources, so nothing is merged; use a plan with destinations")
         return self.destination
 
+    def without_dropped(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, r] `values` of the sources, with `fill` for dropped ones."""
+        return values if self.dropped is None else values.masked_fill(self.dropped, fill)
+
     @property
     def pairs(self) -> Tensor:
-        """[B, 2 r] the sources, followed by their destinations."""
+        """[B, 2 r] the sources, followed by their destinations. A dropped source is replaced by its destination."""
         if self._pairs is None:
-            self._pairs = torch.cat([self.source, self.destinations()], 1)
+            destination = self.destinations()
+            source = self.source if self.dropped is None else torch.where(self.dropped, destination, self.source)
+            self._pairs = torch.cat([source, destination], 1)
         return self._pairs
 
 
@@ -237,12 +313,14 @@ def complete_graph(candidates: Candidates, r: int, importance: Tensor | None = N
         importance: [B, T] scores; None: the choice of sources uses none.
 
     Returns:
-        Sources [B, r] in the order in which they were picked, and their destinations [B, r].
+        Sources [B, r] in the order in which they were picked, and their destinations [B, r]. In rows with padding, the
+        last sources are padding, see `Candidates.sources`; their destinations have no meaning.
 
     Source: CrossGET (arXiv 2305.17455), section 3.2 and algorithm 1.
     """
     if candidates.by_kernels:
-        return kernels.complete_graph(candidates.vectors, candidates.protected, candidates.valid, r, importance)
+        pick = None if candidates.padding is None else candidates.sources
+        return kernels.complete_graph(candidates.vectors, candidates.protected, r, importance, pick)
     return _complete_graph_by(candidates, candidates.cosines, r, importance)
 
 
@@ -251,16 +329,17 @@ def _complete_graph_by(
 ) -> tuple[Tensor, Tensor]:
     """`complete_graph`, with any similarity between tokens."""
     tokens = size_of(candidates.vectors, 1)
-    blocked, valid = candidates.blocked(), candidates.valid
+    blocked = candidates.blocked()
     if candidates.in_tiles:
-        pairs: Square | Tiles = Tiles(similar, blocked, valid, candidates.budget)
+        pairs: Square | Tiles = Tiles(similar, blocked, candidates.budget)
     else:
-        pairs = Square(similar, blocked, valid, mirrored=candidates.ties == "stable")
+        pairs = Square(similar, blocked, mirrored=candidates.ties == "stable")
     best = pairs.best() + blocked
-    order = candidates.argsort(best, descending=True)
+    own = None if candidates.padding is None else ~candidates.padding
+    order = candidates.argsort(best, descending=True, own=own)
     places = torch.arange(tokens, device=order.device, dtype=best.dtype).expand_as(order)
     below = pairs.best_below(torch.empty_like(best).scatter(1, order, places)) + blocked
-    source = candidates.argsort(_priority(below, importance))[:, :r]
+    source = candidates.sources(candidates.argsort(_priority(below, importance), own=own), r)
     return source, pairs.nearest(source, blocked.scatter(1, source, -math.inf))
 
 
@@ -281,14 +360,14 @@ def _bipartite_by(
     candidates: Candidates, similar: Similarity, r: int, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`bipartite`, with any similarity between tokens."""
-    a, b = _split(candidates)
+    a, b, own = _split(candidates)
     similarity = similar(a, b)
-    if candidates.valid is not None:
-        similarity.masked_fill_(unlike(candidates.valid.gather(1, a), candidates.valid.gather(1, b)), -math.inf)
+    if own is not None:
+        similarity.masked_fill_(~(own[0][:, :, None] & own[1][:, None, :]), -math.inf)
     nearest = similarity.max(-1)
     scores = None if importance is None else importance.gather(1, a)
-    best = candidates.argsort(_priority(nearest.values, scores))[:, :r]
-    return a.gather(1, best), b.gather(1, nearest.indices.gather(1, best))
+    best = candidates.argsort(_priority(nearest.values, scores), own=None if own is None else own[0])
+    return candidates.sources(a.gather(1, best), r), b.gather(1, nearest.indices.gather(1, best[:, :r]))
 
 
 def ward(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -360,21 +439,17 @@ class WardSimilarity:
 def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Random sources and destinations, as a control.
 
-    The choice depends on the seed, the index in the batch and the number of tokens, but not on the tokens' values.
+    The choice depends on the seed, the index in the batch and the number of tokens without padding, but not on the
+    tokens' values.
 
     Args and returns: as for `complete_graph`; importance is ignored.
     """
-    batch, tokens = size_of(candidates.vectors, 0), size_of(candidates.vectors, 1)
     free = ~candidates.protected
-    valid = candidates.valid if candidates.valid is not None else torch.ones_like(free)
-    # The first token of either group (padding, others) is never a source. So every source has a destination in its
-    # group.
-    first = _first(free & valid) | _first(free & ~valid)
-    draw = candidates.noise(batch, tokens).masked_fill(~free | first, 2.0)
-    source = draw.argsort(1)[:, :r]
-    removed = torch.zeros(batch, tokens, dtype=torch.long, device=free.device).scatter(1, source, 1) > 0
-    allowed = (free & ~removed)[:, None, :] & ~unlike(valid.gather(1, source), valid)
-    return source, candidates.noise(batch, r, tokens).masked_fill(~allowed, -1.0).argmax(-1)
+    # The first token is never a source, so every source has a destination.
+    draw = candidates.noise().masked_fill(~free | _first(free), 2.0)
+    source = candidates.sources(draw.argsort(1), r)
+    removed = torch.zeros_like(free, dtype=torch.long).scatter(1, source, 1) > 0
+    return source, candidates.noise(r).masked_fill(~(free & ~removed)[:, None, :], -1.0).argmax(-1)
 
 
 Matching = Callable[[Candidates, int, "Tensor | None"], "tuple[Tensor, Tensor]"]
@@ -383,16 +458,26 @@ MATCHINGS: dict[str, Matching] = {
 }  # fmt: skip
 
 
-def _split(candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """The unprotected tokens, alternately in two sets: possible sources [B, n] and destinations [B, m]."""
+def _split(candidates: Candidates) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """The unprotected tokens, alternately in two sets: possible sources [B, n] and destinations [B, m].
+
+    In rows with padding the sets are smaller, and filled up with other tokens, for which the masks [B, n] and [B, m] in
+    the third value are false. None: there is no padding.
+    """
     free = ~candidates.protected
     turn = free.long().cumsum(1)
+    tokens, n_sources = size_of(turn, 1), candidates.n_free // 2
     # Sorted by set: sources, destinations, all others. A set has the same size in every row: shapes are static.
-    group = torch.where(free & (turn <= candidates.n_free), turn % 2, 2)
-    tokens = size_of(group, 1)
+    lengths = candidates.lengths
+    n_free = candidates.n_free if lengths is None else (lengths - candidates.n_protected).clamp(min=0)[:, None]
+    group = torch.where(free & (turn <= n_free), turn % 2, 2)
     order = (group * tokens + torch.arange(tokens, device=group.device)).argsort(1)
-    n_sources = candidates.n_free // 2
-    return order[:, :n_sources], order[:, n_sources : candidates.n_free]
+    a, b = order[:, :n_sources], order[:, n_sources : candidates.n_free]
+    if lengths is None:
+        return a, b, None
+    # A row's destinations follow its own sources.
+    b = order.gather(1, n_free // 2 + torch.arange(candidates.n_free - n_sources, device=order.device))
+    return a, b, (group.gather(1, a) == 0, group.gather(1, b) == 1)
 
 
 def _priority(similarity: Tensor, importance: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 A source is a token that is removed; its destination is the token that it is merged into. An ensemble takes `tokens`
 [B, T, C], their `sizes` [B, T] (how many input tokens each one stands for), an `importance` [B, T] and a `MergePlan`.
 It returns tokens [B, T - r, C] and sizes [B, T - r]. Sizes are float32, as bfloat16 counts exactly to 256 only, and
-their sum does not change. Tokens carry gradients; sizes and importance do not.
+their sum does not change, but for padding that is dropped. Tokens carry gradients; sizes and importance do not.
 
 An ensemble turns a destination x_b into x_b + sum over its sources a of (taken_a x_a - given_a x_b). It computes only
 these two weights, so that tokens are read and written once. A token that nothing is merged into is copied.
@@ -107,7 +107,12 @@ def norm_correction(tokens: Tensor, before: Tensor | None, plan: MergePlan) -> T
     total = change.new_zeros(unmerged.numel(), width).index_add_(0, rows, change.view(-1, width))
     mean = take(total.view(*unmerged.shape, width), plan.new_destination) + normed[:, r:]
     norm = mean.norm(dim=-1).div(width**0.5).clamp(max=1)  # above 1 only with the guided ensemble's weights
-    return unmerged.scatter(1, plan.new_destination, norm.to(unmerged.dtype))
+    corrected = unmerged.scatter(1, plan.new_destination, norm.to(unmerged.dtype))
+    if plan.dropped is None:
+        return corrected
+    merged = plan.without_dropped(torch.ones_like(plan.source, dtype=unmerged.dtype))
+    joined = torch.zeros_like(unmerged).scatter_add(1, plan.new_destination, merged)
+    return torch.where(joined > 0, corrected, unmerged)
 
 
 def merge_by(tokens: Tensor, plan: MergePlan) -> Tensor:
@@ -143,7 +148,7 @@ def unmerge(tokens: Tensor, source: Tensor, fill: Tensor | None = None) -> Tenso
 
 def _joint(sizes: Tensor, source_sizes: Tensor, plan: MergePlan) -> Tensor:
     """[B, T - r] the sizes after a merge, from the sizes [B, T] of all tokens and those [B, r] of the sources."""
-    return sizes.scatter_add(1, plan.destinations(), source_sizes).gather(1, plan.kept)
+    return sizes.scatter_add(1, plan.destinations(), plan.without_dropped(source_sizes)).gather(1, plan.kept)
 
 
 def _merge(tokens: Tensor, plan: MergePlan, taken: Tensor, given: Tensor) -> Tensor:
@@ -158,9 +163,10 @@ def _merge(tokens: Tensor, plan: MergePlan, taken: Tensor, given: Tensor) -> Ten
     Returns:
         [B, T - r, C].
     """
-    plan.taken, plan.given = taken, given
+    taken, given = plan.taken, plan.given = plan.without_dropped(taken), plan.without_dropped(given)
     if kernels.usable(tokens):
-        return kernels.pull(tokens, plan.kept, plan.source, plan.destinations(), plan.new_destination, taken, given)
+        new_destination = plan.without_dropped(plan.new_destination, -1)
+        return kernels.pull(tokens, plan.kept, plan.source, plan.destinations(), new_destination, taken, given)
     kept = take(tokens, plan.kept)
     n_kept, r, width = size_of(kept, 1), size_of(plan.source, 1), size_of(kept, 2)
     pairs = take(tokens, plan.pairs)

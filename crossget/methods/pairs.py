@@ -33,11 +33,10 @@ class Square:
     Args:
         similar: computes the similarities.
         blocked: [B, T] -inf for tokens that must not be matched, otherwise 0.
-        valid: [B, T] false for padding, which is matched with padding only; None: there is no padding.
         mirrored: make S_ij and S_ji equal to the last bit.
     """
 
-    def __init__(self, similar: Similarity, blocked: Tensor, valid: Tensor | None, mirrored: bool) -> None:
+    def __init__(self, similar: Similarity, blocked: Tensor, mirrored: bool) -> None:
         self.similarity = similar(ALL, ALL)
         if mirrored:
             # A matrix product may round S_ij and S_ji differently, which would break the tie of mutual neighbours.
@@ -51,8 +50,6 @@ class Square:
         self.similarity += blocked[:, None, :]
         tokens = size_of(blocked, 1)
         self.similarity.view(-1, tokens * tokens)[:, :: tokens + 1].fill_(-math.inf)  # the diagonal
-        if valid is not None:
-            self.similarity.masked_fill_(unlike(valid, valid), -math.inf)
 
     def best(self) -> Tensor:
         """[B, T] the largest similarity of each token."""
@@ -93,12 +90,12 @@ class Tiles:
     once for both orders, and S_ij equals S_ji.
 
     Args:
-        similar, blocked, valid: as for `Square`.
+        similar, blocked: as for `Square`.
         budget: similarities in memory at a time, over the whole batch.
     """
 
-    def __init__(self, similar: Similarity, blocked: Tensor, valid: Tensor | None, budget: int) -> None:
-        self.similar, self.blocked, self.valid = similar, blocked, valid
+    def __init__(self, similar: Similarity, blocked: Tensor, budget: int) -> None:
+        self.similar, self.blocked = similar, blocked
         self.tokens = size_of(blocked, 1)
         # 4: a tile and the temporary tensors of its size, for scaling and comparing.
         self.rows = max(1, budget // (4 * size_of(blocked, 0) * self.tokens))
@@ -122,17 +119,12 @@ class Tiles:
 
     def nearest(self, source: Tensor, blocked: Tensor) -> Tensor:
         """As `Square.nearest`."""
-        found = []
-        for part in source.split(self.rows, 1):
-            stripe = self.similar(part, ALL)
-            if self.valid is not None:
-                stripe.masked_fill_(unlike(self.valid.gather(1, part), self.valid), -math.inf)
-            found.append(nearest_of(stripe, blocked))
-        return torch.cat(found, 1)
+        parts = source.split(self.rows, 1)
+        return torch.cat([nearest_of(self.similar(part, ALL), blocked) for part in parts], 1)
 
     def _upper(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows, columns and similarities [B, rows, columns] of all tiles on and above the diagonal."""
-        blocked, valid = self.blocked, self.valid
+        blocked = self.blocked
         for first in range(0, self.tokens, self.rows):
             rows, columns = slice(first, first + self.rows), slice(first, None)
             tile = self.similar(rows, columns)
@@ -140,8 +132,6 @@ class Tiles:
             corner.copy_(torch.maximum(corner, corner.transpose(1, 2)))
             corner.diagonal(dim1=1, dim2=2).fill_(-math.inf)
             tile.add_(blocked[:, rows, None]).add_(blocked[:, None, columns])
-            if valid is not None:
-                tile.masked_fill_(unlike(valid[:, rows], valid[:, columns]), -math.inf)
             yield rows, columns, tile
 
 
@@ -172,11 +162,6 @@ def bound_of(place: Tensor, other: Tensor) -> Tensor:
     """
     # Without the 0.5 the pair of a token with itself would be 0 * inf, which is NaN.
     return torch.sub(other[:, None, :], (place + 0.5)[:, :, None]).mul_(math.inf)
-
-
-def unlike(a: Tensor, b: Tensor) -> Tensor:
-    """[B, N, M] true where one token of a pair is padding and the other is not, from `a` [B, N] and `b` [B, M]."""
-    return a[:, :, None] != b[:, None, :]
 
 
 def symmetric(x: Tensor) -> Tensor:

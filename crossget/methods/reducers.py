@@ -62,8 +62,8 @@ class View:
         relevance: function from tokens [B, T, C] to their cosines [B, T] with the features given to
             `Attachment.set_text_features`; None: no features were given.
         score: [B, T] the scores that `reduce` used. It sets this attribute, for `Attachment.records`.
-        n_kept: number of unprotected tokens that stay, see `Candidates`. In a tower of texts that may be padded it is
-            2, whether there is padding or not: the result does not depend on whether a mask of ones is given.
+        wanted: [B] number of tokens to remove from each row with padding, see `Candidates`; None: `r` from all. The
+            rest of the `r` tokens that `reduce` removes from a row is padding.
         grid: height and width of the image grid whose places the tokens are, in rows; None: they are not known.
     """
 
@@ -78,7 +78,7 @@ class View:
     guide: Tensor | int | None = None
     relevance: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
     score: Tensor | None = field(default=None, kw_only=True)
-    n_kept: int = field(default=0, kw_only=True)
+    wanted: Tensor | None = field(default=None, kw_only=True)
     grid: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def sizes_or_ones(self) -> Tensor:
@@ -396,14 +396,14 @@ class Merging(Joining):
                 self._value("ties"),
                 self._value("seed"),
                 sizes=view.sizes,
-                n_kept=view.n_kept,
+                wanted=view.wanted,
             )
             r = candidates.limit(r)
             if r == 0:
                 return None
             score = view.score = _score(self, view, candidates) if self._scores else None
             pairs = MATCHINGS[self.matching](candidates, r, score if self._guided else None)
-            plan = MergePlan(*pairs, size_of(view.tokens, 1))
+            plan = candidates.plan(*pairs)
         sizes = view.sizes_or_ones()
         merge = ENSEMBLES[self._value("ensemble")]
         tokens, sizes = merge(view.tokens, sizes, sizes if score is None else score, plan)
@@ -487,7 +487,7 @@ class Random(Joining):
     """Random sources are merged into random destinations, by their size-weighted mean. This is a control.
 
     Args: as for `Joining` and `Reducer`, and
-        seed: the choice depends on it, on the index in the batch and on the number of tokens.
+        seed: the choice depends on it, on the index in the batch and on the number of tokens without padding.
     """
 
     seed: int = 0
@@ -499,12 +499,12 @@ class Random(Joining):
     def reduce(self, view: View, r: int) -> Reduced | None:
         with torch.no_grad():
             candidates = Candidates(
-                view.tokens, view.protected, view.n_protected, view.valid, seed=self.seed, n_kept=view.n_kept
+                view.tokens, view.protected, view.n_protected, view.valid, seed=self.seed, wanted=view.wanted
             )
             r = candidates.limit(r)
             if r == 0:
                 return None
-            plan = MergePlan(*MATCHINGS["random"](candidates, r, None), size_of(view.tokens, 1))
+            plan = candidates.plan(*MATCHINGS["random"](candidates, r, None))
         sizes = view.sizes_or_ones()
         return *size(view.tokens, sizes, sizes, plan), plan
 
@@ -551,16 +551,15 @@ class TopK(Reducer):
     def reduce(self, view: View, r: int) -> Reduced | None:
         with torch.no_grad():
             candidates = Candidates(
-                _flat(view.keys, self.keys), view.protected, view.n_protected, view.valid, n_kept=view.n_kept
+                _flat(view.keys, self.keys), view.protected, view.n_protected, view.valid, wanted=view.wanted
             )
             r = candidates.limit(r)
             if r == 0:
                 return None
             view.score = _score(self, view, candidates)
-            score = view.score.masked_fill(view.protected, torch.inf)
-            if view.valid is not None:
-                score = score.masked_fill(~view.valid & ~view.protected, -torch.inf)
-            plan = MergePlan(score.argsort(1)[:, :r], None, size_of(view.tokens, 1))
+            own = None if candidates.padding is None else ~candidates.padding
+            order = candidates.argsort(view.score.masked_fill(candidates.protected, torch.inf), own=own)
+            plan = candidates.plan(candidates.sources(order, r), None)
         tokens = take(view.tokens, plan.kept)
         return tokens, None if view.sizes is None else view.sizes.gather(1, plan.kept), plan
 
@@ -575,7 +574,8 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
             )
         if reducer.importance == "attention":
             return view.received
-        return by_class_attention(view.received, view.sizes_or_ones())
+        counted = None if view.valid is None else view.valid | view.protected
+        return by_class_attention(view.received, view.sizes_or_ones(), counted)
     if reducer.importance == "text":
         if view.relevance is None:
             raise RuntimeError("importance='text' has no text: call Attachment.set_text_features(features) first")

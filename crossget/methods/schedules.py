@@ -217,6 +217,31 @@ def as_int(value: Any) -> int | None:
         return None
 
 
+def by_length(schedule: Schedule, layer: int, depth: int, tokens: int, n_protected: int) -> list[int] | None:
+    """How many tokens a row loses in block `layer`, by its number of tokens without padding: 0, 1, .., `tokens`.
+
+    A batch has one number of columns. So a longer row never keeps fewer tokens than a shorter one, and a shorter one
+    never loses more than the longest: where a schedule asks for either, the row loses fewer. The schedules here do not.
+
+    Args:
+        schedule: how many tokens each block should remove.
+        layer: the block.
+        depth: number of blocks.
+        tokens: number of tokens of the longest row.
+        n_protected: as for `planned_tokens`.
+
+    Returns:
+        `tokens + 1` numbers; None: the schedule asks for the same number of all rows.
+    """
+    if isinstance(schedule, Constant | PerLayer | Linear):
+        return None
+    counts, kept = [], 0
+    for n in range(tokens + 1):
+        kept = max(kept, n - max(0, min(schedule.removed(layer, depth, n), (n - n_protected) // 2)))
+        counts.append(n - kept)
+    return counts
+
+
 def planned_tokens(schedule: Schedule, depth: int, tokens: int, n_protected: int, first: int = 0) -> list[int]:
     """The number of tokens that enter each block, and the number after the last block.
 

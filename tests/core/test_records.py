@@ -45,7 +45,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[MergePlan]:
         made.append(MergePlan(*arguments))
         return made[-1]
 
-    monkeypatch.setattr("crossget.methods.reducers.MergePlan", make)
+    monkeypatch.setattr("crossget.methods.matching.MergePlan", make)
     return made
 
 

@@ -11,7 +11,7 @@ import hf_models
 import pytest
 import torch
 import transformers
-from hf_models import IMAGE, TEXT, VERSION, VISION, built
+from hf_models import IMAGE, TEXT, VERSION, VISION, built, paligemma
 from torch import Tensor, nn
 
 import contract
@@ -79,15 +79,6 @@ def gemma3(attention: str = "sdpa") -> nn.Module:
         "Gemma3Config", vision_config=vision, text_config=text, image_token_index=IMAGE, mm_tokens_per_image=4,
     )  # fmt: skip
     return built(transformers.Gemma3ForConditionalGeneration, made, attention)
-
-
-def paligemma(attention: str = "sdpa") -> nn.Module:
-    vision = {**VISION, "model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False}
-    made = config(
-        "PaliGemmaConfig", vision_config=vision, text_config={**TEXT, "model_type": "gemma", "head_dim": 8},
-        image_token_index=IMAGE, projection_dim=32, hidden_size=32,
-    )  # fmt: skip
-    return built(transformers.PaliGemmaForConditionalGeneration, made, attention)
 
 
 def paligemma_inputs() -> tuple[Any, ...]:

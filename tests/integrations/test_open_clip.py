@@ -19,6 +19,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from written_out import followed, on_the_grid
 
 import contract
 import crossget
@@ -301,11 +302,11 @@ def explicit(
         if reduced is not None:
             x, new_sizes, plan = reduced
             assert new_sizes is not None
-            sizes, source = new_sizes, plan.index.gather(1, source)
+            sizes, source = new_sizes, followed(source, plan)
             position, valid, protected = (part.gather(1, plan.kept) for part in (position, valid, protected))
             end = None if end is None else plan.index.gather(1, end[:, None])[:, 0]
         x = host.rest(block, x)
-    return take(x, source[:, :length])
+    return on_the_grid(x, source[:, :length], valid if tower.padding else None, tower.prefix, cross is not None)
 
 
 def no_padding(ids: Tensor) -> Tensor:
@@ -422,12 +423,28 @@ def test_a_text_does_not_depend_on_its_neighbours(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MASKED if name != "coca"])
 def test_more_padding_changes_nothing(name: str) -> None:
-    """As in the dense model. With r > 0 it decides how many of the tokens that leave are padding."""
+    """As in the dense model."""
     model, ids = prepared(name), texts()
     torch.testing.assert_close(encode(model, ids), encode(model, ids[:, :13]), rtol=0, atol=1e-5)
     with randomised(model, crossget.CrossGET(r=0, cross_token=True)) as attached:
         torch.testing.assert_close(encode(model, ids), encode(model, ids[:, :13]), rtol=0, atol=1e-5)
         assert attached.tokens["text"] == [14] * len(attached.towers["text"].blocks)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [crossget.CrossGET(3, ties="stable"), crossget.ToMe(crossget.Ratio(0.3)), crossget.Ward(2)],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", [name for name in MASKED if name != "coca"])
+def test_a_text_is_what_it_is_alone(name: str, method: Reducer) -> None:
+    """The lengths of the other texts of a batch change nothing."""
+    model, ids = prepared(name).double(), texts()
+    lengths = (ids != PAD).sum(1).tolist()
+    with randomised(model, method):
+        together = encode(model, ids)
+        alone = torch.cat([encode(model, row[None, :n]) for row, n in zip(ids, lengths, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["causal", "coca"])

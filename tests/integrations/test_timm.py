@@ -532,15 +532,23 @@ def test_padding_joins_padding_only(kind: str, method: Any) -> None:
 
 
 @naflex
-@pytest.mark.parametrize("kind", sorted(set(PADDED) - {"axial", "mixed"}))  # where the keys of padding are zero
-def test_equal_padding_leaves_first(kind: str) -> None:
-    """Padding is alike, so it is merged before anything else: images it lasts for come out as from the dense model."""
-    model, inputs = flexible(kind), batch(30)
-    dense = contract.run(model, (inputs,))[0]
-    with crossget.attach(model, crossget.ToMe(3)) as attached:
-        reduced = contract.run(model, (inputs,))[0]
-        assert len(attached.source["visual"].unique()) < 30
-    torch.testing.assert_close(reduced, dense, rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    "method",
+    [crossget.CrossGET(2, ties="stable"), crossget.ToMe(crossget.Ratio(0.3)), crossget.Ward(3)],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", PADDED)
+def test_an_image_is_what_it_is_alone(kind: str, method: Any) -> None:
+    model = flexible(kind).double()
+    inputs = batch(24)
+    inputs["patches"] = inputs["patches"].double()
+    with crossget.attach(model, method) as attached:
+        for parameter in attached.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        together = contract.run(model, (inputs,))[0]
+        for image, count in enumerate((16, 9)):
+            own = {name: value[image, None, :count] for name, value in inputs.items()}
+            torch.testing.assert_close(together[image, None], contract.run(model, (own,))[0], rtol=0, atol=1e-9)
 
 
 # What is not supported ----------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossget import CrossGET
 from crossget.methods import kernels
+from crossget.methods.matching import Candidates
 from crossget.methods.reducers import TowerFacts, View
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,15 +41,15 @@ needs_triton = pytest.mark.skipif(kernels._kernels() is None, reason="needs trit
 # Loops ----------------------------------------------------------------------------------------------------------------
 
 
-def similarity_of(keys: Tensor, protected: Tensor, valid: Tensor | None) -> list[list[float]]:
-    """[T, C], [T], [T]: cosines, -inf where a pair must not be matched."""
+def similarity_of(keys: Tensor, protected: Tensor) -> list[list[float]]:
+    """[T, C], [T]: cosines, -inf where a pair must not be matched."""
     unit = keys.double() / keys.double().norm(dim=-1, keepdim=True).clamp(min=1e-12)
     rows = (unit @ unit.T).tolist()
-    barred, group = protected.tolist(), None if valid is None else valid.tolist()
+    barred = protected.tolist()
     for i in range(len(rows)):
         for j in range(i, len(rows)):
             rows[j][i] = rows[i][j]
-            if i == j or barred[i] or barred[j] or (group is not None and group[i] != group[j]):
+            if i == j or barred[i] or barred[j]:
                 rows[i][j] = rows[j][i] = -math.inf
     return rows
 
@@ -108,7 +109,7 @@ LAYOUTS = ["contiguous", "part of qkv", "tokens first", "channels apart"]
 
 
 @st.composite
-def candidates(draw: Any) -> tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]:
+def candidates(draw: Any) -> tuple[Tensor, Tensor, int, Tensor | None, int, Tensor | None]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     batch, tokens = draw(st.integers(1, 2)), draw(st.integers(5, 40))
     width = draw(st.sampled_from([8, 32, 40, 64, 96]))
@@ -122,12 +123,12 @@ def candidates(draw: Any) -> tuple[Tensor, Tensor, Tensor | None, int, Tensor | 
         n_protected = 3
     if draw(st.booleans()):
         valid = place < torch.randint(1, tokens + 1, (batch, 1), generator=generator)
-    limit = (tokens - n_protected - (0 if valid is None else 2)) // 2
+    limit = (tokens - n_protected) // 2
     assume(limit > 0)
     importance = None
     if draw(st.booleans()):
         importance = torch.rand(batch, tokens, 2, generator=generator)[..., 1]  # with gaps
-    return keys, protected, valid, draw(st.one_of(st.just(limit), st.integers(1, limit))), importance
+    return keys, protected, n_protected, valid, draw(st.one_of(st.just(limit), st.integers(1, limit))), importance
 
 
 def moved(*tensors: Any) -> tuple[Any, ...]:
@@ -148,7 +149,10 @@ def plan_for(batch: int, tokens: int, r: int) -> tuple[Tensor, ...]:
     kept = order[:, r:].sort(1).values
     arrived = torch.randint(tokens - r, (batch, r))
     take, give = torch.rand(batch, r, 2).unbind(2)
-    return kept, source, kept.gather(1, arrived), arrived, take, give - 0.3
+    destination, give = kept.gather(1, arrived), give - 0.3
+    if r > 1:  # one source is dropped
+        arrived[0, -1], take[0, -1], give[0, -1], destination[0, -1] = -1, 0.0, 0.0, kept[0, 0]
+    return kept, source, destination, arrived, take, give
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,27 +185,33 @@ def exact_products() -> Any:
 class TestAgainstLoops:
     @given(candidates())
     @settings(max_examples=EXAMPLES, phases=[Phase.generate])  # the interpreter is too slow to look for smaller cases
-    def test_matching(self, case: tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]) -> None:
-        keys, protected, valid, r, importance = case
+    def test_matching(self, case: tuple[Tensor, Tensor, int, Tensor | None, int, Tensor | None]) -> None:
+        keys, protected, n_protected, valid, r, importance = case
+        own = Candidates(keys, protected, n_protected, valid)
+        counts = [r] * len(keys) if valid is None else own.removed(r).tolist()
         expected = []
-        for b in range(len(keys)):
-            rows = similarity_of(keys[b], protected[b], None if valid is None else valid[b])
-            expected.append(matching(rows, r, None if importance is None else importance[b]))
+        for b, count in enumerate(counts):
+            rows = similarity_of(keys[b], own.protected[b])
+            expected.append(matching(rows, count, None if importance is None else importance[b]))
         assume(min(margin for *_, margin in expected) > 4e-6)  # rounding decides nothing
-        sources, destinations = kernels.complete_graph(*moved(keys, protected, valid, r, importance))
-        assert sources.tolist() == [found[0] for found in expected]
-        assert destinations.tolist() == [found[1] for found in expected]
+        keys, protected, valid, importance = moved(keys, protected, valid, importance)
+        given = Candidates(keys, protected, n_protected, valid)
+        pick = None if valid is None else given.sources
+        sources, destinations = kernels.complete_graph(keys, given.protected, r, importance, pick)
+        for b, count in enumerate(counts):
+            assert (sources[b, :count].tolist(), destinations[b, :count].tolist()) == expected[b][:2]
+            rest = sources[b, count:].tolist()
+            assert len(set(rest)) == r - count
+            assert valid is None or own.padding[b, rest].all()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("padded", [False, True])
-    def test_matching_of_ties(self, dtype: torch.dtype, padded: bool) -> None:
+    def test_matching_of_ties(self, dtype: torch.dtype) -> None:
         """Cosines are multiples of 1/16: which of equal priorities comes first is open, all else is not."""
         keys = torch.randn(2, 37, 16).sign().to(dtype)
         protected = torch.zeros(2, 37, dtype=torch.bool)
-        valid = torch.arange(37) < torch.tensor([[20], [30]]) if padded else None
-        sources, destinations = (x.cpu() for x in kernels.complete_graph(*moved(keys, protected, valid, 15, None)))
+        sources, destinations = (x.cpu() for x in kernels.complete_graph(*moved(keys, protected, 15, None)))
         for b in range(2):
-            rows = similarity_of(keys[b], protected[b], None if valid is None else valid[b])
+            rows = similarity_of(keys[b], protected[b])
             priority = priority_of(rows, None)
             picked = sources[b].tolist()
             assert len(set(picked)) == 15
@@ -213,24 +223,24 @@ class TestAgainstLoops:
         keys = torch.eye(6)[None] + 0.01 * torch.randn(1, 6, 6)
         keys[0, 4] = keys[0, 1] + 0.1 * keys[0, 2]
         protected = torch.zeros(1, 6, dtype=torch.bool)
-        source, destination = kernels.complete_graph(*moved(keys, protected, None, 1, None))
+        source, destination = kernels.complete_graph(*moved(keys, protected, 1, None))
         assert (source.tolist(), destination.tolist()) == ([[1]], [[4]])
 
     def test_matching_of_keys_without_length_stays_in_bounds(self) -> None:
         keys, protected = torch.zeros(1, 9, 8), torch.zeros(1, 9, dtype=torch.bool)
-        source, destination = kernels.complete_graph(*moved(keys, protected, None, 4, None))
+        source, destination = kernels.complete_graph(*moved(keys, protected, 4, None))
         assert not set(source[0].tolist()) & set(destination[0].tolist())
         assert set(destination[0].tolist()) <= set(range(9))
 
     def test_matching_of_nothing(self) -> None:
         for batch, r in ((2, 0), (0, 3)):
             keys, protected = torch.randn(batch, 9, 8), torch.zeros(batch, 9, dtype=torch.bool)
-            for found in kernels.complete_graph(*moved(keys, protected, None, r, None)):
+            for found in kernels.complete_graph(*moved(keys, protected, r, None)):
                 assert (found.shape, found.dtype) == ((batch, r), torch.long)
 
     def test_matching_carries_no_gradient(self) -> None:
         keys, protected = moved(torch.randn(1, 9, 8), torch.zeros(1, 9, dtype=torch.bool))
-        for found in kernels.complete_graph(keys.requires_grad_(), protected, None, 2, None):
+        for found in kernels.complete_graph(keys.requires_grad_(), protected, 2, None):
             assert not found.requires_grad
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -314,9 +324,9 @@ class TestOnTheDevice:
         protected = torch.zeros(2, 577, dtype=torch.bool, device="cuda")
         protected[:, [0, -1]] = True
         importance = torch.rand(2, 577, device="cuda")
-        sources, destinations = kernels.complete_graph(keys, protected, None, 100, importance)
+        sources, destinations = kernels.complete_graph(keys, protected, 100, importance)
         for b in range(2):
-            expected = matching(similarity_of(keys[b], protected[b], None), 100, importance[b])
+            expected = matching(similarity_of(keys[b], protected[b]), 100, importance[b])
             if expected[2] > 4e-6:
                 assert (sources[b].tolist(), destinations[b].tolist()) == expected[:2]
 
@@ -324,10 +334,10 @@ class TestOnTheDevice:
         keys = torch.randn(4, 400, 768, device="cuda", dtype=torch.bfloat16)
         protected = torch.zeros(4, 400, dtype=torch.bool, device="cuda")
         x, *plan = moved(torch.randn(4, 400, 768), *plan_for(4, 400, 100))
-        found = kernels.complete_graph(keys, protected, None, 50, None)
+        found = kernels.complete_graph(keys, protected, 50, None)
         out = kernels.pull(x, *plan)
         for _ in range(5):
-            assert all(map(torch.equal, kernels.complete_graph(keys, protected, None, 50, None), found))
+            assert all(map(torch.equal, kernels.complete_graph(keys, protected, 50, None), found))
             assert torch.equal(kernels.pull(x, *plan), out)
 
     @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
@@ -337,7 +347,7 @@ class TestOnTheDevice:
         x, *plan = moved(torch.randn(2, 60, 64), *plan_for(2, 60, 20))
 
         def step() -> None:
-            kernels.complete_graph(keys, protected, ~protected, 10, None)
+            kernels.complete_graph(keys, protected, 10, None)
             kernels.pull(x.requires_grad_(), *plan).sum().backward()
 
         step()  # chooses its tiles
@@ -432,9 +442,9 @@ def test_the_library_asks_for_what_the_kernels_answer(
     expected = reducer.reduce(view, 6)
     asked = []
 
-    def in_loops(given: Tensor, protected: Tensor, valid: Any, r: int, importance: Any) -> tuple[Tensor, Tensor]:
+    def in_loops(given: Tensor, protected: Tensor, r: int, importance: Any, pick: Any) -> tuple[Tensor, Tensor]:
         asked.append("matching")
-        found = [matching(similarity_of(given[b], protected[b], valid), r, importance[b]) for b in range(2)]
+        found = [matching(similarity_of(given[b], protected[b]), r, importance[b]) for b in range(2)]
         return torch.tensor([f[0] for f in found]), torch.tensor([f[1] for f in found])
 
     def joined(tokens: Tensor, *plan: Tensor) -> Tensor:
@@ -474,7 +484,7 @@ def test_a_process_without_triton() -> None:
 # Compilation, for which a device is only a name -----------------------------------------------------------------------
 
 _POINTERS = {
-    "norms": "fp32", "best": "fp32", "protected": "i1", "valid": "i1", "group": "i8", "is_source": "i8",
+    "norms": "fp32", "best": "fp32", "protected": "i1", "group": "i8", "is_source": "i8",
     "importance": "fp32", "kept": "i64", "source": "i64", "new_destination": "i64", "taken": "fp32", "given": "fp32",
 }  # fmt: skip
 _OUT = {"priority": "fp32", "nearest": "i64"}
@@ -554,9 +564,9 @@ class TestCompilation:
     @pytest.mark.parametrize(
         ("name", "constants"),
         [
-            ("row_max", {"valid": None, "valid_b": 0, "valid_t": 0, "protected_t": 1, "C": 40}),
+            ("row_max", {"protected_t": 1, "C": 40}),
             ("priority", {"importance": None, "C": 1100}),
-            pytest.param("row_max", {"valid": None, "C": 1100}, marks=pytest.mark.slow),
+            pytest.param("row_max", {"C": 1100}, marks=pytest.mark.slow),
             pytest.param("nearest", {"C": 1100}, marks=pytest.mark.slow),
         ],
     )
@@ -604,13 +614,13 @@ class TestCompilation:
         for tokens, r in ((577, 17), (560, 32), (544, 24)):
             keys = torch.randn(2, tokens, 3, 64).to(dtype)[:, :, 1]
             protected = torch.zeros(1, tokens, dtype=torch.bool).expand(2, tokens)
-            kernels.complete_graph(keys, protected, None, r, torch.rand(2, tokens))
-            kernels.complete_graph(keys, protected, ~protected, r, None)
+            kernels.complete_graph(keys, protected, r, torch.rand(2, tokens))
+            kernels.complete_graph(keys, protected, r, None)
             x = torch.randn(2, tokens, 64).to(dtype).requires_grad_()
             kernels.pull(x, *plan_for(2, tokens, r)).backward(torch.randn(2, tokens - r, 64).to(dtype))
         # With and without what is optional; other numbers of tokens need no other kernel.
         assert {name: len(found) for name, found in compiled.items()} == {
-            "row_max": 2, "priority": 2, "nearest": 1, "pull": 1, "push": 1
+            "row_max": 1, "priority": 2, "nearest": 1, "pull": 1, "push": 1
         }  # fmt: skip
 
     @pytest.mark.slow

@@ -20,7 +20,7 @@ import crossget
 import reference
 from crossget.methods import importance
 from crossget.methods.importance import by_attention
-from crossget.methods.matching import Candidates, Matching, complete_graph, ward_graph
+from crossget.methods.matching import Candidates, Matching, MergePlan, complete_graph, ward_graph
 from crossget.methods.pairs import BAND, BUDGET
 from crossget.methods.reducers import Merging, Reducer, TowerFacts, View
 
@@ -71,6 +71,22 @@ class Seen(View):
     attention: Tensor | None = None
 
 
+def own(view: View, row: int) -> list[int]:
+    """The positions of a row's tokens without padding, which are all that it has alone."""
+    if view.valid is None:
+        return list(range(view.tokens.shape[1]))
+    return (view.valid[row] | view.protected[row]).nonzero().flatten().tolist()
+
+
+def merged_pairs(view: View, row: int, r: int, plan: MergePlan) -> list[tuple[int, int]]:
+    """The pairs of a row, as indices of its own tokens. All other tokens that are removed are padding."""
+    mine, count = own(view, row), limit(view, r, row)
+    sources, destinations = plan.source[row].tolist(), plan.destination[row].tolist()  # type: ignore[union-attr]
+    assert not set(sources[count:]) & set(mine)
+    assert plan.index[row, sources[count:]].eq(-1).all()
+    return [(mine.index(a), mine.index(b)) for a, b in zip(sources[:count], destinations[:count], strict=True)]
+
+
 def image_of(view: Seen, row: int, reducer: Merging) -> reference.Image:
     heads = view.keys[row].mean(0) if reducer.keys == "mean_heads" else view.keys[row].transpose(0, 1).flatten(1)
     wide = heads.double() if heads.dtype == torch.float64 else heads.float()
@@ -79,7 +95,6 @@ def image_of(view: Seen, row: int, reducer: Merging) -> reference.Image:
     similarity = batch.cosines()[row]
     if reducer.ties == "stable":
         similarity = torch.maximum(similarity, similarity.T)
-    tokens = view.tokens.shape[1]
     queries = (
         view.queries[row].mean(0) if reducer.keys == "mean_heads" else view.queries[row].transpose(0, 1).flatten(1)
     )
@@ -90,13 +105,13 @@ def image_of(view: Seen, row: int, reducer: Merging) -> reference.Image:
         "class_token": lambda: reference.guide_importance(unit, queries, 0),
         "cross_token": lambda: reference.guide_importance(unit, queries, int(view.guide[row])),
     }[reducer.importance or "cross_token"]()
+    mine = own(view, row)
     return reference.Image(
-        view.tokens[row],
-        [1.0] * tokens if view.sizes is None else view.sizes[row].tolist(),
-        view.protected[row].tolist(),
-        [True] * tokens if view.valid is None else view.valid[row].tolist(),
-        similarity,
-        scores,
+        view.tokens[row, mine],
+        [1.0] * len(mine) if view.sizes is None else view.sizes[row, mine].tolist(),
+        view.protected[row, mine].tolist(),
+        similarity[mine][:, mine],
+        [scores[i] for i in mine],
     )
 
 
@@ -104,9 +119,10 @@ def _flat(heads: Tensor, reducer: Merging) -> Tensor:
     return heads.mean(1) if reducer.keys == "mean_heads" else heads.transpose(1, 2).flatten(2)
 
 
-def limit(view: View, r: int) -> int:
-    reserve = 0 if view.valid is None else 2
-    return max(0, min(r, (view.tokens.shape[1] - view.n_protected - reserve) // 2))
+def limit(view: View, r: int, row: int | None = None) -> int:
+    """How many tokens are removed: from the batch, or from a row without its padding."""
+    tokens = view.tokens.shape[1] if row is None else len(own(view, row))
+    return max(0, min(r, (tokens - view.n_protected) // 2))
 
 
 @st.composite
@@ -136,8 +152,8 @@ def check_against_loops(view: View, r: int, reducer: Merging, same_pairs: bool) 
     assert tokens.dtype == view.tokens.dtype
     assert plan.destination is not None
     for row in range(len(tokens)):
-        image = image_of(view, row, reducer)
-        pairs = list(zip(plan.source[row].tolist(), plan.destination[row].tolist(), strict=True))
+        image, count = image_of(view, row, reducer), limit(view, r, row)
+        pairs = merged_pairs(view, row, r, plan)
         if same_pairs:
             if reducer.matching == "complete_graph":
                 expected = reference.complete_graph(image, count, reducer.guided_matching, reducer.ties)
@@ -146,8 +162,10 @@ def check_against_loops(view: View, r: int, reducer: Merging, same_pairs: bool) 
             assert pairs == expected
         rows, expected_sizes = reference.ensemble(image, pairs, reducer.ensemble)
         tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(tokens.dtype, 2e-5)
-        torch.testing.assert_close(tokens[row].double(), rows, rtol=tolerance, atol=tolerance)
-        assert sizes[row].tolist() == expected_sizes
+        stay = torch.isin(plan.kept[row], torch.tensor(own(view, row)))
+        torch.testing.assert_close(tokens[row, stay].double(), rows, rtol=tolerance, atol=tolerance)
+        assert sizes[row, stay].tolist() == expected_sizes
+        assert torch.equal(tokens[row, ~stay], view.tokens[row, plan.kept[row, ~stay]])
 
 
 def margins(view: View, reducer: Merging) -> bool:
@@ -193,26 +211,81 @@ def test_invariants(case: tuple[View, int], method: type[Merging], tied: bool) -
     assert sizes is not None
     assert tokens.shape == (batch, count - limit(view, r), 8)
     before = torch.ones(batch, count) if view.sizes is None else view.sizes
-    assert torch.equal(sizes.sum(1), before.sum(1))
     assert torch.equal(plan.kept, plan.kept.sort(1).values)
     for row in range(batch):
-        sources, destinations = plan.source[row].tolist(), plan.destination[row].tolist()  # type: ignore[union-attr]
-        assert len(set(sources)) == len(sources)
-        assert not set(sources) & set(destinations)
-        assert not view.protected[row, sources + destinations].any()
-        if view.valid is not None:
-            assert torch.equal(view.valid[row, sources], view.valid[row, destinations])
+        mine, pairs = own(view, row), merged_pairs(view, row, r, plan)
+        everything, dropped = plan.source[row].tolist(), plan.source[row, len(pairs) :]
+        sources, destinations = ([mine[pair[i]] for pair in pairs] for i in (0, 1))
+        assert len(set(everything)) == len(everything)
+        assert not set(everything) & set(destinations)
+        assert not view.protected[row, everything + destinations].any()
+        assert sizes[row].sum() == before[row].sum() - before[row, dropped].sum()
         kept = plan.kept[row].tolist()
-        assert sorted(kept + sources) == list(range(count))
+        assert sorted(kept + everything) == list(range(count))
         for new, old in enumerate(kept):
             assert plan.index[row, old] == new
         for source, destination in zip(sources, destinations, strict=True):
             assert plan.index[row, source] == plan.index[row, destination]
         # The way there and back again: every input position gets its group's token.
-        back = crossget.unmerge(tokens, plan.index)[row]
+        back = crossget.unmerge(tokens, plan.index, torch.zeros_like(tokens[:, :1]))[row]
         assert torch.equal(back[kept], tokens[row])
         untouched = [i for i in kept if i not in destinations]
         torch.testing.assert_close(back[untouched], view.tokens[row, untouched], rtol=2e-2, atol=1e-6)
+
+
+WARDS = [
+    crossget.Ward(1), crossget.Ward(1, importance="class_attention"), crossget.Ward(1, matching="ward", key_stride=1),
+]  # fmt: skip
+METHODS = [
+    crossget.CrossGET(1), crossget.ToMe(1), crossget.TopK(1), crossget.Random(1),
+    crossget.CrossGET(1, matching="bipartite", ensemble="normalized"), crossget.CrossGET(1, matching="random"),
+]  # fmt: skip
+
+
+@given(views(tied=True), st.sampled_from(METHODS))
+@settings(max_examples=150, deadline=None)
+def test_a_row_loses_what_it_loses_alone(case: tuple[Seen, int], reducer: Reducer) -> None:
+    """Similarities are exact and often equal: padding cannot change a rounding, and must not change how ties break."""
+    check_alone(*case, reducer.resolved(TOWER))
+
+
+@given(views(), st.sampled_from([*WARDS, *METHODS]))
+@settings(max_examples=100, deadline=None)
+def test_a_row_without_ties_loses_what_it_loses_alone(case: tuple[Seen, int], reducer: Reducer) -> None:
+    view, r = case
+    view.tokens, view.keys, view.queries = view.tokens.double(), view.keys.double(), view.queries.double()
+    if isinstance(reducer, Merging) and reducer.matching != "random":
+        reducer = dataclasses.replace(reducer, ties="stable")  # two nearest neighbours tie
+    check_alone(view, r, reducer.resolved(TOWER))
+
+
+def check_alone(view: Seen, r: int, reducer: Reducer) -> None:
+    assert view.received is not None
+    assert isinstance(view.guide, Tensor)
+    guides = [(own(view, row), int(guide)) for row, guide in enumerate(view.guide)]
+    view.guide = torch.tensor([guide if guide in mine else mine[0] for mine, guide in guides])  # no padding guides
+    out = reducer.reduce(view, r)
+    for row in range(len(view.tokens)):
+        mine = own(view, row)
+        several = (row + 1, *[-1] * 3)  # the random choice depends on the row
+        alone = View(
+            view.tokens[row, mine].expand(several[:3]), view.queries[row][:, mine].expand(several),
+            view.keys[row][:, mine].expand(several), view.received[row, mine].expand(several[:2]),
+            None if view.sizes is None else view.sizes[row, mine].expand(several[:2]),
+            view.protected[row, mine].expand(several[:2]), view.n_protected, None,
+            torch.tensor([mine.index(int(view.guide[row]))] * (row + 1)),
+        )  # fmt: skip
+        found, count = reducer.reduce(alone, r), limit(view, r, row)
+        assert (found is None) == (count == 0)
+        if found is None or out is None:
+            continue
+        tokens, _, plan = out
+        assert [mine.index(i) for i in plan.source[row, :count].tolist()] == found[2].source[row].tolist()
+        stay = torch.isin(plan.kept[row], torch.tensor(mine))
+        torch.testing.assert_close(tokens[row, stay], found[0][row], rtol=2e-2, atol=1e-5)
+        index = plan.index[row, mine]
+        positions = torch.where(index < 0, index, (stay.long().cumsum(0) - 1)[index])
+        assert torch.equal(positions, found[2].index[row])
 
 
 @given(views(), st.sampled_from(["size", "normalized"]))
@@ -307,16 +380,16 @@ def test_ward_equals_loops(matching: Any, case: tuple[Seen, int], by_attention: 
         return
     tokens, sizes, plan = out
     for row in range(len(tokens)):
-        mine = [1.0] * view.tokens.shape[1] if view.sizes is None else view.sizes[row].tolist()
-        attention = [sum(mine) * float(a) for a in view.received[row]]
+        at, count = own(view, row), limit(view, r, row)
+        mine = [1.0] * len(at) if view.sizes is None else view.sizes[row, at].tolist()
+        attention = [sum(mine) * float(a) for a in view.received[row, at]]
         masses = [s + a if by_attention else s for s, a in zip(mine, attention, strict=True)]
         image = reference.Image(
-            view.tokens[row], mine, view.protected[row].tolist(),
-            [True] * len(mine) if view.valid is None else view.valid[row].tolist(), torch.empty(0), [],
+            view.tokens[row, at], mine, view.protected[row, at].tolist(), torch.empty(0), [],
         )  # fmt: skip
-        heads = view.keys[row]
+        heads = view.keys[row][:, at]
         points = {
-            "tokens": view.tokens[row],
+            "tokens": view.tokens[row, at],
             "all_heads": heads.transpose(0, 1).flatten(1),
             "mean_heads": heads.mean(0),
         }
@@ -324,10 +397,13 @@ def test_ward_equals_loops(matching: Any, case: tuple[Seen, int], by_attention: 
             pairs = reference.ward(image, points[keys], masses, count, view.n_protected)
         else:
             pairs = reference.ward_graph(image, points[keys], masses, count)
-        assert list(zip(plan.source[row].tolist(), plan.destination[row].tolist(), strict=True)) == pairs  # type: ignore[union-attr]
-        for new, old in enumerate(plan.kept[row].tolist()):
+        assert merged_pairs(view, row, r, plan) == pairs
+        for new, position in enumerate(plan.kept[row].tolist()):
+            if position not in at:
+                continue
+            old = at.index(position)
             group = [old, *(a for a, b in pairs if b == old)]
-            mean = sum(masses[i] * view.tokens[row, i] for i in group) / sum(masses[i] for i in group)
+            mean = sum(masses[i] * view.tokens[row, at[i]] for i in group) / sum(masses[i] for i in group)
             torch.testing.assert_close(tokens[row, new], mean)
             assert sizes is not None
             assert float(sizes[row, new]) == sum(mine[i] for i in group)

@@ -38,6 +38,16 @@ def llava(attention: str = "sdpa", **settings: Any) -> Any:
     return built(LlavaForConditionalGeneration, config, attention)
 
 
+def paligemma(attention: str = "sdpa") -> Any:
+    """A PaliGemma of four image blocks and three language blocks."""
+    config = transformers.PaliGemmaConfig(
+        vision_config={**VISION, "model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False},
+        text_config={**TEXT, "model_type": "gemma", "head_dim": 8},
+        image_token_index=IMAGE, projection_dim=32, hidden_size=32,
+    )  # fmt: skip
+    return built(transformers.PaliGemmaForConditionalGeneration, config, attention)
+
+
 def prompts(*rows: str, left: bool = True) -> tuple[Tensor, Tensor]:
     """Token ids [B, T] and their mask: a word per letter, "#" being an image and "^" the beginning of text.
 

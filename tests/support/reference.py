@@ -16,12 +16,11 @@ from torch import Tensor
 
 @dataclass
 class Image:
-    """One image's tokens: plain lists and single rows."""
+    """One image's tokens, without padding: plain lists and single rows."""
 
     tokens: Tensor  # [T, C]
     sizes: list[float]
     protected: list[bool]
-    valid: list[bool]
     similarity: Tensor  # [T, T] cosines, nothing masked
     importance: list[float]
 
@@ -32,7 +31,7 @@ def similarity_of(image: Image) -> list[list[float]]:
     for i in range(count):
         for j in range(count):
             free = not image.protected[i] and not image.protected[j]
-            if i != j and free and image.valid[i] == image.valid[j]:
+            if i != j and free:
                 rows[i][j] = float(image.similarity[i, j])
     return rows
 
@@ -83,7 +82,7 @@ def ward_costs(image: Image, points: Tensor, masses: list[float]) -> list[list[f
     for i in range(count):
         for j in range(count):
             free = not image.protected[i] and not image.protected[j]
-            if i != j and free and image.valid[i] == image.valid[j]:
+            if i != j and free:
                 mass = masses[i] * masses[j] / (masses[i] + masses[j])
                 costs[i][j] = mass * float((points[i] - points[j]).square().sum())
     return costs
