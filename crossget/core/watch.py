@@ -16,6 +16,7 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,11 +36,14 @@ ADD = (
     torch.Tensor.__radd__,
     torch.Tensor.add_,
     torch.Tensor.__iadd__,
+    operator.add,  # strict torch.export gives the functions of `operator` for Python's operators
+    operator.iadd,
 )
 SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
-MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, operator.matmul)
+GET_ITEM = (torch.Tensor.__getitem__, operator.getitem)
 _WITH_INPUT = (LINEAR, F.softmax, torch.softmax, torch.add, torch.matmul)  # their first argument is called `input`
-IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
+IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__, operator.iadd)
 
 
 class Watch(TorchFunctionMode):

@@ -19,6 +19,19 @@ def size_of(x: Tensor, dim: int) -> int:
     return size if torch.compiler.is_compiling() else int(size)
 
 
+def exporting() -> bool:
+    """Whether `torch.export` traces. Its one graph serves every batch size, so no size may be compared with a limit.
+
+    torch before 2.7 does not tell.
+    """
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export` traces."""
+    return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """The rows [B, N, C] of `x` [B, T, C] at `index` [B, N]."""
     # index_select copies whole rows of a flat tensor; a gather would need one index per element.

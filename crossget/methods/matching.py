@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossget.methods import kernels
-from crossget.methods.indexing import size_of, take
+from crossget.methods.indexing import exporting, exporting_to_onnx, size_of, take
 from crossget.methods.pairs import ALL, BUDGET, Similarity, Square, Tiles, bands, symmetric, unlike
 
 Ties = Literal["torch", "stable"]
@@ -34,7 +34,7 @@ class Candidates:
         valid: [B, T] false for padding, which is matched with padding only. None: there is no padding.
         ties: how equal similarities are ranked, see `complete_graph`.
         seed: seed of the random matching.
-        budget: number of similarities that are in memory at a time.
+        budget: number of similarities that are in memory at a time; without effect while exporting.
         sizes: [B, T] number of input tokens that each token stands for; None: all are 1.
         n_kept: number of other tokens that stay. With padding it is at least 2: one destination among the padding and
             one among the other tokens, as the two are never matched with each other.
@@ -58,7 +58,7 @@ class Candidates:
         self.is_half = vectors.dtype in (torch.float16, torch.bfloat16)
         # In float32 the kernels would not use tensor cores.
         self.by_kernels = self.is_half and kernels.usable(vectors)
-        self.in_tiles = batch * tokens**2 > budget
+        self.in_tiles = not exporting() and batch * tokens**2 > budget
         self.protected = protected
         self.n_free = tokens - n_protected
         self.valid = valid
@@ -131,7 +131,20 @@ class Candidates:
         return zeros.masked_fill_(self.protected, -math.inf)
 
     def argsort(self, values: Tensor, descending: bool = False) -> Tensor:
-        """[B, N] indices that sort `values` [B, N] along the last axis; `ties` decides on equal values."""
+        """[B, N] indices that sort `values` [B, N] along the last axis; `ties` decides on equal values.
+
+        Raises:
+            RuntimeError: with `ties="torch"`, while exporting to ONNX.
+        """
+        if exporting_to_onnx():
+            if self.ties != "stable":
+                raise RuntimeError(
+                    "ties='torch' cannot be exported to ONNX: it orders equal similarities as torch.argsort happens to "
+                    "order them, which ONNX does not; attach a reducer with ties='stable', as in "
+                    "crossget.CrossGET(r, ties='stable')"
+                )
+            # ONNX has no stable sort. Its TopK is one: of equal values, that with the lower index comes first.
+            return torch.topk(values, size_of(values, 1), dim=1, largest=descending).indices
         if self.ties == "stable":
             return torch.sort(values, dim=1, descending=descending, stable=True).indices
         return torch.argsort(values, dim=1, descending=descending)
