@@ -28,8 +28,13 @@ def exporting() -> bool:
 
 
 def exporting_to_onnx() -> bool:
-    """Whether `torch.onnx.export` traces."""
+    """Whether `torch.onnx.export` runs."""
     return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result does, without the seconds that its import of Dynamo takes: Dynamo calls the
+# function. Otherwise it would take `is_in_onnx_export` for false, also when the ONNX exporter runs it.
+exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
