@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from crossget.methods.indexing import exporting, size_of
+from crossget.methods.indexing import exceeds, size_of
 
 
 def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def attention_received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale
     eager_cpu = queries.device.type == "cpu" and not torch.compiler.is_compiling()
     limit = _CPU_SCORES if eager_cpu else _MAX_SCORES
     # Compared first: the code below would fix sizes in a compiled graph.
-    if exporting() or batch * heads * tokens**2 <= limit:
+    if not exceeds(batch * heads * tokens**2, limit):
         return _received(queries, keys, bias, scale) / heads
     at_once = max(1, limit // tokens**2)
     rows, heads_at_once = max(1, at_once // heads), min(heads, at_once)

@@ -19,21 +19,24 @@ def size_of(x: Tensor, dim: int) -> int:
     return size if torch.compiler.is_compiling() else int(size)
 
 
-def exporting() -> bool:
-    """Whether `torch.export` traces. Its one graph serves every batch size, so no size may be compared with a limit.
+def exceeds(number: int, limit: int) -> bool:
+    """Whether a product of sizes is above a limit. False while exporting, as one graph serves every batch size."""
+    return not isinstance(number, torch.SymInt) and not _exporting() and number > limit
 
-    torch before 2.7 does not tell.
-    """
+
+def _exporting() -> bool:
+    """Whether `torch.export` traces. torch before 2.7 does not tell; its sizes are no plain ints then."""
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def exporting_to_onnx() -> bool:
-    """Whether `torch.onnx.export` runs."""
+    """Whether `torch.onnx.export` traces."""
     return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
-# What torch.compiler.assume_constant_result does, without the seconds that its import of Dynamo takes: Dynamo calls the
-# function. Otherwise it would take `is_in_onnx_export` for false, also when the ONNX exporter runs it.
+# Dynamo calls these functions, and does not trace them: it would take is_in_onnx_export for false and, in some versions,
+# is_exporting for true. torch.compiler.assume_constant_result sets the same attribute, but imports Dynamo for seconds.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

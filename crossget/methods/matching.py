@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossget.methods import kernels
-from crossget.methods.indexing import exporting, exporting_to_onnx, size_of, take
+from crossget.methods.indexing import exceeds, exporting_to_onnx, size_of, take
 from crossget.methods.pairs import ALL, BUDGET, Similarity, Square, Tiles, bands, symmetric, unlike
 
 Ties = Literal["torch", "stable"]
@@ -58,7 +58,7 @@ class Candidates:
         self.is_half = vectors.dtype in (torch.float16, torch.bfloat16)
         # In float32 the kernels would not use tensor cores.
         self.by_kernels = self.is_half and kernels.usable(vectors)
-        self.in_tiles = not exporting() and batch * tokens**2 > budget
+        self.in_tiles = exceeds(batch * tokens**2, budget)
         self.protected = protected
         self.n_free = tokens - n_protected
         self.valid = valid
