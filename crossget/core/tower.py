@@ -331,9 +331,8 @@ class AttachedTower:
         if self.tower.padding and valid is None:
             candidates = ("attn_mask", *self.tower.masks)
             mask = next((arguments[name] for name in candidates if arguments.get(name) is not None), None)
-            if (
-                isinstance(mask, Tensor) and mask.dim() == 4
-            ):  # otherwise padding is found when the attention gets its mask
+            # Of any other mask, padding is found when the attention gets it.
+            if isinstance(mask, Tensor) and mask.dim() == 4:
                 valid = visible(mask[:, :, -1:] if self.tower.causal else mask, batch)
         tower, reducer = self.tower, self.reducer  # once: another thread may set another one meanwhile
         forward = Forward(

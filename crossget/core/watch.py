@@ -390,12 +390,12 @@ class Watch(TorchFunctionMode):
             self.residual_inputs.append(total)  # such as a position embedding that the block adds before its attention
             return total
         if self._adds_mask(a, b):
-            batched = a.dim() == b.dim() == 3 and len(b) > 1
+            batched = a.dim() == b.dim() == 3 and b.shape[0] > 1
             mask = self.fit_mask(b.view(self.batch, -1, *b.shape[-2:]) if batched else b)
             if a.dim() == 4:
                 return func(a, mask, **kwargs)
             if mask.dim() == 4:
-                mask = mask.expand(self.batch, len(a) // self.batch, *mask.shape[-2:]).flatten(0, 1)
+                mask = mask.expand(self.batch, a.shape[0] // self.batch, *mask.shape[-2:]).flatten(0, 1)
             return func(a, mask, **kwargs)
         return func(a, b, **kwargs)
 

@@ -34,8 +34,9 @@ def exporting_to_onnx() -> bool:
     return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
-# Dynamo calls these functions, and does not trace them: it would take is_in_onnx_export for false and, in some versions,
-# is_exporting for true. torch.compiler.assume_constant_result sets the same attribute, but imports Dynamo for seconds.
+# Dynamo calls these functions, and does not trace them: it would take is_in_onnx_export for false and, in some
+# versions, is_exporting for true. torch.compiler.assume_constant_result sets the same attribute, but imports Dynamo,
+# which takes seconds.
 _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

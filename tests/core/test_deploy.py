@@ -39,14 +39,20 @@ class Host:
     Attributes:
         make: a function that makes it.
         inputs: a function of the batch size that makes its input.
+        is_discovered: it has no adapter.
     """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor]
+    is_discovered: bool = False
 
 
 def images(batch: int) -> Tensor:
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+
+
+def large_images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
 
 
 def texts(batch: int) -> Tensor:
@@ -90,26 +96,32 @@ HOSTS = {
     "CLIPVision": Host(lambda: of_transformers("CLIPVisionModelWithProjection", **hf_models.VISION), images),
     "CLIPText": Host(hf_text, texts),
     "Dinov2": Host(lambda: of_transformers("Dinov2Model", **hf_models.VISION), images),
-    "plain": Host(KINDS["plain"].make, lambda batch: torch.randn(batch, 3, 64, 64)),
-    "rotary": Host(KINDS["rotary [N, D]"].make, lambda batch: torch.randn(batch, 3, 64, 64)),
+    "plain": Host(KINDS["eager, mean of patches"].make, large_images, True),
+    "rotary": Host(KINDS["rotary [1, N, D]"].make, large_images, True),
     "torchvision": Host(lambda: VisionTransformer(32, 8, 3, 4, 32, 64, num_classes=5), images),
 }
 
 STABLE = [crossget.CrossGET(2, ties="stable"), crossget.ToMe(2, ties="stable"), crossget.Ward(2)]
-METHODS = [crossget.CrossGET(2), crossget.ToMe(2), crossget.Ward(2), crossget.Ward(2, importance="class_attention")]
+METHODS = [crossget.CrossGET(2), crossget.ToMe(2), crossget.Ward(2), crossget.CrossGET(2, importance="attention")]
 
 
-def attached(host: Host, reducer: Reducer) -> nn.Module:
-    """The host's model, attached, with parameters that are no zeros."""
+def made(host: Host) -> nn.Module:
+    """The host's model, with parameters that are no zeros."""
     model = host.make().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def attached(host: Host, reducer: Reducer) -> nn.Module:
+    """The host's model, attached."""
+    model = made(host)
     inner = model.model if isinstance(model, Part) else model
     if isinstance(model, Part) and model.method == "encode_text":
         crossget.attach(inner, {"text": reducer})
     else:
-        crossget.attach(inner, reducer)
+        crossget.attach(inner, reducer, inputs=host.inputs(2) if host.is_discovered else None)
     return model
 
 
@@ -133,6 +145,7 @@ def kept_quick(*quick: tuple[str, type[Reducer]], reducers: Sequence[Reducer] = 
 
 @pytest.mark.parametrize(("host", "reducer"), kept_quick(("plain", crossget.CrossGET), ("CLIPText", crossget.Ward)))
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # torch.jit reads it
 def test_a_trace_needs_no_inference_mode(host: Host, reducer: Reducer) -> None:
     model = attached(host, reducer)
     traced = torch.jit.trace(model, host.inputs(2), check_trace=False, strict=False)
@@ -140,7 +153,7 @@ def test_a_trace_needs_no_inference_mode(host: Host, reducer: Reducer) -> None:
     torch.testing.assert_close(tensors(traced(x)), tensors(model(x)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("reducer", METHODS, ids=repr)
+@pytest.mark.parametrize("reducer", [METHODS[0], METHODS[2]], ids=repr)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_fvcore_counts_an_attached_model(reducer: Reducer) -> None:
     model = attached(HOSTS["plain"], reducer)
@@ -150,6 +163,7 @@ def test_fvcore_counts_an_attached_model(reducer: Reducer) -> None:
 
 @pytest.mark.parametrize("reducer", METHODS, ids=repr)
 @pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of operators without a batching rule
 def test_vmap_equals_a_loop(name: str, reducer: Reducer) -> None:
     host = HOSTS[name]
     model = attached(host, reducer)
@@ -165,7 +179,7 @@ def test_one_exported_program_serves_every_batch_size(host: Host, reducer: Reduc
     check_export(host, reducer, strict)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_example_is_exported(strict: bool) -> None:
     check_export(HOSTS["plain"], crossget.CrossGET(2), strict)
 
@@ -175,7 +189,9 @@ def check_export(host: Host, reducer: Reducer, strict: bool) -> None:
         pytest.skip("torch 2.8 is the first whose Dynamo traces a block that is watched")
     model = attached(host, reducer)
     # Without a largest size: no comparison with a limit may be left in the program.
-    program = torch.export.export(model, (host.inputs(2),), dynamic_shapes=({0: Dim("b")},), strict=strict)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
+        program = torch.export.export(model, (host.inputs(2),), dynamic_shapes=({0: Dim("b")},), strict=strict)
     exported = program.module()
     with torch.no_grad():
         for batch in (1, 3, 5):
@@ -183,6 +199,7 @@ def check_export(host: Host, reducer: Reducer, strict: bool) -> None:
             torch.testing.assert_close(tensors(exported(x)), tensors(model(x)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [Dim.AUTO, Dim.DYNAMIC] if hasattr(Dim, "AUTO") else [], ids=str)
 def test_a_dynamic_batch_by_hint(dim: Any) -> None:
     model = attached(HOSTS["plain"], crossget.ToMe(2))
@@ -229,7 +246,7 @@ def test_a_block_that_is_a_leaf_of_the_trace_is_reduced_when_it_runs() -> None:
 
 
 def test_a_detached_model_is_scripted_and_traced() -> None:
-    model = VisionTransformer(32, 8, 1, 4, 32, 64, num_classes=5).eval()
+    model = made(HOSTS["torchvision"])
     crossget.attach(model, crossget.CrossGET(2)).detach()
     x = images(2)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
@@ -254,8 +271,11 @@ class TestKernels:
             model.set_attn_implementation(then)
             torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2", "flash_attention_3"])
-    def test_not_recognised(self, name: str, kernel: str) -> None:
+    @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # of transformers
+    @pytest.mark.parametrize(
+        "kernel", [pytest.param("flex_attention", marks=pytest.mark.slow), "flash_attention_2", "flash_attention_3"]
+    )
+    def test_not_recognised(self, name: str, kernel: str) -> None:  # flex_attention makes a BlockMask of the mask
         model: Any = HOSTS[name].make()
         x = HOSTS[name].inputs(2)
         with torch.no_grad(), crossget.attach(model, crossget.CrossGET(2)):
