@@ -181,7 +181,7 @@ def test_one_exported_program_serves_every_batch_size(host: Host, reducer: Reduc
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_example_is_exported(strict: bool) -> None:
-    check_export(HOSTS["plain"], crossget.CrossGET(2), strict)
+    check_export(HOSTS["plain"], crossget.ToMe(2), strict)
 
 
 def check_export(host: Host, reducer: Reducer, strict: bool) -> None:
