@@ -13,7 +13,9 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
+from torch.fx import Proxy
 
 _ATTACHED = "_crossget_attached"
 _BASE = "_crossget_base"
@@ -117,6 +119,10 @@ def _become(block: nn.Module, cls: type) -> None:
 # Classes ------------------------------------------------------------------------------------------------------------
 
 _SUBCLASSES: dict[type, type] = {}
+_REFUSED = (
+    "{} is a block of an attached model, which cannot be {}: use torch.export, torch.jit.trace, torch.onnx.export or "
+    "torch.compile on the attached model (docs/deploy.md), or detach first"
+)
 
 
 def _subclass(base: type) -> Any:
@@ -131,6 +137,8 @@ def _subclass(base: type) -> Any:
                 found is None
             ):  # swapped out, but still called by a host that was interrupted while it recorded hidden states
                 return own(*args, **kwargs)
+            if _is_symbolic(args, kwargs):
+                raise RuntimeError(_REFUSED.format(type(self).__name__, "traced by torch.fx"))
             block_call = kwargs.pop(_CALL, None)
             if block_call is not None:
                 return found.runner.run_forward(self, own, args, kwargs, block_call)
@@ -144,7 +152,7 @@ def _subclass(base: type) -> Any:
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             call_with_hooks: Callable[..., Any] = super(swapped, self).__call__
             found = self.__dict__.get(_ATTACHED)
-            if found is None:
+            if found is None or _is_symbolic(args, kwargs):  # a block that torch.fx takes for a leaf runs later
                 return call_with_hooks(*args, **kwargs)
 
             def proceed(*args: Any, block_call: Any, **kwargs: Any) -> Any:
@@ -164,12 +172,24 @@ def _subclass(base: type) -> Any:
             state = super(swapped, self).__reduce_ex__(protocol)[2]
             return _blank, (base,), state
 
+        def prepare_scriptable(self: nn.Module) -> nn.Module:
+            # torch.jit.script calls this of every module, before it compiles any.
+            if _ATTACHED in self.__dict__:
+                raise RuntimeError(_REFUSED.format(type(self).__name__, "compiled by torch.jit.script"))
+            return self
+
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, _BASE: base, **names}
-        body["_load_from_state_dict"] = load
+        methods = {"__call__": call, "__reduce_ex__": reduce, "__prepare_scriptable__": prepare_scriptable}
+        methods["_load_from_state_dict"] = load
+        body = {"forward": forward, **methods, _BASE: base, **names}
         swapped: Any = type(base.__name__, (base,), body)
         _SUBCLASSES[base] = swapped
     return _SUBCLASSES[base]
+
+
+def _is_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch.fx traces the call, with values that are no tensors."""
+    return not torch.compiler.is_compiling() and any(isinstance(x, Proxy) for x in (*args, *kwargs.values()))
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

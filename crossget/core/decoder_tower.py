@@ -150,10 +150,10 @@ def first_token(tokens: Tensor, mask: Any, cached: Any) -> FirstToken:
     if isinstance(mask, Mapping):
         mask = next((value for value in mask.values() if value is not None), None)
     if mask is None:
-        position = torch.zeros(int(tokens.shape[0]), dtype=torch.long, device=tokens.device)
+        position = torch.zeros(size_of(tokens, 0), dtype=torch.long, device=tokens.device)
     else:
         # The mask of the last query. It may exclude later keys, which are not the first one.
-        seen = mask != 0 if mask.dim() == 2 else visible(mask[:, :, -1:], int(tokens.shape[0]))
+        seen = mask != 0 if mask.dim() == 2 else visible(mask[:, :, -1:], size_of(tokens, 0))
         position = seen.long().argmax(1).to(tokens.device)
     return FirstToken(position - cached)
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from crossget.core.reduction import Merge
 from crossget.core.state import TokenState
 from crossget.core.tables import TableOperands
+from crossget.core.watch import GET_ITEM
 from crossget.methods.indexing import size_of
 
 
@@ -164,7 +165,6 @@ def with_tables(merge: type[Merge]) -> type[Merge]:
     return _WITH_TABLES[merge]
 
 
-_GET_ITEM = torch.Tensor.__getitem__
 _WITH_TABLES: dict[type[Merge], type[Merge]] = {}
 
 
@@ -200,7 +200,7 @@ class AppendingMerge(Merge):
                 self._appended = size_of(out, 1) - self._own
                 self.tokens, self.residual_inputs = size_of(out, 1), [out]
             return out
-        if self.known(func) is _GET_ITEM and self._total is not None and args[0] is self._total:
+        if self.known(func) in GET_ITEM and self._total is not None and args[0] is self._total:
             own = self._total[self._cut(args[1])]
             self._mlp_residual = None if self.state.norms is None else own
             return own

@@ -10,6 +10,7 @@ may be normalised or scaled on the way, as in x = norm(attention(x) + 2 * x).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,9 @@ from crossget.methods.indexing import size_of
 # Functions that normalise or scale tokens.
 _SCALE = (
     F.layer_norm, F.rms_norm, F.normalize,
-    torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__,
-    torch.div, torch.Tensor.div, torch.Tensor.__truediv__,
-    torch.sub, torch.Tensor.sub, torch.Tensor.__sub__,
+    torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, operator.mul,
+    torch.div, torch.Tensor.div, torch.Tensor.__truediv__, operator.truediv,
+    torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, operator.sub,
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ token has the row of its destination. The cross token's row does not rotate or s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from crossget.core.reduction import Merge
 from crossget.core.state import TokenState
 from crossget.core.watch import ADD
+from crossget.methods.indexing import size_of
 
 TableLayout = Literal["b1n", "bn", "bn1", "hn"]
 """The axes that a table [N, ..] without a batch axis gets: [B, 1, N, ..], [B, N, ..] or [B, N, 1, ..].
@@ -29,6 +31,7 @@ _COMBINE = (
     *ADD,
     torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.mul_,
     torch.Tensor.__imul__, torch.sub, torch.Tensor.sub, torch.Tensor.__sub__, torch.Tensor.__rsub__,
+    operator.mul, operator.imul, operator.sub,
 )  # fmt: skip
 
 _RESHAPE = (torch.Tensor.view, torch.Tensor.reshape)
@@ -182,7 +185,7 @@ class TableOperands(Merge):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             return a, b
         rank = max(a.dim(), b.dim())
-        shapes = [[*[1] * (rank - x.dim()), *map(int, x.shape)] for x in (a, b)]
+        shapes = [[*[1] * (rank - x.dim()), *(size_of(x, dim) for dim in range(x.dim()))] for x in (a, b)]
         differ = [i for i in range(rank) if shapes[0][i] != shapes[1][i] and 1 not in (shapes[0][i], shapes[1][i])]
         if rank < 3 or len(differ) != 1 or differ[0] == 0:
             return a, b
@@ -196,7 +199,7 @@ class TableOperands(Merge):
     def _has_all_rows(self, rows: int, remaining: int) -> bool:
         """Whether `rows` are of all the host's tokens, and `remaining` of the reduced ones, without the same prefix."""
         skipped = self.state.length - rows
-        return 0 <= skipped <= self.state.forward.prefix and int(self.state.positions.shape[1]) - remaining == skipped
+        return 0 <= skipped <= self.state.forward.prefix and size_of(self.state.positions, 1) - remaining == skipped
 
     def _rows(self, table: Tensor, axis: int, leading: int, func: Any) -> Tensor:
         # Where the kind of table is not known, the cross token has the row of the token in the middle.

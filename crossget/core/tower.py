@@ -342,6 +342,11 @@ class AttachedTower:
                 out = proceed(*args, block_call=block_call, **kwargs)
             except BaseException as error:
                 self.handed_over.forget()
+                if not isinstance(error, Exception) or isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                kernel = _unknown_kernel(block)
+                if kernel and kernel not in str(error):
+                    raise RuntimeError(f"{self._named(block)} fails: {error}{kernel}") from error
                 if isinstance(error, RuntimeError) and not state.unmodified and "size" in str(error):
                     raise RuntimeError(self._failed(block, state, error)) from error
                 raise
@@ -380,7 +385,8 @@ class AttachedTower:
         if self.tower.padding and valid is None:
             candidates = ("attn_mask", *self.tower.masks)
             mask = next((arguments[name] for name in candidates if arguments.get(name) is not None), None)
-            if mask is not None and mask.dim() == 4:  # otherwise padding is found when the attention gets its mask
+            # Of any other mask, padding is found when the attention gets it.
+            if isinstance(mask, Tensor) and mask.dim() == 4:
                 valid = visible(mask[:, :, -1:] if self.tower.causal else mask, batch)
         tower, reducer = self.tower, self.reducer  # once: another thread may set another one meanwhile
         forward = Forward(
@@ -702,20 +708,22 @@ class AttachedTower:
                 stacklevel=2,
             )
 
+    def _named(self, block: nn.Module) -> str:
+        return f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r}"
+
     def _failed(self, block: nn.Module, state: TokenState, error: RuntimeError) -> str:
         """The message for a block that fails on another number of tokens than the host's."""
         return (
-            f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r} got "
-            f"{state.positions.shape[1]} tokens instead of {state.length}, and fails: {error}. If it has tables with "
-            "one row per token, name them in Tower.fit_arguments or Tower.makes_tables (docs/backbones.md)"
+            f"{self._named(block)} got {state.positions.shape[1]} tokens instead of {state.length}, and fails: "
+            f"{error}. If it has tables with one row per token, name them in Tower.fit_arguments or Tower.makes_tables "
+            "(docs/backbones.md)"
         )
 
     def _not_recognised(self, block: nn.Module, watch: Merge) -> str:
         """The message for a block whose attention or residual was not recognised."""
         what = "no residual addition after its attention" if watch.attention_seen else "no attention over its tokens"
-        where = f"block {key_of(block)} ({type(block).__name__}) of tower {self.tower.name!r}"
         return (
-            f"{where} showed {what} ({watch.tokens} tokens): expected F.scaled_dot_product_attention, "
+            f"{self._named(block)} showed {what} ({watch.tokens} tokens): expected F.scaled_dot_product_attention, "
             "nn.MultiheadAttention or matmul and softmax over [.., T, T], then an addition to the block's own input. "
             f"docs/backbones.md lists what can be recognised{_other_kernel(block)}"
         )
@@ -725,6 +733,11 @@ def _other_kernel(block: nn.Module) -> str:
     """Which kernel, or which replacement of a torch function, may have hidden the attention; empty if none is known."""
     if F.scaled_dot_product_attention is not SDPA:
         return f". F.scaled_dot_product_attention is replaced by {F.scaled_dot_product_attention!r}: restore it"
+    return _unknown_kernel(block)
+
+
+def _unknown_kernel(block: nn.Module) -> str:
+    """Which kernel may have hidden the attention, or may have failed; empty if none is known."""
     for module in block.modules():
         kernel = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if kernel not in (None, *RECOGNISED_KERNELS):

@@ -16,6 +16,7 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,11 +37,14 @@ ADD = (
     torch.Tensor.__radd__,
     torch.Tensor.add_,
     torch.Tensor.__iadd__,
+    operator.add,  # strict torch.export gives the functions of `operator` for Python's operators
+    operator.iadd,
 )
 SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
-MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, operator.matmul)
+GET_ITEM = (torch.Tensor.__getitem__, operator.getitem)
 _WITH_INPUT = (LINEAR, F.softmax, torch.softmax, torch.add, torch.matmul)  # their first argument is called `input`
-IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__)
+IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__, operator.iadd)
 # A mode is told the method that torch.Tensor has at the time, and the function of torch.nn.functional, which a tool may
 # have replaced by a wrapper.
 _REPLACEABLE: dict[Any, tuple[str, ...]] = {
@@ -417,12 +421,12 @@ class Watch(TorchFunctionMode):
             self.residual_inputs.append(total)  # such as a position embedding that the block adds before its attention
             return total
         if self._adds_mask(a, b):
-            batched = a.dim() == b.dim() == 3 and len(b) > 1
+            batched = a.dim() == b.dim() == 3 and b.shape[0] > 1
             mask = self.fit_mask(b.view(self.batch, -1, *b.shape[-2:]) if batched else b)
             if a.dim() == 4:
                 return func(a, mask, **kwargs)
             if mask.dim() == 4:
-                mask = mask.expand(self.batch, len(a) // self.batch, *mask.shape[-2:]).flatten(0, 1)
+                mask = mask.expand(self.batch, a.shape[0] // self.batch, *mask.shape[-2:]).flatten(0, 1)
             return func(a, mask, **kwargs)
         return func(a, b, **kwargs)
 

@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from crossget.methods.indexing import size_of
+from crossget.methods.indexing import exceeds, size_of
 
 
 def by_guide(keys: Tensor, inverse_norms: Tensor, query: Tensor) -> Tensor:
@@ -90,6 +90,7 @@ def attention_received(
 
     The [B, H, T, T] probabilities are computed again and reduced to one number per token, a few heads at a time. On a
     CPU, the heads of one step fit the cache. On other devices and in a compiled graph, their number bounds the memory.
+    An exported graph computes all of them at once.
 
     Args:
         queries: [B, H, T, D], or [B, H, 1, D] for the attention of one token.
@@ -105,7 +106,8 @@ def attention_received(
     batch, heads, tokens = size_of(keys, 0), size_of(keys, 1), size_of(keys, 2)
     eager_cpu = queries.device.type == "cpu" and not torch.compiler.is_compiling()
     limit = _CPU_SCORES if eager_cpu else _MAX_SCORES
-    if batch * heads * tokens**2 <= limit:  # Compared first: the code below would fix sizes in a compiled graph.
+    # Compared first: the code below would fix sizes in a compiled graph.
+    if not exceeds(batch * heads * tokens**2, limit):
         return _received(queries, keys, bias, scale, valid) / heads
     at_once = max(1, limit // tokens**2)
     rows, heads_at_once = max(1, at_once // heads), min(heads, at_once)

@@ -19,6 +19,28 @@ def size_of(x: Tensor, dim: int) -> int:
     return size if torch.compiler.is_compiling() else int(size)
 
 
+def exceeds(number: int, limit: int) -> bool:
+    """Whether a product of sizes is above a limit. False while exporting, as one graph serves every batch size."""
+    return not isinstance(number, torch.SymInt) and not _exporting() and number > limit
+
+
+def _exporting() -> bool:
+    """Whether `torch.export` traces. torch before 2.7 does not tell; its sizes are no plain ints then."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export` traces."""
+    return (torch.compiler.is_compiling() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+# Dynamo calls these functions, and does not trace them: it would take is_in_onnx_export for false and, in some
+# versions, is_exporting for true. torch.compiler.assume_constant_result sets the same attribute, but imports Dynamo,
+# which takes seconds.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """The rows [B, N, C] of `x` [B, T, C] at `index` [B, N]."""
     # index_select copies whole rows of a flat tensor; a gather would need one index per element.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossget.methods import kernels
-from crossget.methods.indexing import size_of, take
+from crossget.methods.indexing import exceeds, exporting_to_onnx, size_of, take
 from crossget.methods.pairs import ALL, BUDGET, Similarity, Square, Tiles, bands, symmetric
 
 Ties = Literal["torch", "stable"]
@@ -35,7 +35,7 @@ class Candidates:
         valid: [B, T] false for padding, which is never matched. None: there is no padding.
         ties: how equal similarities are ranked, see `complete_graph`.
         seed: seed of the random matching.
-        budget: number of similarities that are in memory at a time.
+        budget: number of similarities that are in memory at a time; without effect while exporting.
         sizes: [B, T] number of input tokens that each token stands for; None: all are 1.
         wanted: [B] number of tokens to remove from each row with padding; None: the same number as from all.
 
@@ -62,7 +62,7 @@ class Candidates:
         self.is_half = vectors.dtype in (torch.float16, torch.bfloat16)
         # In float32 the kernels would not use tensor cores.
         self.by_kernels = self.is_half and kernels.usable(vectors)
-        self.in_tiles = batch * tokens**2 > budget
+        self.in_tiles = exceeds(batch * tokens**2, budget)
         self.protected = protected if valid is None else protected | ~valid
         self.n_protected = n_protected
         self.n_free = tokens - n_protected
@@ -177,7 +177,19 @@ class Candidates:
             values: what is sorted.
             descending: the largest value comes first.
             own: [B, N] false for values that a row without its padding lacks, all of which come last; None: it has all.
+
+        Raises:
+            RuntimeError: with `ties="torch"`, while exporting to ONNX.
         """
+        if exporting_to_onnx():
+            if self.ties != "stable":
+                raise RuntimeError(
+                    "ties='torch' cannot be exported to ONNX: it orders equal similarities as torch.argsort happens to "
+                    "order them, which ONNX does not; attach a reducer with ties='stable', as in "
+                    "crossget.CrossGET(r, ties='stable')"
+                )
+            # ONNX has no stable sort. Its TopK is one: of equal values, that with the lower index comes first.
+            return torch.topk(values, size_of(values, 1), dim=1, largest=descending).indices
         if self.ties == "stable":
             return torch.sort(values, dim=1, descending=descending, stable=True).indices
         fixed = torch.compiler.is_compiling() or torch._C._is_tracing()  # then lengths are not known

@@ -67,7 +67,8 @@ class Square:
         best = []
         for band in bands(self.similarity):
             bound = bound_of(place[:, band], place)
-            best.append(torch.minimum(self.similarity[:, band], bound, out=bound).amax(-1))
+            # In place, but without `out`: torch.func and a trace that runs with gradients do not take that.
+            best.append(bound.clamp_max_(self.similarity[:, band]).amax(-1))
         return best[0] if len(best) == 1 else torch.cat(best, 1)
 
     def nearest(self, source: Tensor, blocked: Tensor) -> Tensor:
