@@ -522,7 +522,9 @@ ALONE = [
 @settings(max_examples=5, deadline=None)
 def test_a_text_is_what_it_is_alone(method: Reducer, lengths: list[int], more: int, seed: int) -> None:
     """The lengths of the other texts of a batch, and padding beyond the longest, change nothing."""
-    model = contract.build(chosen("CLIPTextModel-sdpa")[0].values[0])[0].double()
+    model = contract.build(chosen("CLIPTextModel-sdpa")[0].values[0])[0]
+    # Before 5.0, CLIP's causal mask overflows in float64.
+    model, atol = (model.double(), 1e-9) if hf_models.VERSION >= (5, 0) else (model, 1e-5)
     width = min(16, max(lengths) + more)
     ids = torch.randint(2, 59, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
@@ -531,7 +533,7 @@ def test_a_text_is_what_it_is_alone(method: Reducer, lengths: list[int], more: i
     with trained(model, method), torch.no_grad():
         together = model(ids, mask).pooler_output
         alone = [model(row[None, :n], seen[None, :n]) for row, seen, n in zip(ids, mask, lengths, strict=True)]
-    torch.testing.assert_close(together, torch.cat([out.pooler_output for out in alone]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(together, torch.cat([out.pooler_output for out in alone]), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("method", ALONE, ids=repr)
