@@ -11,7 +11,6 @@ Shapes: B rows, T tokens of the caller's prompt, W tokens of the shorter one, N 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import sys
@@ -190,17 +189,10 @@ class ConnectorPrompts:
                 if any(name in PIXELS for name in names):
                     out = method(**{name: arguments[name] for name in names}, return_dict=True)
             if out is not None:
-                found[modality] = self._read(out)
+                entries = self.connector.features(out)
+                lengths = [len(entry) for entry in entries]
+                found[modality] = Encoded(out, lengths, torch.cat(entries), self.connector.layers(out))
         return found
-
-    def _read(self, out: Any) -> Encoded:
-        features = getattr(out, self.connector.field)
-        if isinstance(features, Tensor) and features.dim() == 2:
-            features = features[None]
-        entries = [entry.reshape(-1, entry.shape[-1]) for entry in features]
-        layers = [_features_of(layer) for layer in getattr(out, "deepstack_features", None) or []]
-        flat_layers = [torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]) for layer in layers]
-        return Encoded(out, [len(entry) for entry in entries], torch.cat(entries), flat_layers)
 
     def placeholders(self, modality: str, tokens: Tensor) -> Tensor:
         """[B, T] true for the placeholders of a modality, in token ids [B, T] or embeddings [B, T, C]."""
@@ -488,7 +480,7 @@ class _Chosen:
         visible = seen[stays]
         new_flat = torch.cat([unit.tokens for unit in units])[visible]
         new_layers = [torch.cat([unit.carried[n] for unit in units])[visible] for n in range(len(layers))]
-        return self._put_back(encoded.out, new_flat, new_layers, counts)
+        return connector.replaced(encoded.out, new_flat, new_layers, counts)
 
     def _lengths(self, encoded: Encoded, row: Tensor, column: Tensor) -> list[int]:
         """The number of features of each unit."""
@@ -533,39 +525,6 @@ class _Chosen:
             embeds = self._prompts.connector.model.get_input_embeddings()(tokens) if tokens.dim() == 2 else tokens
             weights = is_text.to(embeds.dtype)[:, :, None]
             return torch.as_tensor((embeds * weights).sum(1) / weights.sum(1))
-
-    def _put_back(self, out: Any, flat: Tensor, layers: list[Tensor], counts: list[int]) -> Any:
-        """A copy of what the host returned, with the features that stay."""
-        name = self._prompts.connector.field
-        new, before = copy.copy(out), getattr(out, name)
-        setattr(new, name, _like(before, flat.split(counts)))
-        if layers:
-            pairs = zip(out.deepstack_features, layers, strict=True)
-            new.deepstack_features = [_with_features(old, list(layer.split(counts))) for old, layer in pairs]
-        return new
-
-
-def _features_of(layer: Any) -> Any:
-    """The features of one layer of deepstack: some hosts give a pair of the layer's number and the features."""
-    return layer[1] if isinstance(layer[0], int) else layer
-
-
-def _with_features(layer: Any, features: list[Tensor]) -> Any:
-    return (layer[0], features) if isinstance(layer[0], int) else features
-
-
-def _like(before: Any, entries: tuple[Tensor, ...]) -> Any:
-    """The entries in the form that they had: a list, a tuple, or a tensor [entries, n, C] or [n, C].
-
-    Entries of different lengths become one entry of a tensor.
-    """
-    if not isinstance(before, Tensor):
-        return type(before)(entries)
-    if before.dim() == 2:
-        return torch.cat(entries)
-    if len({len(entry) for entry in entries}) == 1:
-        return torch.stack(entries).reshape(*before.shape[:-2], -1, before.shape[-1])
-    return torch.cat(entries)[None]
 
 
 def record_of(cache: Any) -> PromptRecord | None:
