@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -30,6 +30,7 @@ from crossget.core.decoder_tower import cached_tokens
 from crossget.core.image_prompts import _PADDING_VALUES, _first_given, _padding, _shift_limits, _with_prompt
 
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches")
+_OLD_NAMES = {"pixel_values_images": "pixel_values", "image_patches": "pixel_values"}  # hosts still take them
 _RECORD = "_crossget_prompt"
 
 
@@ -141,6 +142,7 @@ class ConnectorPrompts:
             ValueError: the attention mask does not have the shape [B, T], or there are other features than
                 placeholders.
         """
+        arguments = self._renamed(arguments)
         tokens = _first_given(arguments, "input_ids", "inputs_embeds")
         given = dict(arguments.get("mm_encoder_outputs") or {})
         has_images = any(given.values()) or any(arguments.get(name) is not None for name in PIXELS)
@@ -178,15 +180,39 @@ class ConnectorPrompts:
             return new, None
         return self._shorten(new, arguments, earlier, chosen, generates=generates)
 
+    def _takes(self, modality: str) -> Collection[str]:
+        """The arguments of `get_image_features`, or of that of another modality."""
+        return inspect.signature(getattr(self.connector.parts, f"get_{modality}_features")).parameters
+
+    def _renamed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with the names that `get_image_features` has for them."""
+        takes = self._takes("image")
+        old = {old: new for old, new in _OLD_NAMES.items() if old in arguments and old not in takes and new in takes}
+        if not old:
+            return arguments
+        renamed = {name: value for name, value in arguments.items() if name not in old}
+        return {**renamed, **{new: arguments[name] for name, new in old.items() if arguments[name] is not None}}
+
     def _encode(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Encoded]:
-        """What the host makes of the images and videos of a call, by modality."""
+        """What the host makes of the images and videos of a call, by modality.
+
+        Raises:
+            ValueError: there are pixels that are not encoded by any of its methods.
+        """
+        taken = {name for modality in self.connector.placeholders for name in self._takes(modality)}
+        unknown = [name for name in PIXELS if arguments.get(name) is not None and name not in taken]
+        if unknown:
+            raise ValueError(
+                f"{type(self.connector.model).__name__} got {', '.join(unknown)}, whose features cannot be reduced "
+                f"behind its connector: it takes {' and '.join(self.connector.placeholders)} features; detach for it"
+            )
         found = {}
         for modality in self.connector.placeholders:
             out = given.get(modality)
             if out is None:
-                method = getattr(self.connector.parts, f"get_{modality}_features")
-                names = [name for name in inspect.signature(method).parameters if arguments.get(name) is not None]
+                names = [name for name in self._takes(modality) if arguments.get(name) is not None]
                 if any(name in PIXELS for name in names):
+                    method = getattr(self.connector.parts, f"get_{modality}_features")
                     out = method(**{name: arguments[name] for name in names}, return_dict=True)
             if out is not None:
                 entries = self.connector.features(out)

@@ -66,6 +66,8 @@ class Example:
         self.ids, self.mask = self._tokens()
         self.is_image = self.ids == self.connector.placeholders["image"]
         types = {name: self.is_image.long() for name in ("mm_token_type_ids", "token_type_ids") if self._takes(name)}
+        if self.model.config.model_type == "paligemma":
+            del types["token_type_ids"]  # for training: which tokens are of the answer
         media = {name: value for name, value in way.arguments.items() if self._takes(name)}
         self.inputs = {"input_ids": self.ids, "attention_mask": self.mask, **types, **media}
         first = self.mask.cumsum(1) == 1  # padding would predict it
@@ -92,7 +94,7 @@ class Example:
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Token ids [B, T] and their mask."""
         config = self.model.config
-        special = set(_special(config.to_dict()))
+        special = {*_special(config.to_dict()), *self.connector.placeholders.values()}
         words = torch.tensor([word for word in range(3, 90) if word not in special])
         generator, placeholder = torch.Generator().manual_seed(3), self.connector.placeholders["image"]
         start = [token for name in _STARTS if isinstance(token := getattr(config, name, None), int)][:1]

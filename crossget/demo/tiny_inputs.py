@@ -189,6 +189,11 @@ def _images(numbers: _Numbers) -> Layouts:
     yield "a row of patches", _random(numbers.batch, 3, patch, patch * _GRID**2), sizes
     yield "grey images", images[:, :1], {}
     yield "two images per text", images[:, None].repeat(1, 2, 1, 1, 1), {}
+    x, y = torch.arange(_GRID).repeat(_GRID), torch.arange(_GRID).repeat_interleave(_GRID)
+    places = {"image_position_ids": torch.stack([x, y], 1).expand(numbers.batch, -1, -1)}
+    yield "patches with places", _random(numbers.batch, _GRID**2, patch * patch * 3), places
+    yield "patches of a grid", _random(int(numbers.grids.prod(1).sum()), patch * patch * 3), {"image_grid_hw": numbers.grids}
+    yield "plain patches", _random(numbers.batch, _GRID**2, patch * patch * 3), {}
     sizes = {"image_sizes": torch.tensor([[height, 2 * width], [2 * height, width], [2 * height, 2 * width]])}
     if numbers.batch == len(sizes["image_sizes"]):
         yield "images of up to 4 tiles", _random(numbers.batch, 5, channels, height, width), sizes
@@ -202,6 +207,7 @@ def _packed(numbers: _Numbers) -> Layouts:
     frames = numbers("temporal_patch_size", default=2)
     grid = F.pad(numbers.grids, (1, 0), value=1)
     own = {"image_grid_thw": grid, "grid_thw": grid, "merge_sizes": torch.tensor([2] * numbers.batch)}
+    own["image_merge_sizes"] = own["merge_sizes"]
     count = int(numbers.grids.prod(1).sum())
     yield "packed patches, with time", _random(count, 3 * frames * patch * patch), own
     yield "packed patches", _random(count, 3 * patch * patch), own
@@ -276,6 +282,7 @@ def _companions(numbers: _Numbers) -> dict[str, Tensor]:
         "prompt_masks": _random(numbers.batch, 3, height, width),
         "pixel_values": _random(numbers.batch, frames, 3, height, width),
         "audio_values": _random(numbers.batch, 1, 64, 128),
+        "high_res_pixel_values": _random(numbers.batch, 3, 2 * height, 2 * width),
         "is_longer": torch.zeros(numbers.batch, 1, dtype=torch.bool),
     }
 

@@ -50,7 +50,7 @@ _STAGES = ("depths", "hidden_sizes", "embed_dims", "stage_dims", "conv_dim", "bl
 _STAGE_NAMES = ("out_features", "stage_names", "_out_features", "_out_indices")
 _INDICES = re.compile("index|indices|fullatt|layer$|layers$|attn_blocks|attention_blocks|neck_ignore")
 _DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
-_AS_IS = re.compile("id2label|label2id|quantization_config|task_specific_params|rope_|ignore_keys")
+_AS_IS = re.compile("query_dict|id2label|label2id|quantization_config|task_specific_params|rope_|ignore_keys")
 _OF_THE_LIBRARY = ("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
 
 
