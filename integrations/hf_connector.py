@@ -46,7 +46,9 @@ def find_connector(model: Any) -> Connector:
         raise TypeError(f"the connector of {name} cannot be reduced: its forward needs {', '.join(required)}")
     placeholders = {}
     for modality in ("image", "video"):
-        token = getattr(model.config, f"{modality}_token_id", None)
+        # A model of image codes has the id in its map between codes and words.
+        holders = (model.config, getattr(parts, "vocabulary_mapping", None))
+        token = next((t for one in holders if (t := getattr(one, f"{modality}_token_id", None)) is not None), None)
         if token is not None and hasattr(parts, f"get_{modality}_features"):
             placeholders[modality] = int(token)
     if "image" not in placeholders:

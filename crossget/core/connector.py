@@ -113,7 +113,7 @@ def _like(before: Any, entries: tuple[Tensor, ...]) -> Any:
     if before.dim() == 2:
         return torch.cat(entries)
     if len({len(entry) for entry in entries}) == 1:
-        return torch.stack(entries).reshape(*before.shape[:-2], -1, before.shape[-1])
+        return torch.stack(entries).reshape(len(entries), *before.shape[1:-2], -1, before.shape[-1])
     return torch.cat(entries)[None]
 
 

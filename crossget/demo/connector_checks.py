@@ -47,9 +47,11 @@ class Example:
 
     Attributes:
         connector: of the model.
+        layout: of the images.
         encoded: what `get_image_features` returns.
         inputs: arguments of `forward` and of `generate`.
         labels: [B, T] -100 at placeholders, padding, and the first token of each row.
+        special: ids of special tokens.
         rows: the images of each row.
         images: number of features of each image.
 
@@ -59,9 +61,10 @@ class Example:
     """
 
     def __init__(self, model: Any, way: Way) -> None:
-        self.model, self.connector = model, find_connector(model)
+        self.model, self.connector, self.layout = model, find_connector(model), way.layout
         with torch.no_grad():
             self.encoded = way.call()
+        self.special = sorted({*_special(model.config.to_dict()), *self.connector.placeholders.values()})
         self.images, self.rows = self._images(way)
         self.ids, self.mask = self._tokens()
         self.is_image = self.ids == self.connector.placeholders["image"]
@@ -94,8 +97,7 @@ class Example:
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Token ids [B, T] and their mask."""
         config = self.model.config
-        special = {*_special(config.to_dict()), *self.connector.placeholders.values()}
-        words = torch.tensor([word for word in range(3, 90) if word not in special])
+        words = torch.tensor([word for word in range(3, 90) if word not in self.special])
         generator, placeholder = torch.Generator().manual_seed(3), self.connector.placeholders["image"]
         start = [token for name in _STARTS if isinstance(token := getattr(config, name, None), int)][:1]
         end = [token for name in _ENDS if isinstance(token := getattr(config, name, None), int)][:1]
@@ -117,7 +119,7 @@ class Example:
         """Greedily: the new tokens [B, N] and their logits [B, N, V]."""
         out = self.model.generate(
             **self.inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
-            return_dict_in_generate=True, pad_token_id=0,
+            return_dict_in_generate=True, pad_token_id=0, suppress_tokens=self.special,
         )  # fmt: skip
         return out.sequences[:, self.ids.shape[1] :], torch.stack(out.logits, 1)
 
@@ -315,9 +317,12 @@ def check(example: Example) -> str:
         Failed: a check fails.
     """
     model, inputs, labels = example.model, example.inputs, example.labels
-    with torch.no_grad():
-        dense = model(**inputs, labels=labels)
-    answers, dense_logits = example.generate()
+    try:
+        with torch.no_grad():
+            dense = model(**inputs, labels=labels)
+        answers, dense_logits = example.generate()
+    except Exception as error:
+        raise Failed(f"the dense model fails: {type(error).__name__}: {error}") from error
     with crossget.attach(model, {"connector": crossget.Ward(crossget.Keep(1.0))}):
         with torch.no_grad():
             same = model(**inputs, labels=labels)

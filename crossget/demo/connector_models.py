@@ -7,7 +7,24 @@ writes the page again. Only systems with the start method "forkserver" can do it
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
+
+import crossget
+from crossget.core.attach import find_connector
+from crossget.demo import connector_checks, tiny_inputs, tiny_transformers
+from crossget.demo.connector_checks import Example, Failed
+from crossget.demo.isolated import examined, text_of
+from crossget.demo.transformers_models import table
 
 _AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 _TEXT_AXES = {"text_config": _AXES}
@@ -36,7 +53,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_AXES["rope_parameters"], "mrope_section": [3, 3, 2]}}},
     "exaone4_5": _TEXT_WINDOW,
-    "fast_vlm": {"vision_config": {"architecture": "fastvit_mci0"}},
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_mci0", "hidden_size": 1024}},
     "gemma3n": {"text_config": {"num_kv_shared_layers": 0, **_WINDOW}},
     "gemma4": {
         "text_config": {**_WINDOW, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 100, "num_kv_shared_layers": 0, "global_head_dim": 16},
@@ -54,7 +71,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {**_AXES["rope_parameters"], "mrope_section": [2, 2, 2, 2]}}},
     "hy_v4_vl": {"text_config": {"indexer_types": ["full"] * 4}},
-    "kimi_k25": {"text_config": {"head_dim": 8}},
+    "kimi_k25": {"text_config": {"head_dim": 8, "n_group": 1, "topk_group": 1}},
     "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention"] * 2}},
     "llama4": {"vision_config": {"intermediate_size": 256}},
     "llava_next": _TILES,
@@ -63,12 +80,178 @@ VALUES: dict[str, dict[str, Any]] = {
     "minicpm_ocr": {"image_token_id": 95},
     "minicpmv4_6": {"image_token_id": 95},
     "minicpmv4_7": {"image_token_id": 95},
-    "nemotron_h_omni": {"image_token_id": 95},
+    "nemotron_h_omni": {"image_token_id": 95, "text_config": {"n_groups": 2}},
     "paddleocr_vl": _TEXT_AXES,
     "qwen2_5_omni_thinker": {**_TEXT_AXES, "vision_start_token_id": 97},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 97},
     "step3p7": {"text_config": {"sliding_window": 24}},
-    "perception_lm": {"vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [56, 56], "global_pool": "", "use_post_transformer_norm": False}}},
+    "perception_lm": {"vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [64, 64], "patch_size": 8, "global_pool": "", "use_post_transformer_norm": False}}},
     "qwen2_vl": _TEXT_AXES,
     "qwen2_5_vl": _TEXT_AXES,
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class of models of images and text.
+
+    Attributes:
+        family: its model_type.
+        name: of the class.
+        called: the way in which its image features were made; empty if none was found.
+        oracle: with which it agrees; empty if it was not checked.
+        cause: why it cannot be reduced, or was not checked; empty if it can be.
+    """
+
+    family: str
+    name: str
+    called: str = ""
+    oracle: str = ""
+    cause: str = "it was not built"
+
+    @property
+    def done(self) -> bool:
+        """Whether it can be reduced."""
+        return bool(self.oracle)
+
+
+def families() -> dict[str, str]:
+    """The class of every family of models of images and text, by its model_type. No class comes twice."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    first = {name: family for family, name in reversed(NAMES.items())}
+    return {family: name for name, family in first.items()}
+
+
+def support_matrix(only: Sequence[str] | None = None) -> Iterator[Row]:
+    """One row for each family, as the models are done.
+
+    Args:
+        only: families; all of them, if not given.
+
+    Raises:
+        RuntimeError: the system has no start method "forkserver".
+    """
+    rows = (Row(family, name) for family, name in families().items() if only is None or family in only)
+    return examined(rows, examine, __name__)
+
+
+def example(family: str) -> Example:
+    """A tiny model of a family with prompts.
+
+    Raises:
+        Failed: it cannot be built or called; the message says why.
+        TypeError: its connector cannot be reduced.
+    """
+    try:
+        model = build(family)
+    except Exception as error:
+        raise Failed(f"it was not built: {text_of(error)}") from error
+    find_connector(model)
+    return Example(model, _way(model))
+
+
+def build(family: str) -> nn.Module:
+    """A tiny model of a family."""
+    import transformers
+
+    model = tiny_transformers.build(getattr(transformers, families()[family]), values=VALUES.get(family))
+    connector_checks.redraw(model)
+    return model
+
+
+def _way(model: Any) -> tiny_inputs.Way:
+    """The first way to encode images that succeeds."""
+    errors = []
+    for way in tiny_inputs.ways_to_encode(find_connector(model).parts):
+        try:
+            with torch.no_grad():
+                way.call()
+        except Exception as error:
+            errors.append(f"{way.layout}: {text_of(error)}")
+        else:
+            return way
+    raise Failed(f"get_image_features was not called: {'; '.join(errors[:2]) or 'unknown arguments'}")
+
+
+def examine(row: Row) -> Iterator[Row]:
+    """Check the class of a row; yields a better one."""
+    try:
+        prompts = example(row.family)
+        row = dataclasses.replace(row, called=prompts.layout, cause="it was not checked")
+        yield row
+        yield dataclasses.replace(row, oracle=connector_checks.check(prompts), cause="")
+    except (Failed, TypeError) as error:
+        yield dataclasses.replace(row, cause=str(error))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+_PAGE = """\
+# Image features behind the connector
+
+`crossget.attach(model, {{"connector": crossget.Ward(crossget.Keep(0.4))}})` reduces the image features that the language
+model gets. Here is one class for each family of transformers' models of images and text. The models are tiny and
+random. The prompts are two rows, one with one image and one with two, padded on the left. A class is supported if
+
+- with `Keep(1.0)`, the logits and the loss of `forward`, and the tokens and logits of `generate`, are the dense
+  model's, bit for bit,
+- with `Keep(0.4)`, those of `forward` with labels and of {new} greedy steps of `generate` with a cache agree with an
+  oracle to {close:g} of the largest logit, while positions that are wrong by 3 change it by more than {power:g}.
+
+The oracle is the plain model without hooks: "masked columns" is the full prompt, whose placeholders that leave are
+hidden by the attention mask. Where a hidden column still counts, in a sliding window, a convolution or a recurrence, it
+is each row of the shorter prompt alone: as embeddings, or as ids and features "cut by hand".
+
+This page is generated, without weights or network, on two cores in a few minutes:
+
+```sh
+python -m crossget.demo.connector_models experiments/models/connectors.md
+```
+
+Versions: transformers {transformers}, torch {torch}, crossget {crossget}.
+"""
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The page."""
+    rows = sorted(rows, key=lambda row: row.family)
+    head = _PAGE.format(
+        transformers=importlib.metadata.version("transformers"), torch=torch.__version__, crossget=crossget.__version__,
+        new=connector_checks.NEW, close=connector_checks.CLOSE, power=connector_checks.POWER,
+    )  # fmt: skip
+    works, others = [row for row in rows if row.done], [row for row in rows if not row.done]
+    yes = table(["family", "class", "images", "oracle"], [[r.family, f"`{r.name}`", r.called, r.oracle] for r in works])
+    no = table(["family", "class", "reason"], [[r.family, f"`{r.name}`", _line(r.cause)] for r in others])
+    parts = [head, f"{len(works)} of {len(rows)} families can be reduced.", "## Supported", yes, "## Not supported", no]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _line(cause: str) -> str:
+    line = " ".join(cause.split())
+    return line if len(line) < 240 else line[:240] + " ..."
+
+
+def listed(page: str) -> tuple[str, list[str]]:
+    """The version of transformers that a page is about, and the families that it lists as supported."""
+    version = re.search("^Versions: transformers ([^,]+),", page, re.MULTILINE)
+    if version is None:
+        raise ValueError("the page names no version of transformers: write it again")
+    supported = page.partition("## Supported")[2].partition("## Not supported")[0]
+    return version[1], re.findall(r"^\| ([\w.-]+) \| `\w+` \|", supported, re.MULTILINE)
+
+
+def main(path: Path) -> None:
+    """Write the page."""
+    from tqdm import tqdm
+
+    rows = list(tqdm(support_matrix(), desc="transformers", unit=" models"))
+    new = path.with_suffix(".new")
+    new.write_text(markdown(rows), encoding="utf-8")
+    new.replace(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -282,7 +282,7 @@ def _companions(numbers: _Numbers) -> dict[str, Tensor]:
         "prompt_masks": _random(numbers.batch, 3, height, width),
         "pixel_values": _random(numbers.batch, frames, 3, height, width),
         "audio_values": _random(numbers.batch, 1, 64, 128),
-        "high_res_pixel_values": _random(numbers.batch, 3, 2 * height, 2 * width),
+        "high_res_pixel_values": _random(numbers.batch, 3, height, width),
         "is_longer": torch.zeros(numbers.batch, 1, dtype=torch.bool),
     }
 

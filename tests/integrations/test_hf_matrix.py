@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from crossget.core.adapters import FAMILIES
-from crossget.demo import tiny_transformers, transformers_models
+from crossget.demo import isolated, tiny_transformers, transformers_models
 from crossget.demo.transformers_models import Row
 from crossget.integrations import transformers as adapters
 
@@ -72,7 +72,7 @@ def test_no_family_of_the_page_is_lost() -> None:
 
 @pytest.mark.slow
 def test_a_model_that_takes_too_long_gives_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_models, "SECONDS", 0.0)
+    monkeypatch.setattr(isolated, "SECONDS", 0.0)
     (row,) = transformers_models.support_matrix("ViTModel", only=["vit"])
     assert row.reason == "it took longer than 0 s"
     assert not row.support().supported
