@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,10 @@ from crossget.core.adapters import FAMILIES
 from crossget.demo import isolated, tiny_transformers, transformers_models
 from crossget.demo.transformers_models import Row
 from crossget.integrations import transformers as adapters
+from tests.support.commits import commit
 
 PAGE = (Path(__file__).parents[2] / "experiments/models/transformers.md").read_text(encoding="utf-8")
 SAMPLE = 20  # families
-
-
-def commit() -> str:
-    """The commit that is tested; a fixed text outside of a clone."""
-    try:
-        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "no commit"
 
 
 def sample(version: str, supported: list[tuple[str, str]]) -> list[str]:
