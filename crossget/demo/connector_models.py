@@ -45,8 +45,12 @@ VALUES: dict[str, dict[str, Any]] = {
         "text_config": {**_WINDOW, "rope_parameters": {kind: {**_AXES["rope_parameters"], "mrope_interleaved": True} for kind in ("sliding_attention", "full_attention")}}
     },
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "emu3": {
-        "vq_config": {"codebook_size": 8, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1},
+        "vq_config": {"codebook_size": 8, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "hidden_size": 32},
         "vocabulary_map": {
             "<image>": 90, "<|extra_200|>": 91, **{f"<|visual token {n:06d}|>": 70 + n for n in range(8)}
         },
@@ -78,8 +82,9 @@ VALUES: dict[str, dict[str, Any]] = {
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
     "minicpm_ocr": {"image_token_id": 95},
-    "minicpmv4_6": {"image_token_id": 95},
+    "minicpmv4_6": {"image_token_id": 95, "vision_config": {"num_attention_heads": 4}},
     "minicpmv4_7": {"image_token_id": 95},
+    "muse_glimmer": {"out_hidden_size": 256, "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8}},
     "nemotron_h_omni": {"image_token_id": 95, "text_config": {"n_groups": 2}},
     "paddleocr_vl": _TEXT_AXES,
     "qwen2_5_omni_thinker": {**_TEXT_AXES, "vision_start_token_id": 97},
@@ -148,8 +153,13 @@ def example(family: str) -> Example:
         model = build(family)
     except Exception as error:
         raise Failed(f"it was not built: {text_of(error)}") from error
-    find_connector(model)
-    return Example(model, _way(model))
+    errors = []
+    for way in tiny_inputs.ways_to_encode(find_connector(model).parts):
+        try:
+            return Example(model, way)
+        except Exception as error:
+            errors.append(f"{way.layout}: {text_of(error)}")
+    raise Failed(f"get_image_features was not called: {'; '.join(errors[:2]) or 'unknown arguments'}")
 
 
 def build(family: str) -> nn.Module:
@@ -159,20 +169,6 @@ def build(family: str) -> nn.Module:
     model = tiny_transformers.build(getattr(transformers, families()[family]), values=VALUES.get(family))
     connector_checks.redraw(model)
     return model
-
-
-def _way(model: Any) -> tiny_inputs.Way:
-    """The first way to encode images that succeeds."""
-    errors = []
-    for way in tiny_inputs.ways_to_encode(find_connector(model).parts):
-        try:
-            with torch.no_grad():
-                way.call()
-        except Exception as error:
-            errors.append(f"{way.layout}: {text_of(error)}")
-        else:
-            return way
-    raise Failed(f"get_image_features was not called: {'; '.join(errors[:2]) or 'unknown arguments'}")
 
 
 def examine(row: Row) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from crossget.demo.tiny_transformers import IMAGE, PATCH
 
 BATCH = 2
-ONE_AND_TWO = "one and two images per text"
+ONE_AND_TWO, _TILES = "one and two images per text", "images of up to 4 tiles"
 _GRID = IMAGE // PATCH  # patches in a row of a packed image
 # Parts of a configuration, in the order in which numbers are looked up in them.
 _PARTS = ("vision_config", "image_config", "audio_config", "vq_config", "encoder", "backbone_config", "text_config")
@@ -60,12 +60,9 @@ def ways(model: nn.Module) -> Iterator[Way]:
 def ways_to_encode(model: nn.Module) -> Iterator[Way]:
     """Ways to call `get_image_features` on three images for two texts, one and two, of different sizes where it can."""
     numbers = _Numbers(getattr(model, "config", None), ((8, 8), (4, 8), (8, 4)))
-    found = [way for way in _encoders(model, numbers) if _TEXT[0] not in way.arguments]
-    yield from sorted(found, key=lambda way: not way.layout.startswith(ONE_AND_TWO))
-
-
-def _encoders(model: nn.Module, numbers: _Numbers) -> Iterator[Way]:
-    return _calls(model, "", media=True, numbers=numbers, methods=("get_image_features",))
+    calls = _calls(model, "", media=True, numbers=numbers, methods=("get_image_features",))
+    found = [way for way in calls if _TEXT[0] not in way.arguments]
+    yield from sorted(found, key=lambda way: not way.layout.startswith((ONE_AND_TWO, _TILES)))
 
 
 def _calls(
@@ -196,7 +193,7 @@ def _images(numbers: _Numbers) -> Layouts:
     yield "plain patches", _random(numbers.batch, _GRID**2, patch * patch * 3), {}
     sizes = {"image_sizes": torch.tensor([[height, 2 * width], [2 * height, width], [2 * height, 2 * width]])}
     if numbers.batch == len(sizes["image_sizes"]):
-        yield "images of up to 4 tiles", _random(numbers.batch, 5, channels, height, width), sizes
+        yield _TILES, _random(numbers.batch, 5, channels, height, width), sizes
         rows = torch.stack([images[0], torch.zeros_like(images[0]), images[1], images[2]])
         yield ONE_AND_TWO, rows.view(2, 2, *images.shape[1:]), {}
 
