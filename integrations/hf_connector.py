@@ -17,7 +17,7 @@ from crossget.core.connector import Connector
 
 FIRST_VERSION = "5.19"
 # What the rule does not tell, by the model_type of a configuration.
-_UNITS = {"idefics2": "run", "idefics3": "run", "smolvlm": "run"}  # an entry holds all tiles of a row of the batch
+_UNITS = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "run")  # an entry has a row's tiles
 _FIELDS = {"llama4": "last_hidden_state", "fuyu": "last_hidden_state", "granite4_vision": "deepstack_features"}
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ SECONDS, MEMORY = 100.0, 10 << 30  # limits of one model: time, and bytes of add
 
 class Examined(Protocol):
     """A row, a dataclass, of what is known of a model."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str:

@@ -88,7 +88,9 @@ def _calls(
                 if set(required) <= arguments.keys() and arguments.keys() not in seen:
                     seen.append(arguments.keys())
                     beside = [key for key in arguments if key != main]
-                    yield Way(f"{prefix}{name}({main})", ", ".join([layout, *beside]), _call(method, arguments), arguments)
+                    yield Way(
+                        f"{prefix}{name}({main})", ", ".join([layout, *beside]), _call(method, arguments), arguments
+                    )
 
 
 def _call(method: Callable[..., Any], arguments: Mapping[str, Tensor]) -> Callable[[], Any]:
@@ -189,13 +191,24 @@ def _images(numbers: _Numbers) -> Layouts:
     x, y = torch.arange(_GRID).repeat(_GRID), torch.arange(_GRID).repeat_interleave(_GRID)
     places = {"image_position_ids": torch.stack([x, y], 1).expand(numbers.batch, -1, -1)}
     yield "patches with places", _random(numbers.batch, _GRID**2, patch * patch * 3), places
-    yield "patches of a grid", _random(int(numbers.grids.prod(1).sum()), patch * patch * 3), {"image_grid_hw": numbers.grids}
+    yield (
+        "patches of a grid",
+        _random(int(numbers.grids.prod(1).sum()), patch * patch * 3),
+        {"image_grid_hw": numbers.grids},
+    )
     yield "plain patches", _random(numbers.batch, _GRID**2, patch * patch * 3), {}
     sizes = {"image_sizes": torch.tensor([[height, 2 * width], [2 * height, width], [2 * height, 2 * width]])}
     if numbers.batch == len(sizes["image_sizes"]):
         yield _TILES, _random(numbers.batch, 5, channels, height, width), sizes
         rows = torch.stack([images[0], torch.zeros_like(images[0]), images[1], images[2]])
-        yield ONE_AND_TWO, rows.view(2, 2, *images.shape[1:]), {}
+        rows = rows.view(2, 2, *images.shape[1:])
+        yield ONE_AND_TWO, rows, {}
+        yield ONE_AND_TWO, rows, {"pixel_attention_mask": torch.tensor([[True, False], [True, True]])}
+        pools = torch.randint(_GRID**2, (14, 4), generator=_generator())
+        pooled = {"image_token_pooling": pools, "image_grids": torch.tensor([[2, 4, 0, 0], [2, 2, 0, 0], [1, 2, 0, 0]])}
+        yield "plain patches", _random(numbers.batch, _GRID**2, patch * patch * 3), pooled
+        packed = int(numbers.grids.prod(1).sum())
+        yield "one row of all patches", _random(1, 3, patch, patch * packed), {"target_sizes": numbers.grids}
 
 
 def _packed(numbers: _Numbers) -> Layouts:

@@ -261,10 +261,12 @@ def _adapted(rows: Sequence[SupportRow]) -> str:
 
 
 def short(reason: str) -> str:
+    """A reason that fits into a table."""
     return reason if len(reason) < 240 else reason[:240] + " ..."
 
 
 def table(head: list[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in [head, rule, *lines])
 

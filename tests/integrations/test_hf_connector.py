@@ -45,9 +45,7 @@ def alone(prompts: Example, row: int) -> dict[str, Any]:
     own = [row] if connector.units == "run" else prompts.rows[row]
     starts = torch.tensor([0, *map(len, entries)]).cumsum(0)
     flat = torch.cat([entries[i] for i in own])
-    layers = [
-        torch.cat([layer[starts[i] : starts[i + 1]] for i in own]) for layer in connector.layers(prompts.encoded)
-    ]
+    layers = [torch.cat([layer[starts[i] : starts[i + 1]] for i in own]) for layer in connector.layers(prompts.encoded)]
     encoded = connector.replaced(prompts.encoded, flat, layers, [len(entries[i]) for i in own])
     names = [name for name in prompts.inputs if name.endswith("_ids") or name == "attention_mask"]
     tokens = {name: prompts.inputs[name][row : row + 1, real] for name in names}
@@ -183,10 +181,14 @@ def test_older_names_of_pixels() -> None:
 
 @new
 def test_pixels_that_are_not_encoded_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = example("llava")
-    monkeypatch.setattr(prompts.connector.parts, "get_image_features", None)  # nothing is encoded
+    prompts, encoded = example("llava"), []
+    features = prompts.connector.parts.get_image_features
+    monkeypatch.setattr(
+        prompts.connector.parts, "get_image_features", lambda pixel_values, **_: encoded.append(features(pixel_values))
+    )
     with attach(prompts.model), pytest.raises(ValueError, match="got pixel_values_videos, whose features cannot"):
         prompts.model(**prompts.inputs, pixel_values_videos=torch.zeros(1, 2, 3, 64, 64))
+    assert not encoded
 
 
 def test_models_that_do_not_follow_the_rule() -> None:
