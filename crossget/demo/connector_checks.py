@@ -67,7 +67,8 @@ class Example:
         with torch.no_grad():
             self.encoded = way.call()
         self.special = sorted({*_special(model.config.to_dict()), *self.connector.placeholders.values()})
-        self.images, self.rows = self._images(way)
+        self.rows = [[0], [1, 2]]
+        self.images = self._images(way)
         self.ids, self.mask = self._tokens()
         self.is_image = self.ids == self.connector.placeholders["image"]
         types = {name: self.is_image.long() for name in ("mm_token_type_ids", "token_type_ids") if self._takes(name)}
@@ -83,18 +84,23 @@ class Example:
         """The features of each entry of what `get_image_features` returns."""
         return [entry.reshape(-1, entry.shape[-1]) for entry in self.connector.features(self.encoded)]
 
+    @property
+    def by_row(self) -> bool:
+        """Whether an entry holds all images of a row."""
+        return len(self.entries) == len(self.rows)
+
     def _takes(self, name: str) -> bool:
         return name in argument_names(type(self.model).forward)
 
-    def _images(self, way: Way) -> tuple[list[int], list[list[int]]]:
-        """The number of features of each image, and the images of each row."""
+    def _images(self, way: Way) -> list[int]:
+        """The number of features of each image."""
         counts = [len(entry) for entry in self.entries]
-        if self.connector.units == "run" and way.layout.startswith(ONE_AND_TWO) and len(counts) == 2:
+        if self.connector.units == "run" and way.layout.startswith(ONE_AND_TWO) and self.by_row:
             counts = [counts[0], counts[1] // 2, counts[1] // 2]
         if len(counts) % 3:
             raise Failed(f"get_image_features returns {len(counts)} entries for 3 images")
         tiles = len(counts) // 3
-        return [sum(counts[i : i + tiles]) for i in range(0, len(counts), tiles)], [[0], [1, 2]]
+        return [sum(counts[i : i + tiles]) for i in range(0, len(counts), tiles)]
 
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Token ids [B, T] and their mask."""
@@ -172,7 +178,7 @@ def full(example: Example, share: float, answers: Tensor) -> Full:
     reducer = AttachedConnector(connector, crossget.Ward(crossget.Keep(share)))
     layers = connector.layers(example.encoded)
     flat = torch.cat(example.entries)
-    lengths = example.images if connector.units == "run" else [len(entry) for entry in example.entries]
+    lengths = example.images if example.by_row else [len(entry) for entry in example.entries]
     units, start = [], 0
     for length in lengths:
         part = slice(start, start + length)
@@ -263,7 +269,7 @@ def cut(prompts: Full) -> list[Tensor]:
         units = [unit for unit, own in zip(prompts.units, unit_rows, strict=True) if own == row]
         flat = torch.cat([unit.tokens for unit in units])
         layers = [torch.cat(parts) for parts in zip(*(unit.carried for unit in units), strict=True)]
-        counts = [len(flat)] if connector.units == "run" else [len(unit.tokens) for unit in units]
+        counts = [len(flat)] if example.by_row else [len(unit.tokens) for unit in units]
         ids = prompts.ids[row : row + 1, keep]
         out = example.model(
             input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=_selected(prompts, row),

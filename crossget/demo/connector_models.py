@@ -203,7 +203,7 @@ def support_matrix(only: Sequence[str] | None = None) -> Iterator[Row]:
         RuntimeError: the system has no start method "forkserver".
     """
     rows = (Row(family, name) for family, name in families().items() if only is None or family in only)
-    return examined(rows, examine, "crossget.demo.connector_models")
+    return examined(rows, examine, __name__)
 
 
 def example(family: str) -> Example:

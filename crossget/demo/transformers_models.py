@@ -94,7 +94,7 @@ def support_matrix(
         RuntimeError: the system has no start method "forkserver".
     """
     waiting = (row for row in _names(pattern or "*", only) if row.name not in without)
-    return examined(waiting, examine, "crossget.demo.transformers_models")
+    return examined(waiting, examine, __name__)
 
 
 def with_adapters_first(adapted: Iterable[SupportRow], pattern: str | None) -> Iterator[SupportRow]:

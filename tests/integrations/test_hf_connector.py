@@ -24,9 +24,9 @@ FAMILIES = ("llava", "llava_next", "internvl", "qwen2_5_vl", "qwen3_vl", "gemma3
 KEEP = crossget.Keep(0.4)
 MERGING = (crossget.CrossGET(KEEP), crossget.ToMe(KEEP), crossget.Random(KEEP), crossget.Ward(KEEP))
 DROPPING = (crossget.TopK(KEEP, importance="attention"), crossget.MaxMin(KEEP), crossget.Determinantal(KEEP))
-FIRST = (5, 19)  # the first version whose models take encoded images
+FIRST = (5, 18)  # the first version whose models take encoded images
 
-new = pytest.mark.skipif(hf_models.VERSION < FIRST, reason="models take no encoded images before 5.19")
+new = pytest.mark.skipif(hf_models.VERSION < FIRST, reason="models take no encoded images before 5.18")
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def alone(prompts: Example, row: int) -> dict[str, Any]:
     """The inputs of one row without padding, with its encoded images."""
     connector, real = prompts.connector, prompts.mask[row] > 0
     entries = prompts.entries
-    own = [row] if connector.units == "run" else prompts.rows[row]
+    own = [row] if prompts.by_row else prompts.rows[row]
     starts = torch.tensor([0, *map(len, entries)]).cumsum(0)
     flat = torch.cat([entries[i] for i in own])
     layers = [torch.cat([layer[starts[i] : starts[i + 1]] for i in own]) for layer in connector.layers(prompts.encoded)]
@@ -171,11 +171,11 @@ def test_a_grid_is_pooled() -> None:
 @new
 def test_older_names_of_pixels() -> None:
     prompts = example("video_llava")
-    pixels = prompts.inputs["pixel_values"]
-    older = {name: value for name, value in prompts.inputs.items() if name != "pixel_values"}
+    names = {"pixel_values": "pixel_values_images"}
+    older = {names.get(name, name): value for name, value in prompts.inputs.items()}
     with attach(prompts.model) as attached, torch.no_grad():
         expected = prompts.model(**prompts.inputs).logits
-        assert torch.equal(prompts.model(**older, pixel_values_images=pixels).logits, expected)
+        assert torch.equal(prompts.model(**older).logits, expected)
         assert attached.tokens["connector"] == [(64, 26)] * 3
 
 
@@ -201,7 +201,7 @@ def test_models_that_do_not_follow_the_rule() -> None:
 
 @pytest.mark.skipif(hf_models.VERSION >= FIRST, reason="this version has encoded images")
 def test_an_older_version_is_named() -> None:
-    with pytest.raises(TypeError, match="from transformers 5.19 on; this is "):
+    with pytest.raises(TypeError, match="from transformers 5.18 on; this is "):
         crossget.attach(hf_models.llava(), {"connector": crossget.Ward(KEEP)})
 
 
