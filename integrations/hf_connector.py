@@ -1,6 +1,6 @@
 """transformers: the connector of a model of images and text, by one rule for all families.
 
-A model follows the rule if its `forward` takes `mm_encoder_outputs` (transformers 5.19 and newer): what
+A model follows the rule if its `forward` takes `mm_encoder_outputs` (transformers 5.18 and newer): what
 `get_image_features` returns, in the order of the placeholders of the prompt.
 """
 
@@ -15,10 +15,10 @@ from torch import nn
 from crossget.core.adapters import RECOGNISED_KERNELS
 from crossget.core.connector import Connector
 
-FIRST_VERSION = "5.19"
+FIRST_VERSION = "5.18"
 # What the rule does not tell, by the model_type of a configuration.
-_UNITS = {"idefics3": "run", "smolvlm": "run"}  # an entry holds all tiles of a row of the batch
-_FIELDS = {"llama4": "last_hidden_state", "fuyu": "last_hidden_state"}
+_UNITS = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "run")  # an entry has a row's tiles
+_FIELDS = {"llama4": "last_hidden_state", "fuyu": "last_hidden_state", "granite4_vision": "deepstack_features"}
 
 
 def find_connector(model: Any) -> Connector:
@@ -32,7 +32,7 @@ def find_connector(model: Any) -> Connector:
     if not hasattr(parts, "get_image_features"):
         raise TypeError(f"{name} has no connector: it has no get_image_features")
     if "mm_encoder_outputs" not in forward:
-        known = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 19)
+        known = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 18)
         raise TypeError(
             f"the connector of {name} cannot be reduced: its forward takes no mm_encoder_outputs"
             + (
@@ -46,7 +46,9 @@ def find_connector(model: Any) -> Connector:
         raise TypeError(f"the connector of {name} cannot be reduced: its forward needs {', '.join(required)}")
     placeholders = {}
     for modality in ("image", "video"):
-        token = getattr(model.config, f"{modality}_token_id", None)
+        # A model of image codes has the id in its map between codes and words.
+        holders = (model.config, getattr(parts, "vocabulary_mapping", None))
+        token = next((t for one in holders if (t := getattr(one, f"{modality}_token_id", None)) is not None), None)
         if token is not None and hasattr(parts, f"get_{modality}_features"):
             placeholders[modality] = int(token)
     if "image" not in placeholders:

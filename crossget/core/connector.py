@@ -11,6 +11,7 @@ Shapes: n features of one unit (an image or tile) before the reduction, k after 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -29,6 +30,7 @@ from crossget.methods.reducers import Reducer, TowerFacts, View
 from crossget.methods.schedules import Keep
 
 NAME = "connector"
+_LAYERS = "deepstack_features"
 FACTS = TowerFacts(
     "the connector", has_class_token=False, importance="cross_token", embeds=True,
     keeps_cross_token=False, single_token_output=False, corrects_norms=False,
@@ -44,7 +46,8 @@ class Connector:
         model: the module whose `forward` and `generate` take prompts with images.
         parts: the module whose `get_image_features` encodes the images.
         placeholders: modality ("image", "video") -> id of its placeholder token.
-        field: name of the features in the output of `get_image_features`.
+        field: name of the features in the output of `get_image_features`. "deepstack_features": there are features for
+            several layers of the language model alone, and those of the first are compared.
         units: "entry": every entry of that field is one unit. "run": an entry holds several, which end where a run of
             placeholders ends.
         inner: other modules whose `forward` takes such prompts.
@@ -62,6 +65,58 @@ class Connector:
     inner: Sequence[nn.Module] = ()
     separator: str | None = None
     attentions: Sequence[nn.Module] | None = None
+
+    def features(self, out: Any) -> list[Tensor]:
+        """The features [n, C] of each entry of what `get_image_features` returned."""
+        features = _features_of(out.deepstack_features[0]) if self.field == _LAYERS else getattr(out, self.field)
+        if isinstance(features, Tensor) and features.dim() == 2:
+            features = features[None]
+        return [entry.reshape(-1, entry.shape[-1]) for entry in features]
+
+    def layers(self, out: Any) -> list[Tensor]:
+        """Further features of the same tokens, for layers of the language model (deepstack): [N, C'] for each."""
+        layers = [_features_of(layer) for layer in getattr(out, _LAYERS, None) or []]
+        return [torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]) for layer in layers]
+
+    def replaced(self, out: Any, flat: Tensor, layers: Sequence[Tensor], counts: list[int]) -> Any:
+        """A copy of what `get_image_features` returned, with other features.
+
+        Args:
+            out: what it returned.
+            flat: [N, C] the features.
+            layers: [N, C'] further features of the same tokens.
+            counts: the number of features of each entry.
+        """
+        new = copy.copy(out)
+        if self.field != _LAYERS:
+            setattr(new, self.field, _like(getattr(out, self.field), flat.split(counts)))
+        if layers:
+            pairs = zip(out.deepstack_features, layers, strict=True)
+            new.deepstack_features = [_with_features(old, list(layer.split(counts))) for old, layer in pairs]
+        return new
+
+
+def _features_of(layer: Any) -> Any:
+    """The features of one layer of deepstack: some hosts give a pair of the layer's number and the features."""
+    return layer[1] if isinstance(layer[0], int) else layer
+
+
+def _with_features(layer: Any, features: list[Tensor]) -> Any:
+    return (layer[0], features) if isinstance(layer[0], int) else features
+
+
+def _like(before: Any, entries: tuple[Tensor, ...]) -> Any:
+    """The entries in the form that they had: a list, a tuple, or a tensor [entries, n, C] or [n, C].
+
+    Entries of different lengths become one entry of a tensor.
+    """
+    if not isinstance(before, Tensor):
+        return type(before)(entries)
+    if before.dim() == 2:
+        return torch.cat(entries)
+    if len({len(entry) for entry in entries}) == 1:
+        return torch.stack(entries).reshape(len(entries), *before.shape[1:-2], -1, before.shape[-1])
+    return torch.cat(entries)[None]
 
 
 class ReducedUnit(NamedTuple):

@@ -11,11 +11,10 @@ Shapes: B rows, T tokens of the caller's prompt, W tokens of the shorter one, N 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -31,6 +30,7 @@ from crossget.core.decoder_tower import cached_tokens
 from crossget.core.image_prompts import _PADDING_VALUES, _first_given, _outer, _shift_limits, _with_prompt
 
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches")
+_OLD_NAMES = {"pixel_values_images": "pixel_values", "image_patches": "pixel_values"}  # hosts still take them
 _RECORD = "_crossget_prompt"
 
 
@@ -142,6 +142,7 @@ class ConnectorPrompts:
             ValueError: the attention mask does not have the shape [B, T], or there are other features than
                 placeholders.
         """
+        arguments = self._renamed(arguments)
         tokens = _first_given(arguments, "input_ids", "inputs_embeds")
         given = dict(arguments.get("mm_encoder_outputs") or {})
         has_images = any(given.values()) or any(arguments.get(name) is not None for name in PIXELS)
@@ -179,28 +180,45 @@ class ConnectorPrompts:
             return new, None
         return self._shorten(new, arguments, earlier, chosen, generates=generates)
 
+    def _takes(self, modality: str) -> Collection[str]:
+        """The arguments of `get_image_features`, or of that of another modality."""
+        return inspect.signature(getattr(self.connector.parts, f"get_{modality}_features")).parameters
+
+    def _renamed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with the names that `get_image_features` has for them."""
+        takes = self._takes("image")
+        old = {old: new for old, new in _OLD_NAMES.items() if old in arguments and old not in takes and new in takes}
+        if not old:
+            return arguments
+        renamed = {name: value for name, value in arguments.items() if name not in old}
+        return {**renamed, **{new: arguments[name] for name, new in old.items() if arguments[name] is not None}}
+
     def _encode(self, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Encoded]:
-        """What the host makes of the images and videos of a call, by modality."""
+        """What the host makes of the images and videos of a call, by modality.
+
+        Raises:
+            ValueError: there are pixels that are not encoded by any of its methods.
+        """
+        taken = {name for modality in self.connector.placeholders for name in self._takes(modality)}
+        unknown = [name for name in PIXELS if arguments.get(name) is not None and name not in taken]
+        if unknown:
+            raise ValueError(
+                f"{type(self.connector.model).__name__} got {', '.join(unknown)}, whose features cannot be reduced "
+                f"behind its connector: it takes {' and '.join(self.connector.placeholders)} features; detach for it"
+            )
         found = {}
         for modality in self.connector.placeholders:
             out = given.get(modality)
             if out is None:
-                method = getattr(self.connector.parts, f"get_{modality}_features")
-                names = [name for name in inspect.signature(method).parameters if arguments.get(name) is not None]
+                names = [name for name in self._takes(modality) if arguments.get(name) is not None]
                 if any(name in PIXELS for name in names):
+                    method = getattr(self.connector.parts, f"get_{modality}_features")
                     out = method(**{name: arguments[name] for name in names}, return_dict=True)
             if out is not None:
-                found[modality] = self._read(out)
+                entries = self.connector.features(out)
+                lengths = [len(entry) for entry in entries]
+                found[modality] = Encoded(out, lengths, torch.cat(entries), self.connector.layers(out))
         return found
-
-    def _read(self, out: Any) -> Encoded:
-        features = getattr(out, self.connector.field)
-        if isinstance(features, Tensor) and features.dim() == 2:
-            features = features[None]
-        entries = [entry.reshape(-1, entry.shape[-1]) for entry in features]
-        layers = [_features_of(layer) for layer in getattr(out, "deepstack_features", None) or []]
-        flat_layers = [torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]) for layer in layers]
-        return Encoded(out, [len(entry) for entry in entries], torch.cat(entries), flat_layers)
 
     def placeholders(self, modality: str, tokens: Tensor) -> Tensor:
         """[B, T] true for the placeholders of a modality, in token ids [B, T] or embeddings [B, T, C]."""
@@ -488,7 +506,7 @@ class _Chosen:
         visible = seen[stays]
         new_flat = torch.cat([unit.tokens for unit in units])[visible]
         new_layers = [torch.cat([unit.carried[n] for unit in units])[visible] for n in range(len(layers))]
-        return self._put_back(encoded.out, new_flat, new_layers, counts)
+        return connector.replaced(encoded.out, new_flat, new_layers, counts)
 
     def _lengths(self, encoded: Encoded, row: Tensor, column: Tensor) -> list[int]:
         """The number of features of each unit."""
@@ -533,39 +551,6 @@ class _Chosen:
             embeds = self._prompts.connector.model.get_input_embeddings()(tokens) if tokens.dim() == 2 else tokens
             weights = is_text.to(embeds.dtype)[:, :, None]
             return torch.as_tensor((embeds * weights).sum(1) / weights.sum(1))
-
-    def _put_back(self, out: Any, flat: Tensor, layers: list[Tensor], counts: list[int]) -> Any:
-        """A copy of what the host returned, with the features that stay."""
-        name = self._prompts.connector.field
-        new, before = copy.copy(out), getattr(out, name)
-        setattr(new, name, _like(before, flat.split(counts)))
-        if layers:
-            pairs = zip(out.deepstack_features, layers, strict=True)
-            new.deepstack_features = [_with_features(old, list(layer.split(counts))) for old, layer in pairs]
-        return new
-
-
-def _features_of(layer: Any) -> Any:
-    """The features of one layer of deepstack: some hosts give a pair of the layer's number and the features."""
-    return layer[1] if isinstance(layer[0], int) else layer
-
-
-def _with_features(layer: Any, features: list[Tensor]) -> Any:
-    return (layer[0], features) if isinstance(layer[0], int) else features
-
-
-def _like(before: Any, entries: tuple[Tensor, ...]) -> Any:
-    """The entries in the form that they had: a list, a tuple, or a tensor [entries, n, C] or [n, C].
-
-    Entries of different lengths become one entry of a tensor.
-    """
-    if not isinstance(before, Tensor):
-        return type(before)(entries)
-    if before.dim() == 2:
-        return torch.cat(entries)
-    if len({len(entry) for entry in entries}) == 1:
-        return torch.stack(entries).reshape(*before.shape[:-2], -1, before.shape[-1])
-    return torch.cat(entries)[None]
 
 
 def _padding(arguments: Mapping[str, Any], like: Tensor) -> Tensor:

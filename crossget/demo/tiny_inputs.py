@@ -6,16 +6,18 @@ Many are tried, since an argument such as `pixel_values` has another layout in e
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crossget.demo.tiny_transformers import IMAGE, PATCH
 
 BATCH = 2
+ONE_AND_TWO, _TILES = "one and two images per text", "images of up to 4 tiles"
 _GRID = IMAGE // PATCH  # patches in a row of a packed image
 # Parts of a configuration, in the order in which numbers are looked up in them.
 _PARTS = ("vision_config", "image_config", "audio_config", "vq_config", "encoder", "backbone_config", "text_config")
@@ -31,11 +33,13 @@ class Way:
         method: such as "forward(pixel_values)".
         layout: such as "images", and the other arguments.
         call: calls it; every call has the same inputs and the same random numbers.
+        arguments: of the call.
     """
 
     method: str
     layout: str
     call: Callable[[], Any]
+    arguments: Mapping[str, Tensor]
 
     def __str__(self) -> str:
         return f"{self.method}: {self.layout}"
@@ -53,10 +57,20 @@ def ways(model: nn.Module) -> Iterator[Way]:
     yield from _calls(model, "", media=False)
 
 
-def _calls(model: nn.Module, prefix: str, *, media: bool) -> Iterator[Way]:
-    numbers = _Numbers(getattr(model, "config", None))
+def ways_to_encode(model: nn.Module) -> Iterator[Way]:
+    """Ways to call `get_image_features` on three images for two texts, one and two, of different sizes where it can."""
+    numbers = _Numbers(getattr(model, "config", None), ((8, 8), (4, 8), (8, 4)))
+    calls = _calls(model, "", media=True, numbers=numbers, methods=("get_image_features",))
+    found = [way for way in calls if _TEXT[0] not in way.arguments]
+    yield from sorted(found, key=lambda way: not way.layout.startswith((ONE_AND_TWO, _TILES)))
+
+
+def _calls(
+    model: nn.Module, prefix: str, *, media: bool, numbers: _Numbers | None = None, methods: Sequence[str] = _METHODS
+) -> Iterator[Way]:
+    numbers = numbers or _Numbers(getattr(model, "config", None))
     others = _companions(numbers)
-    for name in _METHODS:
+    for name in methods:
         method = getattr(model, name, None)
         if method is None:
             continue
@@ -74,7 +88,9 @@ def _calls(model: nn.Module, prefix: str, *, media: bool) -> Iterator[Way]:
                 if set(required) <= arguments.keys() and arguments.keys() not in seen:
                     seen.append(arguments.keys())
                     beside = [key for key in arguments if key != main]
-                    yield Way(f"{prefix}{name}({main})", ", ".join([layout, *beside]), _call(method, arguments))
+                    yield Way(
+                        f"{prefix}{name}({main})", ", ".join([layout, *beside]), _call(method, arguments), arguments
+                    )
 
 
 def _call(method: Callable[..., Any], arguments: Mapping[str, Tensor]) -> Callable[[], Any]:
@@ -87,10 +103,16 @@ def _call(method: Callable[..., Any], arguments: Mapping[str, Tensor]) -> Callab
 
 
 class _Numbers:
-    """Numbers of a configuration and of its parts, by the first of several names that one of them has."""
+    """Numbers of a configuration and of its parts, by the first of several names that one of them has.
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    Args:
+        config: the configuration.
+        grids: height and width of each packed image, in patches.
+    """
+
+    def __init__(self, config: Any, grids: Sequence[tuple[int, int]] = ((_GRID, _GRID),) * BATCH) -> None:
+        self.config, self.batch = config, len(grids)
+        self.grids = torch.tensor(grids)
 
     def __call__(self, *names: str, default: int) -> int:
         value = self._find(self.config, names)
@@ -148,39 +170,62 @@ def _images(numbers: _Numbers) -> Layouts:
     height, width = numbers.size()
     channels = numbers("num_channels", "in_channels", "in_chans", default=3)
     patch, frames = numbers("patch_size", default=PATCH), numbers("num_frames", "frames_per_clip", default=4)
-    images, video = _random(BATCH, channels, height, width), _random(BATCH, frames, 3, height, width)
+    images, video = _random(numbers.batch, channels, height, width), _random(numbers.batch, frames, 3, height, width)
     yield "images", images, {}
     yield "one image per text", images[:, None], {}
-    yield "one image per text", images[:, None], {"pixel_attention_mask": _ones(BATCH, 1, height, width).bool()}
+    yield "one image per text", images[:, None], {"pixel_attention_mask": _ones(numbers.batch, 1, height, width).bool()}
     yield from _packed(numbers)
     yield "videos", video, {}
-    patches = (height // patch) * (width // patch)
-    shapes = torch.tensor([[height // patch, width // patch]] * BATCH)
-    flat = {"pixel_attention_mask": _ones(BATCH, patches), "spatial_shapes": shapes}
-    yield "patches [B, N, D]", _random(BATCH, patches, patch * patch * 3), flat
+    shapes = numbers.grids * torch.tensor([height // patch, width // patch]) // _GRID
+    patches = shapes.prod(1)
+    real = torch.arange(int(patches.max())) < patches[:, None]
+    flat = {"pixel_attention_mask": real.long(), "spatial_shapes": shapes}
+    yield "patches [B, N, D]", _random(*real.shape, patch * patch * 3), flat
     tiles = numbers("max_num_tiles", default=4)
-    aspect = {"aspect_ratio_ids": _ones(BATCH, 1), "aspect_ratio_mask": _ones(BATCH, 1, tiles)}
-    yield "tiles", _random(BATCH, 1, tiles, 3, height, width), aspect
-    sizes = {"target_sizes": torch.tensor([[_GRID, _GRID]] * BATCH)}
-    yield "a row of patches", _random(BATCH, 3, patch, patch * _GRID**2), sizes
+    aspect = {"aspect_ratio_ids": _ones(numbers.batch, 1), "aspect_ratio_mask": _ones(numbers.batch, 1, tiles)}
+    yield "tiles", _random(numbers.batch, 1, tiles, 3, height, width), aspect
+    sizes = {"target_sizes": numbers.grids}
+    yield "a row of patches", _random(numbers.batch, 3, patch, patch * _GRID**2), sizes
     yield "grey images", images[:, :1], {}
     yield "two images per text", images[:, None].repeat(1, 2, 1, 1, 1), {}
+    x, y = torch.arange(_GRID).repeat(_GRID), torch.arange(_GRID).repeat_interleave(_GRID)
+    places = {"image_position_ids": torch.stack([x, y], 1).expand(numbers.batch, -1, -1)}
+    yield "patches with places", _random(numbers.batch, _GRID**2, patch * patch * 3), places
+    yield (
+        "patches of a grid",
+        _random(int(numbers.grids.prod(1).sum()), patch * patch * 3),
+        {"image_grid_hw": numbers.grids},
+    )
+    yield "plain patches", _random(numbers.batch, _GRID**2, patch * patch * 3), {}
+    sizes = {"image_sizes": torch.tensor([[height, 2 * width], [2 * height, width], [2 * height, 2 * width]])}
+    if numbers.batch == len(sizes["image_sizes"]):
+        yield _TILES, _random(numbers.batch, 5, channels, height, width), sizes
+        rows = torch.stack([images[0], torch.zeros_like(images[0]), images[1], images[2]])
+        rows = rows.view(2, 2, *images.shape[1:])
+        yield ONE_AND_TWO, rows, {}
+        yield ONE_AND_TWO, rows, {"pixel_attention_mask": torch.tensor([[True, False], [True, True]])}
+        pools = torch.randint(_GRID**2, (14, 4), generator=_generator())
+        pooled = {"image_token_pooling": pools, "image_grids": torch.tensor([[2, 4, 0, 0], [2, 2, 0, 0], [1, 2, 0, 0]])}
+        yield "plain patches", _random(numbers.batch, _GRID**2, patch * patch * 3), pooled
+        packed = int(numbers.grids.prod(1).sum())
+        yield "one row of all patches", _random(1, 3, patch, patch * packed), {"target_sizes": numbers.grids}
 
 
 def _packed(numbers: _Numbers) -> Layouts:
     """All patches of the batch in one sequence [N, D], cut by a grid (time, height, width) for each image."""
     patch = numbers("patch_size", default=PATCH)
     frames = numbers("temporal_patch_size", default=2)
-    grid = torch.tensor([[1, _GRID, _GRID]] * BATCH)
-    own = {"image_grid_thw": grid, "grid_thw": grid, "merge_sizes": torch.tensor([2] * BATCH)}
-    count = BATCH * _GRID**2
+    grid = F.pad(numbers.grids, (1, 0), value=1)
+    own = {"image_grid_thw": grid, "grid_thw": grid, "merge_sizes": torch.tensor([2] * numbers.batch)}
+    own["image_merge_sizes"] = own["merge_sizes"]
+    count = int(numbers.grids.prod(1).sum())
     yield "packed patches, with time", _random(count, 3 * frames * patch * patch), own
     yield "packed patches", _random(count, 3 * patch * patch), own
     yield "packed patches [N, 3, P, P]", _random(count, 3, patch, patch), own
 
 
 def _videos(numbers: _Numbers) -> Layouts:
-    yield "videos", _random(BATCH, numbers("num_frames", "frames_per_clip", default=4), 3, *numbers.size()), {}
+    yield "videos", _random(numbers.batch, numbers("num_frames", "frames_per_clip", default=4), 3, *numbers.size()), {}
 
 
 def _audio(numbers: _Numbers) -> Layouts:
@@ -196,29 +241,30 @@ def _audio(numbers: _Numbers) -> Layouts:
         ("waves with a channel", (1, 8000)),
         ("[B, 128, 160]", (128, 160)),
     ):
-        sound = _random(BATCH, *shape)
+        sound = _random(numbers.batch, *shape)
         yield layout, sound, {}
         for axis in range(1, min(sound.ndim, 3)):
-            yield f"{layout}, mask of axis {axis}", sound, {"attention_mask": _ones(BATCH, sound.shape[axis])}
+            yield f"{layout}, mask of axis {axis}", sound, {"attention_mask": _ones(numbers.batch, sound.shape[axis])}
 
 
 def _flattened(numbers: _Numbers) -> Layouts:
     # The first two columns are row and column of a patch, from 1.
     rows = torch.arange(_GRID).repeat_interleave(_GRID) + 1.0
-    places = torch.stack([rows, torch.arange(_GRID).repeat(_GRID) + 1.0], 1).expand(BATCH, -1, -1)
+    places = torch.stack([rows, torch.arange(_GRID).repeat(_GRID) + 1.0], 1).expand(numbers.batch, -1, -1)
     for patch in (16, numbers("patch_size", default=PATCH)):
-        yield "flattened", torch.cat([places, _random(BATCH, _GRID**2, patch * patch * 3)], 2), {}
+        yield "flattened", torch.cat([places, _random(numbers.batch, _GRID**2, patch * patch * 3)], 2), {}
 
 
 def _unknown(numbers: _Numbers) -> Iterator[tuple[str, Tensor]]:
     height, width = numbers.size()
-    yield "images", _random(BATCH, numbers("num_channels", "in_channels", default=3), height, width)
-    yield "tokens", _random(BATCH, 24, numbers("hidden_size", "d_model", default=64))
+    yield "images", _random(numbers.batch, numbers("num_channels", "in_channels", default=3), height, width)
+    yield "tokens", _random(numbers.batch, 24, numbers("hidden_size", "d_model", default=64))
 
 
 # What is given in an argument: the layouts in which families take it.
 _MEDIA: dict[str, Callable[[_Numbers], Layouts]] = {
     "pixel_values": _images,
+    "pixel_values_images": _images,
     "pixel_values_videos": _videos,
     "input_features": _audio,
     "input_values": _audio,
@@ -238,21 +284,22 @@ def _companions(numbers: _Numbers) -> dict[str, Tensor]:
         "decoder_input_ids": ids,
         "bbox": boxes,
         "qformer_input_ids": ids,
-        "image": _random(BATCH, 3, 224, 224),
-        "image_sizes": torch.tensor([[height, width]] * BATCH),
-        "visual_feats": _random(BATCH, 12, numbers("visual_feat_dim", default=64)),
-        "visual_pos": _random(BATCH, 12, 4).sigmoid(),
-        "prompt_pixel_values": _random(BATCH, 3, height, width),
-        "prompt_masks": _random(BATCH, 3, height, width),
-        "pixel_values": _random(BATCH, frames, 3, height, width),
-        "audio_values": _random(BATCH, 1, 64, 128),
-        "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool),
+        "image": _random(numbers.batch, 3, 224, 224),
+        "image_sizes": numbers.grids * torch.tensor([height, width]) // _GRID,
+        "visual_feats": _random(numbers.batch, 12, numbers("visual_feat_dim", default=64)),
+        "visual_pos": _random(numbers.batch, 12, 4).sigmoid(),
+        "prompt_pixel_values": _random(numbers.batch, 3, height, width),
+        "prompt_masks": _random(numbers.batch, 3, height, width),
+        "pixel_values": _random(numbers.batch, frames, 3, height, width),
+        "audio_values": _random(numbers.batch, 1, 64, 128),
+        "high_res_pixel_values": _random(numbers.batch, 3, height, width),
+        "is_longer": torch.zeros(numbers.batch, 1, dtype=torch.bool),
     }
 
 
 def _texts(numbers: _Numbers) -> Tensor:
     length = min(24, numbers("max_position_embeddings", default=24))
-    return torch.randint(3, 50, (BATCH, length), generator=_generator())
+    return torch.randint(3, 50, (numbers.batch, length), generator=_generator())
 
 
 def _random(*shape: int) -> Tensor:

@@ -50,7 +50,7 @@ _STAGES = ("depths", "hidden_sizes", "embed_dims", "stage_dims", "conv_dim", "bl
 _STAGE_NAMES = ("out_features", "stage_names", "_out_features", "_out_indices")
 _INDICES = re.compile("index|indices|fullatt|layer$|layers$|attn_blocks|attention_blocks|neck_ignore")
 _DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
-_AS_IS = re.compile("id2label|label2id|quantization_config|task_specific_params|rope_|ignore_keys")
+_AS_IS = re.compile("query_dict|id2label|label2id|quantization_config|task_specific_params|rope_|ignore_keys")
 _OF_THE_LIBRARY = ("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
 
 
@@ -103,11 +103,18 @@ def builders(cls: Any) -> Iterator[Callable[[], nn.Module]]:
     more than `MAX_PARAMETERS` parameters.
     """
     for widths in (True, False):
-        yield partial(_build, cls, widths)
+        yield partial(build, cls, widths)
 
 
-def _build(cls: Any, widths: bool) -> nn.Module:
-    config = tiny(cls.config_class, widths)
+def build(cls: Any, widths: bool = True, values: Mapping[str, Any] | None = None) -> nn.Module:
+    """A tiny model, see `builders`.
+
+    Args:
+        cls: its class.
+        widths: make widths smaller, too.
+        values: of the configuration, and of those inside, which no rule for names knows.
+    """
+    config = tiny(cls.config_class, widths, values)
     try:
         with torch.device("meta"), NumbersOnCPU():
             size = sum(parameter.numel() for parameter in cls(config).parameters())
@@ -132,14 +139,28 @@ def add_noise(model: nn.Module) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
 
 
-def tiny(config_class: Any, widths: bool) -> Any:
-    """A configuration from its default values with fewer layers and, optionally, smaller widths."""
-    values = _smaller(config_class().to_dict(), widths, {})
+def tiny(config_class: Any, widths: bool, changes: Mapping[str, Any] | None = None) -> Any:
+    """A configuration from its default values with fewer layers and, optionally, smaller widths.
+
+    Args:
+        config_class: its class.
+        widths: make widths smaller, too.
+        changes: values of it, and of those inside, that count instead.
+    """
+    values = _changed(_smaller(config_class().to_dict(), widths, {}), changes or {})
     given = {key: value for key, value in values.items() if key not in _OF_THE_LIBRARY}
     try:
         return config_class(**given)
     except Exception:  # some take no None for what is None by default
         return config_class(**{key: value for key, value in given.items() if value is not None})
+
+
+def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    new = dict(values)
+    for key, value in changes.items():
+        inside = isinstance(value, Mapping) and isinstance(new.get(key), Mapping)
+        new[key] = _changed(new[key], value) if inside else value
+    return new
 
 
 def _smaller(values: Mapping[str, Any], widths: bool, ids: dict[int, int]) -> dict[str, Any]:

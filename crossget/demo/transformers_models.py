@@ -7,18 +7,13 @@ writes the page again. Only systems with the start method "forkserver" can do it
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import multiprocessing
-import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +24,10 @@ import crossget
 from crossget.core.adapters import FAMILIES, has_adapter
 from crossget.core.proofs import prove_model
 from crossget.demo import tiny_inputs, tiny_transformers
+from crossget.demo.isolated import examined, text_of
 from crossget.integrations import transformers
 from crossget.integrations._support import SupportRow
 
-WORKERS = 2
-SECONDS, MEMORY = 100.0, 10 << 30  # limits of one model: time, and bytes of address space
 WAYS = 3  # of calling a model, until one shows a tower
 
 
@@ -65,6 +59,11 @@ class Row:
         return tuple(tower for tower, failed in self.towers.items() if not failed)
 
     @property
+    def done(self) -> bool:
+        """Whether a tower is proved."""
+        return bool(self.proved)
+
+    @property
     def reason(self) -> str:
         """Why no tower can be reduced, in one line; empty if one can."""
         if self.proved:
@@ -75,7 +74,7 @@ class Row:
 
     def support(self) -> SupportRow:
         """As a row of `crossget models`."""
-        return SupportRow(self.name or self.family, self.name, bool(self.proved), self.proved, _short(self.reason))
+        return SupportRow(self.name or self.family, self.name, bool(self.proved), self.proved, short(self.reason))
 
     def _rank(self) -> tuple[bool, bool, bool, bool]:
         return bool(self.proved), bool(self.towers), bool(self.called), self.built
@@ -94,27 +93,8 @@ def support_matrix(
     Raises:
         RuntimeError: the system has no start method "forkserver".
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        raise RuntimeError("models of transformers are examined in forked processes, which this system does not have")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.modeling_utils"])
-    running: dict[Any, _Job] = {}
     waiting = (row for row in _names(pattern or "*", only) if row.name not in without)
-    while True:
-        while len(running) < WORKERS and (row := next(waiting, None)) is not None:
-            if row.name:
-                job = _Job(context, row)
-                running[job.results] = job
-            else:
-                yield row
-        if not running:
-            return
-        soonest = min(job.deadline for job in running.values()) - time.monotonic()
-        ready = connection.wait(list(running), timeout=max(0.0, soonest))
-        for results, job in list(running.items()):
-            if (results in ready and not job.receive()) or time.monotonic() > job.deadline:
-                del running[results]
-                yield job.end()
+    return examined(waiting, examine, __name__)
 
 
 def with_adapters_first(adapted: Iterable[SupportRow], pattern: str | None) -> Iterator[SupportRow]:
@@ -136,79 +116,14 @@ def _names(pattern: str, only: Sequence[str] | None) -> Iterator[Row]:
                     warnings.simplefilter("ignore")  # the library's own
                     names = list(tiny_transformers.classes(family, source, pattern))
             except ImportError as error:
-                yield Row(family, "", cause=_text(error))
+                yield Row(family, "", cause=text_of(error))
             else:
                 yield from (Row(family, name) for name in names)
 
 
-class _Job:
-    """A process that examines one model and sends its rows, the best one last.
-
-    Attributes:
-        results: where the rows arrive.
-        deadline: when it is ended, in seconds of time.monotonic().
-    """
-
-    def __init__(self, context: Any, row: Row) -> None:
-        self.row = row
-        self.results, sender = context.Pipe(duplex=False)
-        self.deadline = time.monotonic() + SECONDS
-        self._process = context.Process(target=_run, args=(sender, row), daemon=True)
-        self._process.start()
-        sender.close()
-
-    def receive(self) -> bool:
-        """Take a row; False if the process has ended."""
-        try:
-            self.row = self.results.recv()
-        except EOFError:
-            return False
-        return True
-
-    def end(self) -> Row:
-        """End the process, and give the best row."""
-        late = time.monotonic() > self.deadline
-        self._process.kill() if late else self._process.join()
-        self._process.join()
-        self.results.close()
-        code = self._process.exitcode
-        if late and not self.row.proved:
-            return dataclasses.replace(self.row, cause=f"it took longer than {SECONDS:.0f} s")
-        if code and not self.row.proved:
-            return dataclasses.replace(self.row, cause=f"its process ended with exit code {code}")
-        return self.row
-
-
-def _run(sender: connection.Connection, row: Row) -> None:
-    """What a process does: examine the model without network, noise in the terminal, or more memory than allowed."""
-    import resource
-
-    from huggingface_hub import constants
-    from transformers import logging
-
-    constants.HF_HUB_OFFLINE = True
-    logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    with contextlib.suppress(OSError, ValueError):  # macOS has no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    torch.set_num_threads(1)
-    try:
-        for better in examine(row.family, row.name):
-            sender.send(better)
-    except Exception as error:
-        sender.send(dataclasses.replace(row, cause=f"it could not be examined: {_text(error)}"))
-
-
-def examine(family: str, name: str) -> Iterator[Row]:
-    """Build one class, call it and look for its towers; yields a row whenever more is known than before.
-
-    Args:
-        family: its name in transformers.models.
-        name: of the class.
-    """
+def examine(row: Row) -> Iterator[Row]:
+    """Build the class of a row, call it and look for its towers; yields a row whenever more is known than before."""
+    family, name = row.family, row.name
     best: Row | None = None
     for build in tiny_transformers.builders(getattr(tiny_transformers.module(family), name)):
         for row in _attempts(Row(family, name), build):
@@ -224,7 +139,7 @@ def _attempts(row: Row, build: Any) -> Iterator[Row]:
     try:
         model = build()
     except Exception as error:
-        yield dataclasses.replace(row, cause=f"it was not built: {_text(error)}")
+        yield dataclasses.replace(row, cause=f"it was not built: {text_of(error)}")
         return
     row = dataclasses.replace(row, built=True)
     errors: list[str] = []
@@ -236,7 +151,7 @@ def _attempts(row: Row, build: Any) -> Iterator[Row]:
             with torch.no_grad():
                 way.call()
         except Exception as error:
-            errors.append(f"{way}: {_text(error)}")
+            errors.append(f"{way}: {text_of(error)}")
             continue
         done.add(way.method)
         found = _found(row, model, way)
@@ -256,13 +171,13 @@ def _found(row: Row, model: nn.Module, way: tiny_inputs.Way) -> Row:
         # The first line names the class and the last one gives advice; those between are the reasons.
         return dataclasses.replace(row, cause="; ".join(str(error).splitlines()[1:-1]) or str(error))
     except Exception as error:
-        return dataclasses.replace(row, cause=f"find_towers failed: {_text(error)}")
+        return dataclasses.replace(row, cause=f"find_towers failed: {text_of(error)}")
     reducible = [tower for tower in towers if tower.reducible]
     try:
         # Towers that no adapter lists are proved when they are found.
         failed = prove_model(model, way.call, reducible) if has_adapter(model) else {}
     except Exception as error:
-        failed = {tower.name: f"the proof failed: {_text(error)}" for tower in reducible}
+        failed = {tower.name: f"the proof failed: {text_of(error)}" for tower in reducible}
     lines = {_without_depth(str(tower)): failed.get(tower.name, "") for tower in reducible}
     return dataclasses.replace(row, towers=lines, refused=towers.refused)
 
@@ -270,12 +185,6 @@ def _found(row: Row, model: nn.Module, way: tiny_inputs.Way) -> Row:
 def _without_depth(tower: str) -> str:
     """The text of a tower without its number of blocks, which is of the tiny model."""
     return re.sub(r"\b\d+ blocks", "blocks", tower)
-
-
-def _text(error: Exception) -> str:
-    """Kind and first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,23 +248,25 @@ def _families(rows: Sequence[Row]) -> set[str]:
 
 def _supported(rows: Sequence[Row]) -> str:
     cells = [[r.family, f"`{r.name}`", "adapter" if r.family in FAMILIES else "", "; ".join(r.proved)] for r in rows]
-    return _table(["family", "class", "", "towers"], cells)
+    return table(["family", "class", "", "towers"], cells)
 
 
 def _not_supported(rows: Sequence[Row]) -> str:
-    cells = [[r.family, f"`{r.name}`" if r.name else "", r.called, _short(r.reason)] for r in rows]
-    return _table(["family", "class", "called", "reason"], cells)
+    cells = [[r.family, f"`{r.name}`" if r.name else "", r.called, short(r.reason)] for r in rows]
+    return table(["family", "class", "called", "reason"], cells)
 
 
 def _adapted(rows: Sequence[SupportRow]) -> str:
-    return _table(["class", "towers"], [[f"`{r.name}`", "; ".join(r.towers) or r.reason] for r in rows])
+    return table(["class", "towers"], [[f"`{r.name}`", "; ".join(r.towers) or r.reason] for r in rows])
 
 
-def _short(reason: str) -> str:
+def short(reason: str) -> str:
+    """A reason that fits into a table."""
     return reason if len(reason) < 240 else reason[:240] + " ..."
 
 
-def _table(head: list[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: list[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in [head, rule, *lines])
 

@@ -17,6 +17,8 @@ from crossget.methods.matching import MergePlan
 from crossget.methods.merging import size
 from crossget.methods.reducers import Joining, Reduced, Reducer, TowerFacts, View
 
+_LEAST_GAIN = 1e-7  # of a kernel whose largest values are 1
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MaxMin(Reducer):
@@ -85,7 +87,9 @@ class Determinantal(Reducer):
                 if rows:
                     before = torch.stack(rows, 1)  # [B, N, T]
                     row = row - (before.gather(2, at[:, None].expand(-1, len(rows), 1)) * before).sum(1)
-                row = row / gains.gather(1, at).clamp(min=1e-12).sqrt()
+                gain = gains.gather(1, at)
+                # Beyond the rank of the kernel no token gains anything, and what is left is rounding.
+                row = torch.where(gain > _LEAST_GAIN, row / gain.clamp(min=_LEAST_GAIN).sqrt(), 0)
                 rows.append(row)
                 return gains - row.square()
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import random
-import subprocess
 from pathlib import Path
 
 import pytest
 import transformers
 
 from crossget.core.adapters import FAMILIES
-from crossget.demo import tiny_transformers, transformers_models
+from crossget.demo import isolated, tiny_transformers, transformers_models
 from crossget.demo.transformers_models import Row
 from crossget.integrations import transformers as adapters
+from tests.support.commits import commit
 
 PAGE = (Path(__file__).parents[2] / "experiments/models/transformers.md").read_text(encoding="utf-8")
 SAMPLE = 20  # families
-
-
-def commit() -> str:
-    """The commit that is tested; a fixed text outside of a clone."""
-    try:
-        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "no commit"
 
 
 def sample(version: str, supported: list[tuple[str, str]]) -> list[str]:
@@ -72,7 +64,7 @@ def test_no_family_of_the_page_is_lost() -> None:
 
 @pytest.mark.slow
 def test_a_model_that_takes_too_long_gives_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_models, "SECONDS", 0.0)
+    monkeypatch.setattr(isolated, "SECONDS", 0.0)
     (row,) = transformers_models.support_matrix("ViTModel", only=["vit"])
     assert row.reason == "it took longer than 0 s"
     assert not row.support().supported
