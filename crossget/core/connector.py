@@ -131,7 +131,7 @@ def reduce_features(
         view = View(
             tokens, heads, heads, received, sizes, fixed, n_protected,
             guide=int(tokens.shape[1]) - 1 if guided else None, relevance=relevance,
-            grid=grid if sizes is None and n_protected == 0 else None,
+            grid=grid if sizes is None and n_protected == int(guided) else None, beyond_half=True,
         )  # fmt: skip
         reduced = reducer.reduce(view, rest)
         if reduced is None:

@@ -41,7 +41,8 @@ class MaxMin(Reducer):
                 added = take(distances, new[:, None])[:, 0]
                 return added if first else torch.minimum(nearest, added)
 
-            return _keep(view, r, nearest, step)
+            plan = _plan(view, r, nearest, step)
+        return _kept(view, plan)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -88,7 +89,8 @@ class Determinantal(Reducer):
                 rows.append(row)
                 return gains - row.square()
 
-            return _keep(view, r, kernel.diagonal(dim1=1, dim2=2).clone(), step)
+            plan = _plan(view, r, kernel.diagonal(dim1=1, dim2=2).clone(), step)
+        return _kept(view, plan)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -96,7 +98,7 @@ class AveragePool(Joining):
     """Average pooling: neighbours on the image grid become their size-weighted mean, whatever they show.
 
     The grid is divided into bands of rows, and each band into cells, so that exactly the wanted number of cells
-    results. Without a known grid, runs of neighbouring tokens are pooled.
+    results. Without a known grid, runs of neighbouring tokens are pooled. Padding is pooled with padding only.
 
     Args: as for `Joining` and `Reducer`.
 
@@ -106,18 +108,24 @@ class AveragePool(Joining):
     def reduce(self, view: View, r: int) -> Reduced | None:
         tokens = size_of(view.tokens, 1)
         free = tokens - view.n_protected
-        r = min(r, free - 1)
+        r = _limit(view, r)
         if r <= 0:
             return None
         with torch.no_grad():
-            order = view.protected.long().argsort(stable=True, dim=1)[:, :free]  # the unprotected tokens, in order
-            height, width = view.grid if view.grid is not None and view.n_protected == 0 else (1, free)
-            cell = _cells(height, width, free - r).to(view.tokens.device)
-            first = torch.full((free - r,), free, device=cell.device).scatter_reduce(
-                0, cell, torch.arange(free, device=cell.device), "amin"
-            )
-            leaving = (first[cell] != torch.arange(free, device=cell.device)).nonzero()[:, 0]
-            plan = MergePlan(order[:, leaving], order[:, first[cell[leaving]]], tokens)
+            rank = view.protected.long() * 2
+            if view.valid is not None:
+                rank = torch.where(view.valid | view.protected, rank, 1)
+            order = rank.argsort(stable=True, dim=1)[:, :free]  # the unprotected tokens, in order, padding last
+            place = torch.arange(free, device=order.device)
+            if view.grid is not None:
+                cell = _cells(*view.grid, free - r).to(order.device)[None]
+            else:
+                real = free if view.valid is None else (rank.gather(1, order) == 0).sum(1, keepdim=True)
+                cell = _runs(place, real, free, free - r)
+            first = torch.full_like(cell, free).scatter_reduce(1, cell, place.expand_as(cell), "amin").gather(1, cell)
+            first = first.expand_as(order)
+            leaving = (first != place).nonzero()[:, 1].view(len(order), r)
+            plan = MergePlan(order.gather(1, leaving), order.gather(1, first.gather(1, leaving)), tokens)
         sizes = view.sizes_or_ones()
         return *size(view.tokens, sizes, sizes, plan), plan
 
@@ -132,7 +140,32 @@ def _cells(height: int, width: int, cells: int) -> Tensor:
     return places.flatten()
 
 
-def _keep(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, bool], Tensor]) -> Reduced | None:
+def _runs(place: Tensor, real: Tensor | int, free: int, cells: int) -> Tensor:
+    """[B, T] or [1, T] the number of the cell of each of T places: runs of about equal length.
+
+    Args:
+        place: [T] 0, 1, ...
+        real: [B, 1] the number of places in front of the padding. The padding has a run of its own, or more if there
+            are fewer real places than cells.
+        free: T.
+        cells: the number of runs.
+    """
+    real = torch.as_tensor(real, device=place.device).view(-1, 1)
+    padding = free - real
+    of_padding = torch.where(padding == 0, 0, (cells - real).clamp(min=1))
+    of_real = cells - of_padding
+    in_padding = of_real + (place - real) * of_padding // padding.clamp(min=1)
+    return torch.where(place < real, place * of_real // real.clamp(min=1), in_padding)
+
+
+def _limit(view: View, r: int) -> int:
+    """How many tokens may leave, of `r`: half of the unprotected ones at most, unless the view allows more."""
+    free = size_of(view.tokens, 1) - view.n_protected
+    n_kept = view.n_kept if view.valid is None else max(view.n_kept, 2)  # one of the padding, as in `Candidates`
+    return min(r, free - max(n_kept, 1) if view.beyond_half else (free - n_kept) // 2)
+
+
+def _plan(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, bool], Tensor]) -> MergePlan | None:
     """Keep one token after the other, always the one with the largest gain, and drop the last `r`.
 
     Protected tokens are kept first, and padding last.
@@ -145,7 +178,7 @@ def _keep(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, boo
             the new gains [B, T].
     """
     tokens = size_of(view.tokens, 1)
-    r = min(r, tokens - view.n_protected - view.n_kept)
+    r = _limit(view, r)
     if r <= 0:
         return None
     chosen = torch.zeros_like(view.protected)
@@ -156,5 +189,11 @@ def _keep(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, boo
         new = free.masked_fill(chosen, -torch.inf).argmax(1)
         chosen = chosen.scatter(1, new[:, None], True)
         gains = step(gains, new, number == 0)
-    plan = MergePlan((~chosen).nonzero()[:, 1].view(len(chosen), r), None, tokens)
+    return MergePlan((~chosen).nonzero()[:, 1].view(len(chosen), r), None, tokens)
+
+
+def _kept(view: View, plan: MergePlan | None) -> Reduced | None:
+    """The tokens that a plan keeps, with gradients."""
+    if plan is None:
+        return None
     return take(view.tokens, plan.kept), None if view.sizes is None else view.sizes.gather(1, plan.kept), plan
