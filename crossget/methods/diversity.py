@@ -51,7 +51,8 @@ class Determinantal(Reducer):
 
     The tokens that stay are a greedy maximum of the determinant of relevance_i * cosine_ij * relevance_j. The relevance
     of a token is its cosine with the text, scaled to [0, 1] over the tokens. The text is the prompt, behind the
-    connector, or the features given to `Attachment.set_text_features`.
+    connector, or the features given to `Attachment.set_text_features`. Once the determinant is 0 whatever is added, the
+    most relevant tokens stay.
 
     Args: as for `Reducer`.
 
@@ -77,6 +78,8 @@ class Determinantal(Reducer):
             relevance = (relevance - low) / (high - low).clamp(min=1e-6)
             view.score = relevance
             kernel = relevance[:, :, None] * (units @ units.transpose(1, 2)) * relevance[:, None, :]
+            own = kernel.diagonal(dim1=1, dim2=2).clone()
+            least = 1e-6 * own  # a gain below it is a rounding error: the token lies in the span of those that stay
             rows: list[Tensor] = []  # of the Cholesky factor
 
             def step(gains: Tensor, new: Tensor, first: bool) -> Tensor:
@@ -85,11 +88,12 @@ class Determinantal(Reducer):
                 if rows:
                     before = torch.stack(rows, 1)  # [B, N, T]
                     row = row - (before.gather(2, at[:, None].expand(-1, len(rows), 1)) * before).sum(1)
-                row = row / gains.gather(1, at).clamp(min=1e-12).sqrt()
+                gain = gains.gather(1, at)
+                row = torch.where(gain > least.gather(1, at), row / gain.sqrt(), 0)
                 rows.append(row)
-                return gains - row.square()
+                return torch.maximum(gains - row.square(), least)
 
-            plan = _plan(view, r, kernel.diagonal(dim1=1, dim2=2).clone(), step)
+            plan = _plan(view, r, own, step)
         return _kept(view, plan)
 
 

@@ -226,6 +226,22 @@ def test_gradients_reach_the_tokens_that_stay(method: type[Reducer]) -> None:
     assert touched == (8 if method is crossget.AveragePool else 4)
 
 
+def test_more_tokens_than_dimensions() -> None:
+    """Any four tokens span the space: behind them the most relevant ones stay."""
+    x, text = torch.randn(1, 20, 4), torch.randn(4)
+    cosines = Similarity(text)(x)[0]
+    view = View(
+        x, x[:, None], x[:, None], None, None, torch.zeros(1, 20, dtype=torch.bool), 0, relevance=Similarity(text),
+        beyond_half=True,
+    )  # fmt: skip
+    first = determinantal(view, 0, list(range(20)), 4)
+    for k in (5, 12, 19):
+        reduced = crossget.Determinantal(1).reduce(view, 20 - k)
+        assert reduced is not None
+        others = [i for i in cosines.argsort(descending=True).tolist() if i not in first]
+        assert reduced[2].kept[0].tolist() == sorted(first + others[: k - 4])
+
+
 def test_a_determinant_needs_a_text() -> None:
     x = torch.randn(1, 8, 4)
     view = View(x, x[:, None], x[:, None], None, None, torch.zeros(1, 8, dtype=torch.bool), 0)
