@@ -39,16 +39,27 @@ class PromptRecord:
     """What is known of a shorter prompt.
 
     Attributes:
-        keep: [B, T] the columns of the caller's prompt that stayed.
-        padding: [B, T] the columns that are padding.
+        place: [B, T] the column of the shorter prompt that each column of the caller's prompt has become; -1 if it left.
         positions: [.., B, W] of the shorter prompt. Later ones are counted on from the last.
         log_sizes: [B, W] log(size) of the tokens; None: the language model's attention takes no sizes.
     """
 
-    keep: Tensor
-    padding: Tensor
+    place: Tensor
     positions: Tensor
     log_sizes: Tensor | None
+
+    def cached(self, tokens: int) -> tuple[Tensor, int]:
+        """The places [B, S] of the columns that are in the cache: those of the prompt, and of what was generated.
+
+        Args:
+            tokens: the number of tokens in the cache.
+
+        Returns:
+            The places, and the number of columns of the shorter prompt that they make.
+        """
+        width = int(self.positions.shape[-1])
+        answers = torch.arange(width, max(width, tokens), device=self.place.device)
+        return torch.cat([self.place, answers.expand(len(self.place), -1)], 1), max(width, tokens)
 
 
 class Columns:
@@ -58,18 +69,28 @@ class Columns:
         keep: [B, T] true for columns that stay.
         padding: [B, T] true for padding. Each row keeps as much as the row with the least padding has.
         left: pad in front.
+        first: [B, S] the places of the first columns, which are in the cache; the others are padded behind these.
+        start: the number of columns of the shorter prompt that are in the cache.
+
+    Attributes:
+        place: [B, T] see `PromptRecord`.
+        width: W.
+        lengths: [B] the number of columns of each row that stay.
     """
 
-    def __init__(self, keep: Tensor, padding: Tensor, *, left: bool) -> None:
-        keep = keep & ~padding
-        self.tokens = int(keep.shape[1])
-        self.lengths = keep.sum(1)
-        self.width = int(self.lengths.max() + padding.sum(1).min())
-        self.row, self.source = keep.nonzero(as_tuple=True)
-        place = keep.long().cumsum(1) - 1
+    def __init__(self, keep: Tensor, padding: Tensor, *, left: bool, first: Tensor, start: int) -> None:
+        self.tokens, known = int(keep.shape[1]), int(first.shape[1])
+        keep = (keep & ~padding)[:, known:]
+        lengths = keep.sum(1)
+        new = int(lengths.max() + padding[:, known:].sum(1).min())
+        place = start + keep.long().cumsum(1) - 1
         if left:
-            place = place + (self.width - self.lengths)[:, None]
-        self.column = place[self.row, self.source]
+            place = place + (new - lengths)[:, None]
+        self.place = torch.cat([first, place.masked_fill(~keep, -1)], 1)
+        self.width = start + new
+        self.lengths = (self.place >= 0).sum(1)
+        self.row, self.source = (self.place >= 0).nonzero(as_tuple=True)
+        self.column = self.place[self.row, self.source]
 
     def take(self, values: Tensor, fill: float = 0) -> Tensor:
         """[B, S + T, ..] -> [B, S + W, ..], with `fill` at padding. S is what a mask has for cached tokens."""
@@ -239,11 +260,11 @@ class ConnectorPrompts:
         keep = chosen.keep if chosen is not None else torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
         padding = _padding({"attention_mask": mask}, keep)
         full = self._full_positions(arguments, mask, tokens, earlier)
+        first, start = torch.zeros(batch, 0, dtype=torch.long, device=tokens.device), 0
         if earlier is not None:
-            known = int(earlier.keep.shape[1])
-            keep = torch.cat([earlier.keep, keep[:, known:]], 1)
-            padding = torch.cat([earlier.padding, padding[:, known:]], 1)
-        columns = Columns(keep, padding, left=generates or bool(padding[:, 0].any()))
+            first, start = earlier.cached(int(cached_tokens(_first_given(arguments, "cache", "past_key_values"))))
+        left = generates or bool(padding[:, 0].any())
+        columns = Columns(keep, padding, left=left, first=first[:, :length], start=start)
         for name, fill in {"input_ids": pad, **_PADDING_VALUES, "moe_mm_token_type_ids": 0}.items():
             if new.get(name) is not None:
                 new[name] = columns.take(new[name], fill)
@@ -259,7 +280,7 @@ class ConnectorPrompts:
             log_sizes = columns.take(sizes, 1).log()
             if earlier is not None and earlier.log_sizes is not None:
                 log_sizes = torch.cat([earlier.log_sizes, log_sizes[:, earlier.log_sizes.shape[1] :]], 1)
-        return new, PromptRecord(keep, padding, positions, log_sizes)
+        return new, PromptRecord(columns.place, positions, log_sizes)
 
     def _pad(self) -> int:
         config = self.connector.model.config
@@ -273,7 +294,7 @@ class ConnectorPrompts:
         given = arguments.get("position_ids")
         if given is not None:
             return torch.as_tensor(given)
-        start = 0 if earlier is None else int(earlier.keep.shape[1])
+        start = 0 if earlier is None else int(earlier.place.shape[1])
         known = {**arguments, "attention_mask": mask}
         for name in (*_PADDING_VALUES, "input_ids"):
             if start and known.get(name) is not None:
@@ -440,7 +461,7 @@ class _Chosen:
         generates: bool,
     ) -> None:  # fmt: skip
         self._prompts, self._arguments, self._tokens = prompts, arguments, tokens
-        self._known = 0 if earlier is None else int(earlier.keep.shape[1])
+        self._known = 0 if earlier is None else int(earlier.place.shape[1])
         self.keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         self.sizes = torch.ones(tokens.shape[:2], device=tokens.device)
         self._padding = _padding(arguments, self.keep)

@@ -199,4 +199,5 @@ def types(model: Any, ids: Tensor) -> dict[str, Tensor]:
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     if "mm_token_type_ids" in names:
         return {"mm_token_type_ids": kinds}
-    return {"token_type_ids": kinds} if model.config.model_type == "gemma3" else {}
+    kind = model.config.model_type  # a prompt of PaliGemma is all prefix, which is type 0
+    return {"token_type_ids": kinds * (kind == "gemma3")} if kind in ("gemma3", "paligemma") else {}
