@@ -169,31 +169,31 @@ class ConnectorPrompts:
         if tokens is None:
             return arguments, None
         earlier = record_of(_first_given(arguments, "cache", "past_key_values"))
-        if not generates and earlier is not None:
-            if has_images:
-                raise ValueError(
-                    "a forward with a cache got new images behind the connector: give the whole prompt and the cache "
-                    "to generate, which goes on from it, or run the forward without a cache"
-                )
-            return arguments, None
         if not has_images:
-            return (arguments, None) if earlier is None else self._shorten(dict(arguments), arguments, earlier, None)
+            if earlier is None or not generates:
+                return arguments, None
+            return self._shorten(dict(arguments), arguments, earlier, None)
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "a compiled forward cannot reduce image features, whose number depends on the images: compile "
                 "model.get_decoder() instead, or generate, which encodes the images outside of what it compiles"
             )
+        if not generates and int(cached_tokens(_first_given(arguments, "cache", "past_key_values"))) > 0:
+            raise ValueError(
+                "a forward with a cache got new images behind the connector: give the whole prompt and the cache to "
+                "generate, which goes on from it, or run the forward without a cache"
+            )
         mask = arguments.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
+        if mask is not None and mask.shape != tokens.shape[:2]:
             raise ValueError(
                 f"attention_mask has the shape {list(mask.shape)}, which cannot be shortened with its prompt: give a "
-                "mask [B, T]"
+                f"mask {list(tokens.shape[:2])}"
             )
+        chosen = _Chosen(self, arguments, tokens, earlier)
         encoded = self._encode(arguments, given)
         if not encoded:
             return arguments, None
         new = {name: value for name, value in arguments.items() if name not in PIXELS}
-        chosen = _Chosen(self, arguments, tokens, earlier, generates)
         new["mm_encoder_outputs"] = {**given, **{name: chosen.reduce(name, one) for name, one in encoded.items()}}
         self.attached.last_record = chosen.record
         if bool(chosen.keep.all()) and earlier is None:
@@ -260,9 +260,10 @@ class ConnectorPrompts:
         keep = chosen.keep if chosen is not None else torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
         padding = _padding({"attention_mask": mask}, keep)
         full = self._full_positions(arguments, mask, tokens, earlier)
-        first, start = torch.zeros(batch, 0, dtype=torch.long, device=tokens.device), 0
+        start = int(cached_tokens(_first_given(arguments, "cache", "past_key_values")))
+        first = torch.arange(start, device=tokens.device).expand(batch, -1)  # a cache without a record has no images
         if earlier is not None:
-            first, start = earlier.cached(int(cached_tokens(_first_given(arguments, "cache", "past_key_values"))))
+            first, start = earlier.cached(start)
         left = generates or bool(padding[:, 0].any())
         columns = Columns(keep, padding, left=left, first=first[:, :length], start=start)
         for name, fill in {"input_ids": pad, **_PADDING_VALUES, "moe_mm_token_type_ids": 0}.items():
@@ -457,9 +458,8 @@ class _Chosen:
     """
 
     def __init__(
-        self, prompts: ConnectorPrompts, arguments: Mapping[str, Any], tokens: Tensor, earlier: PromptRecord | None,
-        generates: bool,
-    ) -> None:  # fmt: skip
+        self, prompts: ConnectorPrompts, arguments: Mapping[str, Any], tokens: Tensor, earlier: PromptRecord | None
+    ) -> None:
         self._prompts, self._arguments, self._tokens = prompts, arguments, tokens
         self._known = 0 if earlier is None else int(earlier.place.shape[1])
         self.keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -6,7 +6,11 @@ this forward is right is the subject of test_hf_connector.py.
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,7 +28,7 @@ KEEP = {"connector": crossget.Ward(crossget.Keep(0.4))}
 STEPS = 4
 GREEDY: dict[str, Any] = {
     "max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1000,
-    "return_dict_in_generate": True, "output_logits": True,
+    "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": list(range(6)),  # no word is among these
 }  # fmt: skip
 FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_next", "smolvlm", "paligemma", "gemma3"]
 FAST = ["llava", "qwen2_5_vl"]
@@ -44,7 +48,10 @@ def longer(model: Any, arguments: dict[str, Any], new: Tensor) -> dict[str, Any]
     """The arguments with further tokens [B, N] behind the prompts."""
     ids = torch.cat([arguments["input_ids"], new], 1)
     mask = torch.cat([arguments["attention_mask"], torch.ones_like(new)], 1)
-    return {**arguments, "input_ids": ids, "attention_mask": mask, **types(model, ids)}
+    kinds = types(model, ids)
+    if model.config.model_type == "paligemma":  # what follows the prompt is causal
+        kinds = {"token_type_ids": torch.cat([arguments["token_type_ids"], torch.ones_like(new)], 1)}
+    return {**arguments, "input_ids": ids, "attention_mask": mask, **kinds}
 
 
 def last_logits(model: Any, arguments: dict[str, Any]) -> Tensor:
@@ -59,7 +66,7 @@ def by_forward(model: Any, arguments: dict[str, Any], steps: int = STEPS) -> tup
     found = []
     for _ in range(steps):
         found.append(last_logits(model, arguments))
-        arguments = longer(model, arguments, found[-1].argmax(-1, keepdim=True))
+        arguments = longer(model, arguments, found[-1][:, 6:].argmax(-1, keepdim=True) + 6)
     return arguments["input_ids"][:, -steps:], torch.stack(found, 1)
 
 
@@ -95,10 +102,18 @@ WAYS: dict[str, dict[str, Any]] = {
 ROWS = ["^ab#cdef", "^a#g#hijk"]
 
 
+BIDIRECTIONAL = ["paligemma", "gemma3"]  # the tokens of an image attend to each other
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", of(FAMILIES))
 def test_ways_to_generate(family: str, way: str) -> None:
     model = model_of(family)
+    if family in BIDIRECTIONAL and way.startswith("chunks"):  # a chunk does not see the next one, dense or reduced
+        arguments = batch(model, family, *ROWS)
+        dense, chunks = (by_generate(model, arguments, **more)[1] for more in ({}, WAYS[way]))
+        assert (dense - chunks).abs().max() > 0.1
+        return
     arguments, more = batch(model, family, *ROWS), dict(WAYS[way])
     if "max_length" in more:
         more["max_length"] = arguments["input_ids"].shape[1] + STEPS
@@ -131,14 +146,12 @@ def test_beams(family: str) -> None:
             torch.testing.assert_close(out.sequences_scores[mine], one.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", of([f for f in FAMILIES if not f.startswith("qwen")]))
+@pytest.mark.parametrize("family", of(["llava", "internvl", "llava_next", "smolvlm"]))
 def test_prompts_as_embeddings(family: str) -> None:
-    """Hosts with positions of a grid need ids for them."""
+    """Of the others, the dense host takes no embeddings, or needs ids for its positions."""
     model = model_of(family)
     arguments = batch(model, family, *ROWS)
     embeds = model.get_input_embeddings()(arguments["input_ids"]).detach()
-    if family == "gemma3":  # it scales inside of the embedding
-        assert embeds.abs().max() > 1
     given = {k: v for k, v in arguments.items() if k != "input_ids"} | {"inputs_embeds": embeds}
     with crossget.attach(model, KEEP), torch.no_grad():
         expected = by_forward(model, arguments)
@@ -168,6 +181,43 @@ def test_a_second_turn_with_the_cache_of_the_first(family: str, new: str) -> Non
         assert_same(found, by_forward(model, {**text, **everything}))
 
 
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"]))
+def test_the_first_image_in_the_second_turn(family: str) -> None:
+    """The cache of the first turn was made without images, and of some beginning that prompts share."""
+    model = model_of(family)
+    first = batch(model, family, "^ab", "^c")
+    whole = batch(model, family, "^abx#yz", "^cu#vwst")
+    with crossget.attach(model, KEEP):
+        cache = model.generate(**first, **{**GREEDY, "max_new_tokens": 1})
+        second = {k: v for k, v in whole.items() if k not in ("input_ids", "attention_mask", *types(model, first["input_ids"]))}
+        ids = torch.cat([first["input_ids"], batch(model, family, "x#yz", "u#vwst")["input_ids"]], 1)
+        text = {"input_ids": ids, "attention_mask": (ids != 0).long(), **types(model, ids)}
+        found = by_generate(model, {**text, **second, **cache_of(cache)})
+        assert_same(found, by_forward(model, {**text, **second}))
+        with pytest.raises(ValueError, match="give the whole prompt and the cache to generate"):
+            model(**{**text, **second, **cache_of(cache)})
+
+
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl"]))
+def test_three_turns(family: str) -> None:
+    model = model_of(family)
+    texts, numbers = [("^a#", "^#bc"), ("x#y", "u#vw"), ("d", "efgh")], [[0, 1], [2, 3], []]
+    with crossget.attach(model, KEEP):
+        said, more = batch(model, family, *texts[0], numbers=[[0], [1]]), {}
+        for turn, words in enumerate(texts):
+            images = vlm_models.pixels(family, [[n] for n in numbers[turn]]) if numbers[turn] else {}
+            if turn:
+                new = batch(model, family, *words, numbers=[[n] for n in numbers[turn]] or [[], []])
+                said = longer(model, said, new["input_ids"])
+                said["attention_mask"][said["input_ids"] == 0] = 0
+            text = {k: v for k, v in said.items() if not k.startswith(("pixel", "image"))}
+            seen = [[n for of_turn in numbers[: turn + 1] for n in of_turn[row : row + 1]] for row in (0, 1)]
+            expected = by_forward(model, {**text, **vlm_models.pixels(family, seen)})
+            out = model.generate(**text, **images, **more, **GREEDY)
+            assert_same((out.sequences[:, -STEPS:], torch.stack(out.logits, 1)), expected)
+            said, more = longer(model, text, out.sequences[:, -STEPS:]), cache_of(out)
+
+
 @pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "llava_next"]))
 def test_steps_by_hand_without_positions(family: str) -> None:
     model = model_of(family)
@@ -190,3 +240,413 @@ def lengths(model: Any, family: str) -> list[int]:
     counts = [len(image) for image in vlm_models.features(model, family, [[0], [1, 2]])]
     kept = [max(1, round(0.4 * n)) for n in counts]
     return [len(ROWS[0]) - 1 + kept[0], len(ROWS[1]) - 2 + kept[1] + kept[2]]
+
+
+# Threads, interruptions, copies -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llava() -> Any:
+    return model_of("llava")
+
+
+def logits_of(model: Any, arguments: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**arguments).logits
+    return logits
+
+
+def test_threads_with_images_and_reducers_of_their_own(llava: Any) -> None:
+    calls = [
+        (crossget.Ward(crossget.Keep(3)), batch(llava, "llava", "^ab#cd", numbers=[[0]])),
+        (crossget.MaxMin(crossget.Keep(7)), batch(llava, "llava", "^#x#yz", numbers=[[1, 2]])),
+    ]
+    with crossget.attach(llava, KEEP) as attached:
+
+        def run(number: int) -> tuple[Tensor, Tensor, Any]:
+            reducer, arguments = calls[number]
+            with attached.with_reducer({"connector": reducer}):
+                return by_generate(llava, arguments)[1], logits_of(llava, arguments), attached.tokens
+
+        expected = [run(0), run(1)]
+        assert expected[0][2] == {"connector": [(16, 3)]}
+        found: dict[int, list[Any]] = {0: [], 1: []}
+        meet = threading.Barrier(2)
+        hook = llava.model.language_model.layers[0].register_forward_pre_hook(lambda *_: wait(meet))
+
+        def repeat(number: int) -> None:
+            for _ in range(3):
+                found[number].append(run(number))
+
+        threads = [threading.Thread(target=repeat, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        hook.remove()
+        assert attached.reducers["connector"].r == crossget.Keep(0.4)
+    for number in (0, 1):
+        assert len(found[number]) == 3
+        for generated, logits, tokens in found[number]:
+            assert torch.equal(generated, expected[number][0])
+            assert torch.equal(logits, expected[number][1])
+            assert tokens == expected[number][2]
+
+
+def wait(meet: threading.Barrier) -> None:
+    """Both threads are in the same place at a time, as long as both run."""
+    try:
+        meet.wait(timeout=5)
+    except threading.BrokenBarrierError:
+        return
+
+
+PLACES = ["model.vision_tower", "model.multi_modal_projector", "model.language_model.layers.1"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interruption_leaves_no_trace(llava: Any, place: str, error: type[BaseException]) -> None:
+    one, two = batch(llava, "llava", *ROWS), batch(llava, "llava", "^x#y", numbers=[[3]])
+
+    def stop(*_: Any) -> None:
+        raise error("stopped")
+
+    with crossget.attach(llava, KEEP):
+        expected = by_generate(llava, two)[1], logits_of(llava, two)
+        for call in (lambda: logits_of(llava, one), lambda: by_generate(llava, one)):
+            hook = llava.get_submodule(place).register_forward_pre_hook(stop)
+            with pytest.raises(error, match="stopped"):
+                call()
+            hook.remove()
+            assert torch.equal(logits_of(llava, two), expected[1])
+            assert torch.equal(by_generate(llava, two)[1], expected[0])
+            text = batch(llava, "llava", "^abc")
+            assert logits_of(llava, text).shape[1] == 4
+
+
+def test_a_call_inside_of_a_call_is_fitted_by_itself(llava: Any) -> None:
+    """Such as that of a callback of a generation."""
+    one, two = batch(llava, "llava", *ROWS), batch(llava, "llava", "^x#y", numbers=[[3]])
+    seen = []
+
+    def ask(ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append(by_generate(llava, two)[1])
+        return scores
+
+    with crossget.attach(llava, KEEP):
+        expected, inner = by_generate(llava, one)[1], by_generate(llava, two)[1]
+        assert torch.equal(by_generate(llava, one, logits_processor=[ask])[1], expected)
+    assert len(seen) == STEPS
+    for logits in seen:
+        assert torch.equal(logits, inner)
+
+
+def test_pauses_and_other_reducers(llava: Any) -> None:
+    arguments = batch(llava, "llava", *ROWS)
+    dense = logits_of(llava, arguments), by_generate(llava, arguments)[1]
+    with crossget.attach(llava, KEEP) as attached:
+        reduced = logits_of(llava, arguments)
+        assert reduced.shape[1] < dense[0].shape[1]
+        with attached.paused():
+            assert torch.equal(logits_of(llava, arguments), dense[0])
+            assert torch.equal(by_generate(llava, arguments)[1], dense[1])
+        assert torch.equal(logits_of(llava, arguments), reduced)
+        with attached.with_reducer(crossget.Ward(crossget.Keep(1.0))):
+            assert torch.equal(logits_of(llava, arguments), dense[0])
+            assert torch.equal(by_generate(llava, arguments)[1], dense[1])
+        assert torch.equal(logits_of(llava, arguments), reduced)
+        attached.reducer = crossget.Ward(crossget.Keep(3))
+        assert attached.reducer.r == crossget.Keep(3)
+        logits_of(llava, arguments)
+        assert attached.tokens == {"connector": [(16, 3)] * 3}
+        with pytest.raises(ValueError, match="separators"):
+            attached.reducer = crossget.Ward(crossget.Keep(3, separators=True))
+        assert attached.reducer.r == crossget.Keep(3)
+    assert torch.equal(logits_of(llava, arguments), dense[0])
+    assert "generate" not in llava.__dict__
+    assert not llava._forward_pre_hooks
+    assert not llava.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl"], ["llava"]))
+def test_a_copy_and_a_pickle_are_attached_by_themselves(family: str) -> None:
+    model = vlm_models.build(family)
+    with crossget.attach(model, KEEP) as attached:
+        pickled = pickle.dumps(model)  # now: what a forward of transformers leaves on any model cannot be pickled
+        arguments = batch(model, family, *ROWS)
+        expected = logits_of(model, arguments), by_generate(model, arguments)[1]
+        for other in (copy.deepcopy(model), pickle.loads(pickled)):
+            theirs = crossget.attachment(other)
+            assert theirs is not attached
+            assert torch.equal(logits_of(other, arguments), expected[0])
+            assert torch.equal(by_generate(other, arguments)[1], expected[1])
+            theirs.reducer = crossget.Ward(crossget.Keep(2))
+            logits_of(other, arguments)
+            assert theirs.tokens["connector"][0][1] == 2
+            theirs.detach()
+            assert torch.equal(logits_of(model, arguments), expected[0])
+            dense = logits_of(other, arguments)
+            with attached.paused():
+                assert torch.equal(dense, logits_of(model, arguments))
+
+
+def test_save_and_load(llava: Any, tmp_path: Any) -> None:
+    arguments = batch(llava, "llava", *ROWS)
+    method = crossget.CrossGET(crossget.Keep(0.3, per="image", positions="renumbered"), proportional_attention=True)
+    with crossget.attach(llava, {"connector": method, "visual": crossget.ToMe(2)}) as attached:
+        expected, reducers = logits_of(llava, arguments), attached.reducers
+        attached.save(tmp_path)
+    with crossget.load(llava, tmp_path) as loaded:
+        assert loaded.reducers == reducers
+        assert torch.equal(logits_of(llava, arguments), expected)
+    with crossget.attach(llava, KEEP) as attached:
+        attached.save(tmp_path)
+    with crossget.load(llava, tmp_path) as loaded:
+        assert list(loaded.reducers) == ["connector"]
+        assert loaded.reducers["connector"].r == crossget.Keep(0.4)
+
+
+def test_what_is_attached_is_not_attached_again(llava: Any) -> None:
+    with crossget.attach(llava, KEEP):
+        for reducer in (KEEP, crossget.Ward(1), {**KEEP, "visual": crossget.Ward(1)}):
+            with pytest.raises(ValueError, match="already attached"):
+                crossget.attach(llava, reducer)
+    with crossget.attach(llava, crossget.Ward(1)) as attached:
+        with pytest.raises(ValueError, match="already attached"):
+            crossget.attach(llava, KEEP)
+        with pytest.raises(ValueError, match="'connector', which is not attached"):
+            attached.reducer = KEEP
+
+
+# Wrong input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(llava: Any) -> Iterator[list[str]]:
+    """What has run of the tower and of the language model."""
+    ran: list[str] = []
+    hooks = [
+        part.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, part in (("tower", llava.model.vision_tower), ("language", llava.model.language_model))
+    ]
+    yield ran
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("calls", ["forward", "generate"])
+def test_wrong_input_is_refused_before_images_are_encoded(llava: Any, encoded: list[str], calls: str) -> None:
+    arguments = batch(llava, "llava", *ROWS)
+    tokens = arguments["input_ids"].shape[1]
+    wrong = [
+        ({"attention_mask": torch.zeros(2, 1, tokens, tokens)}, ValueError, r"attention_mask has the shape"),
+        ({"attention_mask": torch.ones(2, tokens - 1)}, ValueError, r"attention_mask has the shape"),
+        ({"attention_mask": torch.ones(1, tokens)}, ValueError, r"attention_mask has the shape"),
+    ]
+    with crossget.attach(llava, KEEP):
+        right = logits_of(llava, arguments)
+        for change, error, message in wrong:
+            encoded.clear()
+            with pytest.raises(error, match=message):
+                (llava if calls == "forward" else llava.generate)(**{**arguments, **change})
+            assert not encoded, message
+        assert torch.equal(logits_of(llava, arguments), right)
+
+
+@pytest.mark.parametrize("calls", ["forward", "generate"])
+def test_other_numbers_of_images_are_refused(llava: Any, encoded: list[str], calls: str) -> None:
+    arguments = batch(llava, "llava", *ROWS)
+    one = batch(llava, "llava", "^abc#")
+    cut = {name: value[:, :-3] for name, value in one.items() if name != "pixel_values"}
+    with crossget.attach(llava, KEEP):
+        for wrong in (
+            {**arguments, "pixel_values": arguments["pixel_values"][:2]},
+            {**arguments, "pixel_values": torch.cat([arguments["pixel_values"]] * 2)},
+            {**cut, "pixel_values": one["pixel_values"]},
+            {**batch(llava, "llava", "^abc"), "pixel_values": one["pixel_values"]},
+        ):
+            encoded.clear()
+            with pytest.raises(ValueError, match=r"image tokens and the images have \d+ features"):
+                (llava if calls == "forward" else llava.generate)(**wrong)
+            assert encoded == ["tower"]  # only it tells the number of features
+
+
+def test_a_prompt_without_text_for_a_method_that_needs_one(llava: Any, encoded: list[str]) -> None:
+    arguments = batch(llava, "llava", "^ab#c", "#")
+    encoded.clear()
+    for method in (crossget.CrossGET, crossget.Determinantal):
+        with (
+            crossget.attach(llava, {"connector": method(crossget.Keep(4))}),
+            pytest.raises(RuntimeError, match="row 1 has none"),
+        ):
+            llava(**arguments)
+    assert not encoded
+
+
+@pytest.mark.parametrize(
+    ("family", "reducer", "message"),
+    [
+        ("llava", crossget.Ward(crossget.Keep(3, separators=True)), "no separators among its image features"),
+        ("smolvlm", crossget.Ward(crossget.Keep(3, per="image")), "which tiles are of one image"),
+        ("qwen2_5_vl", crossget.Ward(crossget.Keep(3, positions="renumbered")), "positions are those of the image grid"),
+        ("qwen3_5", crossget.Ward(crossget.Keep(3), proportional_attention=True), "not every layer of .* has such scores"),
+        ("llava", crossget.Ward(crossget.Keep(3), class_token_only=True), "class_token_only=True.*no effect"),
+        ("llava", crossget.Ward(crossget.Keep(3), norm_correction=True), "norm_correction=True.*no effect"),
+        ("llava", crossget.TopK(crossget.Keep(3), importance="class_token"), "needs a class token"),
+        ("llava", crossget.CrossGET(crossget.Keep(3), strip_cross_token=True), "strip_cross_token=True.*no effect"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_attach(family: str, reducer: Any, message: str) -> None:
+    model = model_of(family)
+    before = dict(model.__dict__)
+    with pytest.raises(ValueError, match=message):
+        crossget.attach(model, {"connector": reducer})
+    if family == "llava":
+        with pytest.raises(ValueError, match=message):
+            crossget.attach(model, {"connector": reducer, "visual": crossget.Ward(1)})
+    assert model.__dict__ == before
+    assert not model._forward_pre_hooks
+
+
+def test_what_is_no_reducer(llava: Any) -> None:
+    with pytest.raises(TypeError, match="give a reducer such as"):
+        crossget.attach(llava, {"connector": 3})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="Keep is for image features behind the connector"):
+        crossget.attach(llava, crossget.Ward(crossget.Keep(3)))
+    with pytest.raises(TypeError, match="connector"):
+        crossget.attach(torch.nn.Linear(2, 2), KEEP)
+
+
+# Units, separators, positions ---------------------------------------------------------------------------------------
+
+
+def test_all_tiles_of_an_image_together() -> None:
+    """InternVL's are a run of placeholders; their features spread over the tiles by what these show."""
+    model = model_of("internvl")
+    arguments = batch(model, "internvl", "^ab##cd", "^#x###y")
+    with crossget.attach(model, {"connector": crossget.Ward(crossget.Keep(10, per="image"))}) as attached:
+        logits_of(model, arguments)
+        assert attached.tokens == {"connector": [(32, 10), (16, 10), (48, 10)]}
+        answers = by_generate(model, arguments)
+        assert_same(answers, by_forward(model, arguments))
+        alone = batch(model, "internvl", "^#x###y", numbers=[[2, 3, 4, 5]])
+        assert torch.equal(by_generate(model, alone)[0], answers[0][1:])
+        attached.reducer = crossget.Ward(crossget.Keep(10))
+        logits_of(model, arguments)
+        assert attached.tokens == {"connector": [(16, 10)] * 6}
+
+
+@pytest.mark.parametrize("family", of(["llava_next", "llava_onevision"], ["llava_next"]))
+def test_newlines_stay(family: str) -> None:
+    model = model_of(family)
+    arguments = batch(model, family, *ROWS)
+    features = vlm_models.features(model, family, [[0], [1, 2]])
+    newlines = [int((image == model.model.image_newline).all(1).sum()) for image in features]
+    assert min(newlines) > 1
+    with crossget.attach(model, {"connector": crossget.Ward(crossget.Keep(9, separators=True))}) as attached:
+        assert_same(by_generate(model, arguments), by_forward(model, arguments))
+        units = attached._connector.last_record.units  # type: ignore[union-attr]
+        for unit, image, count in zip(units, features, newlines, strict=True):
+            assert len(unit.kept) == 9 + count
+            assert int((unit.tokens == model.model.image_newline).all(1).sum()) == count
+            assert int((image[unit.kept] == model.model.image_newline).all(1).sum()) == count
+        assert attached.tokens["connector"] == [(len(i), 9 + n) for i, n in zip(features, newlines, strict=True)]
+
+
+def test_positions_of_the_prompt_or_counted_anew(llava: Any) -> None:
+    arguments = batch(llava, "llava", *ROWS)
+    seen = []
+    hook = llava.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with crossget.attach(llava, {"connector": crossget.Ward(crossget.Keep(5))}) as attached:
+        logits_of(llava, arguments)
+        kept = [unit.kept for unit in attached._connector.last_record.units]  # type: ignore[union-attr]
+        # "^ab#cdef" and "^a#g#hijk": 23 and 39 tokens, of which 12 and 17 stay
+        rows = [
+            [0, 1, 2, *(3 + kept[0]), *range(19, 23)],
+            [0, 1, *(2 + kept[1]), 18, *(19 + kept[2]), *range(35, 39)],
+        ]
+        assert seen[-1][0, -12:].tolist() == rows[0]
+        assert seen[-1][1].tolist() == rows[1]
+        by_generate(llava, arguments)
+        assert seen[-1][:, 0].tolist() == [23 + STEPS - 2, 39 + STEPS - 2]
+        attached.reducer = crossget.Ward(crossget.Keep(5, positions="renumbered"))
+        logits_of(llava, arguments)
+        assert seen[-1][0, -12:].tolist() == list(range(12))
+        assert seen[-1][1].tolist() == list(range(17))
+        assert_same(by_generate(llava, arguments), by_forward(llava, arguments))
+    hook.remove()
+
+
+# Prompts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "smolvlm", "internvl"], ["llava", "smolvlm"]))
+@pytest.mark.parametrize("rows", [["^ab#c", "^defghij"], ["^abcdefgh", "^#x#y"]], ids=["second", "first"])
+def test_a_row_without_an_image(family: str, rows: list[str]) -> None:
+    model = model_of(family)
+    arguments = batch(model, family, *rows)
+    with crossget.attach(model, KEEP):
+        found = by_generate(model, arguments)
+        assert_same(found, by_forward(model, arguments))
+        used = 0
+        for row, text in enumerate(rows):
+            count = text.count("#")
+            alone = batch(model, family, text, numbers=[list(range(used, used + count))])
+            used += count
+            assert torch.equal(by_generate(model, alone)[0][0], found[0][row])
+
+
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl"]))
+def test_prompts_of_text_alone_are_the_dense_ones(family: str) -> None:
+    model = model_of(family)
+    arguments = batch(model, family, "^abc", "^defghij")
+    dense = logits_of(model, arguments), by_generate(model, arguments)
+    images = batch(model, family, *ROWS)
+    with crossget.attach(model, KEEP):
+        for _ in range(2):
+            assert torch.equal(logits_of(model, arguments), dense[0])
+            found = by_generate(model, arguments)
+            assert torch.equal(found[0], dense[1][0])
+            assert torch.equal(found[1], dense[1][1])
+            logits_of(model, images)  # what it leaves on the model must not show in the next call
+
+
+def test_image_tokens_that_are_hidden_as_padding(llava: Any) -> None:
+    """A prompt that was cut in front, in the middle of an image: what is hidden is in no answer."""
+    arguments = batch(llava, "llava", "#a#bc", "^x#yz" + "w" * 15)
+    hidden = {**arguments, "attention_mask": arguments["attention_mask"].clone()}
+    hidden["attention_mask"][0, :10] = 0
+    with crossget.attach(llava, {"connector": crossget.Ward(crossget.Keep(6))}) as attached:
+        found = by_generate(llava, hidden)
+        assert attached.tokens == {"connector": [(16, 6)] * 3}
+        assert_same(found, by_forward(llava, hidden))
+        kept = attached._connector.last_record.units[0].kept  # type: ignore[union-attr]
+        assert 0 < int((kept >= 10).sum()) < 6
+        assert not torch.equal(found[1], by_generate(llava, arguments)[1])
+
+
+@pytest.mark.parametrize("family", of(["qwen2_5_vl", "llava_onevision"], ["qwen2_5_vl"]))
+def test_videos(family: str) -> None:
+    model = model_of(family)
+    if family == "qwen2_5_vl":
+        values = torch.randn(2 * 4 * 6, 3 * 2 * 49)
+        images: dict[str, Tensor] = {"pixel_values_videos": values, "video_grid_thw": torch.tensor([[2, 4, 6]])}
+        given = images
+    else:
+        images = {"pixel_values_videos": torch.randn(1, 3, 3, 28, 28)}
+        given = images
+    with torch.no_grad():
+        features = model.model.get_video_features(**given, return_dict=True).pooler_output
+    n = sum(entry.reshape(-1, entry.shape[-1]).shape[0] for entry in features)
+    ids = torch.tensor([[1, 7, *[vlm_models.VIDEO] * n, 8, 9]])
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types(model, ids), **images}
+    with crossget.attach(model, KEEP) as attached:
+        assert_same(by_generate(model, arguments), by_forward(model, arguments))
+        counts = attached.tokens["connector"]
+        assert sum(before for before, _ in counts) == n
+        assert logits_of(model, arguments).shape[1] == 4 + sum(after for _, after in counts)
+        assert 0.3 * n < sum(after for _, after in counts) < 0.5 * n

@@ -159,8 +159,7 @@ def features(model: Any, family: str, rows: Sequence[Sequence[int]]) -> list[Ten
         entries = parts.get_image_features(**given, return_dict=True).pooler_output
     entries = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
     if family == "smolvlm":  # an entry holds the images of a row
-        counts = [len(row) for row in rows if row]
-        return [image for entry, n in zip(entries, counts, strict=True) for image in entry.chunk(n)]
+        return [image for entry, row in zip(entries, rows, strict=True) if row for image in entry.chunk(len(row))]
     return entries
 
 
