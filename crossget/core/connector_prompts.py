@@ -40,12 +40,15 @@ class PromptRecord:
 
     Attributes:
         place: [B, T] the column of the shorter prompt that each column of the caller's prompt has become; -1 if it left.
-        positions: [.., B, W] of the shorter prompt. Later ones are counted on from the last.
+        positions: [.., B, W] of the shorter prompt.
+        following: [.., B, 1] the position behind the prompt. It is not the last one plus 1 if the prompt ends in an
+            image: the features at its end may have left.
         log_sizes: [B, W] log(size) of the tokens; None: the language model's attention takes no sizes.
     """
 
     place: Tensor
     positions: Tensor
+    following: Tensor
     log_sizes: Tensor | None
 
     def cached(self, tokens: int) -> tuple[Tensor, int]:
@@ -274,14 +277,15 @@ class ConnectorPrompts:
             width = int(earlier.positions.shape[-1])
             positions = torch.cat([earlier.positions, positions[..., width:]], -1)
         new["position_ids"] = positions
-        self._set_rope_deltas(positions, columns)
+        following = self._following(full, positions, padding)
+        self._set_rope_deltas(following, columns)
         log_sizes = None
         if self.attached.reducer.proportional_attention:
             sizes = torch.ones_like(keep, dtype=torch.float32) if chosen is None else chosen.sizes
             log_sizes = columns.take(sizes, 1).log()
             if earlier is not None and earlier.log_sizes is not None:
                 log_sizes = torch.cat([earlier.log_sizes, log_sizes[:, earlier.log_sizes.shape[1] :]], 1)
-        return new, PromptRecord(columns.place, positions, log_sizes)
+        return new, PromptRecord(columns.place, positions, following, log_sizes)
 
     def _pad(self) -> int:
         config = self.connector.model.config
@@ -304,10 +308,10 @@ class ConnectorPrompts:
             return torch.as_tensor(self.connector.model._prepare_position_ids_for_generation(tokens, known))
         known = {name: value for name, value in known.items() if name not in ("cache", "past_key_values")}
         later: Tensor = self.connector.model._prepare_position_ids_for_generation(tokens[:, start:], known)
-        last = earlier.positions[..., -1:]
-        if last.dim() == 3:  # all axes go on from the largest position
-            last = last[-self._axes() :].amax(0, keepdim=True).expand(len(later), -1, -1)
-        later = later.expand(*later.shape[:-2], len(tokens), -1) + last + 1
+        following = earlier.following
+        if following.dim() == 3:  # its first row may count tokens instead
+            following = following[-1:]
+        later = later.expand(*later.shape[:-2], len(tokens), -1) + following
         return torch.cat([later.new_zeros(*later.shape[:-1], start), later], -1)
 
     def _axes(self) -> int:
@@ -325,12 +329,22 @@ class ConnectorPrompts:
             short[0] = counted  # it counts tokens, for masks, and rotates nothing
         return short
 
-    def _set_rope_deltas(self, positions: Tensor, columns: Columns) -> None:
+    def _following(self, full: Tensor, positions: Tensor, padding: Tensor) -> Tensor:
+        """[.., B, 1] the position behind the prompt, on all axes that of its largest position."""
+        counted = positions.amax(-1, keepdim=True) + 1
+        if full.dim() == 2 and self.attached.keep.positions == "renumbered":
+            return counted
+        seen = full.expand(*full.shape[:-2], *padding.shape).masked_fill(padding.to(full.device), -1)
+        if full.dim() == 2:
+            return seen.amax(-1, keepdim=True) + 1
+        following = seen[-self._axes() :].amax((0, -1))[:, None].expand_as(counted) + 1
+        return torch.cat([counted[:1], following[1:]]) if len(full) == self._axes() + 1 else following
+
+    def _set_rope_deltas(self, following: Tensor, columns: Columns) -> None:
         """Correct what the host adds to the positions of later calls that give none."""
         holder = self.connector.parts
-        if positions.dim() == 3 and getattr(holder, "rope_deltas", None) is not None:
-            last = positions[-self._axes() :].amax(0).amax(-1)
-            holder.rope_deltas = (last + 1 - columns.lengths.to(last.device))[:, None]
+        if following.dim() == 3 and getattr(holder, "rope_deltas", None) is not None:
+            holder.rope_deltas = following[-1] - columns.lengths.to(following.device)[:, None]
 
     # In the host's entry points ---------------------------------------------------------------------------------
 
@@ -358,11 +372,11 @@ class ConnectorPrompts:
         cache, record = _first_given(named, "cache", "past_key_values"), call.record
         if cache is not None and record is not None:
             setattr(cache, _RECORD, record)
-        record = record_of(cache)
+        generates = call.module is None  # the host then counts on from the last position
+        record = record if generates else record_of(cache)
         tokens = _first_given(named, "input_ids", "inputs_embeds")
-        if record is not None and named.get("position_ids") is None and tokens is not None:
-            name = "position_ids"
-            named[name] = _later_positions(record.positions, int(cached_tokens(cache)), tokens)
+        if record is not None and tokens is not None and (generates or named.get("position_ids") is None):
+            named["position_ids"] = _later_positions(record, int(cached_tokens(cache)), tokens)
         return (), named
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -427,9 +441,13 @@ class ConnectorPrompts:
         named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         cache = _first_given(named, "cache", "past_key_values")
         call = self._running()
-        record = (None if call is None else call.record) or record_of(cache)
+        # Gradient checkpointing runs this again when the call is over, with the same tensors of rotations.
+        rotations = (named.get("position_embeddings") or (None,))[0]
+        record = (None if call is None else call.record) or record_of(cache) or record_of(rotations)
         if record is None or record.log_sizes is None:
             return None
+        if rotations is not None:
+            setattr(rotations, _RECORD, record)
         hidden = named["hidden_states"]
         queries, past = int(hidden.shape[1]), 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
         mask = named.get("attention_mask")
@@ -589,19 +607,20 @@ def _like(before: Any, entries: tuple[Tensor, ...]) -> Any:
     return torch.cat(entries)[None]
 
 
-def record_of(cache: Any) -> PromptRecord | None:
-    """What is known of the prompt in a cache."""
-    found: PromptRecord | None = getattr(cache, _RECORD, None)
+def record_of(holder: Any) -> PromptRecord | None:
+    """What is known of the prompt in a cache, or of the one that a tensor belongs to."""
+    found: PromptRecord | None = getattr(holder, _RECORD, None)
     return found
 
 
-def _later_positions(known: Tensor, past: int, tokens: Tensor) -> Tensor:
-    """The positions of a call that gives none: those of the prompt, and on from its last one."""
-    new, batch_axis = int(tokens.shape[1]), known.dim() - 2
-    known = known.repeat_interleave(len(tokens) // known.shape[batch_axis], batch_axis)
+def _later_positions(record: PromptRecord, past: int, tokens: Tensor) -> Tensor:
+    """The positions of tokens [B, T] of a prompt and behind it, of which `past` are in the cache."""
+    known, new = record.positions, int(tokens.shape[1])
     behind = max(0, past + new - int(known.shape[-1]))
-    later = known[..., -1:] + 1 + torch.arange(behind, device=known.device)
-    return torch.cat([known, later], -1)[..., past : past + new]
+    later = record.following + torch.arange(behind, device=known.device)
+    positions = torch.cat([known, later], -1)[..., past : past + new]
+    batch_axis = known.dim() - 2
+    return positions.repeat_interleave(len(tokens) // known.shape[batch_axis], batch_axis)
 
 
 def _bias(log_sizes: Tensor, batch: int, total: int, keys: int) -> Tensor:

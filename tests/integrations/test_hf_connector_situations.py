@@ -650,3 +650,144 @@ def test_videos(family: str) -> None:
         assert sum(before for before, _ in counts) == n
         assert logits_of(model, arguments).shape[1] == 4 + sum(after for _, after in counts)
         assert 0.3 * n < sum(after for _, after in counts) < 0.5 * n
+
+
+# Sizes in the language model ----------------------------------------------------------------------------------------
+
+
+def copies(model: Any, family: str, row: str, numbers: list[int], units: list[Any]) -> dict[str, Any]:
+    """The prompt [1, S, C] in which a reduced token stands as often as it has members, at the position of the first.
+
+    Also the group [S] that each column is a copy of, and positions, by hand.
+    """
+    arguments = batch(model, family, row, numbers=[numbers])
+    ids = arguments["input_ids"]
+    embeds = model.get_input_embeddings()(ids).detach().clone()
+    if family.startswith("qwen"):
+        names = ("attention_mask", "mm_token_type_ids", "image_grid_thw")
+        positions = model.model.get_rope_index(ids, **{name: arguments[name] for name in names})[0]
+    else:
+        positions = torch.arange(ids.shape[1])[None]
+    places = (ids[0] == vlm_models.IMAGE).nonzero()[:, 0].split([len(unit.source) for unit in units])
+    times = torch.ones(ids.shape[1], dtype=torch.long)
+    for place, unit in zip(places, units, strict=True):
+        times[place] = 0
+        times[place[unit.kept]] = unit.sizes.long()
+        embeds[0, place[unit.kept]] = unit.tokens
+    column = torch.repeat_interleave(torch.arange(len(times)), times)
+    return {"embeds": embeds[:, column], "positions": positions[..., column], "group": column}
+
+
+def logits_of_copies(model: Any, prompt: dict[str, Any]) -> Tensor:
+    """[V] behind the last one. Copies of one token see each other."""
+    group = prompt["group"]
+    hidden = group[:, None] < group[None]
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
+    with torch.no_grad():
+        out = model.model.language_model(
+            inputs_embeds=prompt["embeds"], position_ids=prompt["positions"], attention_mask=mask, use_cache=False
+        )
+        return model.lm_head(out.last_hidden_state)[0]
+
+
+def answer_of_copies(model: Any, prompt: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    found = []
+    for _ in range(STEPS):
+        found.append(logits_of_copies(model, prompt)[-1])
+        answer = found[-1][6:].argmax() + 6
+        embed = model.get_input_embeddings()(answer.view(1, 1)).detach()
+        last = prompt["positions"].amax() + 1
+        prompt = {
+            "embeds": torch.cat([prompt["embeds"], embed], 1),
+            "positions": torch.cat([prompt["positions"], last.expand_as(prompt["positions"][..., :1])], -1),
+            "group": torch.cat([prompt["group"], prompt["group"][-1:] + 1]),
+        }
+    answers = torch.stack([logits[6:].argmax() + 6 for logits in found])
+    return answers, torch.stack(found)
+
+
+SIZED = {"connector": crossget.Ward(crossget.Keep(0.3), proportional_attention=True)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "llava_next", "internvl"]))
+def test_sizes_are_attention_over_copies(family: str, attention: str) -> None:
+    model = model_of(family, attention)
+    rows, numbers = ["^ab#cdef", "^a#g#hi"], [[0], [1, 2]]
+    arguments = batch(model, family, *rows)
+    with crossget.attach(model, SIZED) as attached:
+        logits = logits_of(model, arguments)
+        units = attached._connector.last_record.units  # type: ignore[union-attr]
+        found = by_generate(model, arguments)
+        assert_same(found, by_forward(model, arguments))
+        static = by_generate(model, arguments, cache_implementation="static", disable_compile=True)
+        assert_same(static, found)
+        assert_same(by_generate(model, arguments, prefill_chunk_size=5), found)
+        assert max(float(unit.sizes.max()) for unit in units) > 2
+        attached.reducer = crossget.Ward(crossget.Keep(0.3))
+        plain = logits_of(model, arguments)
+    of_row = [units[:1], units[1:]]
+    for row in (0, 1):
+        prompt = copies(model, family, rows[row], numbers[row], of_row[row])
+        expected = logits_of_copies(model, prompt)
+        last = (prompt["group"].diff(append=torch.tensor([-1])) != 0).nonzero()[:, 0]  # of each group
+        wanted = expected[last]
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(logits[row, -len(last) :], wanted, rtol=1e-4, atol=2e-4 * scale)
+        assert (plain[row, -len(last) :] - wanted).abs().max() > 0.01 * scale  # sizes matter here
+        answers, steps = answer_of_copies(model, prompt)
+        assert_same((found[0][row], found[1][row]), (answers, steps))
+
+
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl"], ["llava"]))
+def test_sizes_in_later_turns_beams_and_steps_by_hand(family: str) -> None:
+    model = model_of(family)
+    first = batch(model, family, "^ab#cd", "^#e")
+    with crossget.attach(model, SIZED):
+        out = model.generate(**first, **GREEDY)
+        turn = batch(model, family, "x#yz", "u#vw", numbers=[[4], [5]])
+        whole = longer(model, longer(model, first, out.sequences[:, -STEPS:]), turn["input_ids"])
+        images = {k: v for k, v in turn.items() if k.startswith(("pixel", "image"))}
+        text = {k: v for k, v in whole.items() if not k.startswith(("pixel", "image"))}
+        found = by_generate(model, {**text, **images, **cache_of(out)})
+        assert_same(found, by_forward(model, {**text, **vlm_models.pixels(family, [[0, 4], [1, 5]])}))
+        beams = {"num_beams": 3, "output_scores": True}
+        both = model.generate(**batch(model, family, *ROWS), **GREEDY, **beams)
+        for row, numbers in enumerate(([0], [1, 2])):
+            one = model.generate(**batch(model, family, ROWS[row], numbers=[numbers]), **GREEDY, **beams)
+            torch.testing.assert_close(both.sequences_scores[row], one.sequences_scores[0], rtol=1e-4, atol=1e-4)
+        alone = batch(model, family, ROWS[1], numbers=[[1, 2]])
+        answers, logits = by_forward(model, alone)
+        with torch.no_grad():
+            out, steps = model(**alone, use_cache=True), []
+            for step in range(STEPS):
+                steps.append(out.logits[:, -1])
+                out = model(input_ids=answers[:, step : step + 1], **cache_of(out), use_cache=True)
+        assert_same((answers, torch.stack(steps, 1)), (answers, logits))
+
+
+@pytest.mark.parametrize("sliding", ["gemma3"])
+def test_sizes_in_sliding_windows(sliding: str) -> None:
+    """A window is cut from the keys in a cache of its own length."""
+    model = model_of(sliding)
+    arguments = batch(model, sliding, "^ab#cdefghi", "^a#g#hijklmnopqrstuvw")
+    with crossget.attach(model, SIZED):
+        expected = by_forward(model, arguments)
+        assert_same(by_generate(model, arguments), expected)
+        assert_same(by_generate(model, arguments, cache_implementation="static", disable_compile=True), expected)
+
+
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
+def test_kernels_that_take_no_bias_are_refused(kernel: str) -> None:
+    model = vlm_models.build("llava")
+    arguments = batch(model, "llava", *ROWS)
+    model.model.language_model.config._attn_implementation = kernel
+    before = dict(model.__dict__)
+    with pytest.raises(ValueError, match=f"proportional_attention=True.*{kernel}"):
+        crossget.attach(model, SIZED)
+    assert model.__dict__ == before
+    model.model.language_model.config._attn_implementation = "sdpa"
+    with crossget.attach(model, SIZED):
+        model.model.language_model.config._attn_implementation = kernel  # after attaching
+        with pytest.raises((RuntimeError, ImportError), match="kernel that takes no bias"):
+            model(**arguments)
