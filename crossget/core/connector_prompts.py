@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from crossget.core.adapters import RECOGNISED_KERNELS
 from crossget.core.block_class import argument_names, unwrap, wrap
 from crossget.core.carried import ThreadValue
 from crossget.core.connector import AttachedConnector, ConnectorRecord
@@ -451,10 +452,11 @@ class ConnectorPrompts:
         hidden = named["hidden_states"]
         queries, past = int(hidden.shape[1]), 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
         mask = named.get("attention_mask")
-        if mask is not None and not isinstance(mask, Tensor):
+        kernel = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+        if kernel not in RECOGNISED_KERNELS:
             raise RuntimeError(
-                f"the attention got a {type(mask).__name__} as its mask, of a kernel that takes no bias: use SDPA, as "
-                "by model.set_attn_implementation('sdpa'), or leave proportional_attention out"
+                f"the attention runs {kernel!r}, a kernel that takes no bias: use SDPA, as by "
+                "model.set_attn_implementation('sdpa'), or leave proportional_attention out"
             )
         keys = past + queries if mask is None else int(mask.shape[-1])
         if mask is None:
@@ -653,7 +655,7 @@ def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Calla
         before = partial(prompts.before_forward, argument_names(type(module).forward))
         undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         undo.append(module.register_forward_hook(prompts.after_forward, with_kwargs=True, always_call=True).remove)
-    for module in connector.attentions or ():
+    for module in () if isinstance(connector.attentions, str) else connector.attentions:
         before_attention = partial(prompts.before_attention, argument_names(type(module).forward))
         undo.append(module.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
     if wraps_generate and hasattr(connector.model, "generate"):

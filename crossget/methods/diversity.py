@@ -42,7 +42,7 @@ class MaxMin(Reducer):
                 return added if first else torch.minimum(nearest, added)
 
             plan = _plan(view, r, nearest, step)
-        return _kept(view, plan)
+        return _dropped(view, plan)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -94,7 +94,7 @@ class Determinantal(Reducer):
                 return torch.maximum(gains - row.square(), least)
 
             plan = _plan(view, r, own, step)
-        return _kept(view, plan)
+        return _dropped(view, plan)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -121,7 +121,7 @@ class AveragePool(Joining):
                 rank = torch.where(view.valid | view.protected, rank, 1)
             order = rank.argsort(stable=True, dim=1)[:, :free]  # the unprotected tokens, in order, padding last
             place = torch.arange(free, device=order.device)
-            if view.grid is not None:
+            if view.grid is not None and view.n_protected == 0:
                 cell = _cells(*view.grid, free - r).to(order.device)[None]
             else:
                 real = free if view.valid is None else (rank.gather(1, order) == 0).sum(1, keepdim=True)
@@ -169,6 +169,14 @@ def _limit(view: View, r: int) -> int:
     return min(r, free - max(n_kept, 1) if view.beyond_half else (free - n_kept) // 2)
 
 
+def _dropped(view: View, plan: MergePlan | None) -> Reduced | None:
+    """The tokens that stay."""
+    if plan is None:
+        return None
+    sizes = None if view.sizes is None else view.sizes.gather(1, plan.kept)
+    return take(view.tokens, plan.kept), sizes, plan
+
+
 def _plan(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, bool], Tensor]) -> MergePlan | None:
     """Keep one token after the other, always the one with the largest gain, and drop the last `r`.
 
@@ -194,10 +202,3 @@ def _plan(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, boo
         chosen = chosen.scatter(1, new[:, None], True)
         gains = step(gains, new, number == 0)
     return MergePlan((~chosen).nonzero()[:, 1].view(len(chosen), r), None, tokens)
-
-
-def _kept(view: View, plan: MergePlan | None) -> Reduced | None:
-    """The tokens that a plan keeps, with gradients."""
-    if plan is None:
-        return None
-    return take(view.tokens, plan.kept), None if view.sizes is None else view.sizes.gather(1, plan.kept), plan

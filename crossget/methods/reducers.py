@@ -64,7 +64,7 @@ class View:
         score: [B, T] the scores that `reduce` used. It sets this attribute, for `Attachment.records`.
         n_kept: number of unprotected tokens that stay, see `Candidates`. In a tower of texts that may be padded it is
             2, whether there is padding or not: the result does not depend on whether a mask of ones is given.
-        grid: height and width of the image grid whose places the unprotected tokens are, in rows; None: not known.
+        grid: height and width of the image grid whose places the tokens are, in rows; None: they are not known.
         beyond_half: more than half of the unprotected tokens may leave at once, as behind the connector.
     """
 

@@ -186,8 +186,8 @@ def test_what_a_connector_cannot_do_is_refused(keep: Any, settings: dict[str, An
 
 def test_sizes_need_scores_in_every_layer() -> None:
     method = crossget.Ward(crossget.Keep(3), proportional_attention=True)
-    with pytest.raises(ValueError, match="not every layer of Linear has such scores"):
-        AttachedConnector(connector(attentions=None), method)
+    with pytest.raises(ValueError, match="those of Linear take none: no scores; or leave it out"):
+        AttachedConnector(connector(attentions="no scores"), method)
     AttachedConnector(connector(), method)
 
 

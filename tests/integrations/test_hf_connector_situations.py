@@ -490,7 +490,7 @@ def test_a_prompt_without_text_for_a_method_that_needs_one(llava: Any, encoded: 
         ("llava", crossget.Ward(crossget.Keep(3, separators=True)), "no separators among its image features"),
         ("smolvlm", crossget.Ward(crossget.Keep(3, per="image")), "which tiles are of one image"),
         ("qwen2_5_vl", crossget.Ward(crossget.Keep(3, positions="renumbered")), "positions are those of the image grid"),
-        ("qwen3_5", crossget.Ward(crossget.Keep(3), proportional_attention=True), "not every layer of .* has such scores"),
+        ("qwen3_5", crossget.Ward(crossget.Keep(3), proportional_attention=True), "of its 3 layers, 1 have scores"),
         ("llava", crossget.Ward(crossget.Keep(3), class_token_only=True), "class_token_only=True.*no effect"),
         ("llava", crossget.Ward(crossget.Keep(3), norm_correction=True), "norm_correction=True.*no effect"),
         ("llava", crossget.TopK(crossget.Keep(3), importance="class_token"), "needs a class token"),
@@ -789,5 +789,5 @@ def test_kernels_that_take_no_bias_are_refused(kernel: str) -> None:
     model.model.language_model.config._attn_implementation = "sdpa"
     with crossget.attach(model, SIZED):
         model.model.language_model.config._attn_implementation = kernel  # after attaching
-        with pytest.raises((RuntimeError, ImportError), match="kernel that takes no bias"):
+        with pytest.raises(RuntimeError, match=f"{kernel}.*takes no bias"):
             model(**arguments)
