@@ -17,10 +17,12 @@ import pytest
 import torch
 import vlm_models
 from hf_models import VERSION
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from vlm_models import batch, types
 
 import crossget
+from crossget.core.connector import FACTS, reduce_features
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 19), reason="connectors can be reduced from transformers 5.19 on")
 
@@ -777,6 +779,7 @@ def test_sizes_in_sliding_windows(sliding: str) -> None:
         assert_same(by_generate(model, arguments, cache_implementation="static", disable_compile=True), expected)
 
 
+@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")  # transformers builds flex masks in this way
 @pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
 def test_kernels_that_take_no_bias_are_refused(kernel: str) -> None:
     model = vlm_models.build("llava")
@@ -791,3 +794,223 @@ def test_kernels_that_take_no_bias_are_refused(kernel: str) -> None:
         model.model.language_model.config._attn_implementation = kernel  # after attaching
         with pytest.raises(RuntimeError, match=f"{kernel}.*takes no bias"):
             model(**arguments)
+
+
+# Tower and connector together ---------------------------------------------------------------------------------------
+
+
+def by_two_steps(
+    model: Any, family: str, row: str, numbers: list[int], tower: Any, keep: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The logits [T, V] of a row, and its answer: the tower reduced, then each image's features reduced, by hand."""
+    with crossget.attach(model, {"visual": tower}), torch.no_grad():
+        pixels = vlm_models.pixels(family, [numbers])
+        features = list(model.model.get_image_features(**pixels, return_dict=True).pooler_output)
+    reducer = crossget.Ward(1).resolved(FACTS)
+    units = [reduce_features(reducer, image, max(1, round(keep * len(image)))) for image in features]
+    embeds, positions, left = [], [], iter(units)
+    count = 0
+    for letter in row:
+        if letter == "#":
+            unit = next(left)
+            embeds.append(unit.tokens)
+            positions.append(count + unit.kept)
+            count += len(unit.source)
+        else:
+            token = torch.tensor([1 if letter == "^" else 6 + ord(letter) % 54])
+            embeds.append(model.get_input_embeddings()(token).detach())
+            positions.append(torch.tensor([count]))
+            count += 1
+    x, p = torch.cat(embeds)[None], torch.cat(positions)[None]
+    kinds = {"token_type_ids": torch.zeros_like(p)} if family == "paligemma" else {}
+    found = []
+    for _ in range(STEPS):
+        with torch.no_grad():
+            logits = model(
+                inputs_embeds=x, position_ids=p, attention_mask=torch.ones_like(p), use_cache=False, **kinds
+            ).logits[0]
+        found.append(logits)
+        answer = logits[-1, 6:].argmax() + 6
+        x = torch.cat([x, model.get_input_embeddings()(answer.view(1, 1)).detach()], 1)
+        p = torch.cat([p, torch.full_like(p[:, :1], count + len(found) - 1)], 1)
+        kinds = {name: torch.cat([value, torch.ones_like(value[:, :1])], 1) for name, value in kinds.items()}
+    last = torch.stack([logits[-1] for logits in found])
+    return found[0], (last[:, 6:].argmax(-1) + 6, last)
+
+
+@pytest.mark.parametrize("tower", [crossget.CrossGET(2), crossget.Ward(3)], ids=["crossget", "ward"])
+@pytest.mark.parametrize("family", ["llava", "paligemma"])
+def test_a_tower_and_the_connector_behind_it(family: str, tower: Any) -> None:
+    model = model_of(family)
+    arguments = batch(model, family, *ROWS)
+    dense = vlm_models.features(model, family, [[0]])[0]
+    labels = arguments["input_ids"].masked_fill(arguments["attention_mask"] == 0, -100)
+    labels = labels.masked_fill((labels == vlm_models.IMAGE) | (labels == 1), -100)
+    expected = [by_two_steps(model, family, ROWS[row], [[0], [1, 2]][row], tower, 0.4) for row in (0, 1)]
+    with crossget.attach(model, {"visual": tower, "connector": crossget.Ward(crossget.Keep(0.4))}) as attached:
+        found = by_generate(model, arguments)
+        with torch.no_grad():
+            out = model(**arguments, labels=labels)
+        counts = attached.tokens["connector"]
+        assert counts[0][0] < len(dense)
+        assert counts == [(counts[0][0], round(0.4 * counts[0][0]))] * 3
+        assert len(attached.tokens["visual"]) > 1
+        assert_same(found, by_forward(model, arguments))
+        for way in ({"cache_implementation": "static", "disable_compile": True}, {"num_beams": 2}):
+            again = model.generate(**arguments, **{**GREEDY, **way})
+            assert again.sequences.shape == (2, arguments["input_ids"].shape[1] + STEPS)
+            assert way == {"num_beams": 2} or torch.equal(again.sequences[:, -STEPS:], found[0])
+        turn = longer(model, arguments, found[0])
+        if family == "llava":
+            cache = cache_of(model.generate(**arguments, **GREEDY))
+            then = {name: value for name, value in turn.items() if name != "pixel_values"}
+            assert_same(by_generate(model, {**then, **cache}), by_forward(model, turn))
+    assert "generate" not in model.__dict__
+    losses, targets = [], []
+    for row in (0, 1):
+        logits, answer = expected[row]
+        scale = float(logits.abs().max())
+        torch.testing.assert_close(out.logits[row, -len(logits) :], logits, rtol=1e-4, atol=2e-4 * scale)
+        assert_same((found[0][row], found[1][row]), answer)
+        ids = [[-100] * counts[0][1] if c == "#" else [-100 if c == "^" else 6 + ord(c) % 54] for c in ROWS[row]]
+        targets.append(torch.tensor([token for of_letter in ids for token in of_letter][1:]))
+        losses.append(F.cross_entropy(logits[:-1], targets[-1], reduction="none", ignore_index=-100))
+    mean = torch.cat(losses).sum() / (torch.cat(targets) >= 0).sum()
+    torch.testing.assert_close(out.loss, mean, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tower_and_a_connector_are_taken_off_together() -> None:
+    model = vlm_models.build("llava")
+    arguments = batch(model, "llava", *ROWS)
+    dense = logits_of(model, arguments), by_generate(model, arguments)[1]
+    both = {"visual": crossget.CrossGET(2), "connector": crossget.Ward(crossget.Keep(0.4))}
+    with crossget.attach(model, both) as attached:
+        reduced = logits_of(model, arguments)
+        with attached.paused():
+            assert torch.equal(logits_of(model, arguments), dense[0])
+        assert torch.equal(logits_of(model, arguments), reduced)
+        with attached.with_reducer({"connector": crossget.Ward(crossget.Keep(1.0)), "visual": crossget.Ward(0)}):
+            assert torch.equal(logits_of(model, arguments), dense[0])
+            assert torch.equal(by_generate(model, arguments)[1], dense[1])
+    assert torch.equal(logits_of(model, arguments), dense[0])
+    assert torch.equal(by_generate(model, arguments)[1], dense[1])
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def with_labels(model: Any, family: str) -> dict[str, Any]:
+    arguments = batch(model, family, *ROWS)
+    labels = arguments["input_ids"].masked_fill(arguments["attention_mask"] == 0, -100)
+    return {**arguments, "labels": labels.masked_fill((labels == vlm_models.IMAGE) | (labels == 1), -100)}
+
+
+def gradients(model: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**arguments).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def checkpoint(model: Any, **settings: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
+
+
+@pytest.mark.parametrize("sized", [False, True], ids=["", "sizes"])
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "qwen3_vl"]))
+def test_gradient_checkpointing(family: str, sized: bool) -> None:
+    """The recomputation runs when the call is over."""
+    model = vlm_models.build(family).train()
+    arguments = with_labels(model, family)
+    with crossget.attach(model, SIZED if sized else KEEP):
+        expected = gradients(model, arguments)
+        assert {name.split(".")[1] for name in expected} >= {"language_model"}
+        assert any("vision_tower" in name or "visual" in name for name in expected)
+        checkpoint(model, use_reentrant=False)
+        found = gradients(model, arguments)
+        other = batch(model, family, "^x#y", numbers=[[3]])
+        loss = model(**arguments).loss
+        model(**other)  # in between forward and backward
+        model.zero_grad()
+        loss.backward()
+        later = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(1e-3, float(gradient.abs().max()))
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * scale, msg=name)
+        torch.testing.assert_close(later[name], gradient, rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
+def test_re_entrant_checkpointing() -> None:
+    model = vlm_models.build("llava").train()
+    arguments = with_labels(model, "llava")
+    with crossget.attach(model, SIZED):
+        expected = gradients(model, arguments)
+        checkpoint(model, use_reentrant=True)
+        model.enable_input_require_grads()
+        found = gradients(model, arguments)
+    for name, gradient in expected.items():
+        if "language_model.layers" in name:
+            scale = max(1e-3, float(gradient.abs().max()))
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("order", ["adapters first", "connector first"])
+def test_adapters_are_tuned_with_the_connector_reduced(order: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = vlm_models.build("llava")
+    arguments = with_labels(model, "llava")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    with crossget.attach(model, KEEP):
+        expected = model(**arguments).loss.detach()
+    if order == "connector first":
+        attached = crossget.attach(model, KEEP)
+        tuned = peft.get_peft_model(model, config)
+    else:
+        tuned = peft.get_peft_model(model, config)
+        attached = crossget.attach(tuned, KEEP)
+    torch.testing.assert_close(tuned(**arguments).loss.detach(), expected)  # a new adapter adds nothing
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.Adam(trained, lr=0.02), []
+    for _ in range(6):
+        loss = tuned(**arguments).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert attached.tokens["connector"] == [(16, 6)] * 3
+    inputs = {name: value for name, value in arguments.items() if name != "labels"}
+    assert_same(by_generate(tuned, inputs), by_forward(tuned.base_model.model, inputs))
+    attached.detach()
+    assert logits_of(tuned, inputs).shape[1] == inputs["input_ids"].shape[1]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights in eight bits, one scale per output."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        weight = dense.weight.detach()
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scale).T  # type: ignore[operator]
+
+
+def test_a_language_model_in_int8() -> None:
+    model = vlm_models.build("llava")
+    arguments = batch(model, "llava", *ROWS)
+    with crossget.attach(model, KEEP):
+        exact = logits_of(model, arguments)
+    language = model.model.language_model
+    for name in [name for name, module in language.named_modules() if isinstance(module, nn.Linear)]:
+        language.set_submodule(name, Int8Linear(language.get_submodule(name)))
+    for reducer in (SIZED, KEEP):
+        with crossget.attach(model, reducer) as attached:
+            assert_same(by_generate(model, arguments), by_forward(model, arguments))
+            rounded = logits_of(model, arguments)
+            assert len(attached.tokens["connector"]) == 3
+    assert 0 < (rounded - exact).abs().max() < 0.2 * exact.abs().max()
