@@ -133,12 +133,12 @@ class _FittedCall(NamedTuple):
 
     Attributes:
         module: whose forward it is; None: a call of `generate`.
-        frame: from which the forward is called, or that of `generate`.
+        frame: from which the forward is called, or that of `generate`; None: not known.
         record: of its prompt; None: it has no images.
     """
 
     module: Any
-    frame: FrameType
+    frame: FrameType | None
     record: PromptRecord | None
 
 
@@ -177,11 +177,6 @@ class ConnectorPrompts:
             if earlier is None or not generates:
                 return arguments, None
             return self._shorten(dict(arguments), arguments, earlier, None)
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a compiled forward cannot reduce image features, whose number depends on the images: compile "
-                "model.get_decoder() instead, or generate, which encodes the images outside of what it compiles"
-            )
         if not generates and int(cached_tokens(_first_given(arguments, "cache", "past_key_values"))) > 0:
             raise ValueError(
                 "a forward with a cache got new images behind the connector: give the whole prompt and the cache to "
@@ -368,7 +363,7 @@ class ConnectorPrompts:
         call = self._running()
         if call is None:
             named, record = self.fit(named, generates=False)
-            call = _FittedCall(module, sys._getframe(1), record)
+            call = _FittedCall(module, _caller(), record)
             self._calls.set(call)
         cache, record = _first_given(named, "cache", "past_key_values"), call.record
         if cache is not None and record is not None:
@@ -615,6 +610,14 @@ def record_of(holder: Any) -> PromptRecord | None:
     return found
 
 
+def _caller() -> FrameType | None:
+    """The frame that calls the hook that calls this."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and ("_dynamo" in frame.f_code.co_filename or frame.f_code is _Uncompiled.__call__.__code__):
+        frame = frame.f_back
+    return frame
+
+
 def _later_positions(record: PromptRecord, past: int, tokens: Tensor) -> Tensor:
     """The positions of tokens [B, T] of a prompt and behind it, of which `past` are in the cache."""
     known, new = record.positions, int(tokens.shape[1])
@@ -643,6 +646,20 @@ def _bias(log_sizes: Tensor, batch: int, total: int, keys: int) -> Tensor:
     return torch.cat([sizes[:, :total], sizes.new_zeros(batch, keys - total)], 1)
 
 
+class _Uncompiled:
+    """A hook that runs as it is in a compiled model, between two graphs. A copy of it is one of the copied model."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+        self._run = torch.compiler.disable(hook)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Uncompiled, (self._hook,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+
 def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Callable[[], Any]]:
     """Wrap the entry points of the model. Returns functions that undo it.
 
@@ -652,11 +669,12 @@ def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Calla
     """
     connector, undo = prompts.connector, list[Callable[[], Any]]()
     for module in (connector.model, *connector.inner):
-        before = partial(prompts.before_forward, argument_names(type(module).forward))
+        before = _Uncompiled(partial(prompts.before_forward, argument_names(type(module).forward)))
+        after = _Uncompiled(prompts.after_forward)
         undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.append(module.register_forward_hook(prompts.after_forward, with_kwargs=True, always_call=True).remove)
+        undo.append(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
     for module in () if isinstance(connector.attentions, str) else connector.attentions:
-        before_attention = partial(prompts.before_attention, argument_names(type(module).forward))
+        before_attention = _Uncompiled(partial(prompts.before_attention, argument_names(type(module).forward)))
         undo.append(module.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
     if wraps_generate and hasattr(connector.model, "generate"):
         names = argument_names(type(connector.model).generate)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import vlm_models
 from hf_models import VERSION
 from torch import Tensor, nn
@@ -972,8 +973,8 @@ def test_adapters_are_tuned_with_the_connector_reduced(order: str) -> None:
         attached = crossget.attach(tuned, KEEP)
     torch.testing.assert_close(tuned(**arguments).loss.detach(), expected)  # a new adapter adds nothing
     trained = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.Adam(trained, lr=0.02), []
-    for _ in range(6):
+    optimizer, losses = torch.optim.Adam(trained, lr=0.1), []
+    for _ in range(8):
         loss = tuned(**arguments).loss
         optimizer.zero_grad()
         loss.backward()
@@ -1014,3 +1015,31 @@ def test_a_language_model_in_int8() -> None:
             rounded = logits_of(model, arguments)
             assert len(attached.tokens["connector"]) == 3
     assert 0 < (rounded - exact).abs().max() < 0.2 * exact.abs().max()
+
+
+# Compiled models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # of Dynamo
+@pytest.mark.parametrize("reducer", [KEEP, SIZED], ids=["", "sizes"])
+@pytest.mark.parametrize("family", FAST)
+def test_compiled(family: str, reducer: Any) -> None:
+    """The hooks run between graphs. What decodes with a static cache is compiled once, as in the dense model."""
+    model = vlm_models.build(family)
+    arguments, other = batch(model, family, *ROWS), batch(model, family, "^x#y", "^zw#vuv", numbers=[[3], [4]])
+    with crossget.attach(model, reducer):
+        expected = [logits_of(model, one) for one in (arguments, other)]
+        answers = [by_generate(model, one) for one in (arguments, other)]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        for one, logits in zip((arguments, other), expected, strict=True):
+            torch.testing.assert_close(logits_of(compiled, one), logits, rtol=1e-4, atol=1e-4)
+        torch._dynamo.reset()
+        config = transformers.CompileConfig(backend="eager", mode="default")
+        config._compile_all_devices = True  # on a CPU, too
+        model.generation_config.compile_config = config
+        for one, answer in zip((arguments, other), answers, strict=True):
+            assert_same(by_generate(model, one, cache_implementation="static"), answer)
+        assert model._compiled_call is not None
+    torch._dynamo.reset()
