@@ -612,8 +612,11 @@ def record_of(holder: Any) -> PromptRecord | None:
 
 def _caller() -> FrameType | None:
     """The frame that calls the hook that calls this."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and ("_dynamo" in frame.f_code.co_filename or frame.f_code is _Uncompiled.__call__.__code__):
+    frame: FrameType | None = sys._getframe(1)
+    # A compiled function has another code object, and dynamo's own frames around it.
+    while frame is not None and (
+        frame.f_code.co_filename == _caller.__code__.co_filename or "_dynamo" in frame.f_code.co_filename
+    ):
         frame = frame.f_back
     return frame
 

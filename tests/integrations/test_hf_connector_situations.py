@@ -167,7 +167,9 @@ def test_prompts_as_embeddings(family: str) -> None:
 
 
 @pytest.mark.parametrize("new", ["", "#"], ids=["text", "new image"])
-@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl"], ["llava", "qwen2_5_vl", "smolvlm"]))
+@pytest.mark.parametrize(
+    "family", of(["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl"], ["llava", "qwen2_5_vl", "smolvlm"])
+)
 def test_a_second_turn_with_the_cache_of_the_first(family: str, new: str) -> None:
     model = model_of(family)
     rows = ["^ab#cd", "^#e"]
@@ -177,8 +179,12 @@ def test_a_second_turn_with_the_cache_of_the_first(family: str, new: str) -> Non
         turn = batch(model, family, f"x{new}yz", f"u{new}vw", numbers=[[2], [3]] if new else [[], []])
         said = longer(model, first, out.sequences[:, -STEPS:])
         whole = longer(model, said, turn["input_ids"])
-        images = {k: v for k, v in turn.items() if k not in ("input_ids", "attention_mask", *types(model, said["input_ids"]))}
-        text = {k: v for k, v in whole.items() if k in ("input_ids", "attention_mask", *types(model, said["input_ids"]))}
+        images = {
+            k: v for k, v in turn.items() if k not in ("input_ids", "attention_mask", *types(model, said["input_ids"]))
+        }
+        text = {
+            k: v for k, v in whole.items() if k in ("input_ids", "attention_mask", *types(model, said["input_ids"]))
+        }
         found = by_generate(model, {**text, **images, **cache_of(out)})
         everything = vlm_models.pixels(family, [[0, 2], [1, 3]] if new else [[0], [1]])
         assert_same(found, by_forward(model, {**text, **everything}))
@@ -192,7 +198,11 @@ def test_the_first_image_in_the_second_turn(family: str) -> None:
     whole = batch(model, family, "^abx#yz", "^cu#vwst")
     with crossget.attach(model, KEEP):
         cache = model.generate(**first, **{**GREEDY, "max_new_tokens": 1})
-        second = {k: v for k, v in whole.items() if k not in ("input_ids", "attention_mask", *types(model, first["input_ids"]))}
+        second = {
+            k: v
+            for k, v in whole.items()
+            if k not in ("input_ids", "attention_mask", *types(model, first["input_ids"]))
+        }
         ids = torch.cat([first["input_ids"], batch(model, family, "x#yz", "u#vwst")["input_ids"]], 1)
         text = {"input_ids": ids, "attention_mask": (ids != 0).long(), **types(model, ids)}
         found = by_generate(model, {**text, **second, **cache_of(cache)})
