@@ -40,7 +40,7 @@ class PromptRecord:
     """What is known of a shorter prompt.
 
     Attributes:
-        place: [B, T] the column of the shorter prompt that each column of the caller's prompt has become; -1 if it left.
+        place: [B, T] the column of the shorter prompt that each column of the prompt has become; -1 if it left.
         positions: [.., B, W] of the shorter prompt.
         following: [.., B, 1] the position behind the prompt. It is not the last one plus 1 if the prompt ends in an
             image: the features at its end may have left.

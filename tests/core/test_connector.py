@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import crossget
+import reference
 from crossget.core.connector import FACTS, AttachedConnector, Connector, reduce_features
 from crossget.methods.reducers import Reducer
 

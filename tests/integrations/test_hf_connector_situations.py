@@ -34,7 +34,8 @@ GREEDY: dict[str, Any] = {
     "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": list(range(6)),  # no word is among these
 }  # fmt: skip
 FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_next", "smolvlm", "paligemma", "gemma3"]
-FAST = ["llava", "qwen2_5_vl"]
+FAST = ["llava"]
+GRIDS = ["llava", "qwen2_5_vl"]  # positions of an image grid, too
 
 
 def of(families: list[str], fast: list[str] = FAST) -> list[Any]:
@@ -211,7 +212,7 @@ def test_the_first_image_in_the_second_turn(family: str) -> None:
             model(**{**text, **second, **cache_of(cache)})
 
 
-@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl"]))
+@pytest.mark.parametrize("family", of(GRIDS, GRIDS))
 def test_three_turns(family: str) -> None:
     model = model_of(family)
     texts, numbers = [("^a#", "^#bc"), ("x#y", "u#vw"), ("d", "efgh")], [[0, 1], [2, 3], []]
@@ -382,7 +383,7 @@ def test_pauses_and_other_reducers(llava: Any) -> None:
     assert not llava.model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl"], ["llava"]))
+@pytest.mark.parametrize("family", of(GRIDS))
 def test_a_copy_and_a_pickle_are_attached_by_themselves(family: str) -> None:
     model = vlm_models.build(family)
     with crossget.attach(model, KEEP) as attached:
@@ -502,7 +503,7 @@ def test_a_prompt_without_text_for_a_method_that_needs_one(llava: Any, encoded: 
     [
         ("llava", crossget.Ward(crossget.Keep(3, separators=True)), "no separators among its image features"),
         ("smolvlm", crossget.Ward(crossget.Keep(3, per="image")), "which tiles are of one image"),
-        ("qwen2_5_vl", crossget.Ward(crossget.Keep(3, positions="renumbered")), "positions are those of the image grid"),
+        ("qwen2_5_vl", crossget.Ward(crossget.Keep(3, positions="renumbered")), "those of the image grid"),
         ("qwen3_5", crossget.Ward(crossget.Keep(3), proportional_attention=True), "of its 3 layers, 1 have scores"),
         ("llava", crossget.Ward(crossget.Keep(3), class_token_only=True), "class_token_only=True.*no effect"),
         ("llava", crossget.Ward(crossget.Keep(3), norm_correction=True), "norm_correction=True.*no effect"),
@@ -722,8 +723,8 @@ def answer_of_copies(model: Any, prompt: dict[str, Any]) -> tuple[Tensor, Tensor
 SIZED = {"connector": crossget.Ward(crossget.Keep(0.3), proportional_attention=True)}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "llava_next", "internvl"]))
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "llava_next", "internvl"], GRIDS))
 def test_sizes_are_attention_over_copies(family: str, attention: str) -> None:
     model = model_of(family, attention)
     rows, numbers = ["^ab#cdef", "^a#g#hi"], [[0], [1, 2]]
@@ -752,7 +753,7 @@ def test_sizes_are_attention_over_copies(family: str, attention: str) -> None:
         assert_same((found[0][row], found[1][row]), (answers, steps))
 
 
-@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl"], ["llava"]))
+@pytest.mark.parametrize("family", of(GRIDS))
 def test_sizes_in_later_turns_beams_and_steps_by_hand(family: str) -> None:
     model = model_of(family)
     first = batch(model, family, "^ab#cd", "^#e")
@@ -791,7 +792,7 @@ def test_sizes_in_sliding_windows(sliding: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")  # transformers builds flex masks in this way
-@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("kernel", [pytest.param("flex_attention", marks=pytest.mark.slow), "flash_attention_2"])
 def test_kernels_that_take_no_bias_are_refused(kernel: str) -> None:
     model = vlm_models.build("llava")
     arguments = batch(model, "llava", *ROWS)
@@ -850,7 +851,7 @@ def by_two_steps(
 
 
 @pytest.mark.parametrize("tower", [crossget.CrossGET(2), crossget.Ward(3)], ids=["crossget", "ward"])
-@pytest.mark.parametrize("family", ["llava", "paligemma"])
+@pytest.mark.parametrize("family", of(["llava", "paligemma"]))
 def test_a_tower_and_the_connector_behind_it(family: str, tower: Any) -> None:
     model = model_of(family)
     arguments = batch(model, family, *ROWS)
@@ -1033,7 +1034,7 @@ def test_a_language_model_in_int8() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # of Dynamo
 @pytest.mark.parametrize("reducer", [KEEP, SIZED], ids=["", "sizes"])
-@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("family", GRIDS)
 def test_compiled(family: str, reducer: Any) -> None:
     """The hooks run between graphs. What decodes with a static cache is compiled once, as in the dense model."""
     model = vlm_models.build(family)
