@@ -66,12 +66,13 @@ def find_connector(model: Any) -> Connector:
     )
 
 
-def _attentions(model: Any) -> list[nn.Module] | None:
-    """The attentions of the language model; None if a layer has another kind of memory, or an unknown kernel."""
+def _attentions(model: Any) -> list[nn.Module] | str:
+    """The attentions of the language model; the reason if a layer has another kind of memory, or an unknown kernel."""
     language = model.get_decoder() if hasattr(model, "get_decoder") else model.language_model
     config = getattr(language, "config", None)
-    if getattr(config, "_attn_implementation", None) not in RECOGNISED_KERNELS:
-        return None
+    kernel = getattr(config, "_attn_implementation", None)
+    if kernel not in RECOGNISED_KERNELS:
+        return f"its kernel is {kernel!r}; use SDPA, as by model.set_attn_implementation('sdpa')"
     found = []
     for module in language.modules():
         names = inspect.signature(type(module).forward).parameters
@@ -83,4 +84,5 @@ def _attentions(model: Any) -> list[nn.Module] | None:
             and hasattr(module, "o_proj")
         ):
             found.append(module)
-    return found if len(found) == getattr(config, "num_hidden_layers", None) else None
+    layers = getattr(config, "num_hidden_layers", None)
+    return found if len(found) == layers else f"of its {layers} layers, {len(found)} have scores"

@@ -53,8 +53,7 @@ class Connector:
         inner: other modules whose `forward` takes such prompts.
         separator: name of the parameter of `parts` that separates the rows of an image, such as "image_newline"; None:
             there is none among the features.
-        attentions: the attentions of the language model, whose scores can take a bias; None: one of its layers has no
-            such scores.
+        attentions: the attentions of the language model, whose scores can take a bias; or the reason why none can.
     """
 
     model: Any
@@ -64,7 +63,7 @@ class Connector:
     units: Literal["entry", "run"] = "entry"
     inner: Sequence[nn.Module] = ()
     separator: str | None = None
-    attentions: Sequence[nn.Module] | None = None
+    attentions: Sequence[nn.Module] | str = "its attentions are not known"
 
     def features(self, out: Any) -> list[Tensor]:
         """The features [n, C] of each entry of what `get_image_features` returned."""
@@ -195,7 +194,7 @@ def reduce_features(
         view = View(
             tokens, heads, heads, received, sizes, fixed, n_protected,
             guide=int(tokens.shape[1]) - 1 if guided else None, relevance=relevance,
-            grid=grid if int(tokens.shape[1]) == n else None,
+            grid=grid if int(tokens.shape[1]) == n else None, beyond_half=True,
         )  # fmt: skip
         reduced = reducer.reduce(view, rest)
         if reduced is None:
@@ -320,10 +319,11 @@ class AttachedConnector:
             ValueError: it cannot work behind the connector, or asks for sizes in attentions that take no bias.
         """
         resolved = reducer.resolved(FACTS)
-        if resolved.proportional_attention and self.connector.attentions is None:
+        if resolved.proportional_attention and isinstance(self.connector.attentions, str):
             raise ValueError(
                 f"proportional_attention=True on {FACTS.name} adds log(size) to the attention scores of the language "
-                f"model, and not every layer of {type(self.connector.model).__name__} has such scores: leave it out"
+                f"model, and those of {type(self.connector.model).__name__} take none: {self.connector.attentions}; "
+                "or leave it out"
             )
         self._check(resolved.schedule)
         if self._own.get() is None:

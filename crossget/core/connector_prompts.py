@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from crossget.core.adapters import RECOGNISED_KERNELS
 from crossget.core.block_class import argument_names, unwrap, wrap
 from crossget.core.carried import ThreadValue
 from crossget.core.connector import AttachedConnector, ConnectorRecord
@@ -39,16 +40,30 @@ class PromptRecord:
     """What is known of a shorter prompt.
 
     Attributes:
-        keep: [B, T] the columns of the caller's prompt that stayed.
-        padding: [B, T] the columns that are padding.
-        positions: [.., B, W] of the shorter prompt. Later ones are counted on from the last.
+        place: [B, T] the column of the shorter prompt that each column of the prompt has become; -1 if it left.
+        positions: [.., B, W] of the shorter prompt.
+        following: [.., B, 1] the position behind the prompt. It is not the last one plus 1 if the prompt ends in an
+            image: the features at its end may have left.
         log_sizes: [B, W] log(size) of the tokens; None: the language model's attention takes no sizes.
     """
 
-    keep: Tensor
-    padding: Tensor
+    place: Tensor
     positions: Tensor
+    following: Tensor
     log_sizes: Tensor | None
+
+    def cached(self, tokens: int) -> tuple[Tensor, int]:
+        """The places [B, S] of the columns that are in the cache: those of the prompt, and of what was generated.
+
+        Args:
+            tokens: the number of tokens in the cache.
+
+        Returns:
+            The places, and the number of columns of the shorter prompt that they make.
+        """
+        width = int(self.positions.shape[-1])
+        answers = torch.arange(width, max(width, tokens), device=self.place.device)
+        return torch.cat([self.place, answers.expand(len(self.place), -1)], 1), max(width, tokens)
 
 
 class Columns:
@@ -58,18 +73,28 @@ class Columns:
         keep: [B, T] true for columns that stay.
         padding: [B, T] true for padding. Each row keeps as much as the row with the least padding has.
         left: pad in front.
+        first: [B, S] the places of the first columns, which are in the cache; the others are padded behind these.
+        start: the number of columns of the shorter prompt that are in the cache.
+
+    Attributes:
+        place: [B, T] see `PromptRecord`.
+        width: W.
+        lengths: [B] the number of columns of each row that stay.
     """
 
-    def __init__(self, keep: Tensor, padding: Tensor, *, left: bool) -> None:
-        keep = keep & ~padding
-        self.tokens = int(keep.shape[1])
-        self.lengths = keep.sum(1)
-        self.width = int(self.lengths.max() + padding.sum(1).min())
-        self.row, self.source = keep.nonzero(as_tuple=True)
-        place = keep.long().cumsum(1) - 1
+    def __init__(self, keep: Tensor, padding: Tensor, *, left: bool, first: Tensor, start: int) -> None:
+        self.tokens, known = int(keep.shape[1]), int(first.shape[1])
+        keep = (keep & ~padding)[:, known:]
+        lengths = keep.sum(1)
+        new = int(lengths.max() + padding[:, known:].sum(1).min())
+        place = start + keep.long().cumsum(1) - 1
         if left:
-            place = place + (self.width - self.lengths)[:, None]
-        self.column = place[self.row, self.source]
+            place = place + (new - lengths)[:, None]
+        self.place = torch.cat([first, place.masked_fill(~keep, -1)], 1)
+        self.width = start + new
+        self.lengths = (self.place >= 0).sum(1)
+        self.row, self.source = (self.place >= 0).nonzero(as_tuple=True)
+        self.column = self.place[self.row, self.source]
 
     def take(self, values: Tensor, fill: float = 0) -> Tensor:
         """[B, S + T, ..] -> [B, S + W, ..], with `fill` at padding. S is what a mask has for cached tokens."""
@@ -108,12 +133,12 @@ class _FittedCall(NamedTuple):
 
     Attributes:
         module: whose forward it is; None: a call of `generate`.
-        frame: from which the forward is called, or that of `generate`.
+        frame: from which the forward is called, or that of `generate`; None: not known.
         record: of its prompt; None: it has no images.
     """
 
     module: Any
-    frame: FrameType
+    frame: FrameType | None
     record: PromptRecord | None
 
 
@@ -149,31 +174,26 @@ class ConnectorPrompts:
         if tokens is None:
             return arguments, None
         earlier = record_of(_first_given(arguments, "cache", "past_key_values"))
-        if not generates and earlier is not None:
-            if has_images:
-                raise ValueError(
-                    "a forward with a cache got new images behind the connector: give the whole prompt and the cache "
-                    "to generate, which goes on from it, or run the forward without a cache"
-                )
-            return arguments, None
         if not has_images:
-            return (arguments, None) if earlier is None else self._shorten(dict(arguments), arguments, earlier, None)
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a compiled forward cannot reduce image features, whose number depends on the images: compile "
-                "model.get_decoder() instead, or generate, which encodes the images outside of what it compiles"
+            if earlier is None or not generates:
+                return arguments, None
+            return self._shorten(dict(arguments), arguments, earlier, None)
+        if not generates and int(cached_tokens(_first_given(arguments, "cache", "past_key_values"))) > 0:
+            raise ValueError(
+                "a forward with a cache got new images behind the connector: give the whole prompt and the cache to "
+                "generate, which goes on from it, or run the forward without a cache"
             )
         mask = arguments.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
+        if mask is not None and mask.shape != tokens.shape[:2]:
             raise ValueError(
                 f"attention_mask has the shape {list(mask.shape)}, which cannot be shortened with its prompt: give a "
-                "mask [B, T]"
+                f"mask {list(tokens.shape[:2])}"
             )
+        chosen = _Chosen(self, arguments, tokens, earlier)
         encoded = self._encode(arguments, given)
         if not encoded:
             return arguments, None
         new = {name: value for name, value in arguments.items() if name not in PIXELS}
-        chosen = _Chosen(self, arguments, tokens, earlier, generates)
         new["mm_encoder_outputs"] = {**given, **{name: chosen.reduce(name, one) for name, one in encoded.items()}}
         self.attached.last_record = chosen.record
         if bool(chosen.keep.all()) and earlier is None:
@@ -257,11 +277,12 @@ class ConnectorPrompts:
         keep = chosen.keep if chosen is not None else torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
         padding = _padding({"attention_mask": mask}, keep)
         full = self._full_positions(arguments, mask, tokens, earlier)
+        start = int(cached_tokens(_first_given(arguments, "cache", "past_key_values")))
+        first = torch.arange(start, device=tokens.device).expand(batch, -1)  # a cache without a record has no images
         if earlier is not None:
-            known = int(earlier.keep.shape[1])
-            keep = torch.cat([earlier.keep, keep[:, known:]], 1)
-            padding = torch.cat([earlier.padding, padding[:, known:]], 1)
-        columns = Columns(keep, padding, left=generates or bool(padding[:, 0].any()))
+            first, start = earlier.cached(start)
+        left = generates or bool(padding[:, 0].any())
+        columns = Columns(keep, padding, left=left, first=first[:, :length], start=start)
         for name, fill in {"input_ids": pad, **_PADDING_VALUES, "moe_mm_token_type_ids": 0}.items():
             if new.get(name) is not None:
                 new[name] = columns.take(new[name], fill)
@@ -270,14 +291,15 @@ class ConnectorPrompts:
             width = int(earlier.positions.shape[-1])
             positions = torch.cat([earlier.positions, positions[..., width:]], -1)
         new["position_ids"] = positions
-        self._set_rope_deltas(positions, columns)
+        following = self._following(full, positions, padding)
+        self._set_rope_deltas(following, columns)
         log_sizes = None
         if self.attached.reducer.proportional_attention:
             sizes = torch.ones_like(keep, dtype=torch.float32) if chosen is None else chosen.sizes
             log_sizes = columns.take(sizes, 1).log()
             if earlier is not None and earlier.log_sizes is not None:
                 log_sizes = torch.cat([earlier.log_sizes, log_sizes[:, earlier.log_sizes.shape[1] :]], 1)
-        return new, PromptRecord(keep, padding, positions, log_sizes)
+        return new, PromptRecord(columns.place, positions, following, log_sizes)
 
     def _pad(self) -> int:
         config = self.connector.model.config
@@ -291,7 +313,7 @@ class ConnectorPrompts:
         given = arguments.get("position_ids")
         if given is not None:
             return torch.as_tensor(given)
-        start = 0 if earlier is None else int(earlier.keep.shape[1])
+        start = 0 if earlier is None else int(earlier.place.shape[1])
         known = {**arguments, "attention_mask": mask}
         for name in (*_PADDING_VALUES, "input_ids"):
             if start and known.get(name) is not None:
@@ -300,10 +322,10 @@ class ConnectorPrompts:
             return torch.as_tensor(self.connector.model._prepare_position_ids_for_generation(tokens, known))
         known = {name: value for name, value in known.items() if name not in ("cache", "past_key_values")}
         later: Tensor = self.connector.model._prepare_position_ids_for_generation(tokens[:, start:], known)
-        last = earlier.positions[..., -1:]
-        if last.dim() == 3:  # all axes go on from the largest position
-            last = last[-self._axes() :].amax(0, keepdim=True).expand(len(later), -1, -1)
-        later = later.expand(*later.shape[:-2], len(tokens), -1) + last + 1
+        following = earlier.following
+        if following.dim() == 3:  # its first row may count tokens instead
+            following = following[-1:]
+        later = later.expand(*later.shape[:-2], len(tokens), -1) + following
         return torch.cat([later.new_zeros(*later.shape[:-1], start), later], -1)
 
     def _axes(self) -> int:
@@ -321,12 +343,22 @@ class ConnectorPrompts:
             short[0] = counted  # it counts tokens, for masks, and rotates nothing
         return short
 
-    def _set_rope_deltas(self, positions: Tensor, columns: Columns) -> None:
+    def _following(self, full: Tensor, positions: Tensor, padding: Tensor) -> Tensor:
+        """[.., B, 1] the position behind the prompt, on all axes that of its largest position."""
+        counted = positions.amax(-1, keepdim=True) + 1
+        if full.dim() == 2 and self.attached.keep.positions == "renumbered":
+            return counted
+        seen = full.expand(*full.shape[:-2], *padding.shape).masked_fill(padding.to(full.device), -1)
+        if full.dim() == 2:
+            return seen.amax(-1, keepdim=True) + 1
+        following = seen[-self._axes() :].amax((0, -1))[:, None].expand_as(counted) + 1
+        return torch.cat([counted[:1], following[1:]]) if len(full) == self._axes() + 1 else following
+
+    def _set_rope_deltas(self, following: Tensor, columns: Columns) -> None:
         """Correct what the host adds to the positions of later calls that give none."""
         holder = self.connector.parts
-        if positions.dim() == 3 and getattr(holder, "rope_deltas", None) is not None:
-            last = positions[-self._axes() :].amax(0).amax(-1)
-            holder.rope_deltas = (last + 1 - columns.lengths.to(last.device))[:, None]
+        if following.dim() == 3 and getattr(holder, "rope_deltas", None) is not None:
+            holder.rope_deltas = following[-1] - columns.lengths.to(following.device)[:, None]
 
     # In the host's entry points ---------------------------------------------------------------------------------
 
@@ -349,16 +381,16 @@ class ConnectorPrompts:
         call = self._running()
         if call is None:
             named, record = self.fit(named, generates=False)
-            call = _FittedCall(module, sys._getframe(1), record)
+            call = _FittedCall(module, _caller(), record)
             self._calls.set(call)
         cache, record = _first_given(named, "cache", "past_key_values"), call.record
         if cache is not None and record is not None:
             setattr(cache, _RECORD, record)
-        record = record_of(cache)
+        generates = call.module is None  # the host then counts on from the last position
+        record = record if generates else record_of(cache)
         tokens = _first_given(named, "input_ids", "inputs_embeds")
-        if record is not None and named.get("position_ids") is None and tokens is not None:
-            name = "position_ids"
-            named[name] = _later_positions(record.positions, int(cached_tokens(cache)), tokens)
+        if record is not None and tokens is not None and (generates or named.get("position_ids") is None):
+            named["position_ids"] = _later_positions(record, int(cached_tokens(cache)), tokens)
         return (), named
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -423,16 +455,21 @@ class ConnectorPrompts:
         named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         cache = _first_given(named, "cache", "past_key_values")
         call = self._running()
-        record = (None if call is None else call.record) or record_of(cache)
+        # Gradient checkpointing runs this again when the call is over, with the same tensors of rotations.
+        rotations = (named.get("position_embeddings") or (None,))[0]
+        record = (None if call is None else call.record) or record_of(cache) or record_of(rotations)
         if record is None or record.log_sizes is None:
             return None
+        if rotations is not None:
+            setattr(rotations, _RECORD, record)
         hidden = named["hidden_states"]
         queries, past = int(hidden.shape[1]), 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
         mask = named.get("attention_mask")
-        if mask is not None and not isinstance(mask, Tensor):
+        kernel = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+        if kernel not in RECOGNISED_KERNELS:
             raise RuntimeError(
-                f"the attention got a {type(mask).__name__} as its mask, of a kernel that takes no bias: use SDPA, as "
-                "by model.set_attn_implementation('sdpa'), or leave proportional_attention out"
+                f"the attention runs {kernel!r}, a kernel that takes no bias: use SDPA, as by "
+                "model.set_attn_implementation('sdpa'), or leave proportional_attention out"
             )
         keys = past + queries if mask is None else int(mask.shape[-1])
         if mask is None:
@@ -454,11 +491,10 @@ class _Chosen:
     """
 
     def __init__(
-        self, prompts: ConnectorPrompts, arguments: Mapping[str, Any], tokens: Tensor, earlier: PromptRecord | None,
-        generates: bool,
-    ) -> None:  # fmt: skip
+        self, prompts: ConnectorPrompts, arguments: Mapping[str, Any], tokens: Tensor, earlier: PromptRecord | None
+    ) -> None:
         self._prompts, self._arguments, self._tokens = prompts, arguments, tokens
-        self._known = 0 if earlier is None else int(earlier.keep.shape[1])
+        self._known = 0 if earlier is None else int(earlier.place.shape[1])
         self.keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         self.sizes = torch.ones(tokens.shape[:2], device=tokens.device)
         self._padding = _padding(arguments, self.keep)
@@ -559,19 +595,31 @@ def _padding(arguments: Mapping[str, Any], like: Tensor) -> Tensor:
     return torch.zeros_like(like) if mask is None else _outer(mask[:, -like.shape[1] :].to(like.device) != 0)
 
 
-def record_of(cache: Any) -> PromptRecord | None:
-    """What is known of the prompt in a cache."""
-    found: PromptRecord | None = getattr(cache, _RECORD, None)
+def record_of(holder: Any) -> PromptRecord | None:
+    """What is known of the prompt in a cache, or of the one that a tensor belongs to."""
+    found: PromptRecord | None = getattr(holder, _RECORD, None)
     return found
 
 
-def _later_positions(known: Tensor, past: int, tokens: Tensor) -> Tensor:
-    """The positions of a call that gives none: those of the prompt, and on from its last one."""
-    new, batch_axis = int(tokens.shape[1]), known.dim() - 2
-    known = known.repeat_interleave(len(tokens) // known.shape[batch_axis], batch_axis)
+def _caller() -> FrameType | None:
+    """The frame that calls the hook that calls this."""
+    frame: FrameType | None = sys._getframe(1)
+    # A compiled function has another code object, and dynamo's own frames around it.
+    while frame is not None and (
+        frame.f_code.co_filename == _caller.__code__.co_filename or "_dynamo" in frame.f_code.co_filename
+    ):
+        frame = frame.f_back
+    return frame
+
+
+def _later_positions(record: PromptRecord, past: int, tokens: Tensor) -> Tensor:
+    """The positions of tokens [B, T] of a prompt and behind it, of which `past` are in the cache."""
+    known, new = record.positions, int(tokens.shape[1])
     behind = max(0, past + new - int(known.shape[-1]))
-    later = known[..., -1:] + 1 + torch.arange(behind, device=known.device)
-    return torch.cat([known, later], -1)[..., past : past + new]
+    later = record.following + torch.arange(behind, device=known.device)
+    positions = torch.cat([known, later], -1)[..., past : past + new]
+    batch_axis = known.dim() - 2
+    return positions.repeat_interleave(len(tokens) // known.shape[batch_axis], batch_axis)
 
 
 def _bias(log_sizes: Tensor, batch: int, total: int, keys: int) -> Tensor:
@@ -592,6 +640,20 @@ def _bias(log_sizes: Tensor, batch: int, total: int, keys: int) -> Tensor:
     return torch.cat([sizes[:, :total], sizes.new_zeros(batch, keys - total)], 1)
 
 
+class _Uncompiled:
+    """A hook that runs as it is in a compiled model, between two graphs. A copy of it is one of the copied model."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+        self._run = torch.compiler.disable(hook)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Uncompiled, (self._hook,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+
 def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Callable[[], Any]]:
     """Wrap the entry points of the model. Returns functions that undo it.
 
@@ -601,11 +663,12 @@ def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Calla
     """
     connector, undo = prompts.connector, list[Callable[[], Any]]()
     for module in (connector.model, *connector.inner):
-        before = partial(prompts.before_forward, argument_names(type(module).forward))
+        before = _Uncompiled(partial(prompts.before_forward, argument_names(type(module).forward)))
+        after = _Uncompiled(prompts.after_forward)
         undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.append(module.register_forward_hook(prompts.after_forward, with_kwargs=True, always_call=True).remove)
-    for module in connector.attentions or ():
-        before_attention = partial(prompts.before_attention, argument_names(type(module).forward))
+        undo.append(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+    for module in () if isinstance(connector.attentions, str) else connector.attentions:
+        before_attention = _Uncompiled(partial(prompts.before_attention, argument_names(type(module).forward)))
         undo.append(module.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
     if wraps_generate and hasattr(connector.model, "generate"):
         names = argument_names(type(connector.model).generate)

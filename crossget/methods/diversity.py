@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossget.methods.indexing import size_of, take
-from crossget.methods.matching import MergePlan
+from crossget.methods.matching import Candidates, MergePlan
 from crossget.methods.merging import size
 from crossget.methods.reducers import Joining, Reduced, Reducer, TowerFacts, View
-
-_LEAST_GAIN = 1e-7  # of a kernel whose largest values are 1
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -36,7 +34,9 @@ class MaxMin(Reducer):
             units = F.normalize(view.tokens.float(), dim=-1)
             distances = 1 - units @ units.transpose(1, 2)
             distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-            nearest = distances.amin(2)
+            nearest = (
+                distances.amin(2) if view.valid is None else distances.masked_fill(~view.valid[:, None], 3.0).amin(2)
+            )
             distances.diagonal(dim1=1, dim2=2).fill_(0)
 
             def step(nearest: Tensor, new: Tensor, first: bool) -> Tensor:
@@ -53,7 +53,8 @@ class Determinantal(Reducer):
 
     The tokens that stay are a greedy maximum of the determinant of relevance_i * cosine_ij * relevance_j. The relevance
     of a token is its cosine with the text, scaled to [0, 1] over the tokens. The text is the prompt, behind the
-    connector, or the features given to `Attachment.set_text_features`.
+    connector, or the features given to `Attachment.set_text_features`. Once the determinant is 0 whatever is added, the
+    most relevant tokens stay.
 
     Args: as for `Reducer`.
 
@@ -75,10 +76,14 @@ class Determinantal(Reducer):
         with torch.no_grad():
             units = F.normalize(view.tokens.float(), dim=-1)
             relevance = view.relevance(view.tokens).float()
+            if view.valid is not None:  # padding takes the place of the first token, which is real or protected
+                relevance = relevance.where(view.valid | view.protected, relevance[:, :1])
             low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
             relevance = (relevance - low) / (high - low).clamp(min=1e-6)
             view.score = relevance
             kernel = relevance[:, :, None] * (units @ units.transpose(1, 2)) * relevance[:, None, :]
+            own = kernel.diagonal(dim1=1, dim2=2).clone()
+            least = 1e-6 * own  # a gain below it is a rounding error: the token lies in the span of those that stay
             rows: list[Tensor] = []  # of the Cholesky factor
 
             def step(gains: Tensor, new: Tensor, first: bool) -> Tensor:
@@ -88,12 +93,11 @@ class Determinantal(Reducer):
                     before = torch.stack(rows, 1)  # [B, N, T]
                     row = row - (before.gather(2, at[:, None].expand(-1, len(rows), 1)) * before).sum(1)
                 gain = gains.gather(1, at)
-                # Beyond the rank of the kernel no token gains anything, and what is left is rounding.
-                row = torch.where(gain > _LEAST_GAIN, row / gain.clamp(min=_LEAST_GAIN).sqrt(), 0)
+                row = torch.where(gain > least.gather(1, at), row / gain.sqrt(), 0)
                 rows.append(row)
-                return gains - row.square()
+                return torch.maximum(gains - row.square(), least)
 
-            plan = _plan(view, r, kernel.diagonal(dim1=1, dim2=2).clone(), step)
+            plan = _plan(view, r, own, step)
         return _dropped(view, plan)
 
 
@@ -110,20 +114,28 @@ class AveragePool(Joining):
     """
 
     def reduce(self, view: View, r: int) -> Reduced | None:
-        tokens = size_of(view.tokens, 1)
-        free = tokens - view.n_protected
-        r = min(r, free - 1)
+        r = _limit(view, r)
         if r <= 0:
             return None
         with torch.no_grad():
-            order = view.protected.long().argsort(stable=True, dim=1)[:, :free]  # the unprotected tokens, in order
-            height, width = view.grid if view.grid is not None and view.n_protected == 0 else (1, free)
-            cell = _cells(height, width, free - r).to(view.tokens.device)
-            first = torch.full((free - r,), free, device=cell.device).scatter_reduce(
-                0, cell, torch.arange(free, device=cell.device), "amin"
-            )
-            leaving = (first[cell] != torch.arange(free, device=cell.device)).nonzero()[:, 0]
-            plan = MergePlan(order[:, leaving], order[:, first[cell[leaving]]], tokens)
+            candidates = _candidates(view)
+            rank = candidates.protected.long()  # of padding, too
+            order = rank.argsort(stable=True, dim=1)
+            place = torch.arange(size_of(order, 1), device=order.device)
+            if view.grid is not None and view.n_protected == 0 and view.valid is None:
+                cell = _cells(*view.grid, size_of(order, 1) - r).to(order.device).expand_as(order)
+                free = torch.ones_like(order, dtype=torch.bool)
+            else:
+                count = (rank == 0).sum(1, keepdim=True)
+                removed = candidates.removed(r)
+                cells = count - (r if removed is None else removed[:, None])
+                free = place < count
+                cell = torch.where(free, place * cells // count.clamp(min=1), place)
+            first = torch.full_like(cell, size_of(order, 1)).scatter_reduce(1, cell, place.expand_as(cell), "amin")
+            first = first.gather(1, cell)
+            at = (~(free & (first != place))).long().argsort(stable=True, dim=1)[:, :r]
+            source = candidates.sources(order.gather(1, at), r)
+            plan = candidates.plan(source, order.gather(1, first.gather(1, at)))
         sizes = view.sizes_or_ones()
         return *size(view.tokens, sizes, sizes, plan), plan
 
@@ -138,6 +150,16 @@ def _cells(height: int, width: int, cells: int) -> Tensor:
     return places.flatten()
 
 
+def _limit(view: View, r: int) -> int:
+    """How many tokens may leave, of `r`: half of the unprotected ones at most, unless the view allows more."""
+    free = size_of(view.tokens, 1) - view.n_protected
+    return min(r, free - 1 if view.beyond_half and view.valid is None else free // 2)
+
+
+def _candidates(view: View) -> Candidates:
+    return Candidates(view.tokens, view.protected, view.n_protected, view.valid, wanted=view.wanted)
+
+
 def _dropped(view: View, plan: MergePlan | None) -> Reduced | None:
     """The tokens that stay."""
     if plan is None:
@@ -149,7 +171,7 @@ def _dropped(view: View, plan: MergePlan | None) -> Reduced | None:
 def _plan(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, bool], Tensor]) -> MergePlan | None:
     """Keep one token after the other, always the one with the largest gain, and drop the last `r`.
 
-    Protected tokens are kept first, and padding last.
+    Protected tokens are kept first. A row with padding drops as many tokens as without it.
 
     Args:
         view: the input of the reducer.
@@ -159,15 +181,24 @@ def _plan(view: View, r: int, gains: Tensor, step: Callable[[Tensor, Tensor, boo
             the new gains [B, T].
     """
     tokens = size_of(view.tokens, 1)
-    r = min(r, tokens - view.n_protected - 1)
+    r = _limit(view, r)
     if r <= 0:
         return None
-    chosen = torch.zeros_like(view.protected)
-    for number in range(tokens - r):
+    candidates = _candidates(view)
+    padding, lengths, removed = candidates.padding, candidates.lengths, candidates.removed(r)
+    kept = torch.full_like(gains[:, 0], tokens - r, dtype=torch.long)
+    if lengths is not None and removed is not None:
+        kept = lengths - removed
+    n_steps = tokens - r if padding is None else int(kept.max())
+    rank = torch.full_like(view.protected, tokens, dtype=torch.long)  # the step in which a token was kept
+    for number in range(n_steps):
         free = gains.masked_fill(view.protected, torch.inf)
-        if view.valid is not None:
-            free = free.masked_fill(~view.valid & ~view.protected, torch.finfo(gains.dtype).min)
-        new = free.masked_fill(chosen, -torch.inf).argmax(1)
-        chosen = chosen.scatter(1, new[:, None], True)
+        if padding is not None:
+            free = free.masked_fill(padding, torch.finfo(gains.dtype).min)
+        new = free.masked_fill(rank < tokens, -torch.inf).argmax(1)
+        rank = rank.scatter(1, new[:, None], number)
         gains = step(gains, new, number == 0)
-    return MergePlan((~chosen).nonzero()[:, 1].view(len(chosen), r), None, tokens)
+    stays = rank < kept[:, None]
+    if padding is not None:
+        stays = stays | padding
+    return candidates.plan(candidates.sources(stays.long().argsort(stable=True, dim=1), r), None)

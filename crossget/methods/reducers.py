@@ -65,6 +65,7 @@ class View:
         wanted: [B] number of tokens to remove from each row with padding, see `Candidates`; None: `r` from all. The
             rest of the `r` tokens that `reduce` removes from a row is padding.
         grid: height and width of the image grid whose places the tokens are, in rows; None: they are not known.
+        beyond_half: more than half of the unprotected tokens may leave at once, as behind the connector.
     """
 
     tokens: Tensor
@@ -80,6 +81,7 @@ class View:
     score: Tensor | None = field(default=None, kw_only=True)
     wanted: Tensor | None = field(default=None, kw_only=True)
     grid: tuple[int, int] | None = field(default=None, kw_only=True)
+    beyond_half: bool = field(default=False, kw_only=True)
 
     def sizes_or_ones(self) -> Tensor:
         """[B, T] float32, the number of input tokens that each token stands for."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
 
@@ -158,6 +158,13 @@ class Keep:
                 raise ValueError(f"Keep({name}={getattr(self, name)!r}): choose one of {', '.join(map(repr, choices))}")
         if not isinstance(self.separators, bool):
             raise TypeError(f"Keep(separators={self.separators!r}): give True or False")
+
+    def __repr__(self) -> str:
+        settings = [one for one in fields(self)[1:] if getattr(self, one.name) != one.default]
+        return f"Keep({', '.join([repr(self.tokens), *(f'{s.name}={getattr(self, s.name)!r}' for s in settings)])})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keep) and repr(self) == repr(other)  # one token, 1, is not all of them, 1.0
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         wanted = self.tokens if isinstance(self.tokens, int) else max(1, round(self.tokens * tokens))
