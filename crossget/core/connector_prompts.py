@@ -15,7 +15,6 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -28,42 +27,19 @@ from crossget.core.block_class import argument_names, unwrap, wrap
 from crossget.core.carried import ThreadValue
 from crossget.core.connector import AttachedConnector, ConnectorRecord
 from crossget.core.decoder_tower import cached_tokens
-from crossget.core.image_prompts import _PADDING_VALUES, _first_given, _outer, _shift_limits, _with_prompt
+from crossget.core.prompt_parts import (
+    PADDING_VALUES,
+    RECORD,
+    PromptRecord,
+    first_given,
+    outer,
+    record_of,
+    shift_limits,
+    with_prompt,
+)
 
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches")
 _OLD_NAMES = {"pixel_values_images": "pixel_values", "image_patches": "pixel_values"}  # hosts still take them
-_RECORD = "_crossget_prompt"
-
-
-@dataclass(frozen=True)
-class PromptRecord:
-    """What is known of a shorter prompt.
-
-    Attributes:
-        place: [B, T] the column of the shorter prompt that each column of the prompt has become; -1 if it left.
-        positions: [.., B, W] of the shorter prompt.
-        following: [.., B, 1] the position behind the prompt. It is not the last one plus 1 if the prompt ends in an
-            image: the features at its end may have left.
-        log_sizes: [B, W] log(size) of the tokens; None: the language model's attention takes no sizes.
-    """
-
-    place: Tensor
-    positions: Tensor
-    following: Tensor
-    log_sizes: Tensor | None
-
-    def cached(self, tokens: int) -> tuple[Tensor, int]:
-        """The places [B, S] of the columns that are in the cache: those of the prompt, and of what was generated.
-
-        Args:
-            tokens: the number of tokens in the cache.
-
-        Returns:
-            The places, and the number of columns of the shorter prompt that they make.
-        """
-        width = int(self.positions.shape[-1])
-        answers = torch.arange(width, max(width, tokens), device=self.place.device)
-        return torch.cat([self.place, answers.expand(len(self.place), -1)], 1), max(width, tokens)
 
 
 class Columns:
@@ -168,17 +144,17 @@ class ConnectorPrompts:
                 placeholders.
         """
         arguments = self._renamed(arguments)
-        tokens = _first_given(arguments, "input_ids", "inputs_embeds")
+        tokens = first_given(arguments, "input_ids", "inputs_embeds")
         given = dict(arguments.get("mm_encoder_outputs") or {})
         has_images = any(given.values()) or any(arguments.get(name) is not None for name in PIXELS)
         if tokens is None:
             return arguments, None
-        earlier = record_of(_first_given(arguments, "cache", "past_key_values"))
+        earlier = record_of(first_given(arguments, "cache", "past_key_values"))
         if not has_images:
             if earlier is None or not generates:
                 return arguments, None
             return self._shorten(dict(arguments), arguments, earlier, None)
-        if not generates and int(cached_tokens(_first_given(arguments, "cache", "past_key_values"))) > 0:
+        if not generates and int(cached_tokens(first_given(arguments, "cache", "past_key_values"))) > 0:
             raise ValueError(
                 "a forward with a cache got new images behind the connector: give the whole prompt and the cache to "
                 "generate, which goes on from it, or run the forward without a cache"
@@ -277,13 +253,13 @@ class ConnectorPrompts:
         keep = chosen.keep if chosen is not None else torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
         padding = _padding({"attention_mask": mask}, keep)
         full = self._full_positions(arguments, mask, tokens, earlier)
-        start = int(cached_tokens(_first_given(arguments, "cache", "past_key_values")))
+        start = int(cached_tokens(first_given(arguments, "cache", "past_key_values")))
         first = torch.arange(start, device=tokens.device).expand(batch, -1)  # a cache without a record has no images
         if earlier is not None:
             first, start = earlier.cached(start)
         left = generates or bool(padding[:, 0].any())
         columns = Columns(keep, padding, left=left, first=first[:, :length], start=start)
-        for name, fill in {"input_ids": pad, **_PADDING_VALUES, "moe_mm_token_type_ids": 0}.items():
+        for name, fill in {"input_ids": pad, **PADDING_VALUES, "moe_mm_token_type_ids": 0}.items():
             if new.get(name) is not None:
                 new[name] = columns.take(new[name], fill)
         positions = self._short_positions(full, columns, new["attention_mask"])
@@ -315,7 +291,7 @@ class ConnectorPrompts:
             return torch.as_tensor(given)
         start = 0 if earlier is None else int(earlier.place.shape[1])
         known = {**arguments, "attention_mask": mask}
-        for name in (*_PADDING_VALUES, "input_ids"):
+        for name in (*PADDING_VALUES, "input_ids"):
             if start and known.get(name) is not None:
                 known[name] = known[name][:, start:]
         if earlier is None:
@@ -383,12 +359,12 @@ class ConnectorPrompts:
             named, record = self.fit(named, generates=False)
             call = _FittedCall(module, _caller(), record)
             self._calls.set(call)
-        cache, record = _first_given(named, "cache", "past_key_values"), call.record
+        cache, record = first_given(named, "cache", "past_key_values"), call.record
         if cache is not None and record is not None:
-            setattr(cache, _RECORD, record)
+            setattr(cache, RECORD, record)
         generates = call.module is None  # the host then counts on from the last position
         record = record if generates else record_of(cache)
-        tokens = _first_given(named, "input_ids", "inputs_embeds")
+        tokens = first_given(named, "input_ids", "inputs_embeds")
         if record is not None and tokens is not None and (generates or named.get("position_ids") is None):
             named["position_ids"] = _later_positions(record, int(cached_tokens(cache)), tokens)
         return (), named
@@ -396,9 +372,9 @@ class ConnectorPrompts:
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Forward hook: the cache that this forward has made gets the record of its prompt."""
         call = self._calls.get()
-        cache = _first_given(out, "cache", "past_key_values") if isinstance(out, Mapping) else None
+        cache = first_given(out, "cache", "past_key_values") if isinstance(out, Mapping) else None
         if call is not None and call.record is not None and cache is not None:
-            setattr(cache, _RECORD, call.record)
+            setattr(cache, RECORD, call.record)
         if call is not None and call.module is module:
             self._calls.set(None)
 
@@ -411,10 +387,10 @@ class ConnectorPrompts:
             arguments["input_ids"] = arguments.pop("inputs")
         with torch.no_grad():
             fitted, record = self.fit(arguments, generates=True)
-        old, new = (_first_given(these, "input_ids", "inputs_embeds") for these in (arguments, fitted))
+        old, new = (first_given(these, "input_ids", "inputs_embeds") for these in (arguments, fitted))
         self._check_beams(fitted)
         if new is not old:
-            _shift_limits(fitted, int(new.shape[1]) - int(old.shape[1]))
+            shift_limits(fitted, int(new.shape[1]) - int(old.shape[1]))
         outer = self._calls.get()
         self._calls.set(_FittedCall(None, sys._getframe(), record))
         try:
@@ -424,8 +400,8 @@ class ConnectorPrompts:
         if new is old or arguments.get("input_ids") is None:  # generated from embeddings, the output has no prompt
             return out
         if isinstance(out, Tensor):
-            return _with_prompt(old, out[:, new.shape[1] :])
-        out.sequences = _with_prompt(old, out.sequences[:, new.shape[1] :])
+            return with_prompt(old, out[:, new.shape[1] :])
+        out.sequences = with_prompt(old, out.sequences[:, new.shape[1] :])
         return out
 
     def _check_beams(self, arguments: Mapping[str, Any]) -> None:
@@ -453,7 +429,7 @@ class ConnectorPrompts:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of an attention of the language model: adds log(size) of the keys to its mask."""
         named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-        cache = _first_given(named, "cache", "past_key_values")
+        cache = first_given(named, "cache", "past_key_values")
         call = self._running()
         # Gradient checkpointing runs this again when the call is over, with the same tensors of rotations.
         rotations = (named.get("position_embeddings") or (None,))[0]
@@ -461,7 +437,7 @@ class ConnectorPrompts:
         if record is None or record.log_sizes is None:
             return None
         if rotations is not None:
-            setattr(rotations, _RECORD, record)
+            setattr(rotations, RECORD, record)
         hidden = named["hidden_states"]
         queries, past = int(hidden.shape[1]), 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
         mask = named.get("attention_mask")
@@ -592,13 +568,7 @@ class _Chosen:
 def _padding(arguments: Mapping[str, Any], like: Tensor) -> Tensor:
     """[B, T] true for the columns that the attention mask hides at the start and at the end of each row."""
     mask = arguments.get("attention_mask")
-    return torch.zeros_like(like) if mask is None else _outer(mask[:, -like.shape[1] :].to(like.device) != 0)
-
-
-def record_of(holder: Any) -> PromptRecord | None:
-    """What is known of the prompt in a cache, or of the one that a tensor belongs to."""
-    found: PromptRecord | None = getattr(holder, _RECORD, None)
-    return found
+    return torch.zeros_like(like) if mask is None else outer(mask[:, -like.shape[1] :].to(like.device) != 0)
 
 
 def _caller() -> FrameType | None:

@@ -12,7 +12,6 @@ call repeats this on the same columns, and shortens only what follows by the ima
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +20,9 @@ from torch import Tensor
 
 from crossget.core.adapters import Prompt
 from crossget.core.decoder_tower import cached_tokens
+from crossget.core.prompt_parts import PADDING_VALUES, first_given, outer, record_of, shift_limits, with_prompt
 from crossget.core.tower import AttachedTower
 
-# Arguments with one entry per token of a prompt, [B, T, ..], and their values at padding.
-_PADDING_VALUES = {"inputs_embeds": 0, "attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 _NOTE = "_crossget_note"
 
 
@@ -84,16 +82,16 @@ def shorten(
             attention mask is not one of [B, T]; or the prompts do not begin with what the cache holds; or nothing is
             known about images in the cache.
     """
-    tokens = _first_given(arguments, "input_ids", "inputs_embeds")
+    tokens = first_given(arguments, "input_ids", "inputs_embeds")
     # A compiled forward has fixed shapes, so its prompts must be short already. Those of `generate` are.
     if torch.compiler.is_compiling() or tokens is None:
         return dict(arguments), None
-    cache = _first_given(arguments, "cache", "past_key_values")
+    cache = first_given(arguments, "cache", "past_key_values")
     images = _count_images(arguments)
     if not generates and images == 0 and _turns(cache, attached) is None:
         is_new = cache is None or int(cached_tokens(cache)) == 0
         return dict(arguments), (Turn.unchanged(placeholders(prompt, arguments)),) if is_new else None
-    call = _Call(prompt, attached, arguments, images, int(cached_tokens(cache)), generates)
+    call = _Call(prompt, attached, arguments, images, _cached_columns(cache), generates)
     return call.continued(_turns(cache, attached)) if call.cached else call.started()
 
 
@@ -263,7 +261,7 @@ class _Call:
         else:
             return torch.zeros_like(self.is_image)
         parts = [piece.columns for piece in pieces]
-        return torch.cat([_outer(part) for part in (real.to(self.is_image.device) | self.is_image).split(parts, 1)], 1)
+        return torch.cat([outer(part) for part in (real.to(self.is_image.device) | self.is_image).split(parts, 1)], 1)
 
     def _of_padding(self) -> str:
         """Which rows have image tokens that the mask hides, for a message; empty if none has."""
@@ -285,12 +283,6 @@ def _rows_in(rows: Tensor, noted: Tensor) -> bool:
     if rows.shape[1] != noted.shape[1]:
         return False
     return bool((rows[:, None] == noted.to(rows.device)[None]).all(2).any(1).all())
-
-
-def _outer(real: Tensor) -> Tensor:
-    """[B, T] true before the first and after the last true element of each row."""
-    count = real.long()
-    return (count.cumsum(1) == 0) | (count.flip(1).cumsum(1).flip(1) == 0)
 
 
 def _for_the_cache(turns: tuple[Turn, ...], cached: int, new: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +314,7 @@ def _for_the_cache(turns: tuple[Turn, ...], cached: int, new: int, arguments: Ma
     pieces = [_head(turn, True) for turn in turns]
     given = is_image.shape[1]  # without the text at the end
     real = (mask[:, :given] != 0) | is_image
-    padding = torch.cat([_outer(part) for part in real.split([piece.columns for piece in pieces], 1)], 1)
+    padding = torch.cat([outer(part) for part in real.split([piece.columns for piece in pieces], 1)], 1)
     shortening = _Shortening(is_image, padding, pieces, True)
     changed["attention_mask"] = torch.cat([shortening.take(mask[:, :given], 0), mask[:, given:]], 1)
     if changed.get("position_ids") is not None:
@@ -414,7 +406,7 @@ class _Shortening:
         if arguments.get("attention_mask") is None and self.uneven:
             new["attention_mask"] = self._plain_mask(prompt, arguments, generates)
         # A placeholder as padding would be one more image token.
-        for name, fill in {"input_ids": prompt.fill, **_PADDING_VALUES}.items():
+        for name, fill in {"input_ids": prompt.fill, **PADDING_VALUES}.items():
             if new.get(name) is not None:
                 new[name] = self.take(new[name], fill)
         positions = new.get("position_ids")
@@ -460,6 +452,13 @@ def _copies(is_image: Tensor, padding: Tensor, piece: _Piece) -> Tensor:
     else:
         copies = torch.where(is_image & (place == piece.dense - 1), 1 + piece.reduced - piece.dense, copies)
     return copies.masked_fill(padding, 0)
+
+
+def _cached_columns(cache: Any) -> int:
+    """The number of columns of the tower's prompts that are in a cache. The connector may have dropped some of them."""
+    tokens = int(cached_tokens(cache))
+    record = record_of(cache)
+    return tokens if record is None else int(record.cached(tokens)[0].shape[1])
 
 
 # What is noted on a cache ------------------------------------------------------------------------------------------
@@ -521,8 +520,8 @@ def after_forward(attached: AttachedTower, module: Any, args: Any, kwargs: dict[
     """Forward hook with keyword arguments: notes on the cache what `before_forward` has done."""
     if torch.compiler.is_compiling() or attached.generating.get():
         return
-    turns = getattr(_first_given(kwargs, "input_ids", "inputs_embeds"), _NOTE, None)
-    for cache in (_first_given(kwargs, "cache", "past_key_values"), _cache_in(out)):
+    turns = getattr(first_given(kwargs, "input_ids", "inputs_embeds"), _NOTE, None)
+    for cache in (first_given(kwargs, "cache", "past_key_values"), _cache_in(out)):
         if cache is not None:
             _note(cache, turns, attached)
 
@@ -536,40 +535,17 @@ def around_generate(
     if arguments.get("inputs") is not None and arguments.get("input_ids") is None:
         arguments["input_ids"] = arguments.pop("inputs")
     shortened, turns = shorten(prompt, attached, arguments, generates=True)
-    old, new = (_first_given(these, "input_ids", "inputs_embeds") for these in (arguments, shortened))
+    old, new = (first_given(these, "input_ids", "inputs_embeds") for these in (arguments, shortened))
     if new is not old:
-        _shift_limits(shortened, int(new.shape[1]) - int(old.shape[1]))
+        shift_limits(shortened, int(new.shape[1]) - int(old.shape[1]))
     # First: an interrupted `generate` leaves some of the tokens in the caller's cache.
-    _note(_first_given(arguments, "cache", "past_key_values"), turns, attached)
+    _note(first_given(arguments, "cache", "past_key_values"), turns, attached)
     with attached.in_generate():
         out = original(**shortened)
     _note(_cache_in(out), turns, attached)
     if new is old or arguments.get("input_ids") is None:  # generated from embeddings, the output has no prompt
         return out
     if isinstance(out, Tensor):
-        return _with_prompt(old, out[:, new.shape[1] :])
-    out.sequences = _with_prompt(old, out.sequences[:, new.shape[1] :])
+        return with_prompt(old, out[:, new.shape[1] :])
+    out.sequences = with_prompt(old, out.sequences[:, new.shape[1] :])
     return out
-
-
-def _with_prompt(ids: Tensor, answers: Tensor) -> Tensor:
-    """Prompts [B, T] and answers [B * n, A] -> [B * n, T + A], for n answers per prompt."""
-    return torch.cat([ids.repeat_interleave(len(answers) // len(ids), 0).to(answers.device), answers], 1)
-
-
-def _shift_limits(arguments: dict[str, Any], by: int) -> None:
-    """Change limits on the total length, which includes the prompt, by the change of the prompt's length."""
-    config = arguments.get("generation_config")
-    if config is not None and arguments["generation_config"].max_new_tokens is None:
-        config = arguments["generation_config"] = copy.deepcopy(config)
-        for name in ("max_length", "min_length"):
-            if getattr(config, name, None) not in (None, 0, type(config)().__dict__.get(name)):
-                setattr(config, name, getattr(config, name) + by)
-    for name in ("max_length", "min_length"):
-        if arguments.get(name):
-            arguments[name] += by
-
-
-def _first_given(arguments: Mapping[str, Any], *names: str) -> Any:
-    """The first of these arguments that is given and not None."""
-    return next((arguments[name] for name in names if arguments.get(name) is not None), None)
