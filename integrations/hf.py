@@ -159,7 +159,7 @@ def run_decoder(runs: Any, head: Any, cache: Any = None, **given: Any) -> Any:
     name = "cache" if "cache" in inspect.signature(runs.forward).parameters else "past_key_values"
     out = runs(**given, use_cache=True, **({} if cache is None else {name: cache}))
     head(out[0][:, -1:])
-    return out[name]
+    return out[name if name in out else "past_key_values"]
 
 
 def runs_on_meta(module: nn.Module) -> bool:

@@ -200,6 +200,11 @@ class Attachment:
         return {name: attached.tower for name, attached in self._towers.items()}
 
     @property
+    def connector(self) -> AttachedConnector | None:
+        """The connector with its reducer; None: it is not reduced."""
+        return self._connector
+
+    @property
     def _parts(self) -> dict[str, AttachedTower | AttachedConnector]:
         """The towers, and the connector."""
         return self._towers | ({} if self._connector is None else {CONNECTOR: self._connector})

@@ -190,17 +190,8 @@ class ConnectorPrompts:
                 if any(name in PIXELS for name in names):
                     out = method(**{name: arguments[name] for name in names}, return_dict=True)
             if out is not None:
-                found[modality] = self._read(out)
+                found[modality] = read_features(out, self.connector.field)
         return found
-
-    def _read(self, out: Any) -> Encoded:
-        features = getattr(out, self.connector.field)
-        if isinstance(features, Tensor) and features.dim() == 2:
-            features = features[None]
-        entries = [entry.reshape(-1, entry.shape[-1]) for entry in features]
-        layers = [_features_of(layer) for layer in getattr(out, "deepstack_features", None) or []]
-        flat_layers = [torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]) for layer in layers]
-        return Encoded(out, [len(entry) for entry in entries], torch.cat(entries), flat_layers)
 
     def placeholders(self, modality: str, tokens: Tensor) -> Tensor:
         """[B, T] true for the placeholders of a modality, in token ids [B, T] or embeddings [B, T, C]."""
@@ -543,6 +534,17 @@ class _Chosen:
             pairs = zip(out.deepstack_features, layers, strict=True)
             new.deepstack_features = [_with_features(old, list(layer.split(counts))) for old, layer in pairs]
         return new
+
+
+def read_features(out: Any, field: str) -> Encoded:
+    """Read what `get_image_features` returned, whose features are in the given field."""
+    features = getattr(out, field)
+    if isinstance(features, Tensor) and features.dim() == 2:
+        features = features[None]
+    entries = [entry.reshape(-1, entry.shape[-1]) for entry in features]
+    layers = [_features_of(layer) for layer in getattr(out, "deepstack_features", None) or []]
+    flat_layers = [torch.cat([part.reshape(-1, part.shape[-1]) for part in layer]) for layer in layers]
+    return Encoded(out, [len(entry) for entry in entries], torch.cat(entries), flat_layers)
 
 
 def _features_of(layer: Any) -> Any:
