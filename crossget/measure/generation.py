@@ -146,10 +146,11 @@ def count_stages(
 
 def has_stages(model: nn.Module) -> bool:
     """Whether the stages of the model are known, so that `count_stages` can count them."""
-    try:
-        _stages(model)
-    except TypeError:
-        return False
+    if _find_stages(model) is None:
+        try:
+            _stages(model)
+        except TypeError:
+            return False
     return True
 
 
