@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import transformers
 import transformers.utils.generic
 from torch import Tensor, nn
 
@@ -150,7 +151,10 @@ def run_language_model(model: Any, language: Any, cache: Any = None, **tokens: T
             "embedding asks for autocast there): count with transformers >= 5.0, or give the model real weights"
         )
     head = getattr(language, "lm_head", None) or model.lm_head
-    return run_decoder(inner(language, "model"), head, cache, **tokens)
+    runs = inner(language, "model")
+    if cache is None and "config" in inspect.signature(transformers.DynamicCache).parameters:
+        cache = transformers.DynamicCache(config=runs.config)  # some models make none under a tracer
+    return run_decoder(runs, head, cache, **tokens)
 
 
 def run_decoder(runs: Any, head: Any, cache: Any = None, **given: Any) -> Any:
@@ -159,7 +163,7 @@ def run_decoder(runs: Any, head: Any, cache: Any = None, **given: Any) -> Any:
     name = "cache" if "cache" in inspect.signature(runs.forward).parameters else "past_key_values"
     out = runs(**given, use_cache=True, **({} if cache is None else {name: cache}))
     head(out[0][:, -1:])
-    return out[name if name in out else "past_key_values"]
+    return out[name]
 
 
 def runs_on_meta(module: nn.Module) -> bool:
