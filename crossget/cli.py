@@ -351,9 +351,9 @@ class Flops(Command):
         _SIZE,
         _optional("height and width in pixels, for a tower that takes images of any size; 1024x1024", "HxW"),
     ] = None
-    tiles: Annotated[int | None, _COUNT, _optional("tiles of an image, for a model that cuts it into tiles; 1", "N")] = (
-        None
-    )
+    tiles: Annotated[
+        int | None, _COUNT, _optional("tiles of an image, for a model that cuts it into tiles; 1", "N")
+    ] = None
     batch: Annotated[int, _COUNT, _option("images, and texts", "N")] = 1
     text_tokens: Annotated[int, _COUNT, _option("text tokens in the prompt of a model that generates", "N")] = 64
     depth: Annotated[int, _option("levels of modules to list; 0 prints the total alone", "N")] = 2

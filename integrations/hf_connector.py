@@ -140,7 +140,9 @@ def stages(model: Any, size: tuple[int, int] | None = None, tiles: int | None = 
     required = [one.name for one in arguments if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
     if tower is None or set(required) - {"pixel_values"}:
         unknown = "no image tower of a known name" if tower is None else f"an image tower that needs {required}"
-        raise TypeError(f"the stages of {name} are not defined: it has {unknown}; crossget.count_flops counts a forward")
+        raise TypeError(
+            f"the stages of {name} are not defined: it has {unknown}; crossget.count_flops counts a forward"
+        )
     image = _image(model, {one.name for one in arguments}, size, tiles)
     inside = dict(tower.named_children())
     joins = [part for path in _CONNECTORS for part in (getattr(parts, path, None), inside.pop(path, None)) if part]

@@ -161,4 +161,6 @@ def _run(content: Json) -> Run:
     return ConnectorRun(**run) if "keep" in run else Run(**run)
 
 
-STUDY = Study("flops", Options, lambda options: [*RUNS, *CONNECTOR_RUNS], lambda options: execute, lambda run: {}, table)
+STUDY = Study(
+    "flops", Options, lambda options: [*RUNS, *CONNECTOR_RUNS], lambda options: execute, lambda run: {}, table
+)

@@ -30,7 +30,11 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_rows(content: Any) -> None:
     rows = content["result"]["rows"]
-    assert [(row["method"], row["image_tokens"]) for row in rows] == [("dense", 64), ("keep 0.5", 32), ("keep 0.25", 16)]
+    assert [(row["method"], row["image_tokens"]) for row in rows] == [
+        ("dense", 64),
+        ("keep 0.5", 32),
+        ("keep 0.25", 16),
+    ]
     for row in rows:
         assert len(row["rounds"]) == 2
         assert row["seconds"] > 0
