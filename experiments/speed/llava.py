@@ -57,19 +57,19 @@ class Prompted(Protocol):
     """What `prompt` needs to know of a run."""
 
     @property
-    def batch(self) -> int: ...  # noqa: D102
+    def batch(self) -> int: ...
 
     @property
-    def text_tokens(self) -> int: ...  # noqa: D102
+    def text_tokens(self) -> int: ...
 
     @property
-    def seed(self) -> int: ...  # noqa: D102
+    def seed(self) -> int: ...
 
     @property
-    def device(self) -> str: ...  # noqa: D102
+    def device(self) -> str: ...
 
     @property
-    def dtype(self) -> str: ...  # noqa: D102
+    def dtype(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -603,7 +603,7 @@ def test_errors_end_the_run(tmp_path: Path, given: str, message: str) -> None:
     assert message in done.stderr
 
 
-# Other models, with their connector attached ---------------------------------------------------------------------------
+# Other models, with their connector attached --------------------------------------------------------------------------
 
 SPECIAL = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<image>", "<video>"]
 VLM_WORDS = ["<pad>", "<s>", "</s>", "<unk>", *SPECIAL, *WORDS[6:]]

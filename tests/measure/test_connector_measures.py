@@ -100,8 +100,7 @@ def test_stages(name: str) -> None:
         assert dense.parts[part] == reduced.parts[part] > 0
     assert dense.cache == 3 * 2 * dense.prompt * KEYS
     assert reduced.cache == 3 * 2 * reduced.prompt * KEYS
-    left = hf_models.TEXT | {}
-    block = 2 * C * C + 2 * C * KEYS + 3 * C * int(left["intermediate_size"])  # type: ignore[call-overload]
+    block = 2 * C * C + 2 * C * KEYS + 3 * C * 64  # of one token, without attention
     saved = dense.parts["language model"] - reduced.parts["language model"]
     pairs = dense.prompt**2 - reduced.prompt**2
     least = 3 * ((dense.prompt - reduced.prompt) * block + 2 * pairs * C)
@@ -154,20 +153,12 @@ def test_tower_and_connector() -> None:
         both = count_stages(model, 5)
     with crossget.attach(model, crossget.CrossGET(2)):
         alone = count_stages(model, 5)
-    assert both.dense == dataclass_without_names(alone.dense)
+    assert list(both.dense.parts.values()) == list(alone.dense.parts.values())
     assert both.reduced is not None
     assert alone.reduced is not None
     assert both.reduced.parts["image tower"] == alone.reduced.parts["image tower"]
     assert both.reduced.parts["connector"] == alone.reduced.parts["projector"]
     assert (alone.reduced.image_tokens, both.reduced.image_tokens) == (11, 4)
-
-
-def dataclass_without_names(cost: Any) -> Any:
-    """The cost by LLaVA's own stages, with the name that a connector has in others."""
-    import dataclasses
-
-    parts = {"connector" if name == "projector" else name: value for name, value in cost.parts.items()}
-    return dataclasses.replace(cost, parts=parts)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +182,7 @@ def test_without_stages() -> None:
     assert not has_stages(nn.Linear(2, 2))
 
 
-# Other measures --------------------------------------------------------------------------------------------------------
+# Other measures ------------------------------------------------------------------------------------------------------
 
 
 def prompt() -> dict[str, Any]:
@@ -208,10 +199,10 @@ def test_benchmark() -> None:
     model = qwen()
     with crossget.attach(model, KEEP) as attached:
         report = crossget.benchmark(model, prompt(), rounds=1, warmup=0)
-        assert [one.name for one in report.measurements] == ["dense", "reduced"]
+        assert [one.name for one in report.measurements] == ["dense", "attached"]
         assert attached.tokens["connector"] == [(24, 6)]
     report = crossget.benchmark(model, prompt(), rounds=1, warmup=0, methods={"a quarter": KEEP})
-    assert "connector: Ward(Keep(" in report["a quarter"].reducer
+    assert report["a quarter"].reducer.startswith("{'connector': Ward(")
 
 
 def test_training_and_files(tmp_path: Path) -> None:
