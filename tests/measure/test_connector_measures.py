@@ -202,7 +202,7 @@ def test_benchmark() -> None:
         assert [one.name for one in report.measurements] == ["dense", "attached"]
         assert attached.tokens["connector"] == [(24, 6)]
     report = crossget.benchmark(model, prompt(), rounds=1, warmup=0, methods={"a quarter": KEEP})
-    assert report["a quarter"].reducer.startswith("{'connector': Ward(")
+    assert report["a quarter"].method.startswith("{'connector': Ward(")
 
 
 def test_training_and_files(tmp_path: Path) -> None:
