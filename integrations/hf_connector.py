@@ -181,7 +181,7 @@ def _prefill(connector: Connector, image: _Image, pixels: Tensor, text: Tensor) 
     encoded = read_features(_features(connector, image, pixels), connector.field)
     words = model.get_input_embeddings()(text)[0]
     attachment = find_attachment(model)
-    features = [encoded.flat]
+    features: Sequence[Tensor] = [encoded.flat]
     if attachment is not None and attachment.connector is not None:
         features = _reduced(attachment.connector, image, encoded, count, words.mean(0))
     prompt = torch.cat([*features, words])[None]
