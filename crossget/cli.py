@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,12 +20,13 @@ from tqdm import tqdm
 
 import crossget
 from crossget.checkpoints import convert, hf_sizes
+from crossget.core.adapters import has_adapter
 from crossget.demo import backbones, compare, transformers_models, viewer
 from crossget.demo.compare import CompareOptions, Reduction
 from crossget.demo.viewer import ViewerOptions
 from crossget.integrations._support import SupportRow
 from crossget.measure import generation
-from crossget.methods.schedules import Ratio, as_schedule
+from crossget.methods.schedules import Keep, Ratio, as_schedule
 
 HELP = """\
 usage: crossget COMMAND [OPTIONS]
@@ -36,6 +38,7 @@ Token reduction (Ward, ToMe-style, CrossGET) for models of timm, open_clip and t
   crossget models --filter '*dino*'     which models can be reduced, and why the others cannot
   crossget flops ViT-B-16 --r 16        multiply-adds by module, dense and reduced; needs no memory and no weights
   crossget flops llava-1.5-7b --r 13    the same for generation: image tower, prefill, decoding step, KV cache
+  crossget flops qwen3-vl-8b --keep 0.25  the same with a quarter of the image features behind the connector
   crossget bench vit_base_patch16_224   speed as a ratio to dense, measured on this machine
   crossget doctor vit_base_patch16_224  checks that attaching is exact, takes effect, and can be undone
   crossget convert FOLDER OUT           the authors' LLaVA checkpoint, for transformers and crossget.load
@@ -125,6 +128,27 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_keep(text: str) -> Keep:
+    """The value of --keep.
+
+    Raises:
+        ValueError: it is neither a whole number from 1 on nor a share.
+    """
+    try:
+        return Keep(int(text) if text.isdecimal() else float(text))
+    except ValueError:
+        expected = "expected a number of features that stay (64) or their share (0.25, at most 1.0)"
+        raise ValueError(f"keep is {text!r}: {expected}") from None
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Height and width in pixels, of HxW."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ValueError(f"image is {text!r}: expected height and width in pixels, as in 1036x1036")
+    return int(height), int(width)
+
+
 def _parse_device(text: str) -> str:
     try:
         kind = torch.device(text).type
@@ -162,10 +186,12 @@ def _optional(help_text: str, metavar: str | None = None) -> Any:
     return tyro.conf.arg(help=help_text, metavar=metavar, help_behavior_hint="")
 
 
-_REDUCTION, _COUNT, _DEVICE = (
+_REDUCTION, _COUNT, _DEVICE, _KEEP, _SIZE = (
     _from_word(parse_reduction, compare.r_text),
     _from_word(_parse_count),
     _from_word(_parse_device),
+    _from_word(parse_keep),
+    _from_word(_parse_size),
 )
 
 Model = Annotated[str, tyro.conf.Positional, _option(MODEL_HELP, "MODEL")]
@@ -311,8 +337,23 @@ class Flops(Command):
         str, tyro.conf.Positional, _option(f"{MODEL_HELP}; or of transformers: {', '.join(hf_sizes.PRESETS)}", "MODEL")
     ]
     method: Annotated[viewer.Method, _option("method that reduces the model")] = "ward"
-    r: R = 16
+    r: Annotated[Reduction | None, _REDUCTION, _optional(f"{R_HELP}; 16 if neither --r nor --keep is given", "R")] = (
+        None
+    )
     text_r: TextR = 0
+    keep: Annotated[
+        Keep | None,
+        _KEEP,
+        _optional("image features that stay behind the connector of a model that generates: number or share", "KEEP"),
+    ] = None
+    image: Annotated[
+        tuple[int, int] | None,
+        _SIZE,
+        _optional("height and width in pixels, for a tower that takes images of any size; 1024x1024", "HxW"),
+    ] = None
+    tiles: Annotated[
+        int | None, _COUNT, _optional("tiles of an image, for a model that cuts it into tiles; 1", "N")
+    ] = None
     batch: Annotated[int, _COUNT, _option("images, and texts", "N")] = 1
     text_tokens: Annotated[int, _COUNT, _option("text tokens in the prompt of a model that generates", "N")] = 64
     depth: Annotated[int, _option("levels of modules to list; 0 prints the total alone", "N")] = 2
@@ -321,8 +362,9 @@ class Flops(Command):
     def run(self) -> int:
         if self.model in hf_sizes.PRESETS:
             return self._run_transformers()
+        self._refuse("is a tower")
         backbone = backbones.make(self.model, device="meta")
-        reductions = compare.schedules(backbone, self.r, self.text_r)
+        reductions = compare.schedules(backbone, self._r, self.text_r)
         reducers = {tower: viewer.METHODS[self.method](r) for tower, r in reductions.items()}
         with crossget.attach(backbone.model, reducers):
             report = crossget.count_flops(
@@ -331,21 +373,50 @@ class Flops(Command):
         print(report.to_json() if self.json else report.table(self.depth))
         return 0
 
+    @property
+    def _r(self) -> Reduction:
+        return 16 if self.r is None else self.r
+
+    def _refuse(self, what: str) -> None:
+        """Refuse the options that are for models that generate.
+
+        Raises:
+            ArgumentError: one is given.
+        """
+        for name in ("keep", "image", "tiles"):
+            if getattr(self, name) is not None:
+                raise ArgumentError(f"--{name} is for a model that generates text from images, and {self.model} {what}")
+
     def _run_transformers(self) -> int:
         """A model of transformers: by stages where it generates, otherwise one forward."""
         model: Any = hf_sizes.build(self.model)
         if generation.has_stages(model):
-            with crossget.attach(model, viewer.METHODS[self.method](self.r)):
-                stages = generation.count_stages(model, self.text_tokens, self.batch)
-            print(stages.to_json() if self.json else stages.table())
-            return 0
+            return self._run_stages(model)
+        self._refuse("does not generate")
         text, vision = model.config.text_config, model.config.vision_config
         ids = torch.zeros(self.batch, text.max_position_embeddings, dtype=torch.long, device="meta")
         pixels = torch.empty(self.batch, 3, vision.image_size, vision.image_size, device="meta")
-        reductions = {"visual": self.r, **({"text": self.text_r} if self.text_r != 0 else {})}
+        reductions = {"visual": self._r, **({"text": self.text_r} if self.text_r != 0 else {})}
         with crossget.attach(model, {tower: viewer.METHODS[self.method](r) for tower, r in reductions.items()}):
             report = crossget.count_flops(model, {"input_ids": ids, "pixel_values": pixels})
         print(report.to_json() if self.json else report.table(self.depth))
+        return 0
+
+    def _run_stages(self, model: Any) -> int:
+        """A model that generates text from images."""
+        if self.text_r != 0:
+            raise ArgumentError(f"--text-r is for a text tower, and {self.model} has none that can be reduced")
+        make = viewer.METHODS[self.method]
+        reducer: Any = make(self._r)
+        if self.keep is not None:
+            behind: Any = self.keep
+            reducer = {"connector": make(behind), **({} if self.r is None else {"visual": make(self.r)})}
+        dense = self.keep is None and self.r is None and not has_adapter(model)  # its tower cannot be reduced here
+        with nullcontext() if dense else crossget.attach(model, reducer):
+            stages = generation.count_stages(
+                model, self.text_tokens, self.batch, image_size=self.image, tiles=self.tiles
+            )
+        print(stages.to_json() if self.json else stages.table())
         return 0
 
 

@@ -15,6 +15,7 @@ STUDIES = {
     "dense": "experiments.dense.run",
     "flops": "experiments.flops.run",
     "retrieval": "experiments.retrieval.run",
+    "speed-connector": "experiments.speed.connector",
     "speed-costs": "experiments.speed.costs",
     "speed-discovery": "experiments.speed.discovery",
     "speed-llava": "experiments.speed.llava",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from crossget.core.adapters import Tower
 from crossget.core.block_class import Wrapped
@@ -152,6 +153,33 @@ class NumbersOnCPU(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         return func(*args, **({"device": "cpu", **kwargs} if func in (torch.linspace, torch.arange) else kwargs))
+
+
+class ValuesOnCPU(TorchFunctionMode):
+    """Mode in which a host with weights on the meta device takes inputs on the CPU, whose values it can read.
+
+    A tensor on the CPU stays there until an operator gets it together with one on the meta device.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.to and not args[0].is_meta:
+            args = tuple(value for value in args if not _is_meta_device(value))
+            kwargs = {name: value for name, value in kwargs.items() if not _is_meta_device(value)}
+            if len(args) == 1 and not kwargs:
+                return args[0]
+        elif any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_meta_device(value: Any) -> bool:
+    return isinstance(value, str | torch.device) and torch.device(value).type == "meta"
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of one number is taken together with others on any device, and may be a size."""
+    return tensor if tensor.is_meta or tensor.dim() == 0 else tensor.to("meta")
 
 
 def markdown(rows: Iterable[SupportRow]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import transformers
 import transformers.utils.generic
 from torch import Tensor, nn
 
@@ -153,7 +154,10 @@ def run_language_model(model: Any, language: Any, cache: Any = None, **tokens: T
             "embedding asks for autocast there): count with transformers >= 5.0, or give the model real weights"
         )
     head = getattr(language, "lm_head", None) or model.lm_head
-    return run_decoder(inner(language, "model"), head, cache, **tokens)
+    runs = inner(language, "model")
+    if cache is None and "config" in inspect.signature(transformers.DynamicCache).parameters:
+        cache = transformers.DynamicCache(config=runs.config)  # some models make none under a tracer
+    return run_decoder(runs, head, cache, **tokens)
 
 
 def run_decoder(runs: Any, head: Any, cache: Any = None, **given: Any) -> Any:

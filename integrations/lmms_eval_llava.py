@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,7 @@ class LlavaCrossget(LlavaHf):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """LlavaHf's method, except that a failure ends the run. LlavaHf itself logs it, and its answer "" is scored."""
-        try:
-            with _raising_failures(self.model):
-                answers: list[Any] = super().generate_until(requests)
-        except _Failure as failure:
-            raise RuntimeError(f"llava_crossget could not answer: {failure.__cause__}") from failure.__cause__
+        answers: list[Any] = raising("llava_crossget", self.model, super().generate_until)(requests)
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -171,6 +167,25 @@ def _attach(model: Any, saved: Path | None, r: int | None, method: str) -> cross
     if r is not None:
         attached.reducer = {"visual": dataclasses.replace(attached.reducers["visual"], r=r)}
     return attached
+
+
+def raising(name: str, model: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that answers requests such that an exception of the model's `generate` ends the run.
+
+    Args:
+        name: of the model in lmms-eval, for the message.
+        model: whose `generate` it calls.
+        answer: the method.
+    """
+
+    def answering(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with _raising_failures(model):
+                return answer(*args, **kwargs)
+        except _Failure as failure:
+            raise RuntimeError(f"{name} could not answer: {failure.__cause__}") from failure.__cause__
+
+    return answering
 
 
 class _Failure(BaseException):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 
 import crossget
@@ -272,6 +273,35 @@ class TestFlops:
     def test_a_text_tower_that_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("flops", TINY, "--text-r", "2") == 2
         assert "--text-r is for a text tower" in capsys.readouterr().err
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(hf_models.VERSION < (5, 19), reason="connectors are reduced from transformers 5.19 on")
+    def test_behind_the_connector(self, capsys: pytest.CaptureFixture[str]) -> None:
+        given = ("--keep", "64", "--method", "tome", "--text-tokens", "8", "--json")
+        assert call("flops", "llava-1.5-7b", *given) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["dense"]["image_tokens"], report["reduced"]["image_tokens"]) == (576, 64)
+        assert report["reducers"].keys() == {"connector"}
+        assert report["reducers"]["connector"].startswith("ToMe(Keep(tokens=64")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((TINY, "--keep", "3"), "--keep is for a model that generates text from images, and test_vit is a tower"),
+            ((TINY, "--tiles", "3"), "--tiles is for a model that generates"),
+            ((TINY, "--keep", "1.5"), "keep is '1.5': expected a number of features that stay (64) or their share"),
+            ((TINY, "--keep", "0"), "keep is '0'"),
+            ((TINY, "--image", "30"), "image is '30': expected height and width in pixels, as in 1036x1036"),
+            (("clip-vit-large-patch14-336", "--keep", "3"), "--keep is for a model that generates"),
+            (("llava-1.5-7b", "--tiles", "3"), "takes images of one size, without tiles"),
+            (("llava-1.5-7b", "--text-r", "3"), "--text-r is for a text tower"),
+        ],
+    )
+    def test_options_without_an_effect(
+        self, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert call("flops", *arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 class TestBench:

@@ -38,12 +38,17 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.
 
     Raises:
         ValueError: no such preset.
-        RuntimeError: transformers is not installed.
+        RuntimeError: transformers is not installed, or its version does not have the model's class.
     """
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
     transformers = import_transformers()
     preset = PRESETS[name]
+    if not hasattr(transformers, preset.architecture):
+        raise RuntimeError(
+            f"transformers {transformers.__version__} has no {preset.architecture}, which {name!r} is: install a newer "
+            "version"
+        )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -118,10 +123,92 @@ def _blip2() -> Any:
     return config
 
 
+def _qwen2_5_vl() -> Any:
+    text = {
+        **_qwen2_7b(152064), "max_position_embeddings": 128000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": 3584,
+    }  # fmt: skip
+    return import_transformers().Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=151655, video_token_id=151656, tie_word_embeddings=False
+    )
+
+
+def _qwen3_vl() -> Any:
+    text = {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 262144,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "num_heads": 16, "patch_size": 16,
+        "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24], "out_hidden_size": 4096,
+    }  # fmt: skip
+    return import_transformers().Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=151655, video_token_id=151656, tie_word_embeddings=False
+    )
+
+
+def _internvl3() -> Any:
+    transformers = import_transformers()
+    vision = {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True,
+    }  # fmt: skip
+    text = transformers.Qwen2Config(**_qwen2_7b(151674), tie_word_embeddings=False)
+    return transformers.InternVLConfig(
+        text_config=text, vision_config=vision, image_token_id=151667, tie_word_embeddings=False
+    )
+
+
+def _qwen2_7b(vocabulary: int) -> dict[str, Any]:
+    return {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": vocabulary,
+    }  # fmt: skip
+
+
+def _siglip(image: int) -> dict[str, Any]:
+    """SigLIP-So400m with patches of 14 x 14 pixels."""
+    return {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "image_size": image, "patch_size": 14,
+    }  # fmt: skip
+
+
+def _smolvlm2() -> Any:
+    transformers = import_transformers()
+    text = transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32,
+        vocab_size=49280, max_position_embeddings=8192, pad_token_id=2,
+    )  # fmt: skip
+    return transformers.SmolVLMConfig(
+        text_config=text, vision_config=_siglip(384), scale_factor=3, image_token_id=49190, tie_word_embeddings=False
+    )
+
+
+def _gemma3() -> Any:
+    transformers = import_transformers()
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "sliding_window": 1024,
+    }  # fmt: skip
+    vision = {**_siglip(896), "vision_use_head": False}
+    return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
+
+
 PRESETS = {
     "llava-1.5-7b": Preset("LlavaForConditionalGeneration", _llava_7b, "llava-hf/llava-1.5-7b-hf"),
     "llava-1.5-13b": Preset("LlavaForConditionalGeneration", _llava_13b, "llava-hf/llava-1.5-13b-hf"),
     "clip-vit-large-patch14-336": Preset("CLIPModel", _clip, "openai/clip-vit-large-patch14-336"),
     "blip-base-384": Preset("BlipForConditionalGeneration", _blip, "Salesforce/blip-image-captioning-base"),
     "blip2-opt-2.7b": Preset("Blip2ForConditionalGeneration", _blip2, "Salesforce/blip2-opt-2.7b"),
+    "qwen2.5-vl-7b": Preset("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, "Qwen/Qwen2.5-VL-7B-Instruct"),
+    "qwen3-vl-8b": Preset("Qwen3VLForConditionalGeneration", _qwen3_vl, "Qwen/Qwen3-VL-8B-Instruct"),
+    "internvl3-8b": Preset("InternVLForConditionalGeneration", _internvl3, "OpenGVLab/InternVL3-8B-hf"),
+    "smolvlm2-2.2b": Preset("SmolVLMForConditionalGeneration", _smolvlm2, "HuggingFaceTB/SmolVLM2-2.2B-Instruct"),
+    "gemma3-4b": Preset("Gemma3ForConditionalGeneration", _gemma3, "google/gemma-3-4b-it"),
 }

@@ -245,14 +245,14 @@ class Stages:
 
     Attributes:
         parts: lists of modules, by name, from the image tower on. All other modules belong to the language model.
-        pixels: shape of one image, [3, H, W].
-        prefill: a function that runs the prefill, of pixel values [N, 3, H, W] and token ids [1, T].
+        pixels: shape of the pixel values of one image, such as [3, H, W].
+        prefill: a function that runs the prefill, of the pixel values of N images, [N, *pixels], and token ids [1, T].
         step: a function that runs one decoding step, of a token id [1, 1] and the results of the prefill. Its result is
             not used.
     """
 
     parts: Mapping[str, Sequence[nn.Module]]
-    pixels: tuple[int, int, int]
+    pixels: tuple[int, ...]
     prefill: Callable[[Tensor, Tensor], Prefilled]
     step: Callable[[Tensor, Prefilled], Any]
 

@@ -208,6 +208,11 @@ class Attachment:
         return {name: attached.tower for name, attached in self._towers.items()}
 
     @property
+    def connector(self) -> AttachedConnector | None:
+        """The connector with its reducer; None: it is not reduced."""
+        return self._connector
+
+    @property
     def _parts(self) -> dict[str, Any]:
         """The towers, and the connector."""
         others = {"visual": self._units, CONNECTOR: self._connector}

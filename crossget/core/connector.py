@@ -175,7 +175,8 @@ def reduce_features(
     fixed = torch.zeros(1, n, dtype=torch.bool, device=features.device) if protected is None else protected[None]
     if guided:
         fixed = F.pad(fixed, (0, 1), value=True)
-    n_protected = int(fixed.sum())
+    # Without protected features no value is read, so that this runs on the meta device.
+    n_protected = int(guided) if protected is None else int(fixed.sum())
     extras = [extra[None] for extra in carried]
     kept = source = torch.arange(tokens.shape[1], device=features.device)[None]
     sizes: Tensor | None = None

@@ -25,7 +25,7 @@ from torch import Tensor
 from crossget.core.adapters import RECOGNISED_KERNELS
 from crossget.core.block_class import argument_names, unwrap, wrap
 from crossget.core.carried import ThreadValue
-from crossget.core.connector import AttachedConnector, ConnectorRecord
+from crossget.core.connector import AttachedConnector, Connector, ConnectorRecord
 from crossget.core.decoder_tower import cached_tokens
 from crossget.core.prompt_parts import (
     PADDING_VALUES,
@@ -211,9 +211,7 @@ class ConnectorPrompts:
                     method = getattr(self.connector.parts, f"get_{modality}_features")
                     out = method(**{name: arguments[name] for name in names}, return_dict=True)
             if out is not None:
-                entries = self.connector.features(out)
-                lengths = [len(entry) for entry in entries]
-                found[modality] = Encoded(out, lengths, torch.cat(entries), self.connector.layers(out))
+                found[modality] = read_features(self.connector, out)
         return found
 
     def placeholders(self, modality: str, tokens: Tensor) -> Tensor:
@@ -580,6 +578,12 @@ def _caller() -> FrameType | None:
     ):
         frame = frame.f_back
     return frame
+
+
+def read_features(connector: Connector, out: Any) -> Encoded:
+    """Read what `get_image_features` returned."""
+    entries = connector.features(out)
+    return Encoded(out, [len(entry) for entry in entries], torch.cat(entries), connector.layers(out))
 
 
 def _later_positions(record: PromptRecord, past: int, tokens: Tensor) -> Tensor:

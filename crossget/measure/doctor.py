@@ -9,6 +9,7 @@ from torch import nn
 
 from crossget.core.adapters import Tower
 from crossget.core.attach import check_not_attached, find_towers
+from crossget.core.connector import NAME as CONNECTOR
 from crossget.core.inputs import AnyInputs, as_function, evaluating
 from crossget.core.proofs import Check, check_model, outputs_of, removes_tokens
 from crossget.methods.reducers import Reducer, Ward
@@ -60,6 +61,8 @@ def doctor(model: nn.Module, inputs: AnyInputs, reducer: Reducer | Mapping[str, 
     if model.training:
         raise ValueError("the model is in training mode, so its outputs are random: call model.eval() first")
     check_not_attached(model)
+    if isinstance(reducer, Mapping) and CONNECTOR in reducer:
+        raise ValueError(f"reducer names {CONNECTOR!r}, and the checks are of towers: leave it out")
     found = find_towers(model, inputs)
     towers = {tower.name: tower for tower in found}
     reducers = _by_tower(towers, Ward(r=4) if reducer is None else reducer)

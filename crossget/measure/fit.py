@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crossget.core.attach import attach, find_attachment
+from crossget.core.connector import NAME as CONNECTOR
 from crossget.core.inputs import Inputs, as_call, tensors_in
 from crossget.measure.allocation import (
     Cost,
@@ -157,6 +158,8 @@ def fit_schedule(
         raise ValueError(f"distribution is {distribution!r}: choose 'measured', 'constant' or 'ramped'")
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1 round")
+    if tower == CONNECTOR:
+        raise ValueError(f"tower={tower!r}: a schedule is for the blocks of a tower; give crossget.Keep there")
     methods = _methods(reducer)
     previous = find_attachment(model)
     if previous is not None:

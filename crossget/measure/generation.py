@@ -9,6 +9,7 @@ weights, so that models of 13 billion parameters can be counted anywhere.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,21 +110,28 @@ def _row(name: str, values: Sequence[int]) -> list[str]:
     return [*row, f"{values[1] / values[0]:.1%}"] if len(values) == 2 else row
 
 
-def count_stages(model: nn.Module, text_tokens: int = 64, images: int = 1) -> StageReport:
+def count_stages(
+    model: nn.Module, text_tokens: int = 64, images: int = 1, *, image_size: tuple[int, int] | None = None,
+    tiles: int | None = None,
+) -> StageReport:  # fmt: skip
     """Multiply-adds of generating text with a model of images and text.
 
     Args:
-        model: a model whose integration defines its stages (LLaVA-1.5, BLIP, BLIP-2), attached or not, on any device.
+        model: a model whose integration defines its stages (LLaVA-1.5, BLIP, BLIP-2), or one of transformers whose
+            connector can be reduced; attached or not, on any device.
         text_tokens: number of text tokens in the prompt.
         images: number of images in the prompt.
+        image_size: height and width of an image in pixels, for a tower that takes images of any size: rounded to whole
+            merged patches. None: 1024 x 1024.
+        tiles: number of tiles of an image, for a model that cuts images into tiles; None: 1.
 
     Raises:
         TypeError: the model's stages are not defined.
-        ValueError: there is no text, or no image.
+        ValueError: there is no text, or no image, or the size or the tiles have no effect.
     """
     if text_tokens < 1 or images < 1:
         raise ValueError(f"text_tokens={text_tokens}, images={images}: a prompt has at least one of each")
-    stages = _stages(model)
+    stages = _stages(model, image_size, tiles)
     attachment = find_attachment(model)
     name = type(model).__name__
     if attachment is None:
@@ -137,8 +145,31 @@ def count_stages(model: nn.Module, text_tokens: int = 64, images: int = 1) -> St
 
 
 def has_stages(model: nn.Module) -> bool:
-    """Whether the model's integration defines its stages, so that `count_stages` can count them."""
-    return _find_stages(model) is not None
+    """Whether the stages of the model are known, so that `count_stages` can count them."""
+    if _find_stages(model) is None:
+        try:
+            _stages(model)
+        except TypeError:
+            return False
+    return True
+
+
+def _stages(model: nn.Module, image_size: tuple[int, int] | None = None, tiles: int | None = None) -> Stages:
+    """The stages that the integration of the model's class defines, or those of a model with a connector."""
+    attachment = find_attachment(model)
+    found = None if attachment is not None and attachment.connector is not None else _find_stages(model)
+    if found is not None:
+        if (image_size, tiles) != (None, None):
+            raise ValueError(f"{type(model).__name__} takes images of one size, without tiles: leave both out")
+        return found(model)
+    generic = next((module for cls in type(model).__mro__ if (module := _with_connectors(cls)) is not None), None)
+    if generic is None:
+        raise TypeError(
+            f"the stages of {type(model).__name__} are not defined: expected LLaVA-1.5, BLIP (captions), BLIP-2 or a "
+            "model of transformers with a connector; crossget.count_flops counts one forward of any model"
+        )
+    stages: Stages = generic.stages(model, image_size, tiles)
+    return stages
 
 
 def _find_stages(model: nn.Module) -> Callable[[Any], Stages] | None:
@@ -150,14 +181,11 @@ def _find_stages(model: nn.Module) -> Callable[[Any], Stages] | None:
     return None
 
 
-def _stages(model: nn.Module) -> Stages:
-    found = _find_stages(model)
-    if found is None:
-        raise TypeError(
-            f"the stages of {type(model).__name__} are not defined: expected LLaVA-1.5, BLIP (captions) or BLIP-2; "
-            "crossget.count_flops counts one forward of any model"
-        )
-    return found(model)
+def _with_connectors(cls: type) -> Any:
+    """The module that knows the stages of models with a connector; None: the class is of another host."""
+    if cls.__module__.split(".")[0] != "transformers":
+        return None
+    return importlib.import_module("crossget.integrations.hf_connector")
 
 
 class _Stage(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,25 @@ def make(size: Size, dtype: torch.dtype, device: str) -> nn.Module:
     transformers: Any = importlib.import_module("transformers")
     model: nn.Module = transformers.LlavaForConditionalGeneration(OWN[size]())
     return model.to(device, dtype).eval()
+
+
+class Prompted(Protocol):
+    """What `prompt` needs to know of a run."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def text_tokens(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ def grid(options: Options) -> list[Run]:
     return [Run(**{**shared, "size": size, "batch": batch}) for size in options.size for batch in options.batch]
 
 
-def prompt(model: Any, run: Run) -> dict[str, Tensor]:
+def prompt(model: Any, run: Prompted) -> dict[str, Tensor]:
     """Return a batch of prompts as a processor writes them for the dense model: no padding, one image each."""
     config = model.config
     size, patch = config.vision_config.image_size, config.vision_config.patch_size

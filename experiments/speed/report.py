@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.lib.files import Json, measured_on, short_name
 from experiments.lib.study import Page
-from experiments.speed import costs, llava, operators, towers
+from experiments.speed import connector, costs, llava, operators, towers
 
 HERE = Path(__file__).parent
 FIGURE = "figures/speed.png"
@@ -14,7 +14,7 @@ FIGURE = "figures/speed.png"
 COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.IDEAL: "#bbbbbb"}
 
 
-KEYS = {"towers": "tower", "llava": "size", "costs": "cost", "operators": "width"}
+KEYS = {"connector": "keep", "towers": "tower", "llava": "new_tokens", "costs": "cost", "operators": "width"}
 """By program, what only its runs have."""
 
 
@@ -41,11 +41,16 @@ def generated(contents: Sequence[Json]) -> str:
         *(f"{name}:\n\n{towers.table(some)}" for name, some in measured.items()),
         "## LLaVA-1.5 with random weights",
         llava.tables(of_kind(contents, "llava")),
+        *_connectors(of_kind(contents, "connector")),
         "## Operators",
         operators.table(of_kind(contents, "operators")),
         "## Costs",
         costs.tables(of_kind(contents, "costs")),
     ])  # fmt: skip
+
+
+def _connectors(contents: Sequence[Json]) -> list[str]:
+    return ["## Fewer image features behind the connector", connector.tables(contents)] if contents else []
 
 
 def draw(contents: Sequence[Json], file: Path) -> None:

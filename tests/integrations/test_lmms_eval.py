@@ -506,11 +506,11 @@ def test_the_entry_point_is_there(tmp_path: Path) -> None:
         "from importlib.metadata import entry_points\n"
         "(point,) = entry_points(group='lmms_eval.models', name='llava_crossget')\n"
         "module = __import__('sys').modules[point.load().__module__]\n"
-        "print(module.__file__, point.load()().model_id, sep='\\n')",
+        "print(module.__file__, *(one.model_id for one in point.load()()), sep='\\n')",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    file, model_id = done.stdout.splitlines()[-2:]
-    assert model_id == "llava_crossget"
+    file, *names = done.stdout.splitlines()[-3:]
+    assert names == ["llava_crossget", "crossget"]
     assert Path(file).resolve() == Path(crossget.__file__).parent.joinpath("integrations/lmms_eval.py").resolve()
 
 
@@ -599,5 +599,149 @@ def test_errors_end_the_run(tmp_path: Path, given: str, message: str) -> None:
     arguments = ["--model", "llava_crossget", "--model_args", f"pretrained={tmp_path / 'model'},{given}"]
     task = ["--tasks", "tiny_vqa", "--include_path", str(tmp_path / "task"), "--device", "cpu"]
     done = lmms_eval(tmp_path, *arguments, *task)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+# Other models, with their connector attached --------------------------------------------------------------------------
+
+SPECIAL = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<image>", "<video>"]
+VLM_WORDS = ["<pad>", "<s>", "</s>", "<unk>", *SPECIAL, *WORDS[6:]]
+VLM_TEMPLATE = (
+    "{{% for message in messages %}}{{% for content in message['content'] %}}"
+    "{{% if content['type'] == 'image' %}}{image}{{% elif content['type'] == 'text' %}}{{{{ content['text'] + ' ' }}}}"
+    "{{% endif %}}{{% endfor %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ 'ASSISTANT:' }}}}{{% endif %}}"
+)
+
+
+def vlm_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VLM_WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=SPECIAL,
+    )  # fmt: skip
+
+
+def spread(model: Any) -> Any:
+    """The model with weights that tell images apart, and answers of words only."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                scale = 3 if "q_proj" in name or "k_proj" in name else 1
+                parameter.normal_(0, scale * parameter[0].numel() ** -0.5, generator=generator)
+        model.get_output_embeddings().weight[: len(VLM_WORDS) - 40] = 0
+    return model.eval()
+
+
+def save_qwen(folder: Path) -> None:
+    import transformers
+
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "window_size": 112,
+        "fullatt_block_indexes": [1], "out_hidden_size": 32,
+    }  # fmt: skip
+    text = {**hf_models.TEXT, "vocab_size": len(VLM_WORDS), "tie_word_embeddings": False}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    ids = {f"{name}_token_id": VLM_WORDS.index(f"<|{name}_pad|>") for name in ("image", "video")}
+    ids |= {f"vision_{name}_token_id": VLM_WORDS.index(f"<|vision_{name}|>") for name in ("start", "end")}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **ids
+    )  # fmt: skip
+    spread(transformers.Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
+    transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(),
+        tokenizer=vlm_tokenizer(),
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        chat_template=VLM_TEMPLATE.format(image="<|vision_start|><|image_pad|><|vision_end|>"),
+    ).save_pretrained(folder)
+
+
+def save_onevision(folder: Path) -> None:
+    import transformers
+
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": 32, "patch_size": 8, "vision_use_head": False,
+    }  # fmt: skip
+    text = {**hf_models.TEXT, "vocab_size": len(VLM_WORDS)}
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**vision),
+        text_config=transformers.Qwen2Config(**text),
+        image_token_index=VLM_WORDS.index("<image>"), video_token_index=VLM_WORDS.index("<video>"),
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]], vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )  # fmt: skip
+    spread(transformers.LlavaOnevisionForConditionalGeneration(config)).save_pretrained(folder)
+    transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(
+            size={"height": 32, "width": 32}, image_grid_pinpoints=config.image_grid_pinpoints
+        ),
+        tokenizer=vlm_tokenizer(),
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32}),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=VLM_TEMPLATE.format(image="<image>"),
+    ).save_pretrained(folder)
+
+
+CONNECTED = {  # name -> (model, how it is saved, its arguments, batch sizes)
+    "qwen": ("qwen2_5_vl", save_qwen, "device_map=cpu,min_pixels=3136,max_pixels=12544", (1, 2)),
+    "onevision": ("llava_hf", save_onevision, "device_map=cpu", (1,)),
+}
+
+
+@pytest.mark.slow
+@with_lmms_eval
+@pytest.mark.skipif(hf_models.VERSION < (5, 19), reason="connectors are reduced from transformers 5.19 on")
+@pytest.mark.parametrize("name", CONNECTED)
+def test_a_model_with_its_connector(tmp_path: Path, name: str) -> None:
+    import yaml
+
+    model, save, given, batches = CONNECTED[name]
+    save(tmp_path / "model")
+    save_task(tmp_path / "task", COUNTS, ["w1"] * len(COUNTS))
+    given = f"pretrained={tmp_path / 'model'},{given}"
+    common = {"tasks": "tiny_vqa", "include_path": str(tmp_path / "task"), "device": "cpu", "log_samples": True}
+    runs = {"own": {"model": model, "model_args": given, "batch_size": "1"}}
+    for batch in batches:
+        arguments = f"model={model},method=Ward,keep=0.25,{given}"
+        runs[f"reduced{batch}"] = {"model": "crossget", "model_args": arguments, "batch_size": str(batch)}
+    arguments = f"model={model},keep=1.0,{given}"
+    runs["whole"] = {"model": "crossget", "model_args": arguments, "batch_size": "1"}
+    written = [{**run, **common, "output_path": str(tmp_path / key)} for key, run in runs.items()]
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump(written))
+    done = lmms_eval(tmp_path, "--config", "runs.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = {}
+    for key in runs:
+        (samples,) = tmp_path.joinpath(key).glob("*/*_samples_tiny_vqa.jsonl")
+        rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        said[key] = [row["filtered_resps"] for row in rows]
+    assert all(said["own"])
+    assert said["whole"] == said["own"]
+    assert said["reduced1"] != said["own"]
+    assert all(said[f"reduced{batch}"] == said["reduced1"] for batch in batches)
+    assert "crossget: Attachment(connector: Ward(Keep(tokens=0.25" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@with_lmms_eval
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("model=qwen2_5_vl,method=Wart", "method=Wart: expected a method of crossget"),
+        ("model=qwen2_5_vl,keep=0", "Keep(0): at least one token stays"),
+        ("model=crossget", "model=crossget: expected a chat model of lmms-eval"),
+    ],
+)
+def test_wrong_arguments_of_the_wrapper(tmp_path: Path, given: str, message: str) -> None:
+    save_task(tmp_path / "task", [1], ["w1"])
+    task = ["--tasks", "tiny_vqa", "--include_path", str(tmp_path / "task"), "--device", "cpu"]
+    done = lmms_eval(tmp_path, "--model", "crossget", "--model_args", f"{given},pretrained={tmp_path}", *task)
     assert done.returncode == 1
     assert message in done.stderr
