@@ -15,4 +15,6 @@ def manifest() -> list[Any]:
     # Only a chat class, which is used with --force_simple as well. lmms-eval's simple LlavaHf passes prompts as plain
     # strings to the tokenizer's chat template, and from these the templates of llava-hf make no image placeholder.
     classes = {"llava_crossget": "lmms_eval_llava.LlavaCrossget", "crossget": "lmms_eval_connector.ConnectorCrossget"}
-    return [ModelManifest(name, chat_class_path=f"crossget.integrations.{path}") for name, path in classes.items()]
+    return [
+        ModelManifest(model_id=name, chat_class_path=f"crossget.integrations.{path}") for name, path in classes.items()
+    ]

@@ -177,10 +177,11 @@ def test_the_manifest_names_the_class(module: Any, monkeypatch: pytest.MonkeyPat
     registry: Any = ModuleType("lmms_eval.models.registry_v2")
     registry.ModelManifest = dict
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
-    found = manifest()
-    assert found["model_id"] == "llava_crossget"
-    assert found.keys() == {"model_id", "chat_class_path"}
-    assert found["chat_class_path"] == f"{module.__name__}.{module.LlavaCrossget.__name__}"
+    home = "crossget.integrations.lmms_eval"
+    assert manifest() == [
+        {"model_id": "llava_crossget", "chat_class_path": f"{module.__name__}.{module.LlavaCrossget.__name__}"},
+        {"model_id": "crossget", "chat_class_path": f"{home}_connector.ConnectorCrossget"},
+    ]
     assert module.LlavaCrossget.is_simple is False
 
 
