@@ -14,6 +14,7 @@ STUDIES = {
     "coop": "experiments.coop.run",
     "dense": "experiments.dense.run",
     "flops": "experiments.flops.run",
+    "real-zero-shot": "experiments.real.zero_shot",
     "retrieval": "experiments.retrieval.run",
     "speed-costs": "experiments.speed.costs",
     "speed-discovery": "experiments.speed.discovery",

@@ -1,0 +1,91 @@
+"""Classify photographs by the nearest text, with a CLIP whose image tower is reduced and not trained.
+
+Every row is fitted to the same multiply-adds by `crossget.fit_schedule`, as near as whole tokens allow, and never above
+them. Nothing is chosen on photographs: one of them gives the shapes.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import crossget
+from experiments.ablation.run import cost, described
+from experiments.lib.files import Json, check_names
+from experiments.lib.study import Study
+from experiments.real.clip import RESULTS, Measuring, classified, encode
+from experiments.real.presets import BUDGETS, ROWS
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row at one budget."""
+
+    task: str
+    preset: str
+    budget: int
+
+    @property
+    def slug(self) -> str:
+        """The result file's name."""
+        return f"{self.task}/{self.preset}" + ("" if self.preset == "dense" else f"_{self.budget}")
+
+
+@dataclass(frozen=True)
+class Options(Measuring):
+    """What to measure, and with what."""
+
+    presets: tuple[str, ...] = tuple(ROWS)
+    """Rows to run."""
+    budgets: tuple[int, ...] = BUDGETS
+    """Multiply-adds, in % of the dense model's."""
+    results: Path = field(default=RESULTS)
+    """Where the result files go."""
+
+
+def grid(options: Options) -> list[Run]:
+    """Return all runs that the options ask for; a program that is stopped has all rows at the first budgets.
+
+    Raises:
+        ValueError: a preset does not exist.
+    """
+    check_names("presets", options.presets, ROWS)
+    runs = [
+        Run("zero-shot", name, 100 if name == "dense" else budget)
+        for budget in options.budgets
+        for name in options.presets
+    ]
+    return list(dict.fromkeys(runs))
+
+
+def load(options: Options) -> Callable[[Run], Json]:
+    """Return the function that fits and measures one run."""
+    loaded = options.load()
+    tower, pixels = loaded.tower, loaded.images.pixels
+    dense = encode(tower, pixels, options.batch, options.device)
+    given, one = options.given(loaded), pixels[:1].to(options.device)
+
+    def measured(run: Run) -> Json:
+        row = ROWS[run.preset]
+        if row.method is None:
+            config = {**asdict(run), "reducer": None, **given}
+            return {"run": config, "result": {**classified(dense, dense, loaded), **cost(tower, None, one)}}
+        fitted = crossget.fit_schedule(
+            tower, one, flops=run.budget / 100, reducer=row.method, distribution=row.distribution
+        ).reducer
+        assert isinstance(fitted, crossget.methods.reducers.Reducer)
+        with crossget.attach(tower, fitted) as attached:
+            features = encode(tower, pixels, options.batch, options.device)
+            spent = cost(tower, attached, one)
+        config = {**asdict(run), "reducer": described(fitted), **given}
+        return {"run": config, "result": {**classified(features, dense, loaded), **spent}}
+
+    return measured
+
+
+def select(run: Run) -> dict[str, Any]:
+    """Return the options that choose one run alone."""
+    return {"presets": (run.preset,), **({} if run.preset == "dense" else {"budgets": (run.budget,)})}
+
+
+STUDY = Study("real-zero-shot", Options, grid, load, select)
