@@ -1,6 +1,6 @@
 """The image tower of a CLIP, its photographs and its texts: what every study of this folder measures with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,9 @@ from experiments.ablation.settings import Images, Setting, load_images, load_mod
 from experiments.lib.files import Json, file_digest
 
 RESULTS = Path(__file__).parent / "results"
+HALVES = {"odd": 1, "even": 0}
+"""Every second photograph of the sorted list, from here on: what is chosen on photographs is chosen on the even ones,
+and reported on the odd ones."""
 SCALE = 100.0
 """Inverse temperature of OpenAI's CLIP models."""
 
@@ -64,7 +67,9 @@ def load_texts(file: Path, sets: tuple[str, ...]) -> dict[str, Tensor]:
     texts = {name: F.normalize(found[name].float(), dim=-1) for name in sets or tuple(sorted(found))}
     shapes = {tuple(one.shape) for one in texts.values()}
     if len(shapes) != 1:
-        raise ValueError(f"{file}: sets of the shapes {sorted(shapes)}; name those of the photographs' classes by --sets")
+        raise ValueError(
+            f"{file}: sets of the shapes {sorted(shapes)}; name those of the photographs' classes by --sets"
+        )
     return texts
 
 
@@ -81,6 +86,12 @@ class Loaded:
     tower: nn.Module
     images: Images
     texts: dict[str, Tensor]
+
+    def half(self, name: str) -> "Loaded":
+        """Return the same with one of `HALVES` of the photographs."""
+        every = slice(HALVES[name], None, 2)
+        images = self.images
+        return replace(self, images=Images(images.pixels[every], images.labels[every], images.source))
 
 
 @dataclass(frozen=True)
@@ -99,8 +110,6 @@ class Measuring:
     """Name of the model in open_clip."""
     batch: int = 25
     """Images per forward."""
-    limit: int | None = None
-    """Take this many photographs only."""
     device: str = "cpu"
     """Where the model runs."""
     overwrite: bool = False
@@ -114,7 +123,7 @@ class Measuring:
         """
         texts = load_texts(self.texts, self.sets)
         setting = setting_of(self.model, len(next(iter(texts.values()))))
-        images = load_images(setting, self.data, self.limit)
+        images = load_images(setting, self.data)
         return Loaded(load_model(setting, self.weights).to(self.device), images, texts)
 
     def given(self, loaded: Loaded) -> dict[str, Any]:

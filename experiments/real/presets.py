@@ -7,7 +7,7 @@ from crossget import Random, ToMe, TopK, Ward
 from crossget.methods.reducers import Reducer
 from experiments.ablation.presets import FULL, UNTRAINED
 
-BUDGETS = (69, 50, 58, 80)
+BUDGETS = (50, 69, 58, 80)
 """Multiply-adds, in % of the dense model's."""
 
 

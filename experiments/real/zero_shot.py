@@ -6,29 +6,34 @@ them. Nothing is chosen on photographs: one of them gives the shapes.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 import crossget
+from crossget.methods.reducers import Reducer
 from experiments.ablation.run import cost, described
 from experiments.lib.files import Json, check_names
 from experiments.lib.study import Study
-from experiments.real.clip import RESULTS, Measuring, classified, encode
+from experiments.real.clip import RESULTS, Loaded, Measuring, classified, encode
 from experiments.real.presets import BUDGETS, ROWS
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row at one budget."""
+    """One row at one budget, on one half of the photographs."""
 
     task: str
+    half: str
     preset: str
     budget: int
 
     @property
     def slug(self) -> str:
         """The result file's name."""
-        return f"{self.task}/{self.preset}" + ("" if self.preset == "dense" else f"_{self.budget}")
+        return f"{self.task}/{self.half}/{self.preset}" + ("" if self.preset == "dense" else f"_{self.budget}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Options(Measuring):
     """Rows to run."""
     budgets: tuple[int, ...] = BUDGETS
     """Multiply-adds, in % of the dense model's."""
+    halves: tuple[Literal["odd", "even"], ...] = ("odd", "even")
+    """Every second photograph of the sorted list."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
 
@@ -51,7 +58,8 @@ def grid(options: Options) -> list[Run]:
     """
     check_names("presets", options.presets, ROWS)
     runs = [
-        Run("zero-shot", name, 100 if name == "dense" else budget)
+        Run("zero-shot", half, name, 100 if name == "dense" else budget)
+        for half in options.halves
         for budget in options.budgets
         for name in options.presets
     ]
@@ -60,22 +68,26 @@ def grid(options: Options) -> list[Run]:
 
 def load(options: Options) -> Callable[[Run], Json]:
     """Return the function that fits and measures one run."""
-    loaded = options.load()
-    tower, pixels = loaded.tower, loaded.images.pixels
-    dense = encode(tower, pixels, options.batch, options.device)
-    given, one = options.given(loaded), pixels[:1].to(options.device)
+    everything = options.load()
+    tower, one = everything.tower, everything.images.pixels[:1].to(options.device)
+    given = options.given(everything)
+
+    @cache
+    def half(name: str) -> tuple[Loaded, Tensor]:
+        loaded = everything.half(name)
+        return loaded, encode(tower, loaded.images.pixels, options.batch, options.device)
 
     def measured(run: Run) -> Json:
-        row = ROWS[run.preset]
+        row, (loaded, dense) = ROWS[run.preset], half(run.half)
         if row.method is None:
             config = {**asdict(run), "reducer": None, **given}
             return {"run": config, "result": {**classified(dense, dense, loaded), **cost(tower, None, one)}}
         fitted = crossget.fit_schedule(
             tower, one, flops=run.budget / 100, reducer=row.method, distribution=row.distribution
         ).reducer
-        assert isinstance(fitted, crossget.methods.reducers.Reducer)
+        assert isinstance(fitted, Reducer)
         with crossget.attach(tower, fitted) as attached:
-            features = encode(tower, pixels, options.batch, options.device)
+            features = encode(tower, loaded.images.pixels, options.batch, options.device)
             spent = cost(tower, attached, one)
         config = {**asdict(run), "reducer": described(fitted), **given}
         return {"run": config, "result": {**classified(features, dense, loaded), **spent}}
@@ -85,7 +97,11 @@ def load(options: Options) -> Callable[[Run], Json]:
 
 def select(run: Run) -> dict[str, Any]:
     """Return the options that choose one run alone."""
-    return {"presets": (run.preset,), **({} if run.preset == "dense" else {"budgets": (run.budget,)})}
+    return {
+        "presets": (run.preset,),
+        "halves": (run.half,),
+        **({} if run.preset == "dense" else {"budgets": (run.budget,)}),
+    }
 
 
 STUDY = Study("real-zero-shot", Options, grid, load, select)
