@@ -14,6 +14,8 @@ STUDIES = {
     "coop": "experiments.coop.run",
     "dense": "experiments.dense.run",
     "flops": "experiments.flops.run",
+    "real-saliency": "experiments.real.saliency",
+    "real-text": "experiments.real.text",
     "real-zero-shot": "experiments.real.zero_shot",
     "retrieval": "experiments.retrieval.run",
     "speed-costs": "experiments.speed.costs",
