@@ -14,6 +14,7 @@ STUDIES = {
     "coop": "experiments.coop.run",
     "dense": "experiments.dense.run",
     "flops": "experiments.flops.run",
+    "real-precision": "experiments.real.precision",
     "real-saliency": "experiments.real.saliency",
     "real-text": "experiments.real.text",
     "real-zero-shot": "experiments.real.zero_shot",
