@@ -14,6 +14,7 @@ STUDIES = {
     "coop": "experiments.coop.run",
     "dense": "experiments.dense.run",
     "flops": "experiments.flops.run",
+    "real-budgets": "experiments.real.budgets",
     "real-precision": "experiments.real.precision",
     "real-saliency": "experiments.real.saliency",
     "real-text": "experiments.real.text",

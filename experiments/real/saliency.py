@@ -19,7 +19,7 @@ from crossget import CrossGET, ToMe, TopK, Ward
 from crossget.core.files import read_json
 from crossget.methods.reducers import Reducer
 from experiments.ablation.run import cost, described
-from experiments.ablation.settings import Images, Setting, load_images
+from experiments.ablation.settings import Setting, load_images
 from experiments.lib.files import Json, check_names, file_digest, pack
 from experiments.lib.study import Study
 from experiments.real.clip import RESULTS
@@ -102,8 +102,12 @@ class Options:
     """Where the result files go."""
 
 
-def load_backbone(options: Options) -> nn.Module:
-    """Return the backbone with its weights, in evaluation mode, on its device.
+def load_backbone(weights: Path, config: Path | None = None) -> nn.Module:
+    """Return a DINOv2 with its weights, in evaluation mode.
+
+    Args:
+        weights: safetensors file with the parameters of a transformers Dinov2Model.
+        config: JSON file with what of the Dinov2Config differs from a ViT-S/14 for 518 pixels.
 
     Raises:
         RuntimeError: the file's parameters are not the model's (from `load_state_dict`).
@@ -112,14 +116,14 @@ def load_backbone(options: Options) -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 
     small: Json = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518}
-    changes = {} if options.config is None else read_json(options.config)
+    changes = {} if config is None else read_json(config)
     model: nn.Module = Dinov2Model(Dinov2Config(**{**small, **changes}))
-    model.load_state_dict(load_file(options.backbone))
-    return model.eval().to(options.device)
+    model.load_state_dict(load_file(weights))
+    return model.eval()
 
 
-def load_decoder(options: Options, backbone: Any) -> Decoder:
-    """Return the decoder of the backbone's features, likewise.
+def load_decoder(weights: Path, backbone: Any) -> Decoder:
+    """Return the decoder of a backbone's features with its weights, in evaluation mode.
 
     Raises:
         RuntimeError: the file's parameters are not the decoder's (from `load_state_dict`).
@@ -127,23 +131,22 @@ def load_decoder(options: Options, backbone: Any) -> Decoder:
     from safetensors.torch import load_file
 
     decoder = Decoder((backbone.config.hidden_size, 256, 128, 64))
-    decoder.load_state_dict(load_file(options.decoder))
-    return decoder.eval().to(options.device)
+    decoder.load_state_dict(load_file(weights))
+    return decoder.eval()
 
 
-def read_photographs(options: Options) -> Images:
-    """Return all photographs, resized to a square and normalised as for DINOv2."""
+def square() -> Setting:
+    """Return what images of the DINOv2 need: resized to a square without a crop, whatever their labels are."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    square = _Square(
-        title="", build=nn.Identity, pretrained=None, classes=1 << 30, size=SIZE, resize=SIZE,
+    return _Square(
+        title="DINOv2", build=nn.Identity, pretrained=None, classes=1 << 30, size=SIZE, resize=SIZE,
         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
     )  # fmt: skip
-    return load_images(square, options.data, options.limit)
 
 
 class _Square(Setting):
-    """Images are resized to the square without a crop."""
+    """A setting whose images are resized to the square without a crop."""
 
     def transform(self, train: bool = False) -> Callable[[Any], Tensor]:
         """Return the function from a PIL image to a tensor [3, size, size]."""
@@ -208,9 +211,9 @@ def grid(options: Options) -> list[Run]:
 
 def load(options: Options) -> Callable[[Run], Json]:
     """Return the function that measures one run."""
-    backbone = load_backbone(options)
-    decoder = load_decoder(options, backbone)
-    images = read_photographs(options)
+    backbone = load_backbone(options.backbone, options.config).to(options.device)
+    decoder = load_decoder(options.decoder, backbone).to(options.device)
+    images = load_images(square(), options.data, options.limit)
     dense = maps_of(backbone, decoder, images.pixels, options.batch, options.device)
     one = images.pixels[:1].to(options.device)
     weights = {name: file_digest(file) for name, file in (("backbone", options.backbone), ("decoder", options.decoder))}
