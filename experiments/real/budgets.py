@@ -22,7 +22,7 @@ from experiments.ablation.run import cost, described
 from experiments.ablation.settings import load_images, load_model
 from experiments.lib.files import Json, check_names, file_digest, pack
 from experiments.lib.study import Study
-from experiments.real.clip import HALVES, RESULTS, setting_of
+from experiments.real.clip import HALVES, RESULTS, evenly, setting_of
 from experiments.real.presets import ROWS
 from experiments.real.saliency import load_backbone, square
 
@@ -150,19 +150,15 @@ def load_fitting(options: Options, tower: str) -> Fitting:
         setting, file = square(), options.backbone
         model, title, output = load_backbone(file, options.config), "DINOv2 ViT-S/14", _all_tokens
     images = load_images(setting, options.data)
-    even, odd = (images.pixels[HALVES[half] :: 2] for half in ("even", "odd"))
-    seen, others = _evenly(even, options.fitted_on), _evenly(odd, options.measured_on)
+    seen, others = (
+        images.pixels[evenly(range(HALVES[half], len(images.labels), 2), count)]
+        for half, count in (("even", options.fitted_on), ("odd", options.measured_on))
+    )
     given = {
         "model": title, "weights": None if file is None else {"file": file.name, "sha256": file_digest(file)},
         "data": images.source, "fitted_on": len(seen), "measured_on": len(others),
     }  # fmt: skip
     return Fitting(model.to(options.device), output, seen.to(options.device), others, given)
-
-
-def _evenly(pixels: Tensor, count: int) -> Tensor:
-    """So many of the images, evenly spread over them; all if there are fewer."""
-    count = min(count, len(pixels))
-    return pixels[[i * len(pixels) // count for i in range(count)]]
 
 
 def _itself(features: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The image tower of a CLIP, its photographs and its texts: what every study of this folder measures with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,11 +88,17 @@ class Loaded:
     images: Images
     texts: dict[str, Tensor]
 
-    def half(self, name: str) -> "Loaded":
-        """Return the same with one of `HALVES` of the photographs."""
-        every = slice(HALVES[name], None, 2)
+    def part(self, half: str, limit: int | None = None) -> "Loaded":
+        """Return the same with one of `HALVES` of the photographs, or with so many of it, see `evenly`."""
+        chosen = evenly(range(HALVES[half], len(self.images.labels), 2), limit)
         images = self.images
-        return replace(self, images=Images(images.pixels[every], images.labels[every], images.source))
+        return replace(self, images=Images(images.pixels[chosen], images.labels[chosen], images.source))
+
+
+def evenly(items: Sequence[int], limit: int | None) -> list[int]:
+    """Return so many of the items, evenly spread over them; all if there are fewer, or without a limit."""
+    count = len(items) if limit is None else min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 @dataclass(frozen=True)

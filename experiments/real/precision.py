@@ -142,7 +142,7 @@ class Options(Measuring):
     budget: int = 58
     """Multiply-adds of the method as it is, in % of the dense model's; all its runs remove the same tokens."""
     limit: int = 100
-    """So many of the odd photographs, the first ones of the sorted list."""
+    """So many of the odd photographs, evenly spread over the sorted list."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
 
@@ -167,14 +167,10 @@ def grid(options: Options) -> list[Run]:
 
 def load(options: Options) -> Callable[[Run], Json]:
     """Return the function that measures one run."""
-    loaded = options.load().half("odd")
-    images = replace(
-        loaded.images, pixels=loaded.images.pixels[: options.limit], labels=loaded.images.labels[: options.limit]
-    )
-    loaded = replace(loaded, images=images)
-    tower, pixels = loaded.tower, images.pixels
+    loaded = options.load().part("odd", options.limit)
+    tower, pixels = loaded.tower, loaded.images.pixels
     dense = encode(tower, pixels, options.batch, options.device)
-    given = {**options.given(loaded), "half": "odd", "budget": options.budget}
+    given = {**options.given(loaded), "half": "odd", "n": len(pixels), "budget": options.budget}
 
     @cache
     def fitted(name: str) -> Schedule:

@@ -59,6 +59,8 @@ class Options(Measuring):
     """Multiply-adds without a text, in % of the dense model's."""
     half: Literal["odd", "even"] = "odd"
     """Every second photograph of the sorted list."""
+    limit: int | None = None
+    """So many of that half only, evenly spread."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
 
@@ -92,7 +94,7 @@ def encode_with(
 
 def load(options: Options) -> Callable[[Run], Json]:
     """Return the function that measures one run."""
-    loaded = options.load().half(options.half)
+    loaded = options.load().part(options.half, options.limit)
     tower, pixels, labels = loaded.tower, loaded.images.pixels, loaded.images.labels
     texts, one = next(iter(loaded.texts.values())), pixels[:1].to(options.device)
     dense = encode(tower, pixels, options.batch, options.device)
@@ -120,7 +122,7 @@ def load(options: Options) -> Callable[[Run], Json]:
                 features = encode_with(tower, attached, pixels, texts[classes], options.batch, options.device)
                 attached.set_text_features(texts[0].to(options.device))
                 spent = cost(tower, attached, one)
-        config = {**asdict(run), "half": options.half, "reducer": described(reducer), **given}
+        config = {**asdict(run), "half": options.half, "n": len(labels), "reducer": described(reducer), **given}
         return {"run": config, "result": {**classified(features, dense, loaded), **spent}}
 
     return measured

@@ -74,7 +74,7 @@ def load(options: Options) -> Callable[[Run], Json]:
 
     @cache
     def half(name: str) -> tuple[Loaded, Tensor]:
-        loaded = everything.half(name)
+        loaded = everything.part(name)
         return loaded, encode(tower, loaded.images.pixels, options.batch, options.device)
 
     def measured(run: Run) -> Json:
