@@ -18,6 +18,7 @@ STUDIES = {
     "real-precision": "experiments.real.precision",
     "real-saliency": "experiments.real.saliency",
     "real-text": "experiments.real.text",
+    "real-trained": "experiments.real.distill",
     "real-zero-shot": "experiments.real.zero_shot",
     "retrieval": "experiments.retrieval.run",
     "speed-costs": "experiments.speed.costs",

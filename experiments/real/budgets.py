@@ -182,10 +182,14 @@ def load(options: Options) -> Callable[[Run], Json]:
         loaded, dense = fitting(run.tower)
         method = ROWS[run.preset].method
         budget: dict[str, Any] = {run.budget: run.share / 100}
+        config: Json = {**asdict(run), **loaded.given}
         start = time.perf_counter()
-        fitted = crossget.fit_schedule(
-            loaded.model, loaded.seen, reducer=method, distribution=run.distribution, output=loaded.output, **budget
-        )
+        try:
+            fitted = crossget.fit_schedule(
+                loaded.model, loaded.seen, reducer=method, distribution=run.distribution, output=loaded.output, **budget
+            )
+        except ValueError as refusal:  # what cannot be kept is a result, too
+            return {"run": config, "result": {"refused": str(refusal)}}
         seconds = time.perf_counter() - start
         assert isinstance(fitted.reducer, Reducer)
         with crossget.attach(loaded.model, fitted.reducer) as attached:
@@ -196,8 +200,7 @@ def load(options: Options) -> Callable[[Run], Json]:
             "spread": list(fitted.spread), "used": fitted.distribution, "fit_seconds": round(seconds, 2),
             "distance": round(float(distances.mean()), 6), "distances": pack(distances.numpy()), **spent,
         }  # fmt: skip
-        config = {**asdict(run), "reducer": described(fitted.reducer), **loaded.given}
-        return {"run": config, "result": result}
+        return {"run": {**config, "reducer": described(fitted.reducer)}, "result": result}
 
     return measured
 
