@@ -30,7 +30,7 @@ from experiments.ablation.run import described
 from experiments.lib.files import Json, check_names
 from experiments.lib.study import Study
 from experiments.real.clip import RESULTS, Measuring, classified, encode
-from experiments.real.presets import ROWS
+from experiments.real.presets import ROWS, fit
 
 Rounding = Literal["none", "vectors", "similarities"]
 
@@ -175,10 +175,7 @@ def load(options: Options) -> Callable[[Run], Json]:
     @cache
     def fitted(name: str) -> Schedule:
         """The schedule of the row, which all its runs share."""
-        row, one = ROWS[name], pixels[:1].to(options.device)
-        return crossget.fit_schedule(
-            tower, one, flops=options.budget / 100, reducer=row.method, distribution=row.distribution
-        ).schedule
+        return fit(tower, pixels[:1].to(options.device), ROWS[name], options.budget).schedule
 
     def measured(run: Run) -> Json:
         method = replace(

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import Tensor, nn
+
+import crossget
 from crossget import Random, ToMe, TopK, Ward
 from crossget.methods.reducers import Reducer
 from experiments.ablation.presets import FULL, UNTRAINED
@@ -43,3 +46,19 @@ ROWS: dict[str, Row] = {
     "tome_skip": Row("ToMe, class token only", ToMe(0, class_token_only=True)),
     "topk_attention": Row("TopK, by class attention", TopK(0, importance="class_attention")),
 }
+
+
+def fit(model: nn.Module, one: Tensor, row: Row, budget: int) -> Reducer:
+    """Return the row's reducer at a budget.
+
+    Args:
+        model: not attached.
+        one: [1, 3, H, W], which gives the shapes only.
+        row: not the dense model.
+        budget: multiply-adds, in % of the dense model's.
+    """
+    fitted = crossget.fit_schedule(
+        model, one, flops=budget / 100, reducer=row.method, distribution=row.distribution
+    ).reducer
+    assert isinstance(fitted, Reducer)
+    return fitted

@@ -17,13 +17,12 @@ from torch.nn import functional as F
 import crossget
 from crossget import CrossGET, ToMe, TopK, Ward
 from crossget.core.files import read_json
-from crossget.methods.reducers import Reducer
 from experiments.ablation.run import cost, described
 from experiments.ablation.settings import Setting, load_images
 from experiments.lib.files import Json, check_names, file_digest, pack
 from experiments.lib.study import Study
 from experiments.real.clip import RESULTS
-from experiments.real.presets import BUDGETS, Row
+from experiments.real.presets import BUDGETS, Row, fit
 
 ROWS: dict[str, Row] = {
     "tome": Row("ToMe", ToMe(0)),
@@ -187,16 +186,6 @@ def agreement(maps: Tensor, dense: Tensor) -> Json:
         "maes": pack(errors.double().numpy()),
         "ious": pack(overlaps.double().numpy()),
     }
-
-
-def fit(backbone: nn.Module, one: Tensor, row: Row, budget: int) -> Reducer:
-    """Return the row's reducer at a budget; the photograph [1, 3, H, W] gives the shapes only."""
-    assert row.method is not None
-    fitted = crossget.fit_schedule(
-        backbone, one, flops=budget / 100, reducer=row.method, distribution=row.distribution
-    ).reducer
-    assert isinstance(fitted, Reducer)
-    return fitted
 
 
 def grid(options: Options) -> list[Run]:

@@ -16,20 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
-from crossget import CrossGET, Ward
+from crossget import CrossGET
 from crossget.methods.reducers import Reducer
 from experiments.ablation.run import cost, described
-from experiments.lib.files import Json, check_names
+from experiments.lib.files import Json, check_names, pack
 from experiments.lib.study import Study
-from experiments.real.clip import RESULTS, Measuring, classified, encode
+from experiments.real.clip import RESULTS, SCALE, Measuring, classified, encode
+from experiments.real.presets import ROWS, Row, fit
 
 Target = Literal["none", "true", "wrong", "predicted"]
 TARGETS: tuple[Target, ...] = ("none", "true", "wrong", "predicted")
-METHODS: dict[str, tuple[str, Reducer, Literal["constant", "ramped"]]] = {
-    "crossget": ("CrossGET without cross token", CrossGET(0, cross_token=False), "constant"),
-    "ward": ("Ward by class attention", Ward(0, importance="class_attention"), "ramped"),
+METHODS: dict[str, Row] = {
+    "crossget": Row("CrossGET without cross token", CrossGET(0, cross_token=False)),
+    "ward": ROWS["ward_reading"],
 }
-"""Label, the method while it knows no text, and the distribution of its tokens, which it keeps with a text."""
+"""The methods while they know no text. With one they remove the same numbers of tokens."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,9 @@ def load(options: Options) -> Callable[[Run], Json]:
     @cache
     def first_pass(name: str, budget: int) -> tuple[Reducer, Tensor, Json]:
         """The method fitted to a budget without a text, its features and its cost."""
-        _, method, distribution = METHODS[name]
-        fitted = crossget.fit_schedule(tower, one, flops=budget / 100, reducer=method, distribution=distribution)
-        assert isinstance(fitted.reducer, Reducer)
-        with crossget.attach(tower, fitted.reducer) as attached:
-            return fitted.reducer, encode(tower, pixels, options.batch, options.device), cost(tower, attached, one)
+        reducer = fit(tower, one, METHODS[name], budget)
+        with crossget.attach(tower, reducer) as attached:
+            return reducer, encode(tower, pixels, options.batch, options.device), cost(tower, attached, one)
 
     def measured(run: Run) -> Json:
         reducer, features, spent = first_pass(run.preset, run.budget)
@@ -122,8 +121,10 @@ def load(options: Options) -> Callable[[Run], Json]:
                 features = encode_with(tower, attached, pixels, texts[classes], options.batch, options.device)
                 attached.set_text_features(texts[0].to(options.device))
                 spent = cost(tower, attached, one)
+        losses = F.cross_entropy(SCALE * features @ texts.T, labels, reduction="none").double()
         config = {**asdict(run), "half": options.half, "n": len(labels), "reducer": described(reducer), **given}
-        return {"run": config, "result": {**classified(features, dense, loaded), **spent}}
+        result = {**classified(features, dense, loaded), "loss": float(losses.mean()), "losses": pack(losses.numpy())}
+        return {"run": config, "result": {**result, **spent}}
 
     return measured
 

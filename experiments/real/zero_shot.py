@@ -18,7 +18,7 @@ from experiments.ablation.run import cost, described
 from experiments.lib.files import Json, check_names
 from experiments.lib.study import Study
 from experiments.real.clip import RESULTS, Loaded, Measuring, classified, encode
-from experiments.real.presets import BUDGETS, ROWS
+from experiments.real.presets import BUDGETS, ROWS, fit
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,23 @@ def load(options: Options) -> Callable[[Run], Json]:
         loaded = everything.part(name)
         return loaded, encode(tower, loaded.images.pixels, options.batch, options.device)
 
-    def measured(run: Run) -> Json:
-        row, (loaded, dense) = ROWS[run.preset], half(run.half)
+    @cache
+    def fitted(preset: str, budget: int) -> tuple[Reducer | None, Json]:
+        """The reducer of a row, and what it costs."""
+        row = ROWS[preset]
         if row.method is None:
-            config = {**asdict(run), "reducer": None, **given}
-            return {"run": config, "result": {**classified(dense, dense, loaded), **cost(tower, None, one)}}
-        fitted = crossget.fit_schedule(
-            tower, one, flops=run.budget / 100, reducer=row.method, distribution=row.distribution
-        ).reducer
-        assert isinstance(fitted, Reducer)
-        with crossget.attach(tower, fitted) as attached:
-            features = encode(tower, loaded.images.pixels, options.batch, options.device)
-            spent = cost(tower, attached, one)
-        config = {**asdict(run), "reducer": described(fitted), **given}
+            return None, cost(tower, None, one)
+        reducer = fit(tower, one, row, budget)
+        with crossget.attach(tower, reducer) as attached:
+            return reducer, cost(tower, attached, one)
+
+    def measured(run: Run) -> Json:
+        (loaded, dense), (reducer, spent) = half(run.half), fitted(run.preset, run.budget)
+        features = dense
+        if reducer is not None:
+            with crossget.attach(tower, reducer):
+                features = encode(tower, loaded.images.pixels, options.batch, options.device)
+        config = {**asdict(run), "reducer": described(reducer), **given}
         return {"run": config, "result": {**classified(features, dense, loaded), **spent}}
 
     return measured
