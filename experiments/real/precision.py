@@ -78,6 +78,8 @@ class Coarse(Merging):
         """Sources and destinations of the coarse matching."""
         vectors = self._compared(view)
         if self.channels is not None:
+            if self.channels > vectors.shape[2]:
+                raise ValueError(f"channels={self.channels}: the vectors that are compared have {vectors.shape[2]}")
             vectors = vectors[:, :, :: vectors.shape[2] // self.channels]
         if self.rounding != "none":
             vectors = vectors.bfloat16()
