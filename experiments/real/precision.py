@@ -4,7 +4,7 @@ In every block both matchings choose on the same tokens, the exact one (all chan
 coarse pairs are merged, so that features and their distance from the dense model's show what the choice costs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -141,6 +141,10 @@ class Options(Measuring):
 
     presets: tuple[str, ...] = tuple(METHODS)
     """Methods to run."""
+    roundings: tuple[Rounding, ...] = ("none", "vectors", "similarities")
+    """What is rounded to bfloat16, with all channels."""
+    channels: tuple[int, ...] = (384, 64, 32, 16, 8)
+    """Numbers of channels to compare without rounding, of those that suit a method."""
     budget: int = 58
     """Multiply-adds of the method as it is, in % of the dense model's; all its runs remove the same tokens."""
     limit: int = 100
@@ -156,13 +160,12 @@ def grid(options: Options) -> list[Run]:
         ValueError: a method does not exist.
     """
     check_names("presets", options.presets, METHODS)
-    kinds: Iterable[Rounding] = ("none", "vectors", "similarities")
     return [
         run
         for name in options.presets
         for run in (
-            *(Run("precision", name, kind, None) for kind in kinds),
-            *(Run("precision", name, "none", channels) for channels in METHODS[name][1]),
+            *(Run("precision", name, rounding, None) for rounding in options.roundings),
+            *(Run("precision", name, "none", count) for count in METHODS[name][1] if count in options.channels),
         )
     ]
 
@@ -195,9 +198,11 @@ def load(options: Options) -> Callable[[Run], Json]:
     return measured
 
 
-def select(run: Run) -> dict[str, tuple[str, ...]]:
-    """Return the options that choose a method's runs; its rows are measured together."""
-    return {"presets": (run.preset,)}
+def select(run: Run) -> dict[str, tuple[str | int, ...]]:
+    """Return the options that choose one run alone."""
+    if run.channels is None:
+        return {"presets": (run.preset,), "roundings": (run.rounding,), "channels": ()}
+    return {"presets": (run.preset,), "roundings": (), "channels": (run.channels,)}
 
 
 STUDY = Study("real-precision", Options, grid, load, select)

@@ -121,6 +121,12 @@ def test_the_command_repeats_one_run(files: Path) -> None:
         "python -m experiments.run real-zero-shot --data photos --texts texts.safetensors --sets one two --weights "
         f"clip.safetensors --model {NAME} --presets tome --budgets 50 --halves odd"
     )
+    fewer = precision.Options(**given(files))
+    names = ["tome_none", "tome_vectors", "tome_similarities", "tome_none_32", "tome_none_16", "tome_none_8"]
+    assert [run.slug for run in precision.grid(fewer)[:6]] == [f"precision/{name}" for name in names]
+    for study, own in ((precision, fewer), (zero_shot, options), (text, text.Options(**given(files)))):
+        for run in study.grid(own):  # type: ignore[attr-defined]
+            assert study.grid(replace(own, **study.STUDY.select(run))) == [run]  # type: ignore[attr-defined]
 
 
 def test_files_that_do_not_fit_are_named(files: Path) -> None:
