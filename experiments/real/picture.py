@@ -26,6 +26,8 @@ class Options:
     """Safetensors file with the parameters of the decoder."""
     config: Path | None = None
     """JSON file with what of the Dinov2Config differs from a ViT-S/14 for 518 pixels."""
+    presets: tuple[str, ...] = tuple(ROWS)
+    """Methods; each is a column."""
     budget: int = 50
     """Multiply-adds of the backbone, in % of the dense one's."""
     out: Path = Path(__file__).parent / PICTURE
@@ -42,7 +44,7 @@ def main(options: Options) -> None:
     pixels = torch.stack([read_image(file, setting.transform()) for file in options.photographs])
     dense = maps_of(backbone, decoder, pixels, len(pixels), "cpu")
     columns: list[tuple[str, Any]] = [("dense", dense)]
-    for row in ROWS.values():
+    for row in (ROWS[name] for name in options.presets):
         with crossget.attach(backbone, fit(backbone, pixels[:1], row, options.budget)):
             maps = maps_of(backbone, decoder, pixels, len(pixels), "cpu")
         columns.append((f"{row.label}\nIoU {agreement(maps, dense)['iou']:.0f} %", maps))
