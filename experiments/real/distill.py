@@ -27,7 +27,7 @@ from experiments.lib.study import Study, measured_device
 from experiments.real.clip import RESULTS, Loaded, Measuring, classified, encode, evenly, setting_of
 
 RECIPE = training.Recipe(
-    epochs=1, batch=16, lr=1e-5, weight_decay=0.05, warmup=0.1, clip=1.0, lr_factors={"model.crossget": 10.0}
+    epochs=1, batch=16, lr=3e-6, weight_decay=0.05, warmup=0.2, clip=1.0, lr_factors={"model.crossget": 100.0}
 )
 """A guess that was not compared with others. Cross tokens begin at zero and have few steps: they learn faster."""
 PRESETS = ("dense", "tome_untrained", "crossget_untrained", "crossget", "tome", "control")
