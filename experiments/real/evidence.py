@@ -1,0 +1,182 @@
+"""docs/evidence.md: a short table for each study of published models; RESULTS.md has all rows with intervals."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.ablation.presets import TRAINED
+from experiments.lib.files import ROOT, Json, short_name, unpack
+from experiments.lib.statistics import paired_bootstrap, paired_ratio
+from experiments.lib.study import Page
+from experiments.lib.tables import markdown, show
+from experiments.real import presets, report, saliency, text
+from experiments.real.clip import RESULTS
+from experiments.real.report import BASE, percent, share_of
+
+
+def machine(own: Sequence[Json]) -> str:
+    """Return what results were made on."""
+    return " and ".join(sorted({short_name(content["environment"]) for content in own}))
+
+
+def budgets_of(rows: Any) -> list[int]:
+    """Return the budgets of rows by (name, budget), the mildest first."""
+    return sorted({budget for _, budget in rows if budget != 100}, reverse=True)
+
+
+def zero_shot(results: Sequence[Json]) -> Iterator[str]:
+    """Yield classification without training: means over the sets of texts."""
+    rows = report.zero_shot_rows(results)
+    if not rows:
+        return
+    own, lines, budgets = report.of_task(results, "zero-shot"), [], budgets_of(rows)
+    yield "### Zero-shot classification, nothing trained"
+    if ("dense", 100) in rows:
+        row = rows["dense", 100]
+        yield (
+            f"CLIP ViT-B/16, {row.correct.shape[1]} ImageNet photographs, mean of {len(row.correct)} sets of texts, "
+            f"float32, {machine(own)}. Dense: {np.mean(row.top1):.1f} %. Cells: KL from the dense model, top-1 in %."
+        )
+    for name in presets.ROWS:
+        cells = []
+        for budget in budgets:
+            found = rows.get((name, budget))
+            cells.append(f"{found.divergence.mean():.3f}, {np.mean(found.top1):.1f}" if found else "")
+        one, base = rows.get((name, budgets[-1])), rows.get((BASE, budgets[-1]))
+        ratio = percent(paired_ratio(one.divergence.mean(0), base.divergence.mean(0))) if one and base else ""
+        if any(cells):
+            lines.append([presets.ROWS[name].label, *cells, "" if name == BASE else ratio])
+    headers = [*(f"{budget} % of the FLOPs" for budget in budgets), f"KL at {budgets[-1]} %, in % of ToMe's"]
+    yield markdown(lines, ["method", *headers])
+
+
+def maps(results: Sequence[Json]) -> Iterator[str]:
+    """Yield saliency maps."""
+    rows, own = report.saliency_rows(results), report.of_task(results, "saliency")
+    if not rows:
+        return
+    yield "### Dense prediction: saliency maps"
+    yield (
+        f"DINOv2 ViT-S/14 with a decoder of dense features, {own[0]['result']['n']} photographs, {machine(own)}. "
+        f"Cells: mean absolute error and IoU in % with the dense map "
+        f"([picture](../experiments/real/{report.PICTURE})). TopK's dropped patches get the mean of the others."
+    )
+    budgets, lines = budgets_of(rows), []
+    for name, row in saliency.ROWS.items():
+        found = [rows.get((name, budget)) for budget in budgets]
+        lines.append([row.label, *(f"{one['mae']:.4f}, {one['iou']:.1f}" if one else "" for one in found)])
+    yield markdown(lines, ["method", *(f"{budget} %" for budget in budgets)])
+
+
+def texts(results: Sequence[Json]) -> Iterator[str]:
+    """Yield merging that knows a text: cross-entropy of the true class."""
+    rows, own = report.text_rows(results), report.of_task(results, "text")
+    if not rows:
+        return
+    yield "### A text known while merging"
+    yield (
+        f"The same CLIP, {own[0]['run']['n']} photographs, {machine(own)}. Cells: cross-entropy of the true class. "
+        "The last columns are paired differences to no text."
+    )
+    lines = []
+    for name, budget in sorted({(name, budget) for name, _, budget in rows}, key=lambda key: (-key[1], key[0])):
+        of = {target: rows.get((name, target, budget)) for target in text.TARGETS}
+        base = of["none"]
+        beside = []
+        for target in ("true", "predicted"):
+            one = of[target]
+            if one is None or base is None:
+                beside.append("")
+            else:
+                beside.append(show(paired_bootstrap(unpack(one["losses"]), unpack(base["losses"])), 2))
+        cells = [f"{row['loss']:.3f}" if row else "" for row in of.values()]
+        lines.append([f"{text.METHODS[name].label}, {budget} %", *cells, *beside])
+    headers = ["no text", "true class", "wrong class", "predicted class", "true minus none", "predicted minus none"]
+    yield markdown(lines, ["method", *headers])
+
+
+def precise(results: Sequence[Json]) -> Iterator[str]:
+    """Yield coarse comparisons."""
+    rows, own = report.precision_rows(results), report.of_task(results, "precision")
+    if not rows:
+        return
+    yield "### Coarse comparisons of tokens"
+    yield (
+        f"The same CLIP at {own[0]['run']['budget']} %, {own[0]['run']['n']} photographs, {machine(own)}. Cells: % of "
+        "the exact matching's pairs, KL in % of that of exact comparisons."
+    )
+    columns: list[tuple[str, str, int | None]] = [
+        ("bfloat16 vectors", "vectors", None), ("and similarities", "similarities", None),
+        *((f"{n} channels", "none", n) for n in sorted({n for *_, n in rows if n}, reverse=True)),
+    ]  # fmt: skip
+    lines = []
+    for name in dict.fromkeys(name for name, *_ in rows):
+        cells, exact = [], rows.get((name, "none", None))
+        for _, rounding, channels in columns:
+            row = rows.get((name, rounding, channels))
+            ratio = f", {100 * report.kl(row).mean() / report.kl(exact).mean():.0f}" if row and exact else ""
+            cells.append(f"{row['shared']:.1f}{ratio}" if row else "")
+        lines.append([presets.ROWS[name].label.removeprefix("+ "), *cells])
+    yield markdown(lines, ["method", *(title for title, *_ in columns)])
+
+
+def budgets(results: Sequence[Json]) -> Iterator[str]:
+    """Yield fitted schedules: the distance of each distribution."""
+    own = [c for c in report.of_task(results, "budgets") if c["run"]["budget"] == "flops"]
+    if not own:
+        return
+    run = own[0]["run"]
+    largest = max(abs(c["result"]["predicted"] - share_of(c["result"])) for c in own)
+    yield "### Fitted schedules"
+    yield (
+        f"Fitted on {run['fitted_on']} photographs, measured on {run['measured_on']} others, {machine(own)}. Cells: "
+        "squared distance of the output from the dense model's, over its squared norm. Predicted and counted FLOPs "
+        f"differ by at most {100 * largest:.2f} points."
+    )
+    kinds = ("constant", "ramped", "measured")
+    lines = []
+    for tower, name, share in dict.fromkeys(tuple(c["run"][key] for key in ("tower", "preset", "share")) for c in own):
+        found = {c["run"]["distribution"]: c for c in own
+                 if (c["run"]["tower"], c["run"]["preset"], c["run"]["share"]) == (tower, name, share)}  # fmt: skip
+        title = next(iter(found.values()))["run"]["model"]
+        cells = [f"{found[kind]['result']['distance']:.4f}" if kind in found else "" for kind in kinds]
+        lines.append([f"{title}, {presets.ROWS[name].label}, {share} %", *cells])
+    yield markdown(lines, ["model, method, FLOPs", *kinds])
+
+
+def trained(results: Sequence[Json]) -> Iterator[str]:
+    """Yield distillation: means over the seeds."""
+    rows, own = report.trained_rows(results), report.of_task(results, "trained")
+    if not rows:
+        return
+    run = own[0]["run"]
+    yield "### Trained by distillation"
+    yield (
+        f"The same CLIP, one pass over {run['trained_on']} photographs without labels, {run['measured_on']} ImageNet "
+        f"photographs to measure on, {machine(own)}."
+    )
+    lines = []
+    for name, r in dict.fromkeys((name, r) for name, r, _ in rows):
+        group = [content for (other, s, _), content in rows.items() if (other, s) == (name, r)]
+        found = [report.read([content]) for content in group]
+        centroids = [c["result"]["centroids"]["top1"] for c in group if "centroids" in c["result"]]
+        lines.append([
+            TRAINED[name].label, f"{100 * found[0].share:.0f}", len(group),
+            f"{np.mean([c['result']['cosine'] for c in group]):.4f}",
+            f"{np.mean([row.divergence.mean() for row in found]):.3f}", f"{np.mean([row.top1 for row in found]):.1f}",
+            f"{np.mean(centroids):.1f}" if centroids else "",
+        ])  # fmt: skip
+    headers = ["row", "FLOPs, %", "runs", "cosine with dense", "KL", "top-1", "centroids, top-1"]
+    yield markdown(lines, headers)
+
+
+CHAPTERS: tuple[Callable[[Sequence[Json]], Iterator[str]], ...] = (zero_shot, maps, texts, precise, budgets, trained)
+
+
+def generated(results: Sequence[Json]) -> str:
+    """Return the generated part."""
+    return "\n\n".join(paragraph for chapter in CHAPTERS for paragraph in chapter(results))
+
+
+PAGE = Page(ROOT / "docs" / "evidence.md", RESULTS, generated)
