@@ -71,7 +71,7 @@ class Coarse(Merging):
     def _candidates(self, view: View, vectors: Tensor) -> Candidates:
         return Candidates(
             vectors, view.protected, view.n_protected, view.valid, ties=self.ties or "torch", sizes=view.sizes,
-            n_kept=view.n_kept,
+            wanted=view.wanted,
         )  # fmt: skip
 
     def _coarse(self, view: View, r: int) -> tuple[Tensor, Tensor]:
