@@ -27,7 +27,7 @@ from crossget.core.state import BlockRecord
 from crossget.methods.reducers import Reducer, TowerFacts, View
 
 FACTS = TowerFacts(
-    "the tower 'visual', whose merge units are merged", has_class_token=False, importance="attention", keys="tokens",
+    "the tower 'visual' of merge units", has_class_token=False, importance="attention", keys="tokens",
     keeps_cross_token=False, single_token_output=False, corrects_norms=False,
 )  # fmt: skip
 
@@ -303,6 +303,11 @@ class _SizesInAttention(TorchFunctionMode):
             length = int(query.shape[-2])
             bias = self.biases[self.seen : self.seen + length].to(query)
             self.seen += length
-            kwargs["attn_mask"] = bias[None, None, None]
-            args = args[:3]
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if mask is not None:  # one call for all images, whose mask hides the others
+                bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask + bias
+            if len(args) > 3:
+                args = (*args[:3], bias, *args[4:])
+            else:
+                kwargs["attn_mask"] = bias if mask is not None else bias[None, None, None]
         return func(*args, **kwargs)

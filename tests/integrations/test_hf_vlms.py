@@ -186,15 +186,17 @@ def test_paligemma_with_suffixes() -> None:
 # What cannot be reduced ----------------------------------------------------------------------------------------------
 
 
-def test_qwen2_vl_takes_a_forward() -> None:
+def test_qwen2_vl_has_merge_units() -> None:
     text = {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "mlp_ratio": 2}
     settings = {"text_config": text} if VERSION >= (4, 52) else text
     with torch.device("meta"):
         made = transformers.Qwen2VLConfig(**settings, vision_config=vision)
         model = transformers.Qwen2VLForConditionalGeneration(made)
-    with pytest.raises(TypeError, match="Qwen2VLForConditionalGeneration .*meta device"):
+    with pytest.raises(ValueError, match="CrossGET.* has a cross token, and the tower 'visual'"):
         crossget.attach(model, crossget.CrossGET(r=2))
+    with crossget.attach(model, crossget.Ward(r=2)) as attached:
+        assert "visual: 2 blocks (Qwen2VLVisionBlock), merge units of 4 patches" in str(attached)
 
 
 def test_swin_is_refused() -> None:
