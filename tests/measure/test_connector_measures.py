@@ -85,7 +85,10 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One family whose tower takes images of any size is not slow.
+@pytest.mark.parametrize(
+    "name", [name if name == "qwen2.5" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_stages(name: str) -> None:
     """The language model gets what stays of every unit, and its cost is that of a shorter prompt."""
     make, given, features, unit = FAMILIES[name]
@@ -137,6 +140,7 @@ def test_one_forward_costs_its_stages() -> None:
         assert count.total == cost.prefill + (cost.prompt - 1) * C * 60
 
 
+@pytest.mark.slow
 def test_of_tiles_together() -> None:
     model = internvl()
     with crossget.attach(model, {"connector": Ward(Keep(5, per="image"))}):
