@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": {"methods", "core", "measure", "checkpoints"},
 }
 # What an integration may use beside the core, since it is a program of its own that others start.
-PROGRAMS = {"integrations/lmms_eval.py", "integrations/lmms_eval_llava.py"}
+PROGRAMS = {f"integrations/{name}.py" for name in ("lmms_eval", "lmms_eval_connector", "lmms_eval_llava")}
 
 
 def modules() -> dict[str, Path]:

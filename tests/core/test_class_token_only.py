@@ -165,6 +165,7 @@ def test_gradients_are_the_same() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_budget_counts_it() -> None:
     model = small()
     found = crossget.fit_schedule(model, IMAGE, flops=0.7, reducer=crossget.ToMe(0, class_token_only=True))

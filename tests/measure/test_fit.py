@@ -592,6 +592,7 @@ def test_the_search_warns_of_nothing() -> None:
         crossget.fit_schedule(vit(depth=2), images(2), flops=0.8, reducer=TOME, distribution="constant")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::crossget.core.discovery.DiscoveryWarning")
 def test_a_stage_of_a_pyramid_is_fitted_by_name_only() -> None:
     model, inputs = unregistered_models.build(unregistered_models.KINDS["pyramid"])
