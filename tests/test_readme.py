@@ -5,10 +5,12 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.version import Version
 
 from crossget.core.adapters import _adapters, unregister
 
@@ -21,6 +23,7 @@ MOST_NOT_RUN = 4  # over all pages; a page of code that nobody runs is soon wron
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n`]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 LINK = re.compile(r"\]\((?!\w+:)([^)\s#]*)#?([^)\s]*)\)")  # to a file of the repository: (file, heading)
 NOT_RUN = re.compile(r"<!-- *not run:(?P<reason>[^\n]*?)-->\s*\Z")
+NEEDS = re.compile(r"<!-- *needs (?P<package>\w+) (?P<version>[\d.]+) *-->\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,26 @@ class Block:
     code: str
     line: int  # of the first line of code in its page, from 1
     not_run: str | None  # the reason, or None
+    needs: tuple[str, str] | None = None  # a package and its first version, or None
+
+    @property
+    def runs(self) -> bool:
+        if self.needs is None:
+            return self.not_run is None
+        return Version(metadata.version(self.needs[0])) >= Version(self.needs[1])
 
 
 def blocks(text: str) -> list[Block]:
     found = []
     for match in FENCE.finditer(text):
-        not_run = NOT_RUN.search(text, 0, match.start())
+        not_run, needs = NOT_RUN.search(text, 0, match.start()), NEEDS.search(text, 0, match.start())
         found.append(
             Block(
                 language=match["language"].lower(),
                 code=textwrap.dedent(match["code"]),
                 line=text.count("\n", 0, match.start("code")) + 1,
                 not_run=not_run["reason"].strip() if not_run else None,
+                needs=(needs["package"], needs["version"]) if needs else None,
             )
         )
     return found
@@ -75,7 +86,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_code_runs_as_printed(page: Path, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what the code writes is not left in the checkout
     for block in python_blocks(page):
-        if block.not_run is None:
+        if block.runs:
             # The empty lines make a traceback point at the line of the page.
             code = "\n" * (block.line - 1) + block.code
             exec(compile(code, str(page), "exec"), module.__dict__)
@@ -153,6 +164,8 @@ class TestParser:
         assert [block.not_run for block in blocks(self.PAGE)] == [None, "downloads a model", None, None]
         assert blocks("<!-- not run: -->\n```python\n```\n")[0].not_run == ""
         assert blocks("<!-- not run: no -->\ntext\n```python\n```\n")[0].not_run is None
+        assert not blocks("<!-- needs torch 99.0 -->\n```python\n```\n")[0].runs
+        assert blocks("<!-- needs torch 2.4 -->\n```python\n```\n")[0].runs
 
     def test_reason_of_an_earlier_block_does_not_reach_over(self) -> None:
         text = "<!-- not run: a -->\n```python\n```\n<!-- other -->\n```python\n```\n"

@@ -56,3 +56,8 @@ def flat(index: Tensor, tokens: int) -> Tensor:
         return index.reshape(-1)
     first = torch.arange(0, batch * tokens, tokens, device=index.device)
     return (index + first[:, None]).view(-1)
+
+
+def in_vmap(values: Tensor) -> bool:
+    """Whether a tensor is one of many in `torch.vmap`, whose values cannot decide on shapes."""
+    return bool(torch._C._functorch.is_batchedtensor(values))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossget.methods import kernels
-from crossget.methods.indexing import exceeds, exporting_to_onnx, size_of, take
+from crossget.methods.indexing import exceeds, exporting_to_onnx, in_vmap, size_of, take
 from crossget.methods.pairs import ALL, BUDGET, Similarity, Square, Tiles, bands, symmetric
 
 Ties = Literal["torch", "stable"]
@@ -192,7 +192,7 @@ class Candidates:
             return torch.topk(values, size_of(values, 1), dim=1, largest=descending).indices
         if self.ties == "stable":
             return torch.sort(values, dim=1, descending=descending, stable=True).indices
-        fixed = torch.compiler.is_compiling() or torch._C._is_tracing()  # then lengths are not known
+        fixed = torch.compiler.is_compiling() or torch._C._is_tracing() or in_vmap(values)  # lengths are not known
         if own is None or values.device.type != "cpu" or fixed:
             return torch.argsort(values, dim=1, descending=descending)
         # How a CPU orders equal values depends on their number. So the rows of each length are sorted alone.

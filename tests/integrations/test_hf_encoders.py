@@ -536,6 +536,7 @@ def test_a_text_is_what_it_is_alone(method: Reducer, lengths: list[int], more: i
     torch.testing.assert_close(together, torch.cat([out.pooler_output for out in alone]), rtol=0, atol=atol)
 
 
+@since("Siglip2Model")
 @pytest.mark.parametrize("method", ALONE, ids=repr)
 def test_an_image_is_what_it_is_alone(method: Reducer) -> None:
     model, (x, mask, shapes) = contract.build(chosen("Siglip2VisionModel-sdpa")[0].values[0])

@@ -444,7 +444,8 @@ def test_a_text_is_what_it_is_alone(name: str, method: Reducer) -> None:
     with randomised(model, method):
         together = encode(model, ids)
         alone = torch.cat([encode(model, row[None, :n]) for row, n in zip(ids, lengths, strict=True)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
+    # The softmax of T5 is in float32 in older versions.
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6 if name.startswith("mt5") else 1e-9)
 
 
 @pytest.mark.parametrize("name", ["causal", "coca"])
