@@ -80,7 +80,7 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
         "The last columns are paired differences to no text."
     )
     lines = []
-    for name, budget in sorted({(name, budget) for name, _, budget in rows}, key=lambda key: (-key[1], key[0])):
+    for name, budget in dict.fromkeys((name, budget) for name, _, budget in rows):
         of = {target: rows.get((name, target, budget)) for target in text.TARGETS}
         base = of["none"]
         beside = []

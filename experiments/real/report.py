@@ -124,8 +124,12 @@ def zero_shot(results: Sequence[Json]) -> Iterator[str]:
 
 
 def text_rows(results: Sequence[Json]) -> dict[tuple[str, str, int], Json]:
-    """Return the results by (method, text, budget)."""
-    return {(c["run"]["preset"], c["run"]["target"], c["run"]["budget"]): c["result"] for c in of_task(results, "text")}
+    """Return the results by (method, text, budget), the mildest first."""
+    found = {
+        (c["run"]["preset"], c["run"]["target"], c["run"]["budget"]): c["result"] for c in of_task(results, "text")
+    }
+    order = [(name, target, budget) for budget in (80, 69, 58, 50) for name in text.METHODS for target in text.TARGETS]
+    return {key: found[key] for key in order if key in found}
 
 
 TEXTS = {
@@ -144,7 +148,7 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
         f"are of the set {own[0]['run']['texts']['sets'][0]}. Cross-entropy is that of the true class."
     )
     lines = []
-    for (name, target, budget), row in sorted(rows.items(), key=lambda item: -item[0][2]):
+    for (name, target, budget), row in rows.items():
         base, wrong = rows.get((name, "none", budget)), rows.get((name, "wrong", budget))
         first = next(iter(row["sets"].values()))
         losses = [
