@@ -90,7 +90,7 @@ def zero_shot_rows(results: Sequence[Json]) -> dict[tuple[str, int], Classified]
 
 
 def mildest_first(found: Mapping[Any, T], *names: Iterable[str]) -> dict[Any, T]:
-    """Return rows by a key whose last part is the budget, sorted by it, and then as the names of the other parts are."""
+    """Return rows by a key whose last part is the budget, sorted by it, then as the names of the other parts are."""
     places = [list(one) for one in names]
 
     def place(key: tuple[Any, ...]) -> tuple[int, ...]:
