@@ -1,9 +1,9 @@
 """The tables of published models: RESULTS.md has all rows with their intervals."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from experiments.real.clip import HALVES, RESULTS
 
 PICTURE = "figures/saliency.png"
 BASE = "tome"
+T = TypeVar("T")
 ROUNDINGS = {
     "none": "all channels, float32",
     "vectors": "vectors in bfloat16",
@@ -85,8 +86,17 @@ def zero_shot_rows(results: Sequence[Json]) -> dict[tuple[str, int], Classified]
         found.setdefault((run["preset"], run["budget"]), {})[run["half"]] = content
     halves = [half for half in HALVES if all(half in row for row in found.values())]
     rows = {key: read([row[half] for half in halves]) for key, row in found.items() if halves}
-    order = [(name, budget) for budget in (100, 80, 69, 58, 50) for name in presets.ROWS]
-    return {key: rows[key] for key in order if key in rows}
+    return mildest_first(rows, presets.ROWS)
+
+
+def mildest_first(found: Mapping[Any, T], *names: Iterable[str]) -> dict[Any, T]:
+    """Return rows by a key whose last part is the budget, sorted by it, then as the names of the other parts are."""
+    places = [list(one) for one in names]
+
+    def place(key: tuple[Any, ...]) -> tuple[int, ...]:
+        return (-key[-1], *(one.index(name) for one, name in zip(places, key[:-1], strict=True)))
+
+    return {key: found[key] for key in sorted(found, key=place)}
 
 
 def percent(interval: Interval) -> str:
@@ -124,8 +134,11 @@ def zero_shot(results: Sequence[Json]) -> Iterator[str]:
 
 
 def text_rows(results: Sequence[Json]) -> dict[tuple[str, str, int], Json]:
-    """Return the results by (method, text, budget)."""
-    return {(c["run"]["preset"], c["run"]["target"], c["run"]["budget"]): c["result"] for c in of_task(results, "text")}
+    """Return the results by (method, text, budget), the mildest first."""
+    found = {
+        (c["run"]["preset"], c["run"]["target"], c["run"]["budget"]): c["result"] for c in of_task(results, "text")
+    }
+    return mildest_first(found, text.METHODS, text.TARGETS)
 
 
 TEXTS = {
@@ -144,7 +157,7 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
         f"are of the set {own[0]['run']['texts']['sets'][0]}. Cross-entropy is that of the true class."
     )
     lines = []
-    for (name, target, budget), row in sorted(rows.items(), key=lambda item: -item[0][2]):
+    for (name, target, budget), row in rows.items():
         base, wrong = rows.get((name, "none", budget)), rows.get((name, "wrong", budget))
         first = next(iter(row["sets"].values()))
         losses = [
@@ -163,8 +176,7 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
 def saliency_rows(results: Sequence[Json]) -> dict[tuple[str, int], Json]:
     """Return the results by (method, budget), the mildest first."""
     found = {(c["run"]["preset"], c["run"]["budget"]): c["result"] for c in of_task(results, "saliency")}
-    order = [(name, budget) for budget in (80, 69, 58, 50) for name in saliency.ROWS]
-    return {key: found[key] for key in order if key in found}
+    return mildest_first(found, saliency.ROWS)
 
 
 def maps(results: Sequence[Json]) -> Iterator[str]:

@@ -107,6 +107,7 @@ def test_zero_shot_from_photographs_to_tables(files: Path, tmp_path: Path) -> No
     assert found == pytest.approx(torch.cat([expected[1::2], expected[::2]]).numpy(), rel=2e-3, abs=2e-3)
     text = "\n".join(report.zero_shot(contents))
     assert "12 photographs" in text
+    assert f"{rows['tome', 69].divergence.mean():.3f}" in "\n".join(evidence.zero_shot(contents))
     assert "6 photographs" in "\n".join(report.zero_shot([c for c in contents if c["run"]["half"] == "odd"]))
     contents[0]["run"]["data"] = {"folder": "others"}
     with pytest.raises(ValueError, match="differ in 'data'"):
@@ -159,6 +160,7 @@ def test_each_photograph_is_merged_with_its_own_text(files: Path, tmp_path: Path
         loss = -float((100 * feature @ loaded.texts["one"].T).log_softmax(1)[0, label])
         assert unpack(own["result"]["losses"])[i] == pytest.approx(loss, rel=2e-3)
     assert "of the predicted class" in "\n".join(report.texts(contents))
+    assert f"{rows['ward', 'true', 69]['loss']:.3f}" in "\n".join(evidence.texts(contents))
 
 
 @pytest.mark.slow
@@ -172,6 +174,7 @@ def test_saliency_from_photographs_to_a_picture(files: Path, tmp_path: Path) -> 
     rows = report.saliency_rows(contents)
     assert all(0.6 < report.share_of(row) <= 0.69 and row["mae"] > 0 and row["n"] == 3 for row in rows.values())
     assert "3 photographs" in "\n".join(report.maps(contents))
+    assert f"{rows['topk', 69]['mae']:.4f}" in "\n".join(evidence.maps(contents))
     picture.main(picture.Options(
         photographs=(files / "photos" / "00.png",), **parts, presets=("topk",), budget=69, out=tmp_path / "maps.png"
     ))  # fmt: skip
@@ -226,6 +229,7 @@ def test_precision_from_photographs_to_a_table(files: Path, tmp_path: Path) -> N
     assert rows["tome", "none", None]["shared"] == 100
     assert rows["tome", "none", 8]["shared"] < 100
     assert "4 photographs" in "\n".join(report.precise(contents))
+    assert f"{rows['tome', 'none', 16]['shared']:.1f}, " in "\n".join(evidence.precise(contents))
 
 
 @pytest.mark.slow
@@ -243,6 +247,7 @@ def test_budgets_from_photographs_to_a_table(files: Path, tower: Any, tmp_path: 
         assert result["predicted"] <= 0.69
         assert len(unpack(result["distances"])) == 3
     assert "2 photographs, measured on 3 others" in "\n".join(report.budgets(contents))
+    assert all(f"{c['result']['distance']:.4f}" in "\n".join(evidence.budgets(contents)) for c in contents)
     refused = {"run": {**contents[0]["run"], "budget": "latency", "share": 60}, "result": {"refused": "no"}}
     shown = "\n".join(report.budgets([*contents, {**contents[0], **refused}]))
     assert "refused" in shown
@@ -267,6 +272,7 @@ def test_training_from_photographs_to_a_table(files: Path, tmp_path: Path) -> No
     assert min(rows["crossget"]["cross_tokens"]) > 0
     assert rows["dense"]["centroids"]["n"] == 12
     assert "8 photographs to train on" in "\n".join(report.trained(contents))
+    assert f"{rows['tome']['cosine']:.4f}" in "\n".join(evidence.trained(contents))
 
 
 def test_photographs_to_train_on_are_spread_over_all_folders(files: Path, tmp_path: Path) -> None:
