@@ -57,7 +57,7 @@ def by_attention(weights: Tensor, valid: Tensor | None = None) -> Tensor:
         place = valid.cumsum(1)
         last = valid & (place == place[:, -1:])
         share = (valid & ~last).to(weights.dtype) / (place[:, -1:] - 1).clamp(min=1) + last.to(weights.dtype)
-        share = share.view(len(share), *(1,) * (weights.dim() - 2), -1)
+        share = share.reshape(share.shape[0], *[1] * (weights.dim() - 2), share.shape[1])
         return (share @ weights).squeeze(-2)
     return weights[..., :-1, :].mean(-2) + weights[..., -1, :]
 
