@@ -246,6 +246,8 @@ class Attachment:
         by_name = by_tower(towers, chosen) if chosen else {}
         for name, reducer in by_name.items():  # errors are raised before anything changes
             attached_tower(towers[name], reducer)
+        for name, reducer in others.items():
+            parts[name].resolve(reducer)
         for name, reducer in {**others, **by_name}.items():
             parts[name].set_reducer(reducer)
 

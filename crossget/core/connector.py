@@ -10,9 +10,8 @@ Shapes: n features of one unit (an image or tile) before the reduction, k after 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossget.core.carried import ThreadValue
+from crossget.core.attached_place import AttachedPlace
 from crossget.core.state import BlockRecord
 from crossget.methods.importance import attention_received
 from crossget.methods.indexing import take
@@ -288,33 +287,20 @@ class ConnectorRecord:
         return records or None
 
 
-class AttachedConnector:
+class AttachedConnector(AttachedPlace[ConnectorRecord]):
     """A connector with the reducer that is attached to it.
 
     Attributes:
         connector: where the features are.
-        recording: forwards that begin now are recorded.
         has_copies: the tower merges units, and its features are copies of them, see `crossget.core.merge_units`.
     """
 
     def __init__(self, connector: Connector, reducer: Reducer, *, has_copies: bool = False) -> None:
-        self.connector, self.recording, self.has_copies = connector, False, has_copies
-        self._records: ThreadValue[ConnectorRecord] = ThreadValue()
-        self._latest = ConnectorRecord()
-        self._own: ThreadValue[Reducer] = ThreadValue()
-        self._reducer = reducer
-        self.set_reducer(reducer)
+        self.connector, self.has_copies = connector, has_copies
+        super().__init__(reducer, ConnectorRecord)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_latest": ConnectorRecord()}
-
-    @property
-    def reducer(self) -> Reducer:
-        """The method, with all fields resolved."""
-        return self._own.get() or self._reducer
-
-    def set_reducer(self, reducer: Reducer) -> None:
-        """Set the method.
+    def resolve(self, reducer: Reducer) -> Reducer:
+        """The method with all fields resolved.
 
         Raises:
             ValueError: it cannot work behind the connector, or asks for sizes in attentions that take no bias.
@@ -327,10 +313,7 @@ class AttachedConnector:
                 "or leave it out"
             )
         self._check(resolved.schedule)
-        if self._own.get() is None:
-            self._reducer = resolved
-        else:
-            self._own.set(resolved)
+        return resolved
 
     def _check(self, keep: Any) -> None:
         if not isinstance(keep, Keep):
@@ -342,26 +325,6 @@ class AttachedConnector:
             raise ValueError(f"{keep} on {kind}: which tiles are of one image is not known there; leave per out")
         if keep.positions == "renumbered" and hasattr(self.connector.parts, "get_rope_index"):
             raise ValueError(f"{keep} on {kind}: its positions are those of the image grid; leave positions out")
-
-    @contextlib.contextmanager
-    def own_reducer(self) -> Iterator[None]:
-        """Context in which `set_reducer` is for this thread only."""
-        before = self._own.get()
-        self._own.set(self.reducer)
-        try:
-            yield
-        finally:
-            self._own.set(before)
-
-    @property
-    def last_record(self) -> ConnectorRecord:
-        """The record of this thread's last forward; of the last one of any thread, if this one has run none."""
-        return self._records.get() or self._latest
-
-    @last_record.setter
-    def last_record(self, record: ConnectorRecord) -> None:
-        self._latest = record
-        self._records.set(record)
 
     @property
     def uses_text(self) -> bool:

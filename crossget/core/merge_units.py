@@ -11,7 +11,7 @@ Shapes: N patches of all images, S patches of a unit, U units, C channels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from crossget.core.attached_place import AttachedPlace
 from crossget.core.block_class import argument_names, unwrap, wrap
 from crossget.core.carried import ThreadValue
 from crossget.core.state import BlockRecord
@@ -102,35 +103,20 @@ class _State:
         return (self.kept[:, None] * size + torch.arange(size, device=self.kept.device)).flatten()
 
 
-class AttachedUnits:
-    """A tower with merge units, and the reducer that is attached to it.
+class AttachedUnits(AttachedPlace[UnitRecord]):
+    """A tower with merge units, and the reducer that is attached to it. Its blocks are not recorded.
 
     Attributes:
         units: the tower.
-        recording: has no effect, as blocks of packed towers are not recorded.
     """
 
-    cross_vectors: None = None
-
     def __init__(self, units: UnitTower, reducer: Reducer) -> None:
-        self.units, self.recording = units, False
+        self.units = units
         self._states: ThreadValue[_State] = ThreadValue()
-        self._records: ThreadValue[UnitRecord] = ThreadValue()
-        self._latest = UnitRecord()
-        self._own: ThreadValue[Reducer] = ThreadValue()
-        self._reducer = reducer
-        self.set_reducer(reducer)
+        super().__init__(reducer, UnitRecord)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_latest": UnitRecord()}
-
-    @property
-    def reducer(self) -> Reducer:
-        """The method, with all fields resolved."""
-        return self._own.get() or self._reducer
-
-    def set_reducer(self, reducer: Reducer) -> None:
-        """Set the method.
+    def resolve(self, reducer: Reducer) -> Reducer:
+        """The method with all fields resolved.
 
         Raises:
             ValueError: it needs what merge units do not have: a cross token, a class token, attention received.
@@ -140,25 +126,7 @@ class AttachedUnits:
         resolved = reducer.resolved(FACTS)
         if resolved.needs_attention or resolved.needs_text:
             raise ValueError(f"{resolved} scores tokens by attention or text, which merge units do not have")
-        if self._own.get() is None:
-            self._reducer = resolved
-        else:
-            self._own.set(resolved)
-
-    @contextlib.contextmanager
-    def own_reducer(self) -> Iterator[None]:
-        """Context in which `set_reducer` is for this thread only."""
-        before = self._own.get()
-        self._own.set(self.reducer)
-        try:
-            yield
-        finally:
-            self._own.set(before)
-
-    @property
-    def last_record(self) -> UnitRecord:
-        """The record of this thread's last forward; of the last one of any thread, if this one has run none."""
-        return self._records.get() or self._latest
+        return resolved
 
     # In the host's entry points ---------------------------------------------------------------------------------
 
@@ -179,6 +147,11 @@ class AttachedUnits:
     def _around_tower(
         self, names: list[str], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if any(getattr(block, "gradient_checkpointing", False) and block.training for block in self.units.blocks):
+            raise RuntimeError(
+                f"{FACTS.name} cannot be trained with gradient checkpointing, which runs its blocks again without what "
+                "was merged before: call gradient_checkpointing_disable() on the tower, or leave 'visual' out"
+            )
         grid = {**dict(zip(names, args)), **kwargs}[self.units.grid]  # noqa: B905
         state = _State(self.reducer, grid.prod(-1) // self.units.size)
         self._states.set(state)
@@ -187,8 +160,7 @@ class AttachedUnits:
         finally:
             self._states.set(None)
         state.record.source = state.source[None]
-        self._latest = state.record
-        self._records.set(state.record)
+        self.last_record = state.record
         return out
 
     def _around_block(

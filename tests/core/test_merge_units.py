@@ -150,6 +150,16 @@ def test_gradients_and_dropped_units() -> None:
     assert all(block.attn.qkv.weight.grad.abs().sum() > 0 for block in made.model.visual.blocks)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on how it checkpoints
+def test_gradient_checkpointing_is_refused() -> None:
+    made = model("Qwen2VL")
+    made.gradient_checkpointing_enable()
+    with crossget.attach(made.train(), crossget.Ward(2)):
+        with pytest.raises(RuntimeError, match="cannot be trained with gradient checkpointing"):
+            made.get_image_features(**images(), return_dict=True)
+        made.eval().get_image_features(**images(), return_dict=True)
+
+
 @pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3VL"])
 def test_with_the_connector(family: str) -> None:
     """Units that were merged in the tower are one feature behind the connector, with their size."""
