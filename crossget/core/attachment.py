@@ -147,8 +147,8 @@ class Attachment:
 
         A record keeps the tokens of every block in memory.
 
-        The records are those of the last forward. There are none of compiled forwards, and none of language models that
-        generate, as their tokens are not reduced.
+        The records are those of the last forward. There are none of compiled forwards, none of language models that
+        generate, as their tokens are not reduced, and none of packed towers that merge whole units.
         """
         before = {name: attached.recording for name, attached in self._parts.items()}
         for attached in self._parts.values():
