@@ -282,7 +282,7 @@ class TestFlops:
         report = json.loads(capsys.readouterr().out)
         assert (report["dense"]["image_tokens"], report["reduced"]["image_tokens"]) == (576, 64)
         assert report["reducers"].keys() == {"connector"}
-        assert report["reducers"]["connector"].startswith("ToMe(Keep(tokens=64")
+        assert report["reducers"]["connector"].startswith("ToMe(Keep(64)")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

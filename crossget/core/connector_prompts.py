@@ -72,7 +72,7 @@ class Columns:
         self.row, self.source = (self.place >= 0).nonzero(as_tuple=True)
         self.column = self.place[self.row, self.source]
 
-    def take(self, values: Tensor, fill: float = 0) -> Tensor:
+    def take(self, values: Tensor, fill: int = 0) -> Tensor:
         """[B, S + T, ..] -> [B, S + W, ..], with `fill` at padding. S is what a mask has for cached tokens."""
         cached, values = values.tensor_split([values.shape[1] - self.tokens], 1)
         row, source, column = (index.to(values.device) for index in (self.row, self.source, self.column))

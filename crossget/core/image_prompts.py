@@ -131,7 +131,7 @@ class _Call:
         if each == self.reduced:
             return dict(self.arguments), (Turn.unchanged(self.is_image),)
         shortening = self._shortening([_Piece(self.is_image.shape[1], self.dense, self.reduced)])
-        kept = shortening.take(self.is_image, False)
+        kept = shortening.take(self.is_image, 0)
         return self._apply(shortening), (Turn(self.is_image, kept, self.dense, self.reduced),)
 
     def continued(self, turns: tuple[Turn, ...] | None) -> tuple[dict[str, Any], tuple[Turn, ...] | None]:
@@ -210,7 +210,7 @@ class _Call:
                 if bool((tail.sum(1) % dense).any()):
                     continue
                 shortening = self._shortening([*head, _Piece(tail.shape[1], dense, reduced)])
-                kept = shortening.take(self.is_image, False)
+                kept = shortening.take(self.is_image, 0)
                 fits = int(kept[:, self.cached :].sum()) == self.images * self.reduced if self.images else (
                     not bool(kept[:, self.cached :].any())
                 )  # fmt: skip
@@ -417,13 +417,13 @@ class _Shortening:
             new["cache_position"] = first + torch.arange(self.width, device=first.device)
         return new
 
-    def take(self, values: Tensor, fill: float) -> Tensor:
+    def take(self, values: Tensor, fill: int) -> Tensor:
         """[B, S + T, ..] -> [B, S + width, ..]. S is the number of cached tokens in a mask; otherwise 0."""
         cached, values = values.tensor_split([values.shape[1] - self.tokens], 1)
         taken = self._place(values.flatten(0, 1)[self.source.to(values.device)], fill)
         return torch.cat([cached, taken], 1) if cached.shape[1] else taken
 
-    def _place(self, values: Tensor, fill: float) -> Tensor:
+    def _place(self, values: Tensor, fill: int) -> Tensor:
         """[N, ..] values of the new tokens -> [B, width, ..], with `fill` at padding."""
         out = values.new_full((len(self.lengths), self.width, *values.shape[1:]), fill)
         return out.index_put((self.row.to(values.device), self.column.to(values.device)), values)
@@ -507,7 +507,7 @@ def before_forward(
     named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
     name = next((name for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
     # `generate`, or the forward of a larger module around this one, has shortened the prompt.
-    if name is None or torch.compiler.is_compiling() or attached.generating.get() or hasattr(named[name], _NOTE):
+    if name is None or torch.compiler.is_compiling() or attached.prompt_is_short.get() or hasattr(named[name], _NOTE):
         return (), named
     new, turns = shorten(prompt, attached, named, generates=False)
     if turns is not None:
@@ -518,7 +518,7 @@ def before_forward(
 
 def after_forward(attached: AttachedTower, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """Forward hook with keyword arguments: notes on the cache what `before_forward` has done."""
-    if torch.compiler.is_compiling() or attached.generating.get():
+    if torch.compiler.is_compiling() or attached.prompt_is_short.get():
         return
     turns = getattr(first_given(kwargs, "input_ids", "inputs_embeds"), _NOTE, None)
     for cache in (first_given(kwargs, "cache", "past_key_values"), _cache_in(out)):
@@ -540,7 +540,7 @@ def around_generate(
         shift_limits(shortened, int(new.shape[1]) - int(old.shape[1]))
     # First: an interrupted `generate` leaves some of the tokens in the caller's cache.
     _note(first_given(arguments, "cache", "past_key_values"), turns, attached)
-    with attached.in_generate():
+    with attached.in_generate(prompt_is_short=True):
         out = original(**shortened)
     _note(_cache_in(out), turns, attached)
     if new is old or arguments.get("input_ids") is None:  # generated from embeddings, the output has no prompt

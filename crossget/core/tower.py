@@ -113,7 +113,8 @@ class AttachedTower:
         outputs: what the blocks return in the forward that begins next, set by an entry point of the host; None: the
             default.
         caller: the frame of the call that set `outputs`, where an interruption can end that call unnoticed.
-        generating: the host's `generate` runs.
+        generating: forwards run as in the host's `generate`, see `Attachment.generating`.
+        prompt_is_short: the host's `generate` runs, and has been given a prompt that fits the reduced tokens.
         identity: tells this tower from others, see `crossget.core.image_prompts`. Copies have the same one.
     """
 
@@ -136,6 +137,7 @@ class AttachedTower:
         self.outputs: ThreadValue[HostOutputs] = ThreadValue()
         self.caller: ThreadValue[FrameType] = ThreadValue()
         self.generating: ThreadValue[bool] = ThreadValue()
+        self.prompt_is_short: ThreadValue[bool] = ThreadValue()
         self._reducer_of_thread: ThreadValue[Reducer] = ThreadValue()
         self._reducer = self._latest_reducer = reducer
         self.set_reducer(reducer)
@@ -516,14 +518,16 @@ class AttachedTower:
         self.caller.set(None)
 
     @contextlib.contextmanager
-    def in_generate(self) -> Iterator[None]:
-        """Context in which the host's `generate` runs, which returns no intermediate outputs of the tower."""
-        outer = self.generating.get()
+    def in_generate(self, *, prompt_is_short: bool = False) -> Iterator[None]:
+        """Context in which forwards run as in the host's `generate`, which returns no intermediate outputs."""
+        outer = self.generating.get(), self.prompt_is_short.get()
         self.generating.set(True)
+        self.prompt_is_short.set(prompt_is_short or outer[1])
         try:
             yield
         finally:
-            self.generating.set(outer)
+            self.generating.set(outer[0])
+            self.prompt_is_short.set(outer[1])
 
     def reduced_form(self, reducer: Reducer) -> OutputForm:
         """The form of reduced tokens for the host, under a reducer."""
