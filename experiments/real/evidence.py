@@ -24,8 +24,8 @@ def machine(own: Sequence[Json]) -> str:
 
 
 def budgets_of(rows: Any) -> list[int]:
-    """Return the budgets of rows by (name, budget) that the short tables have, the mildest first."""
-    return sorted({budget for _, budget in rows} & {69, 50}, reverse=True)
+    """Return the budgets of rows by (name, budget), the mildest first."""
+    return sorted({budget for _, budget in rows} - {100}, reverse=True)
 
 
 def zero_shot(results: Sequence[Json]) -> Iterator[str]:
