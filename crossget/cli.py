@@ -257,8 +257,6 @@ class Show(Command):
 
     With a CLIP of open_clip, --text shows the similarity of each token to each text.
 
-    A text can then guide ward, crossget and topk, which keep the tokens that are similar to it.
-
       crossget show cat.jpg --model ViT-B-16 --r 12 --text "a cat" "a cup" --out cat.html
     """
 
@@ -281,8 +279,8 @@ class Show(Command):
     def run(self) -> int:
         report = viewer.run(_options(self, ViewerOptions), log=_log)
         dense = report.dense.count.total / 1e9
-        for name, runs in report.runs.items():
-            tokens, gflops = runs[0].tokens, runs[0].count.total / 1e9
+        for name, run in report.runs.items():
+            tokens, gflops = run.tokens, run.count.total / 1e9
             print(f"{name}: {tokens[0]} to {tokens[-1]} tokens, {gflops:.3g} of {dense:.3g} GFLOPs")
         _log_written(self.out, self.png)
         return 0

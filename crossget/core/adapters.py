@@ -281,7 +281,8 @@ class Tower:
         project: a function from cross tokens [N, C] to the joint space of the model's towers [N, E], for the alignment
             loss. The function must give its own parameters no gradient. None: there is no such function.
         embed: a function from tokens [.., C] of the last block to the joint space of images and texts [.., E]: what the
-            host applies to the token that it pools. None: there is no such function of a single token.
+            host applies to the token that it pools. `crossget show` compares tokens with texts by it. None: there is
+            no such function of a single token.
         intermediates: the methods of the host that use the outputs of certain blocks only, or take reduced tokens.
         single_token_outputs: the methods of the host whose result depends on a single token of the last block. They
             need a class token or an end-of-text token, and `restore`.
@@ -383,7 +384,6 @@ class Tower:
             self.has_end,
             self.importance,
             self.keys,
-            self.embed is not None,
             keeps_cross_token=self.keeps_cross_token,
             single_token_output=bool(self.single_token_outputs),
         )

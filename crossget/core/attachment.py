@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from crossget.core import saving
 from crossget.core.adapters import Tower
@@ -395,34 +394,6 @@ class Attachment:
         if attached.tower.text is None:
             raise ValueError(f"tower {tower!r} takes no text")
         set_text_ends(attached, ids)
-
-    def set_text_features(self, features: Tensor | None, tower: str = "visual") -> None:
-        """Set the text features that `importance="text"` compares image tokens with, from the next forward on.
-
-        Args:
-            features: [E] for all images, or [B, E] with one row per image, from the model's `encode_text`; None removes
-                them.
-            tower: name of the image tower.
-
-        Raises:
-            ValueError: there is no such tower, its tokens cannot be compared with texts, or the shape of `features` is
-                not that of the joint space.
-        """
-        attached = self._tower(tower)
-        if features is None:
-            attached.text_features = None
-            return
-        if attached.tower.embed is None:
-            raise ValueError(
-                f"tower {tower!r} has no known projection of single tokens into the space of texts: the image towers "
-                "of open_clip and of transformers' CLIPModel have one, unless they end in an attention pool"
-            )
-        like = next(p for p in attached.tower.blocks[0].parameters() if p.is_floating_point())
-        with torch.no_grad():
-            width = int(attached.tower.embed(like.new_zeros(1, attached.tower.width)).shape[-1])
-        if features.dim() not in (1, 2) or int(features.shape[-1]) != width:
-            raise ValueError(f"features of shape {list(features.shape)}: expected [{width}] or [images, {width}]")
-        attached.text_features = F.normalize(features.detach().float(), dim=-1).reshape(-1, width)
 
     def _tower(self, name: str) -> AttachedTower:
         if name not in self._towers:

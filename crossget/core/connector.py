@@ -31,9 +31,8 @@ from crossget.methods.schedules import Keep
 NAME = "connector"
 _LAYERS = "deepstack_features"
 FACTS = TowerFacts(
-    "the connector", has_class_token=False, importance="cross_token", embeds=True,
-    keeps_cross_token=False, single_token_output=False, corrects_norms=False,
-    connector=True,
+    "the connector", has_class_token=False, importance="cross_token", keeps_cross_token=False,
+    single_token_output=False, corrects_norms=False, connector=True,
 )  # fmt: skip
 
 

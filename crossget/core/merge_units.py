@@ -124,8 +124,8 @@ class AttachedUnits(AttachedPlace[UnitRecord]):
         if reducer.cross_token:
             raise ValueError(f"{reducer} has a cross token, and {FACTS.name} takes none: use Ward or ToMe")
         resolved = reducer.resolved(FACTS)
-        if resolved.needs_attention or resolved.needs_text:
-            raise ValueError(f"{resolved} scores tokens by attention or text, which merge units do not have")
+        if resolved.needs_attention:
+            raise ValueError(f"{resolved} scores tokens by attention, which merge units do not have")
         return resolved
 
     # In the host's entry points ---------------------------------------------------------------------------------

@@ -226,7 +226,6 @@ class Merge(Watch):
             forward.n_protected,
             state.valid,
             (size_of(total, 1) - 1 if forward.has_cross_token else None) if state.end is None else state.end,
-            relevance=forward.relevance,
             wanted=wanted,
         )
 

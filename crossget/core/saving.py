@@ -204,6 +204,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _hint_text(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return ", ".join(map(repr, arguments))
+    if arguments and origin is not tuple:  # a union
+        return " or ".join("None" if one is type(None) else _hint_text(one) for one in arguments)
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

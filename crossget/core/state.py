@@ -13,13 +13,12 @@ Shapes: B batch, T tokens of a block, T0 tokens of the host, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from crossget.methods.indexing import size_of
 from crossget.methods.matching import MergePlan, shares
@@ -75,23 +74,6 @@ class ForwardRecord:
         self.class_token_only = False
 
 
-@dataclass(frozen=True)
-class Relevance:
-    """The cosine of tokens with text features, see `Attachment.set_text_features`.
-
-    Attributes:
-        embed: a function from tokens [B, T, C] to the joint space of images and texts [B, T, E].
-        text_features: [B or 1, E] of unit length.
-    """
-
-    embed: Callable[[Tensor], Tensor]
-    text_features: Tensor
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """[B, T] cosines of tokens [B, T, C] with the text features."""
-        return (F.normalize(self.embed(tokens).float(), dim=-1) * self.text_features[:, None].to(tokens.device)).sum(-1)
-
-
 class HostOutputs(NamedTuple):
     """What the blocks of a tower return to the host in one forward.
 
@@ -124,13 +106,12 @@ class Forward:
         class_token: the first token is a class token, and the cross token starts as its copy.
         padding: a mask of the attention may hide padding.
         outputs: what the blocks return to the host.
-        relevance: cosines of tokens with text features; None: no features were given.
         record: what the user can read after the forward.
     """
 
     def __init__(
         self, owner: Any, reducer: Reducer, depth: int, length: int, *, prefix: int, causal: bool, class_token: bool,
-        padding: bool, has_end: bool, outputs: HostOutputs, relevance: Relevance | None = None,
+        padding: bool, has_end: bool, outputs: HostOutputs,
         fixed: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.owner, self.reducer, self.depth, self.length = owner, reducer, depth, length
@@ -139,7 +120,6 @@ class Forward:
         self.fixed = tuple(position % length for position in fixed)
         self.n_protected = prefix + len(self.fixed) + int(self.has_cross_token) + int(has_end)
         self.outputs = outputs
-        self.relevance = relevance
         self.record = ForwardRecord()
 
 

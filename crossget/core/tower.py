@@ -43,7 +43,6 @@ from crossget.core.state import (
     ForwardRecord,
     HostOutputs,
     OutputForm,
-    Relevance,
     TokenState,
     replace_token,
     token_at,
@@ -107,7 +106,6 @@ class AttachedTower:
         parameter_owner: the module that has the cross vectors as a parameter, under the tower's name; None: no module.
         handed_over: what the blocks have left on their outputs, for outputs that the host copies.
         recording: forwards that begin now are recorded, see `Attachment.recording`.
-        text_features: [B or 1, E] of unit length, see `Attachment.set_text_features`; None: none were given.
         prompt_of_image: [N] index of the prompt that each image of the last forward belongs to; None: one image each.
         text_info: `EntryInfo.text`, set by an entry point of the host for the first block.
         outputs: what the blocks return in the forward that begins next, set by an entry point of the host; None: the
@@ -125,7 +123,6 @@ class AttachedTower:
         self._records: ThreadValue[ForwardRecord] = ThreadValue()
         self._latest_record = ForwardRecord()
         self.recording = False
-        self.text_features: Tensor | None = None
         self.prompt_of_image: Tensor | None = None
         self.parameter_owner: nn.Module | None = None
         self._per_block = False
@@ -394,8 +391,7 @@ class AttachedTower:
         forward = Forward(
             self, reducer, self.depth, length, prefix=tower.prefix, causal=tower.causal,
             class_token=tower.class_token, padding=tower.padding, has_end=end is not None,
-            outputs=info.outputs or self.default_outputs(reducer), relevance=self._relevance(batch),
-            fixed=tower.fixed,
+            outputs=info.outputs or self.default_outputs(reducer), fixed=tower.fixed,
         )  # fmt: skip
         if self.recording and not torch.compiler.is_compiling():
             forward.record.blocks = {}
@@ -667,17 +663,6 @@ class AttachedTower:
         if self.tower.text is None:
             tokens, real = tokens[:, self.tower.prefix :], real[:, self.tower.prefix :]
         return (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
-
-    def _relevance(self, batch: int) -> Relevance | None:
-        features, embed = self.text_features, self.tower.embed
-        if features is None:
-            return None
-        if embed is None or features.shape[0] not in (1, batch):
-            raise RuntimeError(
-                f"tower {self.tower.name!r} got {batch} images and text features of {features.shape[0]} texts: give "
-                "Attachment.set_text_features one for all images, or one each"
-            )
-        return Relevance(embed, features)
 
     # Messages -----------------------------------------------------------------------------------------------------
 

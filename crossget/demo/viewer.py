@@ -1,14 +1,12 @@
 """`crossget show`: one photograph, block by block, as a web page in one file.
 
-Each method runs once on the photograph, inside `Attachment.recording`. With a CLIP and texts, methods that a text can
-guide run once more for each text. The records become plain numbers (`ViewerReport.data`), which the page show.html
-draws; `ViewerReport.picture` draws the same as a picture.
+Each method runs once on the photograph, inside `Attachment.recording`. The records become plain numbers
+(`ViewerReport.data`), which the page show.html draws; `ViewerReport.picture` draws the same as a picture.
 """
 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import html
 import importlib.resources
@@ -61,7 +59,6 @@ ABOUT: Mapping[str, str] = {
     "random": "merges at random",
     "topk": "drops the least important tokens",
 }
-TEXT_GUIDED = ("ward", "crossget", "topk")  # methods with a field `importance`, which a text can replace
 MAX_METHODS, MAX_TEXTS = 4, 6
 MAX_COLUMNS = 4  # blocks in the picture
 DIGITS = 4  # of the numbers in the page
@@ -124,7 +121,6 @@ class Run:
     """One forward of one method.
 
     Attributes:
-        text: index of the text that guides the method; None if none does.
         tokens: tokens entering each block, and those after the last one.
         records: one per block, of one image.
         count: multiply-adds of the forward.
@@ -132,7 +128,6 @@ class Run:
         groups: [blocks + 1, P] the group of each patch, see `crossget.demo.figures.follow_groups`.
     """
 
-    text: int | None
     tokens: list[int]
     records: list[BlockRecord]
     count: Count
@@ -153,7 +148,7 @@ class ViewerReport:
         grid: rows and columns of patches.
         texts: [texts, E] text features of unit length; None without texts.
         dense: the forward of the dense model.
-        runs: per method, the forward without text, then one for each text that guides it.
+        runs: the forward of each method.
     """
 
     options: ViewerOptions
@@ -164,14 +159,14 @@ class ViewerReport:
     grid: tuple[int, int]
     texts: Tensor | None
     dense: Run
-    runs: dict[str, list[Run]]
+    runs: dict[str, Run]
 
     # Numbers ---------------------------------------------------------------------------------------------------------
 
     def data(self) -> dict[str, Any]:
         """What the page shows, as plain numbers and strings.
 
-        `methods[m].runs[n].blocks[l]` describes the tokens after block l. For each patch, row by row: `group` (its id;
+        `methods[m].blocks[l]` describes the tokens after block l. For each patch, row by row: `group` (its id;
         -1 if dropped), `size` (of its token), `score` (importance of the token that it entered the block in; None if
         not scored), and for each text `relevance` (cosine of its token with the text).
         """
@@ -200,7 +195,7 @@ class ViewerReport:
                 "similarity": self._similarity(self.dense),
                 "relevance": [self._relevance(record) for record in self.dense.records],
             },
-            "methods": [self._method(name, runs) for name, runs in self.runs.items()],
+            "methods": [self._method(name, run) for name, run in self.runs.items()],
         }  # fmt: skip
 
     def _command(self) -> str:
@@ -218,7 +213,7 @@ class ViewerReport:
             return self.options.checkpoint.name
         return self.backbone.weights
 
-    def _method(self, name: str, runs: Sequence[Run]) -> dict[str, Any]:
+    def _method(self, name: str, run: Run) -> dict[str, Any]:
         colours = self.colours(name)
         return {
             "key": name,
@@ -227,10 +222,10 @@ class ViewerReport:
             "accent": figures.colour_of(NAMES[name]),
             "colours": {str(group): colour for group, colour in colours.items()},
             "labels": {str(group): number for number, group in enumerate(sorted(colours), 1)},
-            "runs": [self._run(run, runs[0]) for run in runs],
+            **self._run(run),
         }
 
-    def _run(self, run: Run, plain: Run) -> dict[str, Any]:
+    def _run(self, run: Run) -> dict[str, Any]:
         blocks = []
         for layer, record in enumerate(run.records):
             previous = None if layer == 0 else run.records[layer - 1]
@@ -243,12 +238,10 @@ class ViewerReport:
                     "score": None if record.score is None else self._scores(record.score, previous),
                     "relevance": relevance,
                     "dense_correlation": [correlation(a, b) for a, b in zip(relevance, dense, strict=True)],
-                    "regrouped": count_regrouped(run.groups[layer + 1], plain.groups[layer + 1]),
                 }
             )
         return {
             **self._costs(run),
-            "text": run.text,
             "cosine": _rounded(F.cosine_similarity(run.features, self.dense.features, dim=0)),
             "similarity": self._similarity(run),
             "blocks": blocks,
@@ -292,8 +285,8 @@ class ViewerReport:
         return [_rounded(cosine) for cosine in self.texts.to(run.features.device) @ F.normalize(run.features, dim=0)]
 
     def colours(self, name: str) -> dict[int, int]:
-        """The colours of a method's groups, the same for all its texts."""
-        return figures.colour_groups(torch.cat([run.groups for run in self.runs[name]]), self.grid)
+        """The colours of a method's groups."""
+        return figures.colour_groups(self.runs[name].groups, self.grid)
 
     # Files -----------------------------------------------------------------------------------------------------------
 
@@ -304,11 +297,11 @@ class ViewerReport:
     def picture(self) -> Any:
         """A matplotlib figure with the same groups in the same colours."""
         blocks = _columns(self.tower.depth)
-        rows = [self._row(name, run, blocks) for name, runs in self.runs.items() for run in runs]
+        rows = [self._row(name, run, blocks) for name, run in self.runs.items()]
         curves = [figures.Curve("dense", self.dense.tokens[:-1], self.dense.count.total / 1e9, 1.0, None)]
-        for name, runs in self.runs.items():
-            cosine = float(F.cosine_similarity(runs[0].features, self.dense.features, dim=0))
-            curves.append(figures.Curve(NAMES[name], runs[0].tokens[:-1], runs[0].count.total / 1e9, cosine, None))
+        for name, run in self.runs.items():
+            cosine = float(F.cosine_similarity(run.features, self.dense.features, dim=0))
+            curves.append(figures.Curve(NAMES[name], run.tokens[:-1], run.count.total / 1e9, cosine, None))
         who = f"{self.backbone.host} {self.backbone.name}" + (" (random weights)" if self.backbone.random else "")
         footer = [
             "Patches of one colour and outline are merged into one token; a group keeps its colour in later blocks.",
@@ -327,8 +320,6 @@ class ViewerReport:
 
     def _row(self, name: str, run: Run, blocks: Sequence[int]) -> tuple[str, list[figures.Panel]]:
         colours, who = self.colours(name), NAMES[name]
-        if run.text is not None:
-            who += f", guided by “{self.options.text[run.text]}”"
         gflops, dense = run.count.total / 1e9, self.dense.count.total / 1e9
         panels = [
             figures.Panel(
@@ -389,8 +380,8 @@ class _Recorder:
         """The report; no files are written."""
         texts = self._texts()
         with attach(self.backbone.model, {VISUAL: ToMe(r=0)}) as attached:
-            dense = self._run(attached, None)
-        runs = {name: self._runs(name, texts) for name in self.options.methods}
+            dense = self._run(attached)
+        runs = {name: self._reduced(name) for name in self.options.methods}
         pixels = denormalize(self.image, self.backbone.preprocess)[0]
         return ViewerReport(
             self.options, self.backbone, self.photograph, self.tower, pixels, self._grid(dense), texts, dense, runs
@@ -406,28 +397,19 @@ class _Recorder:
             return None
         return F.normalize(self.backbone.text_features(self.backbone.tokenize(self.options.text)).float(), dim=-1)
 
-    def _runs(self, name: str, texts: Tensor | None) -> list[Run]:
-        reducer: Reducer = METHODS[name](self.r)
-        with attach(self.backbone.model, {VISUAL: reducer}) as attached:
-            runs = [self._run(attached, None)]
-            if texts is not None and name in TEXT_GUIDED:
-                attached.reducer = {VISUAL: dataclasses.replace(reducer, importance="text")}  # type: ignore[call-arg]
-                for i, text in enumerate(texts):
-                    attached.set_text_features(text)
-                    # All texts cost the same, so the second and later ones reuse the first one's count.
-                    runs.append(self._run(attached, i, runs[1].count if i else None))
-        return runs
+    def _reduced(self, name: str) -> Run:
+        with attach(self.backbone.model, {VISUAL: METHODS[name](self.r)}) as attached:
+            return self._run(attached)
 
     @torch.no_grad()
-    def _run(self, attached: Attachment, text: int | None, count: Count | None = None) -> Run:
+    def _run(self, attached: Attachment) -> Run:
         with attached.recording():
             features = self.backbone.image_features(self.image)[0].float()
         records = attached.records[VISUAL]
         tokens = [*attached.tokens[VISUAL], int(records[-1].features.shape[1])]
         groups = figures.follow_groups([record.source[0, self.tower.prefix :].cpu() for record in records])
-        if count is None:
-            count = count_once(self.backbone.model, self.image, attached.parameters())
-        return Run(text, tokens, records, count, features, groups)
+        count = count_once(self.backbone.model, self.image, attached.parameters())
+        return Run(tokens, records, count, features, groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,19 +425,6 @@ def correlation(a: Sequence[float | None], b: Sequence[float | None]) -> float |
     x, y = x - x.mean(), y - y.mean()
     scale = float(x.norm() * y.norm())
     return None if scale == 0 else round(float(x @ y) / scale, DIGITS)
-
-
-def count_regrouped(groups: Tensor, others: Tensor) -> int:
-    """The number of patches whose group has other members in one forward than in another.
-
-    Args:
-        groups: [P] the group of each patch; -1 for a dropped one.
-        others: [P] the same in the other forward.
-    """
-    same = (groups[:, None] == groups) == (others[:, None] == others)
-    dropped = (groups < 0) | (others < 0)
-    regrouped = torch.where(dropped, (groups < 0) != (others < 0), ~same.all(1))
-    return int(regrouped.sum())
 
 
 def _rounded(number: Tensor) -> float:

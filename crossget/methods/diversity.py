@@ -52,9 +52,8 @@ class Determinantal(Reducer):
     """Pruning by a determinantal point process that is conditioned on a text.
 
     The tokens that stay are a greedy maximum of the determinant of relevance_i * cosine_ij * relevance_j. The relevance
-    of a token is its cosine with the text, scaled to [0, 1] over the tokens. The text is the prompt, behind the
-    connector, or the features given to `Attachment.set_text_features`. Once the determinant is 0 whatever is added, the
-    most relevant tokens stay.
+    of a token is its cosine with the text of the prompt, scaled to [0, 1] over the tokens. So the method is for image
+    features behind the connector alone. Once the determinant is 0 whatever is added, the most relevant tokens stay.
 
     Args: as for `Reducer`.
 
@@ -67,12 +66,18 @@ class Determinantal(Reducer):
         return True
 
     def check(self, tower: TowerFacts) -> None:
-        if not tower.embeds:
-            raise ValueError(f"Determinantal compares tokens with a text, and on {tower.name} no text is known")
+        if not tower.connector:
+            raise ValueError(
+                f"Determinantal compares tokens with the prompt, and on {tower.name} none is known: use it behind the "
+                'connector of a model of images and text, as in {"connector": Determinantal(crossget.Keep(64))}'
+            )
 
     def reduce(self, view: View, r: int) -> Reduced | None:
         if view.relevance is None:
-            raise RuntimeError("Determinantal has no text: call Attachment.set_text_features(features) first")
+            raise RuntimeError(
+                "Determinantal compares tokens with the text of the prompt, and there is none beside the image: use "
+                "another method"
+            )
         with torch.no_grad():
             units = F.normalize(view.tokens.float(), dim=-1)
             relevance = view.relevance(view.tokens).float()

@@ -1,4 +1,4 @@
-"""Importance scores of tokens: by the query of a guide, by the attention received, or by the similarity to a text.
+"""Importance scores of tokens: by the query of a guide, or by the attention received.
 
 The guide is one token whose query is compared with the keys of all tokens: the cross token, the class token, or the
 end-of-text token. A token with a high score is less likely to become a source (a token that is removed), and it gets a
@@ -118,26 +118,6 @@ def attention_received(
         sums = [_received(queries[part], keys[part], _part(bias, *part), scale, real) for part in parts]
         received.append(functools.reduce(torch.add, sums) / heads)
     return received[0] if len(received) == 1 else torch.cat(received)
-
-
-def by_text(cosines: Tensor, free: Tensor) -> Tensor:
-    """The similarity of each token to a text, scaled to [0, 1] within each row.
-
-    In CLIP the cosines between tokens and a text span a much smaller range than the similarities between tokens, from
-    which a matching subtracts them. So they are scaled: of the free tokens of a row, the least similar one gets 0 and
-    the most similar one 1.
-
-    Args:
-        cosines: [B, T] cosine of each token with the text, in the joint space of images and texts.
-        free: [B, T] false for protected tokens and padding, which are left out of the scaling.
-
-    Returns:
-        [B, T] in [0, 1] for free tokens; 0 for all others, and in rows whose free tokens are equally similar.
-    """
-    low = cosines.masked_fill(~free, torch.inf).amin(1, keepdim=True)
-    high = cosines.masked_fill(~free, -torch.inf).amax(1, keepdim=True)
-    span = high - low
-    return torch.where(free & (span > 0), (cosines - low) / span, torch.zeros_like(cosines))
 
 
 # Attention scores that are computed at a time.

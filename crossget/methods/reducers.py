@@ -25,14 +25,14 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from crossget.methods.importance import by_class_attention, by_guide, by_text
+from crossget.methods.importance import by_class_attention, by_guide
 from crossget.methods.indexing import size_of, take
 from crossget.methods.matching import MATCHINGS, Candidates, MergePlan, Ties
 from crossget.methods.merging import ENSEMBLES, size
 from crossget.methods.schedules import Keep, Schedule, as_int, as_schedule
 
 MatchingName = Literal["complete_graph", "bipartite", "ward", "ward_graph", "random"]
-ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention", "text"]
+ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention"]
 EnsembleName = Literal["guided", "size", "normalized"]
 KeysName = Literal["all_heads", "mean_heads", "tokens"]
 HeadsName = Literal["all_heads", "mean_heads"]
@@ -59,8 +59,8 @@ class View:
         valid: [B, T] false for padding; None: there is no padding.
         guide: position of the guide, see `crossget.methods.importance`: an int for the cross token, [B] for the
             end-of-text tokens. None: the tower has neither.
-        relevance: function from tokens [B, T, C] to their cosines [B, T] with the features given to
-            `Attachment.set_text_features`; None: no features were given.
+        relevance: function from tokens [B, T, C] to their cosines [B, T] with the text of the prompt, behind the
+            connector; None: there is no such text.
         score: [B, T] the scores that `reduce` used. It sets this attribute, for `Attachment.records`.
         wanted: [B] number of tokens to remove from each row with padding, see `Candidates`; None: `r` from all. The
             rest of the `r` tokens that `reduce` removes from a row is padding.
@@ -99,7 +99,6 @@ class TowerFacts:
         has_class_token: token 0 is a class token.
         guides_itself: the end-of-text token is the guide, so that scores by a guide need no cross token.
         importance, keys: the values that the reference uses on such a tower.
-        embeds: single tokens can be compared with a text, see `Tower.embed`.
         keeps_cross_token: the tower's features include the cross token in the reference (LLaVA).
         single_token_output: some methods of the model return a single token of the tower, see
             `Tower.single_token_outputs`.
@@ -113,7 +112,6 @@ class TowerFacts:
     guides_itself: bool = False
     importance: ImportanceName = "cross_token"
     keys: KeysName = "all_heads"
-    embeds: bool = False
     keeps_cross_token: bool = field(default=True, kw_only=True)
     single_token_output: bool = field(default=True, kw_only=True)
     corrects_norms: bool = field(default=True, kw_only=True)
@@ -196,7 +194,7 @@ class Reducer:
     @property
     def needs_text(self) -> bool:
         """Whether `reduce` needs `View.relevance`."""
-        return getattr(self, "importance", None) == "text"
+        return False
 
     def resolved(self: Self, tower: TowerFacts) -> Self:
         """A copy of this reducer in which None fields have their values for one tower.
@@ -296,10 +294,10 @@ class Merging(Joining):
         guided_matching: the importance scores take part in the choice of sources. None: False.
         importance: how tokens are scored, see `crossget.methods.importance`. "cross_token": by the query of the cross
             token, or of the end-of-text token; "class_token": by the query of the class token; "attention": by the
-            attention received from all queries; "class_attention": by the attention received from the class token;
-            "text": by the similarity to the features given to `Attachment.set_text_features`. None: as in the reference
-            on that tower. If this is "cross_token" and there is no such token, it is "class_token" or, on a tower
-            without class token, "attention". Refused if neither the choice of sources nor the ensemble uses scores.
+            attention received from all queries; "class_attention": by the attention received from the class token.
+            None: as in the reference on that tower. If this is "cross_token" and there is no such token, it is
+            "class_token" or, on a tower without class token, "attention". Refused if neither the choice of sources nor
+            the ensemble uses scores.
         ensemble: how a source and its destination become one token, see `crossget.methods.merging`. "guided" and
             "normalized" use scores. None: "size".
         keys: the vectors that tokens are compared by. "all_heads": the attention's keys with all heads concatenated;
@@ -578,11 +576,6 @@ def _score(reducer: Merging | TopK, view: View, candidates: Candidates) -> Tenso
             return view.received
         counted = None if view.valid is None else view.valid | view.protected
         return by_class_attention(view.received, view.sizes_or_ones(), counted)
-    if reducer.importance == "text":
-        if view.relevance is None:
-            raise RuntimeError("importance='text' has no text: call Attachment.set_text_features(features) first")
-        free = ~view.protected if view.valid is None else ~view.protected & view.valid
-        return by_text(view.relevance(view.tokens), free)
     guide = 0 if reducer.importance == "class_token" else view.guide
     if guide is None:
         raise RuntimeError(
@@ -633,12 +626,6 @@ def _check_importance(reducer: Merging | TopK, tower: TowerFacts) -> None:
         raise ValueError(
             f"importance={reducer.importance!r} needs a class token, and {tower.name} has none: use "
             "importance='attention' or, with a cross token, importance='cross_token'"
-        )
-    if reducer.importance == "text" and not tower.embeds:
-        raise ValueError(
-            f"importance='text' compares single tokens with a text, and {tower.name} has no known projection of them "
-            "to the space of texts: image towers of open_clip and of transformers' CLIPModel have one, unless they end "
-            "in an attention pool"
         )
     if reducer.importance == "cross_token" and not (reducer.cross_token or tower.guides_itself):
         raise ValueError(

@@ -10,7 +10,7 @@ from experiments.lib.files import ROOT, Json, short_name, unpack
 from experiments.lib.statistics import paired_bootstrap, paired_ratio
 from experiments.lib.study import Page
 from experiments.lib.tables import markdown, show
-from experiments.real import presets, report, saliency, text
+from experiments.real import presets, report, saliency
 from experiments.real.clip import RESULTS
 from experiments.real.report import BASE, percent, share_of
 
@@ -24,8 +24,8 @@ def machine(own: Sequence[Json]) -> str:
 
 
 def budgets_of(rows: Any) -> list[int]:
-    """Return the budgets of rows by (name, budget) that the short tables have, the mildest first."""
-    return sorted({budget for _, budget in rows} & {69, 50}, reverse=True)
+    """Return the budgets of rows by (name, budget), the mildest first."""
+    return sorted({budget for _, budget in rows} - {100}, reverse=True)
 
 
 def zero_shot(results: Sequence[Json]) -> Iterator[str]:
@@ -80,11 +80,12 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
     yield "### A text known while merging"
     yield (
         f"The same CLIP, {own[0]['run']['n']} photographs. Cells: cross-entropy of the true class. "
-        "The last columns are paired differences to no text."
+        "The last columns are paired differences to no text. "
+        "Importance by a text was removed for this; the commit named in the result files has it."
     )
     lines = []
     for name, budget in dict.fromkeys((name, budget) for name, _, budget in rows):
-        of = {target: rows.get((name, target, budget)) for target in text.TARGETS}
+        of = {target: rows.get((name, target, budget)) for target in report.TEXTS}
         base = of["none"]
         beside = []
         for target in ("true", "predicted"):
@@ -94,7 +95,7 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
             else:
                 beside.append(show(paired_bootstrap(unpack(one["losses"]), unpack(base["losses"])), 2))
         cells = [f"{row['loss']:.3f}" if row else "" for row in of.values()]
-        lines.append([f"{text.METHODS[name].label}, {budget} %", *cells, *beside])
+        lines.append([f"{report.TEXT_METHODS[name]}, {budget} %", *cells, *beside])
     headers = ["no text", "true class", "wrong class", "predicted class", "true minus none", "predicted minus none"]
     yield markdown(lines, ["method", *headers])
 

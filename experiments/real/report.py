@@ -12,7 +12,7 @@ from experiments.lib.files import Json, measured_on, unpack
 from experiments.lib.statistics import Interval, Values, paired_bootstrap, paired_ratio
 from experiments.lib.study import Page
 from experiments.lib.tables import INTERVALS, markdown, provenance, show
-from experiments.real import precision, presets, saliency, text
+from experiments.real import precision, presets, saliency
 from experiments.real.clip import HALVES, RESULTS
 
 PICTURE = "figures/saliency.png"
@@ -133,17 +133,19 @@ def zero_shot(results: Sequence[Json]) -> Iterator[str]:
     yield markdown(lines, ["FLOPs, %", "method", *columns], 2)
 
 
+TEXT_METHODS = {"crossget": "CrossGET without cross token", "ward": "Ward by class attention"}
+TEXTS = {
+    "none": "none", "true": "of the true class", "wrong": "of a wrong class", "predicted": "of the predicted class",
+}  # fmt: skip
+"""Importance by a text was removed: its result files stay, and their commit has the program."""
+
+
 def text_rows(results: Sequence[Json]) -> dict[tuple[str, str, int], Json]:
     """Return the results by (method, text, budget), the mildest first."""
     found = {
         (c["run"]["preset"], c["run"]["target"], c["run"]["budget"]): c["result"] for c in of_task(results, "text")
     }
-    return mildest_first(found, text.METHODS, text.TARGETS)
-
-
-TEXTS = {
-    "none": "none", "true": "of the true class", "wrong": "of a wrong class", "predicted": "of the predicted class",
-}  # fmt: skip
+    return mildest_first(found, TEXT_METHODS, TEXTS)
 
 
 def texts(results: Sequence[Json]) -> Iterator[str]:
@@ -154,7 +156,8 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
     yield f"## A text known while merging, {own[0]['run']['model']}"
     yield (
         f"{own[0]['run']['n']} photographs. {provenance(own, 'open_clip_torch')} The text known and the texts compared "
-        f"are of the set {own[0]['run']['texts']['sets'][0]}. Cross-entropy is that of the true class."
+        f"are of the set {own[0]['run']['texts']['sets'][0]}. Cross-entropy is that of the true class. The option "
+        '`importance="text"` was removed for this result; the commit named has it.'
     )
     lines = []
     for (name, target, budget), row in rows.items():
@@ -166,7 +169,7 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
             for other in (base, wrong)
         ]  # fmt: skip
         lines.append([
-            f"{100 * share_of(row):.1f}", text.METHODS[name].label, TEXTS[target], f"{first['divergence']:.3f}",
+            f"{100 * share_of(row):.1f}", TEXT_METHODS[name], TEXTS[target], f"{first['divergence']:.3f}",
             f"{first['top1']:.1f}", f"{row['loss']:.3f}", *losses,
         ])  # fmt: skip
     headers = ["FLOPs, %", "method", "text", "KL", "top-1", "cross-entropy", "minus no text's", "minus a wrong text's"]

@@ -28,7 +28,6 @@ MERGING: dict[str, Any] = {
 }
 DROPPING: dict[str, Any] = {
     "top k": crossget.TopK(1, importance="attention"),
-    "top k by text": crossget.TopK(1, importance="text"),
     "max min": crossget.MaxMin(1),
     "determinantal": crossget.Determinantal(1),
 }

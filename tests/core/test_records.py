@@ -1,7 +1,6 @@
-"""What a recorded forward leaves, block by block, and tokens kept for a text: against loops over lists."""
+"""What a recorded forward leaves, block by block: against loops over lists."""
 
 import copy
-import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +9,9 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import crossget
-from contract import COMPILES
 from crossget.core.state import BlockRecord
-from crossget.methods.importance import by_text
 from crossget.methods.matching import MergePlan
 from crossget.methods.merging import ENSEMBLES
 from crossget.methods.reducers import Merging, Reducer, _score
@@ -205,33 +201,8 @@ class TestHistory:
                 assert not b.features.requires_grad
 
 
-class TestLookFor:
-    def test_the_score_is_the_stretched_cosine_of_every_patch(self, clip: Any) -> None:
-        """One token after the other through CLIP's own last steps."""
-        image, text = torch.rand(2, 3, 32, 32), torch.randn(24)
-        with crossget.attach(clip, {"visual": crossget.CrossGET((2, 0, 0), importance="text")}) as attached:
-            attached.set_text_features(text)
-            watched: list[Tensor] = []
-            block = clip.visual.transformer.resblocks[0]
-            hook = block.ln_2.register_forward_pre_hook(lambda _, args: watched.append(args[0]))
-            score = record(clip.visual, attached, image)["visual"][0].score
-            hook.remove()
-        dense: list[Tensor] = []
-        with crossget.attach(clip, {"visual": crossget.CrossGET(0)}), torch.no_grad():
-            hook = block.ln_2.register_forward_pre_hook(lambda _, args: dense.append(args[0]))
-            clip.encode_image(image)
-            hook.remove()
-        assert score is not None
-        assert score.shape == (2, 18)
-        for row in range(2):
-            cosines = []
-            for patch in range(1, 17):
-                feature = clip.visual.ln_post(dense[0][row, patch]) @ clip.visual.proj
-                cosines.append(F.cosine_similarity(feature, text, dim=0).item())
-            low, high = min(cosines), max(cosines)
-            expected = torch.tensor([0.0, *[(c - low) / (high - low) for c in cosines], 0.0])
-            torch.testing.assert_close(score[row], expected, atol=1e-5, rtol=0)
-        assert watched[0].shape[1] == 16  # two of 18 have left in front of the MLP
+class TestEmbed:
+    """The projection of single tokens into the space of texts."""
 
     def test_the_class_token_behind_the_last_block_becomes_the_models_own_feature(self, clip: Any) -> None:
         for model in (clip, timm_clip()):
@@ -249,7 +220,7 @@ class TestLookFor:
         small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
         vision, texts = {**small, "image_size": 32, "patch_size": 8}, {**small, "vocab_size": 50}
         model: Any = CLIPModel(CLIPConfig(vision_config=vision, text_config=texts, projection_dim=24)).eval()
-        image, text = torch.rand(2, 3, 32, 32), torch.randn(24)
+        image = torch.rand(2, 3, 32, 32)
         with crossget.attach(model, {"visual": crossget.ToMe(0)}) as attached, torch.no_grad():
             with attached.recording():
                 pooled = model.vision_model(image).pooler_output
@@ -257,117 +228,9 @@ class TestLookFor:
             assert embed is not None
             own = embed(attached.records["visual"][-1].features)[:, 0]
             torch.testing.assert_close(own, model.visual_projection(pooled))
-            attached.reducer = {"visual": crossget.CrossGET(4, importance="text")}
-            maps = []
-            for target in (text, -text):
-                attached.set_text_features(target)
-                model.vision_model(image)
-                maps.append(attached.source["visual"])
-            assert not torch.equal(*maps)
-
-    def test_another_text_keeps_other_patches(self, clip: Any) -> None:
-        image, texts = torch.rand(1, 3, 32, 32), torch.randn(2, 24)
-        with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached:
-            maps = []
-            for text in texts:
-                attached.set_text_features(text)
-                maps.append(record(clip, attached, image)["visual"][-1].source)
-            assert not torch.equal(*maps)
-            attached.set_text_features(texts)  # one for each image
-            both = record(clip, attached, image.expand(2, -1, -1, -1))["visual"][-1].source
-        assert torch.equal(both, torch.cat(maps))
-
-    def test_the_most_relevant_patch_never_leaves(self, clip: Any) -> None:
-        """With TopK the tokens are dropped in the order of their relevance."""
-        image, text = torch.rand(4, 3, 32, 32), torch.randn(24)
-        with crossget.attach(clip, {"visual": crossget.TopK((5, 0, 0), importance="text")}) as attached:
-            attached.set_text_features(text)
-            step = record(clip, attached, image)["visual"][0]
-        assert step.score is not None
-        for score, source in zip(step.score, step.source, strict=True):
-            dropped = [i for i in range(1, 17) if source[i] < 0]
-            assert dropped == sorted(sorted(range(1, 17), key=lambda i: float(score[i]))[:5])
-
-    def test_none_forgets_and_then_the_method_has_no_text(self, clip: Any) -> None:
-        with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached:
-            with pytest.raises(RuntimeError, match=r"importance='text'.*Attachment.set_text_features"):
-                clip.encode_image(torch.rand(1, 3, 32, 32))
-            attached.set_text_features(torch.randn(24))
-            clip.encode_image(torch.rand(1, 3, 32, 32))
-            attached.set_text_features(None)
-            with pytest.raises(RuntimeError, match="has no text"):
-                clip.encode_image(torch.rand(1, 3, 32, 32))
-
-    def test_other_methods_do_not_look_at_it(self, clip: Any) -> None:
-        image = torch.rand(1, 3, 32, 32)
-        with crossget.attach(clip, {"visual": crossget.CrossGET(3)}) as attached, torch.no_grad():
-            before = clip.encode_image(image)
-            attached.set_text_features(torch.randn(24))
-            assert torch.equal(clip.encode_image(image), before)
-
-    def test_copies_and_pickles_look_for_the_same(self, clip: Any) -> None:
-        image = torch.rand(1, 3, 32, 32)
-        with crossget.attach(clip, {"visual": crossget.CrossGET(3, importance="text")}) as attached, torch.no_grad():
-            attached.set_text_features(torch.randn(24))
-            expected = clip.encode_image(image)
-            assert torch.equal(copy.deepcopy(clip).encode_image(image), expected)
-            assert torch.equal(pickle.loads(pickle.dumps(clip)).encode_image(image), expected)
-
-    @pytest.mark.slow
-    @pytest.mark.skipif(not COMPILES, reason="this torch cannot trace any attached model")
-    def test_compiles_to_one_graph_and_leaves_no_history(self) -> None:
-        torch._dynamo.reset()
-        model = open_clip.CLIP(24, {**VISION, "layers": 2}, TEXT).eval().visual
-        image = torch.rand(1, 3, 32, 32)
-        with crossget.attach(model, crossget.CrossGET(3, importance="text")) as attached, torch.no_grad():
-            attached.set_text_features(torch.randn(24))
-            with attached.recording():
-                compiled = torch.compile(model, backend="eager", fullgraph=True)(image)
-            with pytest.raises(RuntimeError, match="not recorded: run it inside .*, and not compiled"):
-                _ = attached.records
-            torch.testing.assert_close(compiled, model(image))
-
-    @pytest.mark.parametrize(
-        ("features", "tower", "message"),
-        [
-            (torch.ones(23), "visual", r"shape \[23\].*\[24\] or \[images, 24\]"),
-            (torch.ones(1, 1, 24), "visual", r"shape \[1, 1, 24\]: expected \[24\]"),
-            (
-                torch.ones(24),
-                "vision",
-                r"tower='vision'.*\['text', 'visual'\]",
-            ),
-            (torch.ones(24), "text", "tower 'text'.*projection"),
-        ],
-        ids=["width", "axes", "name", "tower"],
-    )
-    def test_refusals(self, clip: Any, features: Tensor, tower: str, message: str) -> None:
-        with (
-            crossget.attach(clip, {"visual": crossget.CrossGET(1), "text": crossget.CrossGET(0)}) as attached,
-            pytest.raises(ValueError, match=message),
-        ):
-            attached.set_text_features(features, tower)
-
-    def test_another_number_of_texts_than_images(self, clip: Any) -> None:
-        with crossget.attach(clip, {"visual": crossget.CrossGET(1, importance="text")}) as attached:
-            attached.set_text_features(torch.randn(3, 24))
-            with pytest.raises(RuntimeError, match="2 images.*3 texts"):
-                clip.encode_image(torch.rand(2, 3, 32, 32))
-
-    def test_a_tower_without_a_way_to_texts_is_refused_when_attached(self, vit: nn.Module) -> None:
-        for model in (vit, open_clip.CLIP(24, {**VISION, "attentional_pool": True}, TEXT)):
-            with pytest.raises(ValueError, match="importance='text' .*projection"):
-                crossget.attach(model, {"visual": crossget.CrossGET(1, importance="text")})
 
 
 def timm_clip() -> Any:
     """An image tower of timm's, behind open_clip's projection."""
     vision = {"timm_model_name": "test_vit", "image_size": 32, "timm_pool": "", "timm_proj": "linear"}
     return open_clip.CustomTextCLIP(24, {**vision, "timm_pool": "token"}, TEXT).eval()
-
-
-def test_by_text_stretches_the_free_tokens() -> None:
-    cosines = torch.tensor([[0.9, 0.2, 0.25, 0.3, -1.0], [0.1, 0.1, 0.1, 0.1, 0.1]])
-    free = torch.tensor([[False, True, True, True, False]] * 2)
-    expected = torch.tensor([[0.0, 0.0, 0.5, 1.0, 0.0], [0.0] * 5])
-    torch.testing.assert_close(by_text(cosines, free), expected)

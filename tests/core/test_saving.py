@@ -133,6 +133,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a number for a truth value": (visual(cross_token=1), ValueError, "cross_token of CrossGET is 1: expected bool"),
     "an unknown field": (visual(magic=1), ValueError, "CrossGET has no fields ['magic']"),
     "an unknown choice": (visual(ties="best"), ValueError, "'best'"),
+    "a choice of an older version": (
+        visual(importance="text"),
+        ValueError,
+        "is 'text': expected 'cross_token', 'attention', 'class_token', 'class_attention' or None",
+    ),
     "no r": (lambda folder: edit(folder, towers={"visual": {"method": "ToMe"}}), ValueError, "ToMe has no r"),
     "a fraction for r": (visual(r=2.5), ValueError, "r is 2.5"),
     "a negative r": (visual(r=-1), ValueError, "cannot be negative"),

@@ -29,7 +29,7 @@ from crossget import cli
 from crossget.demo import figures, viewer
 from crossget.demo.figures import GROUP_COLOURS, colour_groups, follow_groups, group_map
 from crossget.demo.outputs import save_figure
-from crossget.demo.viewer import ViewerOptions, ViewerReport, correlation, count_regrouped, run, to_script
+from crossget.demo.viewer import ViewerOptions, ViewerReport, correlation, run, to_script
 from crossget.methods.reducers import Reducer
 
 TINY_CLIP = "tiny-clip-to-show"
@@ -183,14 +183,11 @@ def test_the_map_tints_groups_and_leaves_the_rest() -> None:
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-def recorded(report: ViewerReport, reducer: Reducer, text: Tensor | None = None) -> tuple[crossget.Attachment, Tensor]:
+def recorded(report: ViewerReport, reducer: Reducer) -> tuple[crossget.Attachment, Tensor]:
     """The same forward once more: what it leaves, and the image's features."""
     image = report.backbone.preprocess(report.photograph.image)[None]
-    with crossget.attach(report.backbone.model, {"visual": reducer}) as attached, torch.no_grad():
-        if text is not None:
-            attached.set_text_features(text)
-        with attached.recording():
-            features = report.backbone.image_features(image)[0]
+    with crossget.attach(report.backbone.model, {"visual": reducer}) as attached, torch.no_grad(), attached.recording():
+        features = report.backbone.image_features(image)[0]
     return attached, features
 
 
@@ -199,16 +196,15 @@ def recorded(report: ViewerReport, reducer: Reducer, text: Tensor | None = None)
 )
 def test_blocks_are_those_of_the_forward(key: str, method: Any, vit: ViewerReport) -> None:
     (shown,) = (m for m in vit.data()["methods"] if m["key"] == key)
-    (only,) = shown["runs"]
     attached, features = recorded(vit, method((4, 0, 4, 4, 4, 4)))
     records = attached.records["visual"]
-    assert only["tokens"] == [*attached.tokens["visual"], records[-1].features.shape[1]]
+    assert shown["tokens"] == [*attached.tokens["visual"], records[-1].features.shape[1]]
     dense = recorded(vit, crossget.ToMe(0))[1]
-    assert only["cosine"] == pytest.approx(float(F.cosine_similarity(features, dense, dim=0)), abs=1e-4)
+    assert shown["cosine"] == pytest.approx(float(F.cosine_similarity(features, dense, dim=0)), abs=1e-4)
     prefix = vit.tower.prefix
     sources = [record.source[0, prefix:].tolist() for record in records]
     expected = groups_by_hand(sources)[1:]
-    for layer, (block, record) in enumerate(zip(only["blocks"], records, strict=True)):
+    for layer, (block, record) in enumerate(zip(shown["blocks"], records, strict=True)):
         assert block["group"] == expected[layer]
         counts = Counter(block["group"])
         assert block["size"] == [0 if name < 0 else counts[name] for name in block["group"]]
@@ -229,7 +225,7 @@ def test_costs_are_those_of_the_meter(vit: ViewerReport) -> None:
     image = vit.backbone.preprocess(vit.photograph.image)[None]
     with crossget.attach(vit.backbone.model, crossget.CrossGET((4, 0, 4, 4, 4, 4))):
         report = crossget.count_flops(vit.backbone.model, image)
-    for shown, counted in ((data["dense"], report.dense), (data["methods"][0]["runs"][0], report.reduced)):
+    for shown, counted in ((data["dense"], report.dense), (data["methods"][0], report.reduced)):
         assert counted is not None
         assert shown["total"] == round(counted.total / 1e9, 6)
         assert shown["gflops"] == [round(counted.by_module[f"blocks.{i}"] / 1e9, 6) for i in range(6)]
@@ -241,13 +237,9 @@ def test_relevance_is_the_cosine_of_each_token_with_each_text(clip: ViewerReport
     assert data["texts"] == list(TEXTS)
     model.requires_grad_(False)
     texts = model.encode_text(clip.backbone.tokenize(TEXTS))
-    crossgets = [crossget.CrossGET(3), *[crossget.CrossGET(3, importance="text")] * 2]
-    wanted = [(0, n, reducer) for n, reducer in enumerate(crossgets)] + [(1, 0, crossget.ToMe(3))]
     dense = recorded(clip, crossget.ToMe(0))[0].records["visual"]
-    for method, n, reducer in wanted:
-        shown = data["methods"][method]["runs"][n]
-        assert shown["text"] == (n - 1 if n else None)
-        attached, features = recorded(clip, reducer, texts[n - 1] if n else None)
+    for shown, reducer in zip(data["methods"], (crossget.CrossGET(3), crossget.ToMe(3)), strict=True):
+        attached, features = recorded(clip, reducer)
         similar = [float(F.cosine_similarity(features, text, dim=0)) for text in texts]
         assert shown["similarity"] == pytest.approx(similar, abs=1e-4)
         for layer, (block, record) in enumerate(zip(shown["blocks"], attached.records["visual"], strict=True)):
@@ -263,29 +255,9 @@ def test_relevance_is_the_cosine_of_each_token_with_each_text(clip: ViewerReport
                 assert block["dense_correlation"][t] == pytest.approx(statistics.correlation(found, before), abs=2e-3)
 
 
-def test_texts_change_what_is_merged_and_nothing_where_no_score_is_asked(clip: ViewerReport) -> None:
-    crossgets, tome = clip.data()["methods"]
-    plain, first, second = crossgets["runs"]
-    assert first["blocks"][-1]["group"] != second["blocks"][-1]["group"] != plain["blocks"][-1]["group"]
-    assert first["blocks"][0]["score"] != plain["blocks"][0]["score"]
-    assert plain["total"] < first["total"] == second["total"]  # comparing tokens with a text is counted
-    assert len(tome["runs"]) == 1
-    for n, guided in enumerate((plain, first, second)):
-        for block, without in zip(guided["blocks"], plain["blocks"], strict=True):
-            sets = [
-                [frozenset(p for p in range(16) if one["group"][p] == one["group"][patch]) for patch in range(16)]
-                for one in (block, without)
-            ]
-            assert block["regrouped"] == sum(a != b for a, b in zip(*sets, strict=True))
-        assert (guided["blocks"][-1]["regrouped"] > 0) == (n > 0)
-
-
-def test_groups_keep_their_colour_and_label_from_block_to_block_and_text_to_text(clip: ViewerReport) -> None:
+def test_groups_keep_their_colour_and_label_from_block_to_block(clip: ViewerReport) -> None:
     for method in clip.data()["methods"]:
-        many = {
-            name for one in method["runs"] for block in one["blocks"]
-            for name, n in Counter(block["group"]).items() if n > 1
-        }  # fmt: skip
+        many = {name for block in method["blocks"] for name, n in Counter(block["group"]).items() if n > 1}
         assert {int(name) for name in method["colours"]} == many
         assert sorted(method["labels"].values()) == list(range(1, len(many) + 1))
 
@@ -299,12 +271,6 @@ def test_correlation(pairs: list[tuple[int | None, int | None]]) -> None:
         assert found is None
     else:
         assert found == pytest.approx(statistics.correlation(a, b), abs=1e-4)
-
-
-def test_patches_that_are_dropped_in_one_forward_alone_have_moved() -> None:
-    a, b = torch.tensor([0, 0, 2, -1, -1]), torch.tensor([1, 1, -1, 3, -1])
-    assert count_regrouped(a, a) == 0
-    assert count_regrouped(a, b) == 2
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -378,20 +344,17 @@ class TestPage:
         assert "https://" not in page
 
 
-def test_the_picture_has_every_method_and_text(clip: ViewerReport) -> None:
+def test_the_picture_has_every_method(clip: ViewerReport) -> None:
     figure = clip.picture()
-    assert (
-        len(figure.axes) == 2 + 4 * 3
-    )  # photograph and tokens; CrossGET, for two texts, and ToMe-style, 3 blocks each
+    assert len(figure.axes) == 2 + 2 * 3  # photograph and tokens; CrossGET and ToMe-style, 3 blocks each
     words = "\n".join([*(t.get_text() for t in figure.texts), *(a.get_title() for a in figure.axes)])
     assert "random weights" in words
-    for runs in clip.runs.values():
-        assert f"after block 3: {runs[0].tokens[-1]} tokens" in words
+    for one in clip.runs.values():
+        assert f"after block 3: {one.tokens[-1]} tokens" in words
     for axes in figure.axes:
         box = axes.get_position()
         assert min(box.x0, box.y0) >= 0
         assert max(box.x1, box.y1) <= 1
-    assert f"CrossGET, guided by “{TEXTS[0]}”" in words
     assert "Stefan van der Walt" not in words  # somebody else's photograph
 
 

@@ -129,7 +129,7 @@ def opened(browser: Any, report: ViewerReport) -> Iterator[Opened]:
 
 def expected_info(data: dict[str, Any], method: int, layer: int, patch: int) -> list[str]:
     """What the page has to say about a patch after a block, from the numbers."""
-    block = data["methods"][method]["runs"][0]["blocks"][layer]
+    block = data["methods"][method]["blocks"][layer]
     said = [f"Row {patch // SIDE + 1}, column {patch % SIDE + 1}."]
     if block["group"][patch] >= 0:
         said.append(f"(size {block['size'][patch]}")
@@ -145,11 +145,11 @@ class TestSliders:
         opened.page.keyboard.press("ArrowRight")
         assert opened.where() == ["after block 3 of 4"] * 3
         for name, method in zip(("CrossGET", "ToMe-style", "TopK"), data["methods"], strict=True):
-            tokens = method["runs"][0]["tokens"][3]
+            tokens = method["tokens"][3]
             assert opened.tokens(name) == str(tokens)
             said = opened.slider(name).get_attribute("aria-valuetext")
             assert said.startswith(f"after block 3 of 4, {tokens} tokens, ")
-            assert said.endswith(f"{method['runs'][0]['gflops'][2]:.3f} GFLOPs in it")
+            assert said.endswith(f"{method['gflops'][2]:.3f} GFLOPs in it")
         opened.page.keyboard.press("Home")
         assert opened.where() == ["before the first block"] * 3
         opened.page.keyboard.press("End")
@@ -175,7 +175,7 @@ class TestPatches:
         for layer in range(DEPTH):
             opened.page.keyboard.press("ArrowRight")
             for name, method in zip(("CrossGET", "ToMe-style", "TopK"), data["methods"], strict=True):
-                group = method["runs"][0]["blocks"][layer]["group"]
+                group = method["blocks"][layer]["group"]
                 expected = [
                     "url(#hatch-3)" if g < 0 else data["palette"][method["colours"][str(g)]] if group.count(g) > 1
                     else "none" for g in group
@@ -212,7 +212,7 @@ class TestPatches:
             "id"
         )
         assert opened.panel("CrossGET").locator(".info").get_attribute("aria-live") == "polite"
-        group = data["methods"][0]["runs"][0]["blocks"][1]["group"]
+        group = data["methods"][0]["blocks"][1]["group"]
         firsts = sorted({group.index(g) for g in group if group.count(g) > 1})
         own = group.index(group[patch])
         after = next((p for p in firsts if p > own), firsts[0])
@@ -225,7 +225,7 @@ class TestPatches:
 
     def test_the_rest_is_dimmed_and_the_group_is_lit(self, opened: Opened, data: dict[str, Any]) -> None:
         """So that no colour is needed to see what belongs together."""
-        group = data["methods"][0]["runs"][0]["blocks"][1]["group"]
+        group = data["methods"][0]["blocks"][1]["group"]
         patch = next(p for p, g in enumerate(group) if group.count(g) > 1)
         opened.point("CrossGET", patch)
         dim = opened.panel("CrossGET").locator("svg > path").last.get_attribute("d")
@@ -233,7 +233,7 @@ class TestPatches:
 
     def test_every_part_of_a_group_has_its_number(self, opened: Opened, data: dict[str, Any]) -> None:
         method = data["methods"][1]
-        group = method["runs"][0]["blocks"][1]["group"]
+        group = method["blocks"][1]["group"]
         many = {g for g in group if group.count(g) > 1}
         shown = opened.panel("ToMe-style").locator("svg text").all_text_contents()
         assert {int(number) for number in shown} == {method["labels"][str(g)] for g in many}
@@ -242,30 +242,10 @@ class TestPatches:
 
 
 class TestTexts:
-    def test_another_text_shows_another_run(self, opened: Opened, data: dict[str, Any]) -> None:
-        choice = opened.page.get_by_role("combobox", name="Text that guides")
-        plain = opened.fills("CrossGET")
-        for text in (0, 1):
-            choice.select_option(str(text))
-            run = data["methods"][0]["runs"][1 + text]
-            assert run["text"] == text
-            group = run["blocks"][1]["group"]
-            colours = data["methods"][0]["colours"]
-            assert opened.fills("CrossGET") == [
-                data["palette"][colours[str(g)]] if group.count(g) > 1 else "none" for g in group
-            ]
-            assert opened.fills("CrossGET") != plain
-            assert (
-                f"{run['blocks'][1]['regrouped']} of 64 patches"
-                in opened.panel("CrossGET").locator(".legend").inner_text()
-            )
-            assert "no text guides" in opened.panel("ToMe-style").locator(".legend").inner_text()
-        assert f"“{NASTY}”" in opened.panel("CrossGET").locator(".head").inner_text()
-
     def test_relevance_is_told_and_drawn(self, opened: Opened, data: dict[str, Any]) -> None:
         opened.page.get_by_role("combobox", name="Colour patches by").select_option("text0")
         opened.point("CrossGET", 20)
-        block = data["methods"][0]["runs"][0]["blocks"][1]
+        block = data["methods"][0]["blocks"][1]
         assert f"Relevance to “a cat”: {block['relevance'][0][20]:.3f}".replace("-", MINUS) in opened.info("CrossGET")
         dense = f"dense, after block 2: {data['dense']['relevance'][1][0][20]:.3f}".replace("-", MINUS)
         assert dense in opened.info("Photograph")
@@ -294,7 +274,7 @@ def test_numbers_and_warnings_are_on_the_page(opened: Opened, data: dict[str, An
     assert opened.page.get_by_role("heading", level=1).inner_text().startswith("<i>photo:")
     opened.page.get_by_text("All numbers, block by block").click()
     cells = opened.page.locator("#table tbody tr").nth(2).locator("td").all_inner_texts()
-    dense, *methods = [data["dense"], *(m["runs"][0] for m in data["methods"])]
+    dense, *methods = [data["dense"], *data["methods"]]
     assert cells == [text for one in (dense, *methods) for text in (str(one["tokens"][2]), f"{one['gflops'][2]:.4f}")]
     assert opened.page.evaluate("window.broken") is None
     assert opened.page.locator("#texts tbody tr").nth(0).locator("td").first.inner_text() == (
@@ -309,8 +289,7 @@ def test_everything_has_a_name(opened: Opened) -> None:
         assert f'slider "{method}: block"' in tree
         assert f'application "{method}: 8 rows of 8 patches; arrow keys go from patch to patch"' in tree
     for role, name in (
-        ("combobox", "Colour patches by"), ("combobox", "Text that guides"),
-        ("checkbox", "One slider moves all"), ("checkbox", "Group numbers"),
+        ("combobox", "Colour patches by"), ("checkbox", "One slider moves all"), ("checkbox", "Group numbers"),
     ):  # fmt: skip
         assert f'{role} "{name}"' in tree
     assert 'img "Tokens: dense from 65 to 65; CrossGET from 66 to' in tree
@@ -320,7 +299,6 @@ def test_everything_has_a_name(opened: Opened) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_and_is_legible(browser: Any, report: ViewerReport, width: int, scheme: str) -> None:
     opened = Opened(browser, report, {"width": width, "height": 844}, color_scheme=scheme)
-    opened.page.get_by_role("combobox", name="Text that guides").select_option("1")
     opened.page.get_by_role("combobox", name="Colour patches by").select_option("text1")
     opened.point("CrossGET", 20)
     for summary in opened.page.locator("summary").all():

@@ -21,7 +21,7 @@ from crossget.methods.reducers import Reduced, Reducer, TowerFacts, View
 CHOOSING: list[type[Reducer]] = [crossget.MaxMin, crossget.Determinantal]
 METHODS = [*CHOOSING, crossget.AveragePool]
 PLACE = TowerFacts(
-    "the connector", has_class_token=False, embeds=True, keeps_cross_token=False, corrects_norms=False, connector=True
+    "the connector", has_class_token=False, keeps_cross_token=False, corrects_norms=False, connector=True
 )
 
 
@@ -247,9 +247,9 @@ def test_more_tokens_than_dimensions() -> None:
 def test_a_determinant_needs_a_text() -> None:
     x = torch.randn(1, 8, 4)
     view = View(x, x[:, None], x[:, None], None, None, torch.zeros(1, 8, dtype=torch.bool), 0)
-    with pytest.raises(RuntimeError, match="set_text_features"):
+    with pytest.raises(RuntimeError, match="text of the prompt, and there is none"):
         crossget.Determinantal(2).reduce(view, 2)
-    with pytest.raises(ValueError, match="no text is known"):
+    with pytest.raises(ValueError, match="on tower 'visual' none is known.*connector"):
         crossget.Determinantal(2).resolved(TowerFacts("tower 'visual'"))
 
 

@@ -165,7 +165,11 @@ def test_what_is_resolved_is_what_is_computed(setting: Reducer) -> None:
             "guided_matching=True.* no effect.*random",
         ),
         (crossget.CrossGET, {"matching": "random", "keys": "tokens"}, "keys='tokens'.* no effect.*random"),
-        (crossget.Ward, {"importance": "text", "guided_matching": False, "ensemble": "size"}, "importance='text'"),
+        (
+            crossget.Ward,
+            {"importance": "class_token", "guided_matching": False, "ensemble": "size"},
+            "importance='class_token'",
+        ),
         (crossget.TopK, {"importance": "attention", "keys": "mean_heads"}, "keys='mean_heads'.* no effect.*attention"),
         (crossget.ToMe, {"key_stride": 0}, "key_stride=0.*from 1"),
         (crossget.Random, {"seed": -1}, "seed=-1.*from 0"),

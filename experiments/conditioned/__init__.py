@@ -1,1 +1,0 @@
-"""Merging that knows the text: does a CLIP find more when different texts keep different patches?"""
