@@ -543,7 +543,7 @@ class AttachedTower:
         tokens = layout.to_batch(host_tokens, size_of(state.positions, 0))
         if block_call.input_is_full_grid:
             n_visible = size_of(state.positions, 1) - int(block_call.appends_cross_token)
-            tokens = take(tokens, state.positions[:, :n_visible])
+            tokens = take(tokens, state.positions[:, :n_visible], state.numbers)
         if block_call.cross_token is not None:
             token = block_call.cross_token.to(tokens.device, tokens.dtype)
             if not block_call.appends_cross_token:
