@@ -53,7 +53,7 @@ from crossget.core.updates import Updates
 from crossget.core.watch import SDPA
 from crossget.methods.indexing import size_of, take
 from crossget.methods.reducers import Reducer
-from crossget.methods.schedules import RampedRatio, Ratio, by_length, planned_tokens
+from crossget.methods.schedules import Aligned, RampedRatio, Ratio, by_length, planned_tokens
 
 TextEnds = tuple[int, "Tensor | None", "Tensor | None"]
 """Number of texts B; [B] index of each end-of-text token (None: the tower has none); [B, T] false for padding (None:
@@ -687,7 +687,7 @@ class AttachedTower:
     def _warn_if_r_is_too_large(self, record: ForwardRecord, forward: Forward) -> None:
         """Warn, once per reducer, if the schedule asks for more tokens than the blocks could remove."""
         depth, schedule = forward.depth, forward.reducer.schedule
-        if self._warned or torch.compiler.is_compiling() or isinstance(schedule, Ratio | RampedRatio):
+        if self._warned or torch.compiler.is_compiling() or isinstance(schedule, Aligned | Ratio | RampedRatio):
             return
         self._warned = True
         counts = [record.tokens[layer] for layer in sorted(record.tokens)]
