@@ -14,11 +14,12 @@ from crossget.measure.speed import benchmark
 from crossget.methods.diversity import AveragePool, Determinantal, MaxMin
 from crossget.methods.merging import unmerge
 from crossget.methods.reducers import CrossGET, Random, ToMe, TopK, Ward
-from crossget.methods.schedules import Keep, Linear, RampedRatio, Ratio
+from crossget.methods.schedules import Aligned, Keep, Linear, RampedRatio, Ratio
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Aligned",
     "Attachment",
     "AveragePool",
     "Blocks",

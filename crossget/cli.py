@@ -26,7 +26,7 @@ from crossget.demo.compare import CompareOptions, Reduction
 from crossget.demo.viewer import ViewerOptions
 from crossget.integrations._support import SupportRow
 from crossget.measure import generation
-from crossget.methods.schedules import Keep, Ratio, as_schedule
+from crossget.methods.schedules import Aligned, Keep, Ratio, as_schedule
 
 HELP = """\
 usage: crossget COMMAND [OPTIONS]
@@ -49,7 +49,8 @@ In Python: crossget.attach(model, crossget.Ward(r=16)).
 
 MODEL_HELP = "a model name of open_clip or timm; where both have it, host:name"
 R_FORMS = "a number (16), one per block (16,16,8,...) or a share of the tokens (10%)"
-R_HELP = f"tokens to remove in each block: {R_FORMS}"
+R_ALIGNED = "behind it, /16 leaves multiples of 16 tokens"
+R_HELP = f"tokens to remove in each block: {R_FORMS}; {R_ALIGNED}"
 SAMPLE_NAMES = ", ".join(Path(name).stem for name, _, _ in compare.SHIPPED)
 SAMPLE_CREDITS = "; ".join(f"{Path(name).stem} by {credit}" for name, _, credit in compare.SHIPPED)
 
@@ -110,15 +111,19 @@ def parse_reduction(text: str) -> Reduction:
     Raises:
         ValueError: the text has none of the forms, or a block cannot remove so many tokens.
     """
+    whole, slash, n = text.partition("/")
+    r: Reduction
     try:
-        if text.endswith("%"):
-            return Ratio(float(text[:-1]) / 100)
-        numbers = [int(part) for part in text.split(",")]
-        r = numbers[0] if len(numbers) == 1 else tuple(numbers)
+        if whole.endswith("%"):
+            r = Ratio(float(whole[:-1]) / 100)
+        else:
+            numbers = [int(part) for part in whole.split(",")]
+            r = numbers[0] if len(numbers) == 1 else tuple(numbers)
+        r = Aligned(r, int(n)) if slash else r
         as_schedule(r)
     except ValueError as error:
         reason = "" if "invalid literal" in str(error) or "could not convert" in str(error) else f" ({error})"
-        raise ValueError(f"r is {text!r}: expected {R_FORMS}{reason}") from None
+        raise ValueError(f"r is {text!r}: expected {R_FORMS}; {R_ALIGNED}{reason}") from None
     return r
 
 

@@ -13,7 +13,7 @@ import pytest
 import crossget
 from crossget import cli
 from crossget.measure.doctor import Check, Diagnosis
-from crossget.methods.schedules import Ratio
+from crossget.methods.schedules import Aligned, Ratio
 
 TINY = "test_vit"
 HOSTS = {"timm", "open_clip", "matplotlib", "transformers"}
@@ -181,7 +181,16 @@ class TestErrors:
 
 
 @pytest.mark.parametrize(
-    ("text", "r"), [("16", 16), ("0", 0), ("8,4,0", (8, 4, 0)), ("10%", Ratio(0.1)), ("12.5%", Ratio(0.125))]
+    ("text", "r"),
+    [
+        ("16", 16),
+        ("0", 0),
+        ("8,4,0", (8, 4, 0)),
+        ("10%", Ratio(0.1)),
+        ("12.5%", Ratio(0.125)),
+        ("16/8", Aligned(16, 8)),
+        ("10%/16", Aligned(Ratio(0.1), 16)),
+    ],
 )
 def test_what_r_may_be(text: str, r: object) -> None:
     assert cli.parse_reduction(text) == r

@@ -102,8 +102,8 @@ def test_what_watches_a_block_knows_nothing_of_the_package() -> None:
 
 def test_the_public_names() -> None:
     assert crossget.__all__ == [
-        "Attachment", "AveragePool", "Blocks", "CrossGET", "Determinantal", "Keep", "Linear", "MaxMin", "RampedRatio",
-        "Random", "Ratio", "ToMe", "TopK", "Tower", "Ward",
+        "Aligned", "Attachment", "AveragePool", "Blocks", "CrossGET", "Determinantal", "Keep", "Linear", "MaxMin",
+        "RampedRatio", "Random", "Ratio", "ToMe", "TopK", "Tower", "Ward",
         "attach", "attachment", "benchmark", "count_flops", "doctor", "find_towers", "fit_schedule", "load",
         "load_reference", "register", "unmerge", "unregister",
     ]  # fmt: skip

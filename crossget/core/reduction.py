@@ -47,7 +47,7 @@ class Merge(Watch):
     by_length: Tensor | None = None
 
     def __init__(self, tokens: Tensor, state: TokenState, r: int) -> None:
-        super().__init__(tokens, *self.sizes(tokens, state))
+        super().__init__(tokens, *self.sizes(tokens, state), state.forward.replaced)
         self.state, self.reducer, self.r = state, state.forward.reducer, r
         self.score: Tensor | None = None
         # Several attentions before one residual (parallel, differential) count as one attention with all their heads.
@@ -227,6 +227,7 @@ class Merge(Watch):
             state.valid,
             (size_of(total, 1) - 1 if forward.has_cross_token else None) if state.end is None else state.end,
             wanted=wanted,
+            prefix=state.prefix,
         )
 
 

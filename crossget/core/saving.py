@@ -18,11 +18,12 @@ from torch import Tensor
 
 from crossget.core import files
 from crossget.methods.reducers import Reducer
-from crossget.methods.schedules import Constant, Keep, Linear, Part, PerLayer, RampedRatio, Ratio, Schedule
+from crossget.methods.schedules import Aligned, Constant, Keep, Linear, Part, PerLayer, RampedRatio, Ratio, Schedule
 
 FILE = "crossget.safetensors"
 _KEY, _VERSION = "crossget", 1
-_SCHEDULES = {cls.__name__: cls for cls in (Constant, Keep, Linear, Part, PerLayer, Ratio, RampedRatio)}
+_INNER = frozenset(("r", "whole"))  # fields of schedules that hold another schedule, or a list
+_SCHEDULES = {cls.__name__: cls for cls in (Aligned, Constant, Keep, Linear, Part, PerLayer, Ratio, RampedRatio)}
 
 
 def write(folder: str | Path, reducers: Mapping[str, Reducer], cross_tokens: Mapping[str, Tensor]) -> None:
@@ -131,8 +132,8 @@ def _schedule_to_json(r: Any) -> Any:
     if type(r) is not _SCHEDULES.get(type(r).__name__):
         raise TypeError(f"r is {r!r}: only {', '.join(_SCHEDULES)}, ints and lists of ints can be saved")
     values = {field.name: getattr(r, field.name) for field in dataclasses.fields(r)}
-    if isinstance(r, Part):
-        values["whole"] = _schedule_to_json(r.whole)
+    for name in _INNER.intersection(values):
+        values[name] = _schedule_to_json(values[name])
     return {"schedule": type(r).__name__, **values}
 
 
@@ -160,10 +161,11 @@ def _schedule_from_json(r: Any) -> int | tuple[int, ...] | Schedule:
         raise ValueError(f"r is {r!r}: expected an int, a list of ints, or one of the schedules {sorted(_SCHEDULES)}")
     fields = dict(r)
     cls = _SCHEDULES[fields.pop("schedule")]
-    if cls is Part and "whole" in fields:
-        fields["whole"] = _schedule_from_json(fields["whole"])
-    if isinstance(fields.get("r"), list):
-        fields["r"] = tuple(fields["r"])
+    for name in _INNER.intersection(fields):
+        if cls in (Aligned, Part):
+            fields[name] = _schedule_from_json(fields[name])
+        elif isinstance(fields[name], list):
+            fields[name] = tuple(fields[name])
     _check_types(cls, fields)
     schedule: Schedule = cls(**fields)
     return schedule

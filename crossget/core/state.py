@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from crossget.methods.indexing import size_of
+from crossget.core.watch import replaced_functions
+from crossget.methods.indexing import sequence_numbers, size_of, take
 from crossget.methods.matching import MergePlan, shares
 from crossget.methods.merging import unmerge
 from crossget.methods.reducers import Reducer
@@ -106,6 +107,7 @@ class Forward:
         class_token: the first token is a class token, and the cross token starts as its copy.
         padding: a mask of the attention may hide padding.
         outputs: what the blocks return to the host.
+        replaced: see `crossget.core.watch.replaced_functions`.
         record: what the user can read after the forward.
     """
 
@@ -120,6 +122,7 @@ class Forward:
         self.fixed = tuple(position % length for position in fixed)
         self.n_protected = prefix + len(self.fixed) + int(self.has_cross_token) + int(has_end)
         self.outputs = outputs
+        self.replaced = replaced_functions()
         self.record = ForwardRecord()
 
 
@@ -139,6 +142,7 @@ class TokenState:
         weights: [B, T0'] see `BlockRecord`; None: the forward is not recorded, or an ensemble does not set them.
         has_dropped: a block has dropped tokens.
         reduced: a block has removed tokens.
+        numbers: `crossget.methods.indexing.sequence_numbers` of the batch; None for a batch of one, which needs none.
     """
 
     forward: Forward
@@ -152,6 +156,7 @@ class TokenState:
     weights: Tensor | None = None
     has_dropped: bool = False
     reduced: bool = False
+    numbers: Tensor | None = None
 
     @staticmethod
     def start(
@@ -177,7 +182,8 @@ class TokenState:
         if valid is not None and forward.has_cross_token:
             valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
         weights = None if forward.record.blocks is None else torch.ones_like(positions, dtype=torch.float32)
-        return TokenState(forward, positions, positions, protected, valid, end, weights=weights)
+        numbers = None if batch == 1 else sequence_numbers(batch, device)
+        return TokenState(forward, positions, positions, protected, valid, end, weights=weights, numbers=numbers)
 
     @property
     def length(self) -> int:
@@ -190,6 +196,12 @@ class TokenState:
         return self.forward.has_cross_token
 
     @property
+    def prefix(self) -> int | None:
+        """`View.prefix`: the protected tokens are the prefix and the cross token; None: they may be others."""
+        forward = self.forward
+        return forward.prefix if self.valid is None and self.end is None and not forward.fixed else None
+
+    @property
     def unmodified(self) -> bool:
         """Whether the tokens are exactly the host's sequence."""
         return not self.reduced and not self.forward.has_cross_token
@@ -198,7 +210,7 @@ class TokenState:
         """The same state, with `valid` [B, T]: false for padding."""
         return TokenState(
             self.forward, self.positions, self.source, self.protected, valid, self.end, self.sizes, self.norms,
-            self.weights, self.has_dropped, self.reduced,
+            self.weights, self.has_dropped, self.reduced, self.numbers,
         )  # fmt: skip
 
     def advance(self, plan: MergePlan, sizes: Tensor | None, norms: Tensor | None = None) -> TokenState:
@@ -212,11 +224,14 @@ class TokenState:
         index = self.source.clamp(min=0) if self.has_dropped else self.source
         source = plan.index.gather(1, index)
         share = None if self.weights is None else shares(plan)
+        # Without a cross token behind them, the protected tokens stay where they are.
+        stay = self.prefix is not None and not self.has_cross_token
+        n_kept = size_of(plan.kept, 1)
         return TokenState(
             self.forward,
             positions=self.positions.gather(1, plan.kept),
             source=torch.where(self.source < 0, self.source, source) if self.has_dropped else source,
-            protected=self.protected.gather(1, plan.kept),
+            protected=self.protected[:, :n_kept] if stay else self.protected.gather(1, plan.kept),
             valid=None if self.valid is None else self.valid.gather(1, plan.kept),
             end=None if self.end is None else plan.index.gather(1, self.end[:, None]).squeeze(1),
             sizes=sizes,
@@ -224,6 +239,7 @@ class TokenState:
             weights=None if self.weights is None or share is None else self.weights * share.gather(1, index),
             has_dropped=self.has_dropped or plan.destination is None or plan.dropped is not None,
             reduced=True,
+            numbers=self.numbers,
         )
 
     def to(self, device: torch.device) -> TokenState:
@@ -237,7 +253,7 @@ class TokenState:
         return TokenState(
             self.forward, self.positions.to(device), self.source.to(device), self.protected.to(device),
             moved(self.valid), moved(self.end), moved(self.sizes), moved(self.norms), moved(self.weights),
-            self.has_dropped, self.reduced,
+            self.has_dropped, self.reduced, moved(self.numbers),
         )  # fmt: skip
 
     def block_record(self, tokens: Tensor, score: Tensor | None) -> BlockRecord:
@@ -264,7 +280,7 @@ class TokenState:
             return tokens[:, :length] if has_cross_token else tokens
         source = self.source[:, :length]
         if not self.has_dropped:
-            return unmerge(tokens, source)
+            return take(tokens, source, self.numbers)
         part = slice(self.forward.prefix, size_of(tokens, 1) - int(has_cross_token))
         if self.valid is None:
             return unmerge(tokens, source, tokens[:, part].mean(1, keepdim=True))

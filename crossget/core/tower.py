@@ -52,7 +52,7 @@ from crossget.core.updates import Updates
 from crossget.core.watch import SDPA
 from crossget.methods.indexing import size_of, take
 from crossget.methods.reducers import Reducer
-from crossget.methods.schedules import RampedRatio, Ratio, by_length, planned_tokens
+from crossget.methods.schedules import Aligned, RampedRatio, Ratio, by_length, planned_tokens
 
 TextEnds = tuple[int, "Tensor | None", "Tensor | None"]
 """Number of texts B; [B] index of each end-of-text token (None: the tower has none); [B, T] false for padding (None:
@@ -543,7 +543,7 @@ class AttachedTower:
         tokens = layout.to_batch(host_tokens, size_of(state.positions, 0))
         if block_call.input_is_full_grid:
             n_visible = size_of(state.positions, 1) - int(block_call.appends_cross_token)
-            tokens = take(tokens, state.positions[:, :n_visible])
+            tokens = take(tokens, state.positions[:, :n_visible], state.numbers)
         if block_call.cross_token is not None:
             token = block_call.cross_token.to(tokens.device, tokens.dtype)
             if not block_call.appends_cross_token:
@@ -676,7 +676,7 @@ class AttachedTower:
     def _warn_if_r_is_too_large(self, record: ForwardRecord, forward: Forward) -> None:
         """Warn, once per reducer, if the schedule asks for more tokens than the blocks could remove."""
         depth, schedule = forward.depth, forward.reducer.schedule
-        if self._warned or torch.compiler.is_compiling() or isinstance(schedule, Ratio | RampedRatio):
+        if self._warned or torch.compiler.is_compiling() or isinstance(schedule, Aligned | Ratio | RampedRatio):
             return
         self._warned = True
         counts = [record.tokens[layer] for layer in sorted(record.tokens)]

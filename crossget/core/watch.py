@@ -43,6 +43,7 @@ ADD = (
 SOFTMAX = (torch.Tensor.softmax, F.softmax, torch.softmax)
 MATMUL = (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, operator.matmul)
 GET_ITEM = (torch.Tensor.__getitem__, operator.getitem)
+_WATCHED = frozenset((SDPA, MULTI_HEAD_ATTENTION, LINEAR, torch.einsum, *ADD, *SOFTMAX, *MATMUL))
 _WITH_INPUT = (LINEAR, F.softmax, torch.softmax, torch.add, torch.matmul)  # their first argument is called `input`
 IN_PLACE = (torch.Tensor.add_, torch.Tensor.__iadd__, operator.iadd)
 # A mode is told the method that torch.Tensor has at the time, and the function of torch.nn.functional, which a tool may
@@ -72,6 +73,7 @@ class Watch(TorchFunctionMode):
     Args:
         tokens: [B, T, C] the block's input, or the same tokens in another layout.
         batch, n_tokens: B and T.
+        replaced: what `replaced_functions` has returned, where several blocks share it; None: it is called here.
 
     Attributes:
         batch, tokens: B and T.
@@ -82,17 +84,20 @@ class Watch(TorchFunctionMode):
         residual_seen: the residual was recognised. What follows in the block is not searched any more.
     """
 
-    def __init__(self, tokens: Tensor, batch: int, n_tokens: int) -> None:
+    def __init__(self, tokens: Tensor, batch: int, n_tokens: int, replaced: dict[Any, Any] | None = None) -> None:
         super().__init__()
         self.batch, self.tokens = batch, n_tokens
+        self._replaced = replaced_functions() if replaced is None else replaced
+        # Most functions of a block are passed on at once. Dynamo cannot look up a function in a set.
+        self._passes_others = False
         if not torch.compiler.is_compiling():  # a compiled graph keeps sizes symbolic; torch.jit.trace needs ints
             self.batch, self.tokens = int(self.batch), int(self.tokens)
+            self._passes_others = not self._replaced
         self.residual_inputs = [tokens]
         self.attention_seen = self.softmax_seen = self.residual_seen = False
         self._softmax_next = False  # the product of queries and keys was seen, but not its softmax
         self._values_next = False  # the softmax was seen, but not the product of probabilities and values
         self._in_place_target: Tensor | None = None  # the tensor that an in-place residual should have changed
-        self._replaced = replaced_functions()
         # A wrapper that counts has counted a function before it gets here. Inside of nn.MultiheadAttention it has not.
         self.kernel: Callable[..., Tensor] = SDPA
 
@@ -189,7 +194,10 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs, func = kwargs or {}, self.known(func)
+        kwargs = kwargs or {}
+        if self._passes_others and func not in _WATCHED:
+            return func(*args, **kwargs)
+        func = self.known(func)
         if not args and "input" in kwargs and func in _WITH_INPUT:
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"), *([kwargs.pop("other")] if "other" in kwargs else []))
@@ -413,7 +421,8 @@ class Watch(TorchFunctionMode):
         if any(a is candidate or b is candidate for candidate in self.residual_inputs):
             if self.attention_seen and (self.is_sequence(a) or self.is_sequence(b)):
                 self.residual_seen = True
-                self._in_place_target = a if func in IN_PLACE else None
+                if func in IN_PLACE:
+                    self._in_place_target, self._passes_others = a, False
                 out = self.add_residual(a, b, kwargs)
                 self.residual_inputs.clear()  # free the memory: the MLP, which needs the most, comes next
                 return out

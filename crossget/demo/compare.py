@@ -37,7 +37,7 @@ from crossget.measure.fit import fit_schedule
 from crossget.measure.flops import count_flops, count_once
 from crossget.measure.speed import DENSE, BenchmarkReport, benchmark
 from crossget.methods.reducers import CrossGET, Reducer, ToMe, Ward
-from crossget.methods.schedules import Ratio, Schedule, as_schedule
+from crossget.methods.schedules import Aligned, Ratio, Schedule, as_schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -703,6 +703,8 @@ def _speed(row: Row) -> str:
 
 def r_text(r: object) -> str:
     """`r` in the form of the command line."""
+    if isinstance(r, Aligned):
+        return f"{r_text(r.r)}/{r.n}"
     if isinstance(r, Ratio):
         return f"{100 * r.share:g}%"
     return ",".join(map(str, r)) if isinstance(r, tuple | list) else str(r)

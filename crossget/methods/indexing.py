@@ -16,7 +16,7 @@ def size_of(x: Tensor, dim: int) -> int:
     which Python's arithmetic and comparisons differ from those on ints. So a size becomes a constant there.
     """
     size = x.shape[dim]
-    return size if torch.compiler.is_compiling() else int(size)
+    return size if type(size) is int or torch.compiler.is_compiling() else int(size)
 
 
 def exceeds(number: int, limit: int) -> bool:
@@ -41,21 +41,32 @@ _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """The rows [B, N, C] of `x` [B, T, C] at `index` [B, N]."""
+def take(x: Tensor, index: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """The rows [B, N, C] of `x` [B, T, C] at `index` [B, N]. `numbers`: as for `flat`."""
     # index_select copies whole rows of a flat tensor; a gather would need one index per element.
     batch, tokens, width = (size_of(x, dim) for dim in range(3))
-    picked = x.reshape(batch * tokens, width).index_select(0, flat(index, tokens))
+    picked = x.reshape(batch * tokens, width).index_select(0, flat(index, tokens, numbers))
     return picked.view(batch, size_of(index, 1), width)
 
 
-def flat(index: Tensor, tokens: int) -> Tensor:
-    """Positions [B, N] in sequences of `tokens` tokens, as positions [B * N] in the concatenation of all sequences."""
+def flat(index: Tensor, tokens: int, numbers: Tensor | None = None) -> Tensor:
+    """Positions [B, N] in sequences of `tokens` tokens, as positions [B * N] in the concatenation of all sequences.
+
+    Args:
+        index: [B, N] positions.
+        tokens: T.
+        numbers: what `sequence_numbers` returns for B, where several calls share it; None: it is made here.
+    """
     batch = size_of(index, 0)
     if batch == 1:
         return index.reshape(-1)
-    first = torch.arange(0, batch * tokens, tokens, device=index.device)
-    return (index + first[:, None]).view(-1)
+    numbers = sequence_numbers(batch, index.device) if numbers is None else numbers
+    return torch.add(index, numbers, alpha=tokens).view(-1)
+
+
+def sequence_numbers(batch: int, device: torch.device) -> Tensor:
+    """[B, 1] the number of each sequence of a batch, from 0."""
+    return torch.arange(batch, device=device)[:, None]
 
 
 def in_vmap(values: Tensor) -> bool:

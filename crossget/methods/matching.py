@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossget.methods import kernels
-from crossget.methods.indexing import exceeds, exporting_to_onnx, in_vmap, size_of, take
+from crossget.methods.indexing import exceeds, exporting_to_onnx, in_vmap, sequence_numbers, size_of, take
 from crossget.methods.pairs import ALL, BUDGET, Similarity, Square, Tiles, bands, symmetric
 
 Ties = Literal["torch", "stable"]
@@ -38,6 +38,7 @@ class Candidates:
         budget: number of similarities that are in memory at a time; without effect while exporting.
         sizes: [B, T] number of input tokens that each token stands for; None: all are 1.
         wanted: [B] number of tokens to remove from each row with padding; None: the same number as from all.
+        prefix: see `crossget.methods.reducers.View`.
 
     Attributes:
         padding: [B, T] true for padding that can be dropped; None: there is none.
@@ -55,6 +56,7 @@ class Candidates:
         budget: int = BUDGET,
         sizes: Tensor | None = None,
         wanted: Tensor | None = None,
+        prefix: int | None = None,
     ) -> None:
         batch, tokens = size_of(vectors, 0), size_of(vectors, 1)
         self.vectors = vectors
@@ -66,6 +68,7 @@ class Candidates:
         self.protected = protected if valid is None else protected | ~valid
         self.n_protected = n_protected
         self.n_free = tokens - n_protected
+        self.prefix = None if valid is not None else prefix
         self.padding = None if valid is None else ~(valid | protected)
         self.lengths = None if valid is None else (valid | protected).sum(1)
         self.wanted = wanted
@@ -267,6 +270,7 @@ class MergePlan:
         self.new_destination = torch.full_like(source, -1) if destination is None else new.gather(1, destination)
         self.index = new.scatter(1, source, self.without_dropped(self.new_destination, -1))
         self._pairs: Tensor | None = None
+        self._numbers: Tensor | None = None
 
     def destinations(self) -> Tensor:
         """`destination`, as a tensor.
@@ -290,6 +294,13 @@ class MergePlan:
             source = self.source if self.dropped is None else torch.where(self.dropped, destination, self.source)
             self._pairs = torch.cat([source, destination], 1)
         return self._pairs
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """`crossget.methods.indexing.sequence_numbers` of the batch; None for a batch of one, which needs none."""
+        if self._numbers is None and size_of(self.source, 0) != 1:
+            self._numbers = sequence_numbers(size_of(self.source, 0), self.source.device)
+        return self._numbers
 
 
 def shares(plan: MergePlan) -> Tensor | None:
@@ -372,6 +383,12 @@ def _bipartite_by(
     candidates: Candidates, similar: Similarity, r: int, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`bipartite`, with any similarity between tokens."""
+    if candidates.prefix is not None:
+        first, end = candidates.prefix, candidates.prefix + candidates.n_free
+        nearest = similar(slice(first + 1, end, 2), slice(first, end, 2)).max(-1)
+        scores = None if importance is None else importance[:, first + 1 : end : 2]
+        best = candidates.argsort(_priority(nearest.values, scores))[:, :r]
+        return best * 2 + (first + 1), nearest.indices.gather(1, best) * 2 + first
     a, b, own = _split(candidates)
     similarity = similar(a, b)
     if own is not None:
@@ -424,10 +441,12 @@ class WardSimilarity:
     def __init__(self, candidates: Candidates, importance: Tensor | None) -> None:
         # Centred: fewer digits cancel when |a - b|^2 is computed as |a|^2 + |b|^2 - 2 a b.
         self.points = candidates.keys - candidates.keys.mean(1, keepdim=True)
-        self.squares = self.points.square().sum(-1)
-        mass = torch.ones_like(self.squares) if candidates.sizes is None else candidates.sizes.to(self.squares.dtype)
+        # Half of |a|^2 and of 1 / m: the factors of 2 cancel, and each is exact.
+        squares = self.points.square().sum(-1)
+        self.half_squares = squares / 2
+        mass = torch.ones_like(squares) if candidates.sizes is None else candidates.sizes.to(squares.dtype)
         mass = mass if importance is None else mass * importance.exp()
-        self.inverse_mass = mass.reciprocal()  # m_a m_b / (m_a + m_b) is 1 / (1 / m_a + 1 / m_b)
+        self.half_inverse_mass = (mass * 2).reciprocal()  # m_a m_b / (m_a + m_b) is 1 / (1 / m_a + 1 / m_b)
 
     def __call__(self, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
         """Args and returns: as for `Candidates.cosines`."""
@@ -436,16 +455,16 @@ class WardSimilarity:
         pairs = symmetric(a) if rows is columns else torch.bmm(a, b.transpose(1, 2))
         for band in bands(pairs):
             part, squares = pairs[:, band], a_squares[:, band, None] + b_squares[:, None, :]
-            part.mul_(-2).add_(squares).clamp_min_(0).div_(a_inverse[:, band, None] + b_inverse[:, None, :]).neg_()
+            part.sub_(squares).clamp_max_(0).div_(a_inverse[:, band, None] + b_inverse[:, None, :])
         return pairs
 
     def _part(self, which: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors [B, N, C], their squared norms and inverse masses [B, N], of some tokens."""
+        """Vectors [B, N, C], half of their squared norms and of their inverse masses [B, N], of some tokens."""
         if which is ALL:
-            return self.points, self.squares, self.inverse_mass
+            return self.points, self.half_squares, self.half_inverse_mass
         if isinstance(which, slice):
-            return self.points[:, which], self.squares[:, which], self.inverse_mass[:, which]
-        return take(self.points, which), self.squares.gather(1, which), self.inverse_mass.gather(1, which)
+            return self.points[:, which], self.half_squares[:, which], self.half_inverse_mass[:, which]
+        return take(self.points, which), self.half_squares.gather(1, which), self.half_inverse_mass.gather(1, which)
 
 
 def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -99,13 +99,13 @@ def norm_correction(tokens: Tensor, before: Tensor | None, plan: MergePlan) -> T
             "MergePlan.taken and MergePlan.given: let it set them, or use norm_correction=False"
         )
     pairs, r, width = plan.pairs, size_of(plan.source, 1), size_of(tokens, 2)
-    normed = F.layer_norm(take(tokens, pairs).float(), (width,))
+    normed = F.layer_norm(take(tokens, pairs, plan.numbers).float(), (width,))
     if before is not None:
         normed = normed * before.gather(1, pairs)[:, :, None]
     change = normed * torch.cat([plan.taken, -plan.given], 1)[:, :, None]
-    rows = flat(torch.cat([plan.new_destination, plan.new_destination], 1), size_of(unmerged, 1))
+    rows = flat(torch.cat([plan.new_destination, plan.new_destination], 1), size_of(unmerged, 1), plan.numbers)
     total = change.new_zeros(unmerged.numel(), width).index_add_(0, rows, change.view(-1, width))
-    mean = take(total.view(*unmerged.shape, width), plan.new_destination) + normed[:, r:]
+    mean = take(total.view(*unmerged.shape, width), plan.new_destination, plan.numbers) + normed[:, r:]
     norm = mean.norm(dim=-1).div(width**0.5).clamp(max=1)  # above 1 only with the guided ensemble's weights
     corrected = unmerged.scatter(1, plan.new_destination, norm.to(unmerged.dtype))
     if plan.dropped is None:
@@ -122,7 +122,7 @@ def merge_by(tokens: Tensor, plan: MergePlan) -> Tensor:
         ValueError: the ensemble did not set the plan's weights.
     """
     if plan.destination is None:
-        return take(tokens, plan.kept)
+        return take(tokens, plan.kept, plan.numbers)
     if plan.taken is None or plan.given is None:
         raise ValueError("the method's ensemble does not set MergePlan.taken and MergePlan.given: let it set them")
     return _merge(tokens, plan, plan.taken, plan.given)
@@ -167,11 +167,12 @@ def _merge(tokens: Tensor, plan: MergePlan, taken: Tensor, given: Tensor) -> Ten
     if kernels.usable(tokens):
         new_destination = plan.without_dropped(plan.new_destination, -1)
         return kernels.pull(tokens, plan.kept, plan.source, plan.destinations(), new_destination, taken, given)
-    kept = take(tokens, plan.kept)
+    kept = take(tokens, plan.kept, plan.numbers)
     n_kept, r, width = size_of(kept, 1), size_of(plan.source, 1), size_of(kept, 2)
-    pairs = take(tokens, plan.pairs)
+    pairs = take(tokens, plan.pairs, plan.numbers)
     # The weights are float32, so half precision is summed in float32, too.
     change = pairs[:, :r] * taken[:, :, None]
     change = torch.addcmul(change, pairs[:, r:], given[:, :, None], value=-1).to(tokens.dtype)
-    merged = kept.view(-1, width).index_add_(0, flat(plan.new_destination, n_kept), change.view(-1, width))
+    rows = flat(plan.new_destination, n_kept, plan.numbers)
+    merged = kept.view(-1, width).index_add_(0, rows, change.view(-1, width))
     return merged.view(kept.shape)

@@ -66,6 +66,8 @@ class View:
             rest of the `r` tokens that `reduce` removes from a row is padding.
         grid: height and width of the image grid whose places the tokens are, in rows; None: they are not known.
         beyond_half: more than half of the unprotected tokens may leave at once, as behind the connector.
+        prefix: in every row, this many tokens at the beginning are protected, and the other protected ones are at the
+            end; None: rows differ, or it is not known.
     """
 
     tokens: Tensor
@@ -82,6 +84,7 @@ class View:
     wanted: Tensor | None = field(default=None, kw_only=True)
     grid: tuple[int, int] | None = field(default=None, kw_only=True)
     beyond_half: bool = field(default=False, kw_only=True)
+    prefix: int | None = field(default=None, kw_only=True)
 
     def sizes_or_ones(self) -> Tensor:
         """[B, T] float32, the number of input tokens that each token stands for."""
@@ -397,6 +400,7 @@ class Merging(Joining):
                 self._value("seed"),
                 sizes=view.sizes,
                 wanted=view.wanted,
+                prefix=view.prefix,
             )
             r = candidates.limit(r)
             if r == 0:

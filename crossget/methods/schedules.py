@@ -1,6 +1,7 @@
 """How many tokens each block removes: constant, per layer, linear, a ratio, or a ratio that rises in the first blocks.
 
-`Keep` says how many stay, behind the connector of a model of images and text.
+`Aligned` follows any of them in steps that leave multiples of a number. `Keep` says how many stay, behind the connector
+of a model of images and text.
 
 A schedule maps the number of `tokens` that enter block `layer` of `depth` to the number of tokens to remove there. A
 block removes at most half of its unprotected tokens, whatever the schedule asks for.
@@ -8,11 +9,14 @@ block removes at most half of its unprotected tokens, whatever the schedule asks
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, runtime_checkable
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @runtime_checkable
@@ -120,6 +124,44 @@ class RampedRatio:
 
 
 @dataclass(frozen=True)
+class Aligned:
+    """Follows another schedule in steps that leave a multiple of `n` tokens behind each block: `Aligned(16, n=16)`.
+
+    Class token, cross token and registers count among them. Some processors compute multiples of 8 to 64 tokens faster.
+    Of what the schedule asks for, a block removes more or less, so that over the blocks the sums agree to about `n`.
+    At least `n` tokens stay. A block removes at most half of its unprotected tokens here, too: if more is asked for,
+    the number behind it is not a multiple, and the next block makes up for it.
+
+    Args:
+        r: the schedule, an int, or one int per block.
+        n: 1 or more.
+
+    Raises:
+        TypeError: `r` is no schedule, or `n` is no int.
+        ValueError: `n` is below 1, or `r` is a `Keep`, which has `multiple` for this.
+    """
+
+    r: int | Sequence[int] | Schedule
+    n: int
+
+    def __post_init__(self) -> None:
+        schedule = as_schedule(self.r)
+        if isinstance(schedule, Keep):
+            raise ValueError(f"Aligned({self.r!r}): behind the connector, give Keep(..., multiple={self.n!r})")
+        object.__setattr__(self, "r", self.r if isinstance(self.r, Schedule) else schedule.r)  # type: ignore[attr-defined]
+        object.__setattr__(self, "n", _multiple("Aligned(n", self.n))
+
+    def removed(self, layer: int, depth: int, tokens: int) -> int:
+        # What is left over of a multiple is not known here. Multiples of the golden ratio spread evenly over [0, n).
+        left_over = int(layer * _GOLDEN % 1 * self.n)
+        wanted = as_schedule(self.r).removed(layer, depth, tokens)
+        if wanted == 0:
+            return 0
+        left = -(-(tokens - left_over - wanted) // self.n) * self.n
+        return max(0, tokens - max(self.n, left))
+
+
+@dataclass(frozen=True)
 class Keep:
     """The number of features of an image that stay behind the connector: `Keep(128)`, or a share, `Keep(0.25)`.
 
@@ -131,16 +173,19 @@ class Keep:
         separators: features that separate rows of an image (newlines) stay as well, and are not counted.
         positions: the positions of the prompt's tokens in the language model. "original": those that they have in the
             full prompt. "renumbered": counted anew; refused where positions are those of an image grid (M-RoPE).
+        multiple: the number is rounded up to a multiple of this one, if there are as many features.
 
     Raises:
-        TypeError: `tokens` is neither an int nor a float.
-        ValueError: it is an int below 1 or a float outside of (0, 1], or `per` or `positions` is not among its choices.
+        TypeError: `tokens` is neither an int nor a float, or `multiple` is no int.
+        ValueError: `tokens` is an int below 1 or a float outside of (0, 1], `multiple` is below 1, or `per` or
+            `positions` is not among its choices.
     """
 
     tokens: int | float
     per: Literal["unit", "image"] = "unit"
     separators: bool = False
     positions: Literal["original", "renumbered"] = "original"
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         count, value = as_int(self.tokens), self.tokens
@@ -158,6 +203,7 @@ class Keep:
                 raise ValueError(f"Keep({name}={getattr(self, name)!r}): choose one of {', '.join(map(repr, choices))}")
         if not isinstance(self.separators, bool):
             raise TypeError(f"Keep(separators={self.separators!r}): give True or False")
+        object.__setattr__(self, "multiple", _multiple("Keep(multiple", self.multiple))
 
     def __repr__(self) -> str:
         settings = [one for one in fields(self)[1:] if getattr(self, one.name) != one.default]
@@ -168,7 +214,7 @@ class Keep:
 
     def removed(self, layer: int, depth: int, tokens: int) -> int:
         wanted = self.tokens if isinstance(self.tokens, int) else max(1, round(self.tokens * tokens))
-        return max(0, tokens - wanted)
+        return max(0, tokens - -(-wanted // self.multiple) * self.multiple)
 
 
 @dataclass(frozen=True)
@@ -240,7 +286,8 @@ def by_length(schedule: Schedule, layer: int, depth: int, tokens: int, n_protect
     Returns:
         `tokens + 1` numbers; None: the schedule asks for the same number of all rows.
     """
-    if isinstance(schedule, Constant | PerLayer | Linear):
+    inner = as_schedule(schedule.r) if isinstance(schedule, Aligned) else schedule
+    if isinstance(inner, Constant | PerLayer | Linear):
         return None
     counts, kept = [], 0
     for n in range(tokens + 1):
@@ -276,6 +323,15 @@ def _count(name: str, value: Any) -> int:
     if count < 0:
         raise ValueError(f"{name} is {count}: the number of tokens to remove cannot be negative; 0 removes none")
     return count
+
+
+def _multiple(name: str, value: Any) -> int:
+    number = as_int(value)
+    if number is None:
+        raise TypeError(f"{name}={value!r}): give an int, such as 16")
+    if number < 1:
+        raise ValueError(f"{name}={number}): a multiple of at least 1 is expected")
+    return number
 
 
 def _suggestion(value: Any) -> str:

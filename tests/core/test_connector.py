@@ -192,7 +192,15 @@ def test_sizes_need_scores_in_every_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("r", "kept"), [(crossget.Keep(5), 5), (crossget.Keep(0.5), 12), (4, 20), (crossget.Ratio(0.25), 18), (99, 1)]
+    ("r", "kept"),
+    [
+        (crossget.Keep(5), 5),
+        (crossget.Keep(5, multiple=4), 8),
+        (crossget.Keep(0.5), 12),
+        (4, 20),
+        (crossget.Ratio(0.25), 18),
+        (99, 1),
+    ],
 )
 def test_how_many_stay_with_each_schedule(r: Any, kept: int) -> None:
     attached = AttachedConnector(connector(), crossget.Ward(r))

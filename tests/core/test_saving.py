@@ -48,6 +48,10 @@ REDUCERS: list[Any] = [
     crossget.CrossGET(3),
     {"visual": crossget.CrossGET((3, 2, 1)), "text": crossget.CrossGET(crossget.Linear(2, 0), ties="stable")},
     {"visual": crossget.ToMe(crossget.Ratio(0.2))},
+    {
+        "visual": crossget.ToMe(crossget.Aligned((3, 2, 1), 4)),
+        "text": crossget.Ward(crossget.Aligned(crossget.Ratio(0.2), 2)),
+    },
     {"visual": crossget.TopK(2), "text": crossget.Random(1, seed=5)},
 ]
 
