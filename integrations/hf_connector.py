@@ -22,12 +22,15 @@ from crossget.core.adapters import RECOGNISED_KERNELS, Prefilled, Stages
 from crossget.core.attach import find_attachment
 from crossget.core.connector import AttachedConnector, Connector
 from crossget.core.connector_prompts import Encoded, read_features
+from crossget.core.tower_attention import ScoredTower
 from crossget.integrations import hf
 from crossget.integrations._support import ValuesOnCPU
 
 FIRST_VERSION = "5.18"
 # What the rule does not tell, by the model_type of a configuration.
 _UNITS = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "run")  # an entry has a row's tiles
+# Whose image features are tokens of the tower or means of some, by tests/integrations/test_hf_tower_attention.py.
+_SCORED = ("llava",)
 _FIELDS = {"llama4": "last_hidden_state", "fuyu": "last_hidden_state", "granite4_vision": "deepstack_features"}
 
 
@@ -73,6 +76,7 @@ def find_connector(model: Any) -> Connector:
         inner=() if parts is model else (parts,),
         separator="image_newline" if getattr(parts, "image_newline", None) is not None else None,
         attentions=_attentions(model),
+        scored=_scored(model, parts),
     )
 
 
@@ -96,6 +100,24 @@ def _attentions(model: Any) -> list[nn.Module] | str:
             found.append(module)
     layers = getattr(config, "num_hidden_layers", None)
     return found if len(found) == layers else f"of its {layers} layers, {len(found)} have scores"
+
+
+def _scored(model: Any, parts: Any) -> ScoredTower | str:
+    """The image tower, whose attention scores the features; the reason if it cannot."""
+    tower = next((getattr(parts, path) for path in _TOWERS if hasattr(parts, path)), None)
+    if model.config.model_type not in _SCORED or tower is None:
+        return "it is not known how its tokens become features"
+    kernel = getattr(getattr(tower, "config", None), "_attn_implementation", None)
+    if kernel not in RECOGNISED_KERNELS:
+        return f"its kernel is {kernel!r}; use SDPA, as by model.set_attn_implementation('sdpa')"
+    lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
+    blocks = list(max(lists, key=len))
+    number, whole = max(0, len(blocks) - 2), getattr(tower, "fullatt_block_indexes", None)
+    if whole and number not in whole:  # a window is no image
+        number = max(whole)
+    names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
+    language = model.get_decoder() if hasattr(model, "get_decoder") else model.language_model
+    return ScoredTower(blocks, number, not names.isdisjoint(("class_embedding", "cls_token")), [language])
 
 
 # Counting ------------------------------------------------------------------------------------------------------------
@@ -220,7 +242,7 @@ def _reduced(
     for start in range(0, len(encoded.flat), length):
         part = slice(start, start + length)
         unit = attached.reduce(
-            encoded.flat[part], text=text if attached.uses_text else None, separators=None, grid=image.grid or square,
+            encoded.flat[part], received=torch.ones_like(encoded.flat[part, 0]), text=text if attached.uses_text else None, separators=None, grid=image.grid or square,
             carried=[layer[part] for layer in encoded.layers],
         )  # fmt: skip
         found.append(unit.tokens)

@@ -65,6 +65,8 @@ def by_attention(weights: Tensor, valid: Tensor | None = None) -> Tensor:
 def by_class_attention(attention: Tensor, sizes: Tensor, valid: Tensor | None = None) -> Tensor:
     """log(1 + a / s): a is the class token's attention to a token, s is the token's size over the sum of all sizes.
 
+    Behind the connector, a is the share of the tower's attention that the token's members received.
+
     `matching.ward` and `merging.normalized` weight a token by its mass, size * exp(score). With this score the mass is
     size + a * (sum of all sizes): half of the total mass is distributed by size, and half by attention. If attention is
     proportional to size, all masses double, which has no effect. A token that gets no attention has a mass equal to its
@@ -120,6 +122,35 @@ def attention_received(
     return received[0] if len(received) == 1 else torch.cat(received)
 
 
+def mean_attention(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The attention that each token receives, averaged over heads and queries.
+
+    The probabilities are computed for some queries at a time, whose number bounds the memory.
+
+    Args:
+        queries: [B, H, Q, D].
+        keys: [B, H or a divisor of it, T, D].
+        bias: [B or 1, H or 1, Q or 1, T] additive mask, added to the attention scores; None: there is none.
+        scale: factor of the attention scores.
+
+    Returns:
+        [B, T] in float32 or float64.
+
+    Source: VisionZip (CVPR 2025, https://arxiv.org/abs/2412.04467), section 3.2: how dominant tokens are scored.
+    """
+    heads, count = int(queries.shape[1]), int(queries.shape[2])
+    keys = keys.repeat_interleave(heads // int(keys.shape[1]), 1)
+    step = max(1, _MEAN_SCORES // (int(queries.shape[0]) * heads * int(keys.shape[2])))
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    total = torch.zeros(len(keys), keys.shape[2], dtype=wide, device=keys.device)
+    for start in range(0, count, step):
+        scores = (queries[:, :, start : start + step] * scale) @ keys.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, start : start + step])
+        total += scores.softmax(-1, dtype=wide).sum((1, 2))
+    return total / (heads * count)
+
+
 def by_text(cosines: Tensor, free: Tensor) -> Tensor:
     """The similarity of each token to a text, scaled to [0, 1] within each row.
 
@@ -141,7 +172,7 @@ def by_text(cosines: Tensor, free: Tensor) -> Tensor:
 
 
 # Attention scores that are computed at a time.
-_CPU_SCORES, _MAX_SCORES = 1 << 20, 1 << 27
+_CPU_SCORES, _MAX_SCORES, _MEAN_SCORES = 1 << 20, 1 << 27, 1 << 24
 
 
 def _received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, valid: Tensor | None) -> Tensor:

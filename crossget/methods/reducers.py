@@ -32,7 +32,7 @@ from crossget.methods.merging import ENSEMBLES, size
 from crossget.methods.schedules import Keep, Schedule, as_int, as_schedule
 
 MatchingName = Literal["complete_graph", "bipartite", "ward", "ward_graph", "random"]
-ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention", "text"]
+ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention", "tower_attention", "text"]
 EnsembleName = Literal["guided", "size", "normalized"]
 KeysName = Literal["all_heads", "mean_heads", "tokens"]
 HeadsName = Literal["all_heads", "mean_heads"]
@@ -40,7 +40,7 @@ Reduced = tuple[Tensor, "Tensor | None", MergePlan]
 Self = TypeVar("Self", bound="Reducer")
 
 _BY_GUIDE = ("cross_token", "class_token")
-_BY_ATTENTION = ("attention", "class_attention")
+_BY_ATTENTION = ("attention", "class_attention", "tower_attention")
 
 
 @dataclass
@@ -51,8 +51,9 @@ class View:
         tokens: [B, T, C] after the addition of the attention's output to the block's input.
         queries, keys: [B, H, T, D] of the block's attention.
         received: [B, T] attention received by each token, averaged over heads: from all queries, as in
-            `crossget.methods.importance.by_attention`, or from the class token's query alone
-            (`Reducer.needs_class_attention`). None unless the reducer asks for it (`Reducer.needs_attention`).
+            `crossget.methods.importance.by_attention`, from the class token's query alone
+            (`Reducer.needs_class_attention`), or in the image tower (`Reducer.needs_tower_attention`). None unless the
+            reducer asks for it (`Reducer.needs_attention`).
         sizes: [B, T] float32, the number of input tokens that each token stands for; None: all are 1.
         protected: [B, T] true for tokens that must not be merged or dropped.
         n_protected: the largest number of protected tokens in a row.
@@ -194,6 +195,11 @@ class Reducer:
         return False
 
     @property
+    def needs_tower_attention(self) -> bool:
+        """Whether `View.received` must hold the attention of the image tower, behind the connector."""
+        return getattr(self, "importance", None) == "tower_attention"
+
+    @property
     def needs_text(self) -> bool:
         """Whether `reduce` needs `View.relevance`."""
         return getattr(self, "importance", None) == "text"
@@ -297,6 +303,8 @@ class Merging(Joining):
         importance: how tokens are scored, see `crossget.methods.importance`. "cross_token": by the query of the cross
             token, or of the end-of-text token; "class_token": by the query of the class token; "attention": by the
             attention received from all queries; "class_attention": by the attention received from the class token;
+            "tower_attention", behind the connector: by the attention that a feature's tokens received in the last
+            block but one of the image tower, from the class token or, without one, from all queries on average;
             "text": by the similarity to the features given to `Attachment.set_text_features`. None: as in the reference
             on that tower. If this is "cross_token" and there is no such token, it is "class_token" or, on a tower
             without class token, "attention". Refused if neither the choice of sources nor the ensemble uses scores.
@@ -458,7 +466,7 @@ class Ward(Merging):
 
     With an importance, tokens are weighted by size * exp(importance) in matching and ensemble. "class_attention" gives
     half of the total weight by size and half by the class token's attention, see
-    `crossget.methods.importance.by_class_attention`.
+    `crossget.methods.importance.by_class_attention`; "tower_attention" likewise.
 
     Args: as for `Merging`, `Joining` and `Reducer`. None is "tokens" for `keys`, 2 for `key_stride` and "stable" for
         `ties`. If `importance` is given, None is True for `guided_matching` and "normalized" for `ensemble`.
@@ -633,6 +641,11 @@ def _check_importance(reducer: Merging | TopK, tower: TowerFacts) -> None:
         raise ValueError(
             f"importance={reducer.importance!r} needs a class token, and {tower.name} has none: use "
             "importance='attention' or, with a cross token, importance='cross_token'"
+        )
+    if reducer.importance == "tower_attention" and not tower.connector:
+        raise ValueError(
+            f"importance='tower_attention' is for image features behind the connector, and not for {tower.name}: use "
+            "importance='class_attention' or 'attention'"
         )
     if reducer.importance == "text" and not tower.embeds:
         raise ValueError(
