@@ -30,7 +30,13 @@ FIRST_VERSION = "5.18"
 # What the rule does not tell, by the model_type of a configuration.
 _UNITS = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "run")  # an entry has a row's tiles
 # Whose image features are tokens of the tower or means of some, by tests/integrations/test_hf_tower_attention.py.
-_SCORED = ("llava",)
+_SCORED = (
+    "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "dots3_note", "ernie4_5_vl_moe", "exaone4_5",
+    "gemma3", "hyperclovax_vision_v2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "llava", "llava_next",
+    "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "paddleocr_vl", "paligemma",
+    "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker",
+    "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "video_llama_3",
+)  # fmt: skip
 _FIELDS = {"llama4": "last_hidden_state", "fuyu": "last_hidden_state", "granite4_vision": "deepstack_features"}
 
 
@@ -112,7 +118,8 @@ def _scored(model: Any, parts: Any) -> ScoredTower | str:
         return f"its kernel is {kernel!r}; use SDPA, as by model.set_attn_implementation('sdpa')"
     lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
     blocks = list(max(lists, key=len))
-    number, whole = max(0, len(blocks) - 2), getattr(tower, "fullatt_block_indexes", None)
+    number = max(0, len(blocks) - 2)
+    whole = [n for n in getattr(tower, "fullatt_block_indexes", None) or [] if n < len(blocks)]
     if whole and number not in whole:  # a window is no image
         number = max(whole)
     names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
@@ -242,7 +249,8 @@ def _reduced(
     for start in range(0, len(encoded.flat), length):
         part = slice(start, start + length)
         unit = attached.reduce(
-            encoded.flat[part], received=torch.ones_like(encoded.flat[part, 0]), text=text if attached.uses_text else None, separators=None, grid=image.grid or square,
+            encoded.flat[part], text=text if attached.uses_text else None, separators=None, grid=image.grid or square,
+            received=torch.ones_like(encoded.flat[part, 0]) if attached.reducer.needs_tower_attention else None,
             carried=[layer[part] for layer in encoded.layers],
         )  # fmt: skip
         found.append(unit.tokens)

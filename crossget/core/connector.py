@@ -26,7 +26,7 @@ from crossget.methods.importance import attention_received
 from crossget.methods.indexing import take
 from crossget.methods.matching import shares
 from crossget.methods.merging import merge_by
-from crossget.methods.reducers import Reducer, TowerFacts, View
+from crossget.methods.reducers import Joining, Reducer, TowerFacts, View
 from crossget.methods.schedules import Keep
 
 NAME = "connector"
@@ -297,6 +297,11 @@ class ConnectorRecord:
         return records or None
 
 
+def _adds_sizes(reducer: Reducer) -> bool:
+    """Whether log(size) is added behind the connector: only a method that joins tokens has sizes above 1."""
+    return isinstance(reducer, Joining) and bool(reducer.proportional_attention)
+
+
 class AttachedConnector(AttachedPlace[ConnectorRecord]):
     """A connector with the reducer that is attached to it.
 
@@ -319,7 +324,7 @@ class AttachedConnector(AttachedPlace[ConnectorRecord]):
             ValueError: it cannot work behind the connector, or asks for sizes in attentions that take no bias.
         """
         resolved = reducer.resolved(FACTS)
-        if resolved.proportional_attention and isinstance(self.connector.attentions, str):
+        if _adds_sizes(resolved) and isinstance(self.connector.attentions, str):
             raise ValueError(
                 f"proportional_attention=True on {FACTS.name} adds log(size) to the attention scores of the language "
                 f"model, and those of {type(self.connector.model).__name__} take none: {self.connector.attentions}; "
@@ -345,6 +350,11 @@ class AttachedConnector(AttachedPlace[ConnectorRecord]):
             raise ValueError(f"{keep} on {kind}: which tiles are of one image is not known there; leave per out")
         if keep.positions == "renumbered" and hasattr(self.connector.parts, "get_rope_index"):
             raise ValueError(f"{keep} on {kind}: its positions are those of the image grid; leave positions out")
+
+    @property
+    def adds_sizes(self) -> bool:
+        """Whether log(size) is added to the attention scores of the language model."""
+        return _adds_sizes(self.reducer)
 
     @property
     def uses_text(self) -> bool:

@@ -275,7 +275,7 @@ class ConnectorPrompts:
         following = self._following(full, positions, padding)
         self._set_rope_deltas(following, columns)
         log_sizes = None
-        if self.attached.reducer.proportional_attention:
+        if self.attached.adds_sizes:
             sizes = torch.ones_like(keep, dtype=torch.float32) if chosen is None else chosen.sizes
             log_sizes = columns.take(sizes, 1).log()
             if earlier is not None and earlier.log_sizes is not None:

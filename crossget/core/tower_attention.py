@@ -111,12 +111,18 @@ class _Watching(TorchFunctionMode):
             with torch.no_grad():
                 self.received.append(self._of_fused(*args, **(kwargs or {})))
         elif func in SOFTMAX and out.dim() == 4 and out.shape[-2] == out.shape[-1]:
-            self.received.append(self._rows(out.detach()).float().mean((1, 2)))
+            self.received.append(self._of_probabilities(out.detach()))
         return out
 
     def _rows(self, rows: Tensor) -> Tensor:
         """The rows of a tensor [B, H, T, ..] for the queries that score the tokens."""
         return rows[:, :, :1] if self.has_class_token and rows.shape[2] > 1 else rows
+
+    def _of_probabilities(self, probabilities: Tensor) -> Tensor:
+        """Of probabilities [B, H, T, T]. A query that does not attend to itself is padding."""
+        rows = self._rows(probabilities)
+        real = (probabilities.diagonal(dim1=2, dim2=3).amax(1) > 0)[:, : rows.shape[2]].to(rows)
+        return torch.einsum("bq,bhqt->bt", real, rows) / (rows.shape[1] * real.sum(1, keepdim=True).clamp(min=1))
 
     def _of_fused(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,

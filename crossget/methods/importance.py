@@ -123,14 +123,15 @@ def attention_received(
 
 
 def mean_attention(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The attention that each token receives, averaged over heads and queries.
+    """The attention that each token receives, averaged over heads and over queries that are no padding.
 
     The probabilities are computed for some queries at a time, whose number bounds the memory.
 
     Args:
         queries: [B, H, Q, D].
         keys: [B, H or a divisor of it, T, D].
-        bias: [B or 1, H or 1, Q or 1, T] additive mask, added to the attention scores; None: there is none.
+        bias: [B or 1, 1, Q or 1, T] additive mask, added to the attention scores; None: there is none. With as many
+            queries as keys, a query that does not attend to itself is padding.
         scale: factor of the attention scores.
 
     Returns:
@@ -143,12 +144,16 @@ def mean_attention(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: fl
     step = max(1, _MEAN_SCORES // (int(queries.shape[0]) * heads * int(keys.shape[2])))
     wide = torch.promote_types(queries.dtype, torch.float32)
     total = torch.zeros(len(keys), keys.shape[2], dtype=wide, device=keys.device)
+    real = torch.ones(len(keys), count, dtype=wide, device=keys.device)
+    if bias is not None and count == keys.shape[2]:
+        own = bias[:, 0, 0] if bias.shape[2] == 1 else bias[:, 0].diagonal(dim1=1, dim2=2)
+        real = real * (own > torch.finfo(bias.dtype).min / 2)
     for start in range(0, count, step):
         scores = (queries[:, :, start : start + step] * scale) @ keys.transpose(-1, -2)
         if bias is not None:
             scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, start : start + step])
-        total += scores.softmax(-1, dtype=wide).sum((1, 2))
-    return total / (heads * count)
+        total += torch.einsum("bq,bhqt->bt", real[:, start : start + step], scores.softmax(-1, dtype=wide))
+    return total / (heads * real.sum(1, keepdim=True))
 
 
 def by_text(cosines: Tensor, free: Tensor) -> Tensor:
