@@ -54,12 +54,12 @@ class ScoredTower:
     def _before(self, *_: Any) -> None:
         watching = self._watching.get()
         if watching is not None:
-            watching.__enter__()
+            watching.__enter__()  # type: ignore[no-untyped-call]
 
     def _after(self, *_: Any) -> None:
         watching = self._watching.get()
         if watching is not None:
-            watching.__exit__(None, None, None)
+            watching.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def encode(self, parts: nn.Module, method: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
         """Call a method of the host that encodes images.

@@ -182,6 +182,11 @@ _CPU_SCORES, _MAX_SCORES, _MEAN_SCORES = 1 << 20, 1 << 27, 1 << 24
 
 def _received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, valid: Tensor | None) -> Tensor:
     """[B, T] attention received, summed over heads."""
+    batch, heads, count = (size_of(queries, dim) for dim in range(3))
+    if valid is None and count > 1 and exceeds(batch * heads * count * size_of(keys, 2), _MAX_SCORES):
+        last = _received(queries[:, :, -1:], keys, None if bias is None else bias[:, :, -1:], scale, None)
+        others = bias if bias is None or bias.shape[2] == 1 else bias[:, :, :-1]
+        return last + heads * mean_attention(queries[:, :, :-1], keys, others, scale)
     scores = (queries * scale) @ keys.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
