@@ -21,7 +21,7 @@ from tqdm import tqdm
 import crossget
 from crossget.checkpoints import convert, hf_sizes
 from crossget.core.adapters import has_adapter
-from crossget.demo import backbones, compare, transformers_models, viewer
+from crossget.demo import backbones, compare, connector_models, transformers_models, viewer
 from crossget.demo.compare import CompareOptions, Reduction
 from crossget.demo.viewer import ViewerOptions
 from crossget.integrations._support import SupportRow
@@ -295,6 +295,9 @@ class Models(Command):
     Every model is built on the meta device: seconds for a pattern, minutes for all of them. Of transformers, a tiny
     model of every family is built and run: half an hour for all of them. These need --host transformers or --filter;
     without either, the classes with an adapter are listed alone.
+
+    With --connector, the families of transformers whose image features can be reduced behind the connector: minutes for
+    all of them.
     """
 
     host: Annotated[
@@ -302,13 +305,18 @@ class Models(Command):
         _optional("only this host: timm, open_clip or transformers", "HOST"),
     ] = None
     filter: Annotated[str | None, _optional("only names like this; * is anything; quote it", "PATTERN")] = None
+    connector: Annotated[bool, _optional("families of transformers that can be reduced behind the connector")] = False
     supported: Annotated[bool, _optional("leave out the models that cannot be reduced")] = False
     json: JsonFlag = False
 
     def run(self) -> int:
+        if self.connector and self.host not in (None, "transformers"):
+            raise ArgumentError(f"--connector is for models of transformers, and --host is {self.host}: leave one out")
+        hosts = ["transformers"] if self.connector else [self.host] if self.host else _installed_hosts()
         rows = []
-        for host in [self.host] if self.host else _installed_hosts():
-            matrix = _support_matrix(host, self.filter, every=bool(self.host or self.filter))
+        for host in hosts:
+            every = bool(self.host or self.filter)
+            matrix = _connectors(self.filter) if self.connector else _support_matrix(host, self.filter, every)
             rows += [{"host": host, **dataclasses.asdict(row)} for row in matrix]
         if self.filter and not rows:
             raise ValueError(
@@ -319,7 +327,7 @@ class Models(Command):
             print(json.dumps(shown, indent=2))
             return 0
         body = [[row["host"], row["name"], row["architecture"], _support(row)] for row in shown]
-        print(tabulate(body, ["host", "name", "class", "towers, or why not"]))
+        print(tabulate(body, ["host", "name", "class", f"{'connector' if self.connector else 'towers'}, or why not"]))
         print(f"\n{sum(row['supported'] for row in rows)} of {len(rows)} can be reduced")
         return 0
 
@@ -514,12 +522,23 @@ def _installed_hosts() -> list[str]:
 
 def _support_matrix(host: str, pattern: str | None, every: bool) -> Iterator[SupportRow]:
     """The rows of a host's support matrix whose names match; `every`: also those that take long."""
-    if not backbones.installed(host):
-        raise RuntimeError(f'{host} is not installed: pip install "crossget[{backbones.PACKAGES[host]}]"')
+    _check_installed(host)
     rows = importlib.import_module(f"crossget.integrations.{host}").support_matrix(pattern)
     if host == "transformers" and every:
         rows = transformers_models.with_adapters_first(rows, pattern)
     yield from tqdm(rows, desc=f"building the models of {host}", disable=None, leave=False, unit=" models")
+
+
+def _connectors(pattern: str | None) -> Iterator[SupportRow]:
+    """The families of transformers whose names match, behind the connector."""
+    _check_installed("transformers")
+    rows = connector_models.support_matrix([pattern or "*"])
+    yield from (row.support() for row in tqdm(rows, desc="building models", disable=None, leave=False, unit=" models"))
+
+
+def _check_installed(host: str) -> None:
+    if not backbones.installed(host):
+        raise RuntimeError(f'{host} is not installed: pip install "crossget[{backbones.PACKAGES[host]}]"')
 
 
 def _support(row: dict[str, Any]) -> str:

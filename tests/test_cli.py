@@ -235,6 +235,21 @@ class TestModels:
         assert "'zzz'" in error
         assert "'*dino*'" in error
 
+    @pytest.mark.slow
+    @pytest.mark.skipif(hf_models.VERSION < (5, 19), reason="connectors are reduced from transformers 5.19 on")
+    def test_behind_the_connector(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("models", "--connector", "--filter", "[bl]l[ia][pv]*", "--json") == 0
+        rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+        assert rows["llava"]["towers"] == ["connector: images"]
+        assert rows["llava"]["architecture"] == "LlavaForConditionalGeneration"
+        assert "has no connector: it has no get_image_features" in rows["blip"]["reason"]
+
+    def test_connectors_are_of_transformers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("models", "--connector", "--host", "timm") == 2
+        assert "--connector is for models of transformers, and --host is timm" in capsys.readouterr().err
+        assert call("models", "--connector", "--filter", "zzz") == 2
+        assert "matches no name" in capsys.readouterr().err
+
     def test_a_host_that_is_not_installed(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
