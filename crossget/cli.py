@@ -21,8 +21,9 @@ from tqdm import tqdm
 import crossget
 from crossget.checkpoints import convert, hf_sizes
 from crossget.core.adapters import has_adapter
-from crossget.demo import backbones, compare, connector_models, transformers_models, viewer
+from crossget.demo import backbones, compare, connector_models, connector_view, transformers_models, viewer
 from crossget.demo.compare import CompareOptions, Reduction
+from crossget.demo.connector_view import ConnectorOptions
 from crossget.demo.viewer import ViewerOptions
 from crossget.integrations._support import SupportRow
 from crossget.measure import generation
@@ -50,6 +51,7 @@ In Python: crossget.attach(model, crossget.Ward(r=16)).
 MODEL_HELP = "a model name of open_clip or timm; where both have it, host:name"
 R_FORMS = "a number (16), one per block (16,16,8,...) or a share of the tokens (10%)"
 R_HELP = f"tokens to remove in each block: {R_FORMS}"
+KEEP_HELP = "image features that stay behind the connector of a model that generates: number or share"
 SAMPLE_NAMES = ", ".join(Path(name).stem for name, _, _ in compare.SHIPPED)
 SAMPLE_CREDITS = "; ".join(f"{Path(name).stem} by {credit}" for name, _, credit in compare.SHIPPED)
 
@@ -260,6 +262,11 @@ class Show(Command):
     A text can then guide ward, crossget and topk, which keep the tokens that are similar to it.
 
       crossget show cat.jpg --model ViT-B-16 --r 12 --text "a cat" "a cup" --out cat.html
+
+    With --keep, a picture of what stays of the image behind the connector of a model that generates text, whose folder
+    or hub id is --model. --text is then the question.
+
+      crossget show cat.jpg --model llava-hf/llava-1.5-7b-hf --keep 0.25 --text "what is it?" --png cat.png
     """
 
     image: Annotated[
@@ -277,14 +284,37 @@ class Show(Command):
     device: Device = ViewerOptions.device
     out: Annotated[Path, _option("where the page goes", "FILE")] = ViewerOptions.out
     png: Annotated[Path | None, _optional("the same as a picture", "FILE")] = None
+    keep: Annotated[Keep | None, _KEEP, _optional(KEEP_HELP, "KEEP")] = None
 
     def run(self) -> int:
+        if self.keep is not None:
+            return self._run_connector(self.keep)
         report = viewer.run(_options(self, ViewerOptions), log=_log)
         dense = report.dense.count.total / 1e9
         for name, runs in report.runs.items():
             tokens, gflops = runs[0].tokens, runs[0].count.total / 1e9
             print(f"{name}: {tokens[0]} to {tokens[-1]} tokens, {gflops:.3g} of {dense:.3g} GFLOPs")
         _log_written(self.out, self.png)
+        return 0
+
+    def _run_connector(self, keep: Keep) -> int:
+        """A model that generates text from images."""
+        for name in ("r", "checkpoint", "pretrained", "seed", "out"):
+            if getattr(self, name) != getattr(ViewerOptions, name):
+                raise ArgumentError(f"--{name} is for a model of open_clip or timm, and --keep for one that generates")
+        if self.png is None or len(self.text) > 1:
+            raise ArgumentError("--keep draws a picture: give --png FILE, and one question as --text at most")
+        view = connector_view.run(
+            ConnectorOptions(
+                self.image, self.model, keep, self.methods, *(self.text or (connector_view.QUESTION,)), self.png,
+                self.device,
+            ),
+            log=_log,
+        )  # fmt: skip
+        for name, units in view.units.items():
+            counts = ", ".join(f"{len(unit.source)} to {len(unit.kept)}" for unit in units)
+            print(f"{name}: {counts} image features")
+        _log_written(self.png)
         return 0
 
 
@@ -352,7 +382,7 @@ class Flops(Command):
     keep: Annotated[
         Keep | None,
         _KEEP,
-        _optional("image features that stay behind the connector of a model that generates: number or share", "KEEP"),
+        _optional(KEEP_HELP, "KEEP"),
     ] = None
     image: Annotated[
         tuple[int, int] | None,

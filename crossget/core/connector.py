@@ -130,6 +130,7 @@ class ReducedUnit(NamedTuple):
         source: [n] for each feature, the index among the k of the one that it was merged into; -1 if it was dropped.
         carried: other features of the same tokens, [k, C'] each, merged like them.
         record: what is recorded, see `Attachment.records`; None: nothing is recorded.
+        grid: height and width of the unit's grid before the reduction; None: they are not known.
     """
 
     tokens: Tensor
@@ -138,6 +139,7 @@ class ReducedUnit(NamedTuple):
     source: Tensor
     carried: list[Tensor]
     record: BlockRecord | None
+    grid: tuple[int, int] | None = None
 
 
 def reduce_features(
@@ -229,7 +231,7 @@ def reduce_features(
     if recording:
         weights = None if weights is None else weights[:, :n]
         record = BlockRecord(source, sizes, weights, score, tokens.detach().clone())
-    return ReducedUnit(tokens[0], kept[0], sizes[0], source[0], [extra[0] for extra in extras], record)
+    return ReducedUnit(tokens[0], kept[0], sizes[0], source[0], [extra[0] for extra in extras], record, grid)
 
 
 def _originals(tokens: Tensor, protected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
