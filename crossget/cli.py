@@ -302,6 +302,8 @@ class Show(Command):
         for name in ("r", "checkpoint", "pretrained", "seed", "out"):
             if getattr(self, name) != getattr(ViewerOptions, name):
                 raise ArgumentError(f"--{name} is for a model of open_clip or timm, and --keep for one that generates")
+        if self.model == ViewerOptions.model:
+            raise ArgumentError("--keep: give a folder or hub id of a model that generates text from images as --model")
         if self.png is None or len(self.text) > 1:
             raise ArgumentError("--keep draws a picture: give --png FILE, and one question as --text at most")
         view = connector_view.run(

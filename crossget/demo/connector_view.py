@@ -79,7 +79,7 @@ class ConnectorView:
         before = figures.Panel(self.pictures[0], "as the model sees it")
         rows = [(title, [before, *panels]) for title, panels in rows]
         footer = [
-            "Features of one colour and outline are merged into one; dark ones are dropped; the others stay as they are.",
+            "Features of one colour and outline are merged into one. Dark ones are dropped; the others stay.",
             f"Question: {self.options.question}",
         ]
         count = len(next(iter(self.units.values())))
@@ -165,8 +165,8 @@ def _prompt(processor: Any, question: str) -> str:
 def _units(model: Any, inputs: Mapping[str, Tensor], reducer: Reducer) -> list[ReducedUnit]:
     with attach(model, {NAME: reducer}) as attached:
         model(**inputs)
-        assert attached.connector is not None
-        return attached.connector.last_record.units
+        place: Any = attached.connector
+        return list(place.last_record.units)
 
 
 def _pictures(processor: Any, inputs: Mapping[str, Tensor], photograph: Photograph, count: int) -> list[Tensor]:
