@@ -313,6 +313,7 @@ class Merging(Joining):
         keys: the vectors that tokens are compared by. "all_heads": the attention's keys with all heads concatenated;
             "mean_heads": the mean of the keys over heads; "tokens": `View.tokens`. The query of a guide is always
             compared with keys (those of all heads, if this is "tokens"). None: as in the reference on that tower.
+            Refused behind the connector, where features are compared as they are.
         key_stride: only every `key_stride`-th channel of these vectors is used; 2 halves the multiply-adds of the
             comparison. None: 1.
         ties: how equal similarities are ranked, see `crossget.methods.matching.complete_graph`. None: "torch".
@@ -380,6 +381,8 @@ class Merging(Joining):
         if self.matching == "random":
             values["guided_matching"] = False
             values["keys"] = _heads(values["keys"]) if values.get("importance") in _BY_GUIDE else None
+        if tower.connector:
+            values["keys"] = None
         kept = {"guided_matching", "keys"}
         return {name: value for name, value in values.items() if name in kept or name not in self._without_effect()}
 
@@ -393,6 +396,7 @@ class Merging(Joining):
 
     def check(self, tower: TowerFacts) -> None:
         super().check(tower)
+        _check_keys(self, tower)
         if self._scores:
             _check_importance(self, tower)
 
@@ -544,7 +548,7 @@ class TopK(Reducer):
 
     def defaults(self, tower: TowerFacts) -> dict[str, Any]:
         importance = self.importance or _importance_on(tower, self.cross_token)
-        keys = _heads(tower.keys) if importance in _BY_GUIDE else None
+        keys = _heads(tower.keys) if importance in _BY_GUIDE and not tower.connector else None
         return {**super().defaults(tower), "importance": importance, "keys": keys}
 
     @property
@@ -556,6 +560,7 @@ class TopK(Reducer):
         return self.importance == "class_attention"
 
     def check(self, tower: TowerFacts) -> None:
+        _check_keys(self, tower)
         _check_importance(self, tower)
 
     def reduce(self, view: View, r: int) -> Reduced | None:
@@ -633,6 +638,15 @@ def _importance_on(tower: TowerFacts, cross_token: bool) -> ImportanceName:
     if tower.importance == "cross_token" and not cross_token and not tower.guides_itself:
         return "class_token" if tower.has_class_token else "attention"
     return tower.importance
+
+
+def _check_keys(reducer: Merging | TopK, tower: TowerFacts) -> None:
+    """Raise a ValueError if the tokens have no keys."""
+    if tower.connector and reducer.keys is not None:
+        raise ValueError(
+            f"{type(reducer).__name__}(keys={reducer.keys!r}) has no effect on {tower.name}: image features are "
+            "compared as they are; leave keys out"
+        )
 
 
 def _check_importance(reducer: Merging | TopK, tower: TowerFacts) -> None:
