@@ -21,8 +21,9 @@ from tqdm import tqdm
 import crossget
 from crossget.checkpoints import convert, hf_sizes
 from crossget.core.adapters import has_adapter
-from crossget.demo import backbones, compare, transformers_models, viewer
+from crossget.demo import backbones, compare, connector_models, connector_view, transformers_models, viewer
 from crossget.demo.compare import CompareOptions, Reduction
+from crossget.demo.connector_view import ConnectorOptions
 from crossget.demo.viewer import ViewerOptions
 from crossget.integrations._support import SupportRow
 from crossget.measure import generation
@@ -51,6 +52,7 @@ MODEL_HELP = "a model name of open_clip or timm; where both have it, host:name"
 R_FORMS = "a number (16), one per block (16,16,8,...) or a share of the tokens (10%)"
 R_ALIGNED = "behind it, /16 leaves multiples of 16 tokens"
 R_HELP = f"tokens to remove in each block: {R_FORMS}; {R_ALIGNED}"
+KEEP_HELP = "image features that stay behind the connector of a model that generates: number or share"
 SAMPLE_NAMES = ", ".join(Path(name).stem for name, _, _ in compare.SHIPPED)
 SAMPLE_CREDITS = "; ".join(f"{Path(name).stem} by {credit}" for name, _, credit in compare.SHIPPED)
 
@@ -263,6 +265,11 @@ class Show(Command):
     With a CLIP of open_clip, --text shows the similarity of each token to each text.
 
       crossget show cat.jpg --model ViT-B-16 --r 12 --text "a cat" "a cup" --out cat.html
+
+    With --keep, a picture of what stays of the image behind the connector of a model that generates text, whose folder
+    or hub id is --model. --text is then the question.
+
+      crossget show cat.jpg --model llava-hf/llava-1.5-7b-hf --keep 0.25 --text "what is it?" --png cat.png
     """
 
     image: Annotated[
@@ -280,14 +287,39 @@ class Show(Command):
     device: Device = ViewerOptions.device
     out: Annotated[Path, _option("where the page goes", "FILE")] = ViewerOptions.out
     png: Annotated[Path | None, _optional("the same as a picture", "FILE")] = None
+    keep: Annotated[Keep | None, _KEEP, _optional(KEEP_HELP, "KEEP")] = None
 
     def run(self) -> int:
+        if self.keep is not None:
+            return self._run_connector(self.keep)
         report = viewer.run(_options(self, ViewerOptions), log=_log)
         dense = report.dense.count.total / 1e9
         for name, run in report.runs.items():
             tokens, gflops = run.tokens, run.count.total / 1e9
             print(f"{name}: {tokens[0]} to {tokens[-1]} tokens, {gflops:.3g} of {dense:.3g} GFLOPs")
         _log_written(self.out, self.png)
+        return 0
+
+    def _run_connector(self, keep: Keep) -> int:
+        """A model that generates text from images."""
+        for name in ("r", "checkpoint", "pretrained", "seed", "out"):
+            if getattr(self, name) != getattr(ViewerOptions, name):
+                raise ArgumentError(f"--{name} is for a model of open_clip or timm, and --keep for one that generates")
+        if self.model == ViewerOptions.model:
+            raise ArgumentError("--keep: give a folder or hub id of a model that generates text from images as --model")
+        if self.png is None or len(self.text) > 1:
+            raise ArgumentError("--keep draws a picture: give --png FILE, and one question as --text at most")
+        view = connector_view.run(
+            ConnectorOptions(
+                self.image, self.model, keep, self.methods, *(self.text or (connector_view.QUESTION,)), self.png,
+                self.device,
+            ),
+            log=_log,
+        )  # fmt: skip
+        for name, units in view.units.items():
+            counts = ", ".join(f"{len(unit.source)} to {len(unit.kept)}" for unit in units)
+            print(f"{name}: {counts} image features")
+        _log_written(self.png)
         return 0
 
 
@@ -298,6 +330,9 @@ class Models(Command):
     Every model is built on the meta device: seconds for a pattern, minutes for all of them. Of transformers, a tiny
     model of every family is built and run: half an hour for all of them. These need --host transformers or --filter;
     without either, the classes with an adapter are listed alone.
+
+    With --connector, the families of transformers whose image features can be reduced behind the connector: minutes for
+    all of them.
     """
 
     host: Annotated[
@@ -305,13 +340,18 @@ class Models(Command):
         _optional("only this host: timm, open_clip or transformers", "HOST"),
     ] = None
     filter: Annotated[str | None, _optional("only names like this; * is anything; quote it", "PATTERN")] = None
+    connector: Annotated[bool, _optional("families of transformers that can be reduced behind the connector")] = False
     supported: Annotated[bool, _optional("leave out the models that cannot be reduced")] = False
     json: JsonFlag = False
 
     def run(self) -> int:
+        if self.connector and self.host not in (None, "transformers"):
+            raise ArgumentError(f"--connector is for models of transformers, and --host is {self.host}: leave one out")
+        hosts = ["transformers"] if self.connector else [self.host] if self.host else _installed_hosts()
         rows = []
-        for host in [self.host] if self.host else _installed_hosts():
-            matrix = _support_matrix(host, self.filter, every=bool(self.host or self.filter))
+        for host in hosts:
+            every = bool(self.host or self.filter)
+            matrix = _connectors(self.filter) if self.connector else _support_matrix(host, self.filter, every)
             rows += [{"host": host, **dataclasses.asdict(row)} for row in matrix]
         if self.filter and not rows:
             raise ValueError(
@@ -322,7 +362,7 @@ class Models(Command):
             print(json.dumps(shown, indent=2))
             return 0
         body = [[row["host"], row["name"], row["architecture"], _support(row)] for row in shown]
-        print(tabulate(body, ["host", "name", "class", "towers, or why not"]))
+        print(tabulate(body, ["host", "name", "class", f"{'connector' if self.connector else 'towers'}, or why not"]))
         print(f"\n{sum(row['supported'] for row in rows)} of {len(rows)} can be reduced")
         return 0
 
@@ -347,7 +387,7 @@ class Flops(Command):
     keep: Annotated[
         Keep | None,
         _KEEP,
-        _optional("image features that stay behind the connector of a model that generates: number or share", "KEEP"),
+        _optional(KEEP_HELP, "KEEP"),
     ] = None
     image: Annotated[
         tuple[int, int] | None,
@@ -517,12 +557,23 @@ def _installed_hosts() -> list[str]:
 
 def _support_matrix(host: str, pattern: str | None, every: bool) -> Iterator[SupportRow]:
     """The rows of a host's support matrix whose names match; `every`: also those that take long."""
-    if not backbones.installed(host):
-        raise RuntimeError(f'{host} is not installed: pip install "crossget[{backbones.PACKAGES[host]}]"')
+    _check_installed(host)
     rows = importlib.import_module(f"crossget.integrations.{host}").support_matrix(pattern)
     if host == "transformers" and every:
         rows = transformers_models.with_adapters_first(rows, pattern)
     yield from tqdm(rows, desc=f"building the models of {host}", disable=None, leave=False, unit=" models")
+
+
+def _connectors(pattern: str | None) -> Iterator[SupportRow]:
+    """The families of transformers whose names match, behind the connector."""
+    _check_installed("transformers")
+    rows = connector_models.support_matrix([pattern or "*"])
+    yield from (row.support() for row in tqdm(rows, desc="building models", disable=None, leave=False, unit=" models"))
+
+
+def _check_installed(host: str) -> None:
+    if not backbones.installed(host):
+        raise RuntimeError(f'{host} is not installed: pip install "crossget[{backbones.PACKAGES[host]}]"')
 
 
 def _support(row: dict[str, Any]) -> str:

@@ -22,12 +22,21 @@ from crossget.core.adapters import RECOGNISED_KERNELS, Prefilled, Stages
 from crossget.core.attach import find_attachment
 from crossget.core.connector import AttachedConnector, Connector
 from crossget.core.connector_prompts import Encoded, read_features
+from crossget.core.tower_attention import ScoredTower
 from crossget.integrations import hf
 from crossget.integrations._support import ValuesOnCPU
 
 FIRST_VERSION = "5.18"
 # What the rule does not tell, by the model_type of a configuration.
 _UNITS = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "run")  # an entry has a row's tiles
+# Whose image features are tokens of the tower or means of some, by tests/integrations/test_hf_tower_attention.py.
+_SCORED = (
+    "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "dots3_note", "ernie4_5_vl_moe", "exaone4_5",
+    "gemma3", "hyperclovax_vision_v2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "llava", "llava_next",
+    "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "paddleocr_vl", "paligemma",
+    "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker",
+    "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "video_llama_3",
+)  # fmt: skip
 _FIELDS = {"llama4": "last_hidden_state", "fuyu": "last_hidden_state", "granite4_vision": "deepstack_features"}
 
 
@@ -73,6 +82,7 @@ def find_connector(model: Any) -> Connector:
         inner=() if parts is model else (parts,),
         separator="image_newline" if getattr(parts, "image_newline", None) is not None else None,
         attentions=_attentions(model),
+        scored=_scored(model, parts),
     )
 
 
@@ -96,6 +106,25 @@ def _attentions(model: Any) -> list[nn.Module] | str:
             found.append(module)
     layers = getattr(config, "num_hidden_layers", None)
     return found if len(found) == layers else f"of its {layers} layers, {len(found)} have scores"
+
+
+def _scored(model: Any, parts: Any) -> ScoredTower | str:
+    """The image tower, whose attention scores the features; the reason if it cannot."""
+    tower = next((getattr(parts, path) for path in _TOWERS if hasattr(parts, path)), None)
+    if model.config.model_type not in _SCORED or tower is None:
+        return "it is not known how its tokens become features"
+    kernel = getattr(getattr(tower, "config", None), "_attn_implementation", None)
+    if kernel not in RECOGNISED_KERNELS:
+        return f"its kernel is {kernel!r}; use SDPA, as by model.set_attn_implementation('sdpa')"
+    lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
+    blocks = list(max(lists, key=lambda one: len(one)))
+    number = max(0, len(blocks) - 2)
+    whole = [n for n in getattr(tower, "fullatt_block_indexes", None) or [] if n < len(blocks)]
+    if whole and number not in whole:  # a window is no image
+        number = max(whole)
+    names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
+    language = model.get_decoder() if hasattr(model, "get_decoder") else model.language_model
+    return ScoredTower(blocks, number, not names.isdisjoint(("class_embedding", "cls_token")), [language])
 
 
 # Counting ------------------------------------------------------------------------------------------------------------
@@ -221,6 +250,7 @@ def _reduced(
         part = slice(start, start + length)
         unit = attached.reduce(
             encoded.flat[part], text=text if attached.uses_text else None, separators=None, grid=image.grid or square,
+            received=torch.ones_like(encoded.flat[part, 0]) if attached.reducer.needs_tower_attention else None,
             carried=[layer[part] for layer in encoded.layers],
         )  # fmt: skip
         found.append(unit.tokens)

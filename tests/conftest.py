@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("crossget")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--sample", type=int, metavar="N", help="run at most N slow cases of each parametrised test, chosen by the commit"
+        "--sample", type=int, metavar="N", help="run at most N slow cases of a parametrised test, chosen by the commit"
     )
 
 

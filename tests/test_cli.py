@@ -244,6 +244,23 @@ class TestModels:
         assert "'zzz'" in error
         assert "'*dino*'" in error
 
+    @pytest.mark.slow
+    @pytest.mark.skipif(hf_models.VERSION < (5, 19), reason="connectors are reduced from transformers 5.19 on")
+    def test_behind_the_connector(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("models", "--connector", "--filter", "LlavaForConditional*", "--json") == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert (row["name"], row["supported"], row["towers"]) == ("llava", True, ["connector: images"])
+        assert call("models", "--connector", "--filter", "blip") == 0
+        printed = capsys.readouterr().out
+        assert "has no connector: it has no get_image_features" in printed
+        assert "0 of 1 can be reduced" in printed
+
+    def test_connectors_are_of_transformers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("models", "--connector", "--host", "timm") == 2
+        assert "--connector is for models of transformers, and --host is timm" in capsys.readouterr().err
+        assert call("models", "--connector", "--filter", "zzz") == 2
+        assert "matches no name" in capsys.readouterr().err
+
     def test_a_host_that_is_not_installed(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

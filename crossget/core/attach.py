@@ -118,7 +118,11 @@ def attach(model: nn.Module, reducer: Reducer | Mapping[str, Reducer], inputs: A
     units, reducer = _attached_units(model, reducer) if inputs is None else (None, reducer)
     connector = None
     if behind is not None:
-        connector = AttachedConnector(find_connector(model), behind, has_copies=units is not None)
+        named = set(reducer) if isinstance(reducer, Mapping) else {"visual"} if reducer is not None else set()
+        connector = AttachedConnector(
+            find_connector(model), behind, has_copies=units is not None,
+            tower_reduced=units is not None or "visual" in named,
+        )  # fmt: skip
     if reducer is None:
         return attach_towers([], {}, connector, units)
     found = find_towers(model, inputs)

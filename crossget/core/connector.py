@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from crossget.core.attached_place import AttachedPlace
 from crossget.core.state import BlockRecord
+from crossget.core.tower_attention import ScoredTower
 from crossget.methods.importance import attention_received
 from crossget.methods.indexing import take
 from crossget.methods.matching import shares
 from crossget.methods.merging import merge_by
-from crossget.methods.reducers import Reducer, TowerFacts, View
+from crossget.methods.reducers import Joining, Reducer, TowerFacts, View
 from crossget.methods.schedules import Keep
 
 NAME = "connector"
@@ -52,6 +53,7 @@ class Connector:
         separator: name of the parameter of `parts` that separates the rows of an image, such as "image_newline"; None:
             there is none among the features.
         attentions: the attentions of the language model, whose scores can take a bias; or the reason why none can.
+        scored: the blocks of the image tower, whose attention scores the features; or the reason why it cannot.
     """
 
     model: Any
@@ -62,6 +64,7 @@ class Connector:
     inner: Sequence[nn.Module] = ()
     separator: str | None = None
     attentions: Sequence[nn.Module] | str = "its attentions are not known"
+    scored: ScoredTower | str = "its image tower is not known"
 
     def features(self, out: Any) -> list[Tensor]:
         """The features [n, C] of each entry of what `get_image_features` returned."""
@@ -126,6 +129,7 @@ class ReducedUnit(NamedTuple):
         source: [n] for each feature, the index among the k of the one that it was merged into; -1 if it was dropped.
         carried: other features of the same tokens, [k, C'] each, merged like them.
         record: what is recorded, see `Attachment.records`; None: nothing is recorded.
+        grid: height and width of the unit's grid before the reduction; None: they are not known.
     """
 
     tokens: Tensor
@@ -134,12 +138,13 @@ class ReducedUnit(NamedTuple):
     source: Tensor
     carried: list[Tensor]
     record: BlockRecord | None
+    grid: tuple[int, int] | None = None
 
 
 def reduce_features(
     reducer: Reducer, features: Tensor, n_kept: int, *, text: Tensor | None = None, protected: Tensor | None = None,
-    grid: tuple[int, int] | None = None, carried: Sequence[Tensor] = (), recording: bool = False,
-    has_copies: bool = False,
+    grid: tuple[int, int] | None = None, received: Tensor | None = None, carried: Sequence[Tensor] = (),
+    recording: bool = False, has_copies: bool = False,
 ) -> ReducedUnit:  # fmt: skip
     """Reduce the features of one unit, in as many rounds as it takes: a matching removes at most half of its tokens.
 
@@ -153,6 +158,8 @@ def reduce_features(
         text: [C] the mean embedding of the prompt's text, for methods that are guided by a text.
         protected: [n] true for features that stay as they are; None: there are none.
         grid: height and width of the unit's grid; None: they are not known.
+        received: [n] the attention that each feature received in the image tower, for methods that ask for it. That of
+            a merged one is the sum.
         carried: other features of the same tokens [n, C'].
         recording: keep a record.
         has_copies: features that are equal are copies of one merged token of the tower. They become one first, so that
@@ -176,6 +183,8 @@ def reduce_features(
     # Without protected features no value is read, so that this runs on the meta device.
     n_protected = int(guided) if protected is None else int(fixed.sum())
     extras = [extra[None] for extra in carried]
+    if received is not None:
+        received = F.pad(received.float() / received.float().sum().clamp(min=1e-12), (0, int(guided)))[None]
     kept = source = torch.arange(tokens.shape[1], device=features.device)[None]
     sizes: Tensor | None = None
     weights: Tensor | None = torch.ones_like(kept, dtype=torch.float32)
@@ -187,11 +196,11 @@ def reduce_features(
     relevance = None if text is None else _Similarity(text.detach())
     while (rest := int(tokens.shape[1]) - n_protected - n_kept) > 0:
         heads = tokens.detach()[:, None]
-        received = None
-        if reducer.needs_attention:
-            received = attention_received(heads, heads, None, float(heads.shape[-1]) ** -0.5)
+        attention = received
+        if reducer.needs_attention and not reducer.needs_tower_attention:
+            attention = attention_received(heads, heads, None, float(heads.shape[-1]) ** -0.5)
         view = View(
-            tokens, heads, heads, received, sizes, fixed, n_protected,
+            tokens, heads, heads, attention, sizes, fixed, n_protected,
             guide=int(tokens.shape[1]) - 1 if guided else None, relevance=relevance,
             grid=grid if int(tokens.shape[1]) == n else None, beyond_half=True,
         )  # fmt: skip
@@ -209,6 +218,9 @@ def reduce_features(
         weights = None if weights is None or share is None else weights * share.gather(1, before)
         source = torch.where(source < 0, source, plan.index.gather(1, before))
         kept, fixed = kept.gather(1, plan.kept), fixed.gather(1, plan.kept)
+        if received is not None:
+            left = received.where(plan.index >= 0, 0)
+            received = torch.zeros_like(kept, dtype=left.dtype).scatter_add(1, plan.index.clamp(min=0), left)
     if sizes is None:
         sizes = torch.ones_like(kept, dtype=torch.float32)
     if guided:
@@ -218,7 +230,7 @@ def reduce_features(
     if recording:
         weights = None if weights is None else weights[:, :n]
         record = BlockRecord(source, sizes, weights, score, tokens.detach().clone())
-    return ReducedUnit(tokens[0], kept[0], sizes[0], source[0], [extra[0] for extra in extras], record)
+    return ReducedUnit(tokens[0], kept[0], sizes[0], source[0], [extra[0] for extra in extras], record, grid)
 
 
 def _originals(tokens: Tensor, protected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,16 +298,24 @@ class ConnectorRecord:
         return records or None
 
 
+def _adds_sizes(reducer: Reducer) -> bool:
+    """Whether log(size) is added behind the connector: only a method that joins tokens has sizes above 1."""
+    return isinstance(reducer, Joining) and bool(reducer.proportional_attention)
+
+
 class AttachedConnector(AttachedPlace[ConnectorRecord]):
     """A connector with the reducer that is attached to it.
 
     Attributes:
         connector: where the features are.
         has_copies: the tower merges units, and its features are copies of them, see `crossget.core.merge_units`.
+        tower_reduced: the image tower is reduced, too.
     """
 
-    def __init__(self, connector: Connector, reducer: Reducer, *, has_copies: bool = False) -> None:
-        self.connector, self.has_copies = connector, has_copies
+    def __init__(
+        self, connector: Connector, reducer: Reducer, *, has_copies: bool = False, tower_reduced: bool = False
+    ) -> None:
+        self.connector, self.has_copies, self.tower_reduced = connector, has_copies, tower_reduced
         super().__init__(reducer, ConnectorRecord)
 
     def resolve(self, reducer: Reducer) -> Reducer:
@@ -305,12 +325,19 @@ class AttachedConnector(AttachedPlace[ConnectorRecord]):
             ValueError: it cannot work behind the connector, or asks for sizes in attentions that take no bias.
         """
         resolved = reducer.resolved(FACTS)
-        if resolved.proportional_attention and isinstance(self.connector.attentions, str):
+        if _adds_sizes(resolved) and isinstance(self.connector.attentions, str):
             raise ValueError(
                 f"proportional_attention=True on {FACTS.name} adds log(size) to the attention scores of the language "
                 f"model, and those of {type(self.connector.model).__name__} take none: {self.connector.attentions}; "
                 "or leave it out"
             )
+        if resolved.needs_tower_attention:
+            scored = "it is reduced, too" if self.tower_reduced else self.connector.scored
+            if isinstance(scored, str):
+                raise ValueError(
+                    f"importance='tower_attention' on {type(self.connector.model).__name__}: the attention of its "
+                    f"image tower cannot be had: {scored}; use another importance"
+                )
         self._check(resolved.schedule)
         return resolved
 
@@ -324,6 +351,11 @@ class AttachedConnector(AttachedPlace[ConnectorRecord]):
             raise ValueError(f"{keep} on {kind}: which tiles are of one image is not known there; leave per out")
         if keep.positions == "renumbered" and hasattr(self.connector.parts, "get_rope_index"):
             raise ValueError(f"{keep} on {kind}: its positions are those of the image grid; leave positions out")
+
+    @property
+    def adds_sizes(self) -> bool:
+        """Whether log(size) is added to the attention scores of the language model."""
+        return _adds_sizes(self.reducer)
 
     @property
     def uses_text(self) -> bool:
@@ -342,12 +374,12 @@ class AttachedConnector(AttachedPlace[ConnectorRecord]):
 
     def reduce(
         self, features: Tensor, *, text: Tensor | None, separators: Tensor | None, grid: tuple[int, int] | None,
-        carried: Sequence[Tensor],
+        carried: Sequence[Tensor], received: Tensor | None = None,
     ) -> ReducedUnit:  # fmt: skip
         """Reduce the features [n, C] of one unit, see `reduce_features`."""
         protected = separators if self.keep.separators else None
         n = int(features.shape[0]) - (0 if protected is None else int(protected.sum()))
         return reduce_features(
             self.reducer, features, self.n_kept(n) if n else 0, text=text, protected=protected, grid=grid,
-            carried=carried, recording=self.recording, has_copies=self.has_copies,
+            received=received, carried=carried, recording=self.recording, has_copies=self.has_copies,
         )  # fmt: skip

@@ -96,12 +96,14 @@ class Encoded(NamedTuple):
         entries: the number of features of each of its entries.
         flat: [N, C] all features.
         layers: [N, C'] further features of the same tokens, for layers of the language model (deepstack).
+        received: [N] the attention that each received in the image tower; None: nothing asks for it.
     """
 
     out: Any
     entries: list[int]
     flat: Tensor
     layers: list[Tensor]
+    received: Tensor | None = None
 
 
 class _FittedCall(NamedTuple):
@@ -205,13 +207,18 @@ class ConnectorPrompts:
         found = {}
         for modality in self.connector.placeholders:
             out = given.get(modality)
-            if out is None:
-                names = [name for name in self._takes(modality) if arguments.get(name) is not None]
-                if any(name in PIXELS for name in names):
-                    method = getattr(self.connector.parts, f"get_{modality}_features")
-                    out = method(**{name: arguments[name] for name in names}, return_dict=True)
             if out is not None:
+                if self.attached.reducer.needs_tower_attention:
+                    raise ValueError(
+                        f"importance='tower_attention' got encoded {modality}s as mm_encoder_outputs, whose attention "
+                        "in the image tower is not known: give their pixel values"
+                    )
                 found[modality] = read_features(self.connector, out)
+                continue
+            names = [name for name in self._takes(modality) if arguments.get(name) is not None]
+            if any(name in PIXELS for name in names):
+                pixels = {name: arguments[name] for name in names}
+                found[modality] = encode(self.attached, f"get_{modality}_features", pixels)
         return found
 
     def placeholders(self, modality: str, tokens: Tensor) -> Tensor:
@@ -268,7 +275,7 @@ class ConnectorPrompts:
         following = self._following(full, positions, padding)
         self._set_rope_deltas(following, columns)
         log_sizes = None
-        if self.attached.reducer.proportional_attention:
+        if self.attached.adds_sizes:
             sizes = torch.ones_like(keep, dtype=torch.float32) if chosen is None else chosen.sizes
             log_sizes = columns.take(sizes, 1).log()
             if earlier is not None and earlier.log_sizes is not None:
@@ -500,6 +507,7 @@ class _Chosen:
                 text=None if self._text is None else self._text[int(row[start])],
                 separators=None if separators is None else separators[part],
                 grid=self._grid(modality, number, length),
+                received=None if encoded.received is None else encoded.received[part],
                 carried=[layer[part] for layer in layers],
             )
             units.append(unit)
@@ -580,6 +588,31 @@ def _caller() -> FrameType | None:
     return frame
 
 
+def encode(attached: AttachedConnector, method: str, given: Mapping[str, Any]) -> Encoded:
+    """Encode images or videos, with the attention of the tower if the method asks for it.
+
+    Args:
+        attached: the connector and its method.
+        method: name of the host's method that encodes them.
+        given: its arguments.
+
+    Raises:
+        RuntimeError: the attention cannot be brought to the features.
+    """
+    connector, given = attached.connector, {**given, "return_dict": True}
+    if not attached.reducer.needs_tower_attention or isinstance(connector.scored, str):
+        return read_features(connector, getattr(connector.parts, method)(**given))
+    out, scored = connector.scored.encode(connector.parts, method, given)
+    encoded = read_features(connector, out)
+    received = torch.cat(connector.features(scored))
+    if len(received) != len(encoded.flat) or not torch.equal(received, received[:, :1].expand_as(received)):
+        raise RuntimeError(
+            f"the attention of the image tower of {type(connector.model).__name__} cannot be brought to its features: "
+            "use another importance"
+        )
+    return encoded._replace(received=received[:, 0])
+
+
 def read_features(connector: Connector, out: Any) -> Encoded:
     """Read what `get_image_features` returned."""
     entries = connector.features(out)
@@ -644,6 +677,8 @@ def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Calla
     for module in () if isinstance(connector.attentions, str) else connector.attentions:
         before_attention = _Uncompiled(partial(prompts.before_attention, argument_names(type(module).forward)))
         undo.append(module.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
+    if not isinstance(connector.scored, str):
+        undo += connector.scored.hook(_Uncompiled)
     if wraps_generate and hasattr(connector.model, "generate"):
         names = argument_names(type(connector.model).generate)
         wrap(connector.model, "generate", partial(prompts.around_generate, names))

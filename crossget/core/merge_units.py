@@ -171,20 +171,23 @@ class AttachedUnits(AttachedPlace[UnitRecord]):
             return original(*args, **kwargs)
         named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         state.record.tokens[state.layer] = len(state.kept)
-        biases = None
+        biases, depth = None, len(self.units.blocks)
         if state.reduced:
             named = self._fitted(named, state)
             if state.reducer.proportional_attention:
                 biases = state.sizes.log().repeat_interleave(self.units.size)
-        with contextlib.nullcontext() if biases is None else _SizesInAttention(biases) as mode:
+        merges = state.layer < depth - 1
+        by_keys = merges and getattr(state.reducer, "keys", None) in ("all_heads", "mean_heads")
+        with contextlib.nullcontext() if biases is None and not by_keys else _InAttention(biases) as mode:
             out = original(**named)
-        if mode is not None and mode.seen != len(mode.biases):
+        if mode is not None and mode.seen != len(state.kept) * self.units.size:
             raise RuntimeError(
                 f"{type(self.units.tower).__name__} showed no scaled_dot_product_attention for every image, so that "
-                "log(size) could not be added: model.set_attn_implementation('sdpa'), or proportional_attention=False"
+                "log(size) could not be added, or keys not be compared: model.set_attn_implementation('sdpa'), or "
+                "keys='tokens' and proportional_attention=False"
             )
-        depth = len(self.units.blocks)
-        tokens = self._merge(out, state, depth) if state.layer < depth - 1 else out
+        keys = torch.cat(mode.keys, 2)[0] if mode is not None and by_keys else None
+        tokens = self._merge(out, state, depth, keys) if merges else out
         state.layer += 1
         return tokens
 
@@ -215,17 +218,25 @@ class AttachedUnits(AttachedPlace[UnitRecord]):
                 new[name] = value[rows.to(value.device)]
         return new
 
-    def _merge(self, tokens: Tensor, state: _State, depth: int) -> Tensor:
-        """[K' * S, C] the patches after a block, with units merged image by image."""
+    def _merge(self, tokens: Tensor, state: _State, depth: int, keys: Tensor | None) -> Tensor:
+        """[K' * S, C] the patches after a block, with units merged image by image.
+
+        Args:
+            tokens: [K * S, C] the patches after the block.
+            state: of their units.
+            depth: the number of blocks.
+            keys: [H, K * S, D] of the block's attention; None: tokens are compared.
+        """
         width, reducer = int(tokens.shape[-1]), state.reducer
         units = tokens.view(-1, self.units.size * width)
+        heads = units[None] if keys is None else keys.unflatten(1, (-1, self.units.size)).flatten(2)
         image = state.images[state.kept]
         parts, kept, sizes, index, start = [], [], [], [], 0
         for number in range(state.n_images):
             mine = (image == number).nonzero()[:, 0]
             part, own = units[mine][None], state.sizes[mine][None]
             r = reducer.schedule.removed(state.layer, depth, len(mine))
-            reduced = reducer.reduce(_view(part, own), r) if r > 0 else None
+            reduced = reducer.reduce(_view(part, heads[:, mine][None], own), r) if r > 0 else None
             if reduced is None:
                 places = torch.arange(len(mine), device=mine.device)
                 new, new_sizes, stays = part, own, places
@@ -249,32 +260,36 @@ def names_first(named: Mapping[str, Any]) -> str:
     return next(iter(named))
 
 
-def _view(units: Tensor, sizes: Tensor) -> View:
-    """The input of a reducer, of units [1, U, S * C] with their sizes [1, U]."""
-    heads = units.detach()[:, None]
+def _view(units: Tensor, heads: Tensor, sizes: Tensor) -> View:
+    """The input of a reducer, of units [1, U, S * C] with their keys [1, H, U, S * D] and sizes [1, U]."""
+    heads = heads.detach()
     protected = torch.zeros(units.shape[:2], dtype=torch.bool, device=units.device)
     return View(units, heads, heads, None, sizes, protected, 0)
 
 
-class _SizesInAttention(TorchFunctionMode):
+class _InAttention(TorchFunctionMode):
     """Adds log(size) of the keys to the scores of every attention, which is called for one part after the other.
 
     Attributes:
-        biases: [N] log(size) of all tokens of the block.
+        biases: [N] log(size) of all tokens of the block; None: nothing is added.
+        keys: [1, H, n, D] of each call.
         seen: the number of tokens whose attention was called.
     """
 
-    def __init__(self, biases: Tensor) -> None:
+    def __init__(self, biases: Tensor | None) -> None:
         super().__init__()
         self.biases, self.seen = biases, 0
+        self.keys: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             query = args[0] if args else kwargs["query"]
-            length = int(query.shape[-2])
-            bias = self.biases[self.seen : self.seen + length].to(query)
-            self.seen += length
+            self.keys.append(args[1] if len(args) > 1 else kwargs["key"])
+            start, self.seen = self.seen, self.seen + int(query.shape[-2])
+            if self.biases is None:
+                return func(*args, **kwargs)
+            bias = self.biases[start : self.seen].to(query)
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             if mask is not None:  # one call for all images, whose mask hides the others
                 bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask + bias

@@ -8,6 +8,7 @@ writes the page again. Only systems with the start method "forkserver" can do it
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib.metadata
 import re
 import sys
@@ -25,6 +26,7 @@ from crossget.demo import connector_checks, tiny_inputs, tiny_transformers
 from crossget.demo.connector_checks import Example, Failed
 from crossget.demo.isolated import examined, text_of
 from crossget.demo.transformers_models import table
+from crossget.integrations._support import SupportRow
 
 _AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 _TEXT_AXES = {"text_config": _AXES}
@@ -184,6 +186,11 @@ class Row:
         """Whether it can be reduced."""
         return bool(self.oracle)
 
+    def support(self) -> SupportRow:
+        """As a row of `crossget models`."""
+        place = (f"connector: {self.called}",) if self.done else ()
+        return SupportRow(self.family, self.name, self.done, place, "" if self.done else _line(self.cause))
+
 
 def families() -> dict[str, str]:
     """The class of every family of models of images and text, by its model_type. No class comes twice."""
@@ -193,16 +200,20 @@ def families() -> dict[str, str]:
     return {family: name for name, family in first.items()}
 
 
-def support_matrix(only: Sequence[str] | None = None) -> Iterator[Row]:
+def support_matrix(only: Sequence[str] = ("*",)) -> Iterator[Row]:
     """One row for each family, as the models are done.
 
     Args:
-        only: families; all of them, if not given.
+        only: patterns, one of which matches the family or its class.
 
     Raises:
         RuntimeError: the system has no start method "forkserver".
     """
-    rows = (Row(family, name) for family, name in families().items() if only is None or family in only)
+    rows = [
+        Row(family, name)
+        for family, name in families().items()
+        if any(fnmatch.fnmatch(family, pattern) or fnmatch.fnmatch(name, pattern) for pattern in only)
+    ]
     return examined(rows, examine, __name__)
 
 

@@ -395,6 +395,29 @@ def draw_block_sheet(sheet: BlockSheet) -> Figure:
     return figure
 
 
+def draw_rows(title: str, subtitle: str, rows: Sequence[tuple[str, Sequence[Panel]]], footer: Sequence[str]) -> Figure:
+    """Draw one picture: rows of panels, each below a line of text.
+
+    Returns:
+        A figure without a window; `figure.savefig(path)` writes it.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    side, caption, gap, head = 2.6, 0.6, 0.08, 0.85
+    columns, foot = max(len(panels) for _, panels in rows), 0.25 + _FOOT_LINE * len(footer)
+    width, height = max(0.4 + columns * (side + gap), 7.0), head + len(rows) * (side + caption) + foot
+    figure = require_matplotlib()(figsize=(width, height), dpi=150)
+    for i, (line, panels) in enumerate(rows):
+        top = height - head - i * (side + caption)
+        figure.text(0.2 / width, (top - 0.12) / height, line, va="top", fontsize=10.5, fontweight="bold")
+        for j, panel in enumerate(panels):
+            box = ((0.2 + j * (side + gap)) / width, (top - caption - side) / height, side / width, side / height)
+            draw_panel(figure.add_axes(box), panel)
+    _frame(figure, title, subtitle, footer)
+    return figure
+
+
 def _frame(figure: Figure, title: str, subtitle: str, footer: Sequence[str]) -> None:
     """Draw the title, the subtitle and the footer."""
     width, height = figure.get_figwidth(), figure.get_figheight()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crossget.methods import pairs
 from crossget.methods.indexing import size_of, take
 from crossget.methods.matching import Candidates, MergePlan
 from crossget.methods.merging import size
@@ -32,18 +33,12 @@ class MaxMin(Reducer):
     def reduce(self, view: View, r: int) -> Reduced | None:
         with torch.no_grad():
             units = F.normalize(view.tokens.float(), dim=-1)
-            distances = 1 - units @ units.transpose(1, 2)
-            distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-            nearest = (
-                distances.amin(2) if view.valid is None else distances.masked_fill(~view.valid[:, None], 3.0).amin(2)
-            )
-            distances.diagonal(dim1=1, dim2=2).fill_(0)
 
             def step(nearest: Tensor, new: Tensor, first: bool) -> Tensor:
-                added = take(distances, new[:, None])[:, 0]
+                added = 1 - _cosines(units, new)
                 return added if first else torch.minimum(nearest, added)
 
-            plan = _plan(view, r, nearest, step)
+            plan = _plan(view, r, _nearest(units, view.valid), step)
         return _dropped(view, plan)
 
 
@@ -86,20 +81,21 @@ class Determinantal(Reducer):
             low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
             relevance = (relevance - low) / (high - low).clamp(min=1e-6)
             view.score = relevance
-            kernel = relevance[:, :, None] * (units @ units.transpose(1, 2)) * relevance[:, None, :]
-            own = kernel.diagonal(dim1=1, dim2=2).clone()
+            own = relevance.square() * units.square().sum(-1)
             least = 1e-6 * own  # a gain below it is a rounding error: the token lies in the span of those that stay
-            rows: list[Tensor] = []  # of the Cholesky factor
+            factor, count = own.new_empty(len(own), 64, size_of(own, 1)), 0  # rows of the Cholesky factor
 
             def step(gains: Tensor, new: Tensor, first: bool) -> Tensor:
+                nonlocal factor, count
                 at = new[:, None]
-                row = take(kernel, at)[:, 0]
-                if rows:
-                    before = torch.stack(rows, 1)  # [B, N, T]
-                    row = row - (before.gather(2, at[:, None].expand(-1, len(rows), 1)) * before).sum(1)
+                row = relevance * _cosines(units, new) * relevance.gather(1, at)
+                before = factor[:, :count]
+                row = row - (before.gather(2, at[:, None].expand(-1, count, 1)).transpose(1, 2) @ before)[:, 0]
                 gain = gains.gather(1, at)
                 row = torch.where(gain > least.gather(1, at), row / gain.sqrt(), 0)
-                rows.append(row)
+                if count == size_of(factor, 1):
+                    factor = torch.cat([factor, torch.empty_like(factor)], 1)
+                factor[:, count], count = row, count + 1
                 return torch.maximum(gains - row.square(), least)
 
             plan = _plan(view, r, own, step)
@@ -153,6 +149,24 @@ def _cells(height: int, width: int, cells: int) -> Tensor:
     start, count = starts[band][:, None], (starts[1:] - starts[:-1])[band][:, None]
     places: Tensor = start + torch.arange(width) * count // width
     return places.flatten()
+
+
+def _cosines(units: Tensor, new: Tensor) -> Tensor:
+    """[B, T] cosines of vectors [B, T, C] of unit length with one of each row, [B]."""
+    return (units @ take(units, new[:, None]).transpose(1, 2))[:, :, 0]
+
+
+def _nearest(units: Tensor, valid: Tensor | None) -> Tensor:
+    """[B, T] the smallest distance, 1 - cosine, of each vector [B, T, C] to another one that is no padding."""
+    parts, tokens = [], size_of(units, 1)
+    step = max(1, pairs.BUDGET // (2 * size_of(units, 0) * tokens))
+    for start in range(0, tokens, step):
+        distances = 1 - units[:, start : start + step] @ units.transpose(1, 2)
+        distances.diagonal(start, 1, 2).fill_(torch.inf)
+        if valid is not None:
+            distances.masked_fill_(~valid[:, None], 3.0)
+        parts.append(distances.amin(2))
+    return torch.cat(parts, 1)
 
 
 def _limit(view: View, r: int) -> int:

@@ -65,6 +65,8 @@ def by_attention(weights: Tensor, valid: Tensor | None = None) -> Tensor:
 def by_class_attention(attention: Tensor, sizes: Tensor, valid: Tensor | None = None) -> Tensor:
     """log(1 + a / s): a is the class token's attention to a token, s is the token's size over the sum of all sizes.
 
+    Behind the connector, a is the share of the tower's attention that the token's members received.
+
     `matching.ward` and `merging.normalized` weight a token by its mass, size * exp(score). With this score the mass is
     size + a * (sum of all sizes): half of the total mass is distributed by size, and half by attention. If attention is
     proportional to size, all masses double, which has no effect. A token that gets no attention has a mass equal to its
@@ -120,12 +122,51 @@ def attention_received(
     return received[0] if len(received) == 1 else torch.cat(received)
 
 
+def mean_attention(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The attention that each token receives, averaged over heads and over queries that are no padding.
+
+    The probabilities are computed for some queries at a time, whose number bounds the memory.
+
+    Args:
+        queries: [B, H, Q, D].
+        keys: [B, H or a divisor of it, T, D].
+        bias: [B or 1, 1, Q or 1, T] additive mask, added to the attention scores; None: there is none. With as many
+            queries as keys, a query that does not attend to itself is padding.
+        scale: factor of the attention scores.
+
+    Returns:
+        [B, T] in float32 or float64.
+
+    Source: VisionZip (CVPR 2025, https://arxiv.org/abs/2412.04467), section 3.2: how dominant tokens are scored.
+    """
+    heads, count = int(queries.shape[1]), int(queries.shape[2])
+    keys = keys.repeat_interleave(heads // int(keys.shape[1]), 1)
+    step = max(1, _MEAN_SCORES // (int(queries.shape[0]) * heads * int(keys.shape[2])))
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    total = torch.zeros(len(keys), keys.shape[2], dtype=wide, device=keys.device)
+    real = torch.ones(len(keys), count, dtype=wide, device=keys.device)
+    if bias is not None and count == keys.shape[2]:
+        own = bias[:, 0, 0] if bias.shape[2] == 1 else bias[:, 0].diagonal(dim1=1, dim2=2)
+        real = real * (own > torch.finfo(bias.dtype).min / 2)
+    for start in range(0, count, step):
+        scores = (queries[:, :, start : start + step] * scale) @ keys.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, start : start + step])
+        total += torch.einsum("bq,bhqt->bt", real[:, start : start + step], scores.softmax(-1, dtype=wide))
+    return total / (heads * real.sum(1, keepdim=True))
+
+
 # Attention scores that are computed at a time.
-_CPU_SCORES, _MAX_SCORES = 1 << 20, 1 << 27
+_CPU_SCORES, _MAX_SCORES, _MEAN_SCORES = 1 << 20, 1 << 27, 1 << 24
 
 
 def _received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, valid: Tensor | None) -> Tensor:
     """[B, T] attention received, summed over heads."""
+    batch, heads, count = (size_of(queries, dim) for dim in range(3))
+    if valid is None and count > 1 and exceeds(batch * heads * count * size_of(keys, 2), _MAX_SCORES):
+        last = _received(queries[:, :, -1:], keys, None if bias is None else bias[:, :, -1:], scale, None)
+        others = bias if bias is None or bias.shape[2] == 1 else bias[:, :, :-1]
+        return last + heads * mean_attention(queries[:, :, :-1], keys, others, scale)
     scores = (queries * scale) @ keys.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias

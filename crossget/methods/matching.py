@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crossget.methods import kernels
+from crossget.methods import kernels, pairs
 from crossget.methods.indexing import exceeds, exporting_to_onnx, in_vmap, sequence_numbers, size_of, take
-from crossget.methods.pairs import ALL, BUDGET, Similarity, Square, Tiles, bands, symmetric
+from crossget.methods.pairs import ALL, Similarity, Square, Tiles, bands, symmetric
 
 Ties = Literal["torch", "stable"]
 
@@ -35,7 +35,8 @@ class Candidates:
         valid: [B, T] false for padding, which is never matched. None: there is no padding.
         ties: how equal similarities are ranked, see `complete_graph`.
         seed: seed of the random matching.
-        budget: number of similarities that are in memory at a time; without effect while exporting.
+        budget: number of similarities that are in memory at a time, without effect while exporting; None: as many as
+            `crossget.methods.pairs.BUDGET`.
         sizes: [B, T] number of input tokens that each token stands for; None: all are 1.
         wanted: [B] number of tokens to remove from each row with padding; None: the same number as from all.
         prefix: see `crossget.methods.reducers.View`.
@@ -53,7 +54,7 @@ class Candidates:
         valid: Tensor | None = None,
         ties: Ties = "torch",
         seed: int = 0,
-        budget: int = BUDGET,
+        budget: int | None = None,
         sizes: Tensor | None = None,
         wanted: Tensor | None = None,
         prefix: int | None = None,
@@ -64,6 +65,7 @@ class Candidates:
         self.is_half = vectors.dtype in (torch.float16, torch.bfloat16)
         # In float32 the kernels would not use tensor cores.
         self.by_kernels = self.is_half and kernels.usable(vectors)
+        budget = pairs.BUDGET if budget is None else budget
         self.in_tiles = exceeds(batch * tokens**2, budget)
         self.protected = protected if valid is None else protected | ~valid
         self.n_protected = n_protected
@@ -206,11 +208,12 @@ class Candidates:
             order[rows, :count] = at.gather(1, torch.argsort(values[rows].gather(1, at), dim=1, descending=descending))
         return order
 
-    def noise(self, r: int | None = None) -> Tensor:
+    def noise(self, r: int | None = None, part: slice = ALL) -> Tensor:
         """Numbers in [0, 1), [B, T] or [B, r, T], that depend only on the seed, their index and the number of tokens.
 
-        Padding does not count among the tokens. The numbers are a hash and come from no random generator. So the
-        recomputation of gradient checkpointing, other threads, compiled graphs and other devices all get the same.
+        `part` selects some of the r. Padding does not count among the tokens. The numbers are a hash and come from no
+        random generator. So the recomputation of gradient checkpointing, other threads, compiled graphs and other
+        devices all get the same.
         """
         batch, tokens = size_of(self.vectors, 0), size_of(self.vectors, 1)
         row = torch.arange(batch, device=self.vectors.device)[:, None]
@@ -220,7 +223,7 @@ class Candidates:
             column, count = (~self.padding).long().cumsum(1) - 1, self.lengths[:, None]
         if r is not None:
             removed = self.removed(r)
-            each = torch.arange(r, device=row.device)[None, :, None]
+            each = torch.arange(r, device=row.device)[None, part, None]
             row = row[:, :, None] * (r if removed is None else removed[:, None, None]) + each
             column, count = column[:, None], count if isinstance(count, int) else count[:, :, None]
         n = row * count + column + (7919 * (self.seed + 1) + 104729 * count)
@@ -354,16 +357,16 @@ def _complete_graph_by(
     tokens = size_of(candidates.vectors, 1)
     blocked = candidates.blocked()
     if candidates.in_tiles:
-        pairs: Square | Tiles = Tiles(similar, blocked, candidates.budget)
+        all_pairs: Square | Tiles = Tiles(similar, blocked, candidates.budget)
     else:
-        pairs = Square(similar, blocked, mirrored=candidates.ties == "stable")
-    best = pairs.best() + blocked
+        all_pairs = Square(similar, blocked, mirrored=candidates.ties == "stable")
+    best = all_pairs.best() + blocked
     own = None if candidates.padding is None else ~candidates.padding
     order = candidates.argsort(best, descending=True, own=own)
     places = torch.arange(tokens, device=order.device, dtype=best.dtype).expand_as(order)
-    below = pairs.best_below(torch.empty_like(best).scatter(1, order, places)) + blocked
+    below = all_pairs.best_below(torch.empty_like(best).scatter(1, order, places)) + blocked
     source = candidates.sources(candidates.argsort(_priority(below, importance), own=own), r)
-    return source, pairs.nearest(source, blocked.scatter(1, source, -math.inf))
+    return source, all_pairs.nearest(source, blocked.scatter(1, source, -math.inf))
 
 
 def bipartite(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -383,20 +386,29 @@ def _bipartite_by(
     candidates: Candidates, similar: Similarity, r: int, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`bipartite`, with any similarity between tokens."""
-    if candidates.prefix is not None:
+    if candidates.prefix is not None and not candidates.in_tiles:
         first, end = candidates.prefix, candidates.prefix + candidates.n_free
         nearest = similar(slice(first + 1, end, 2), slice(first, end, 2)).max(-1)
         scores = None if importance is None else importance[:, first + 1 : end : 2]
         best = candidates.argsort(_priority(nearest.values, scores))[:, :r]
         return best * 2 + (first + 1), nearest.indices.gather(1, best) * 2 + first
     a, b, own = _split(candidates)
-    similarity = similar(a, b)
-    if own is not None:
-        similarity.masked_fill_(~(own[0][:, :, None] & own[1][:, None, :]), -math.inf)
-    nearest = similarity.max(-1)
+    rows = size_of(a, 1)
+    if candidates.in_tiles:  # 2: a tile, and a temporary tensor of its size
+        rows = max(1, candidates.budget // (2 * size_of(a, 0) * size_of(b, 1)))
+    values, indices = [], []
+    for first in range(0, size_of(a, 1), rows) if candidates.in_tiles else [0]:
+        part = slice(first, first + rows)
+        similarity = similar(a[:, part], b)
+        if own is not None:
+            similarity.masked_fill_(~(own[0][:, part, None] & own[1][:, None, :]), -math.inf)
+        nearest = similarity.max(-1)
+        values.append(nearest.values)
+        indices.append(nearest.indices)
+    value, index = (one[0] if len(one) == 1 else torch.cat(one, 1) for one in (values, indices))
     scores = None if importance is None else importance.gather(1, a)
-    best = candidates.argsort(_priority(nearest.values, scores), own=None if own is None else own[0])
-    return candidates.sources(a.gather(1, best), r), b.gather(1, nearest.indices.gather(1, best[:, :r]))
+    best = candidates.argsort(_priority(value, scores), own=None if own is None else own[0])
+    return candidates.sources(a.gather(1, best), r), b.gather(1, index.gather(1, best[:, :r]))
 
 
 def ward(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -480,7 +492,12 @@ def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> 
     draw = candidates.noise().masked_fill(~free | _first(free), 2.0)
     source = candidates.sources(draw.argsort(1), r)
     removed = torch.zeros_like(free, dtype=torch.long).scatter(1, source, 1) > 0
-    return source, candidates.noise(r).masked_fill(~(free & ~removed)[:, None, :], -1.0).argmax(-1)
+    free, rows = free & ~removed, r
+    if candidates.in_tiles:  # of integers of 64 bits, and temporary tensors
+        rows = max(1, candidates.budget // (8 * size_of(free, 0) * size_of(free, 1)))
+    parts = [slice(first, first + rows) for first in range(0, r, rows)] if candidates.in_tiles else [ALL]
+    drawn = [candidates.noise(r, part).masked_fill(~free[:, None, :], -1.0).argmax(-1) for part in parts]
+    return source, drawn[0] if len(drawn) == 1 else torch.cat(drawn, 1)
 
 
 Matching = Callable[[Candidates, int, "Tensor | None"], "tuple[Tensor, Tensor]"]

@@ -32,7 +32,7 @@ from crossget.methods.merging import ENSEMBLES, size
 from crossget.methods.schedules import Keep, Schedule, as_int, as_schedule
 
 MatchingName = Literal["complete_graph", "bipartite", "ward", "ward_graph", "random"]
-ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention"]
+ImportanceName = Literal["cross_token", "attention", "class_token", "class_attention", "tower_attention"]
 EnsembleName = Literal["guided", "size", "normalized"]
 KeysName = Literal["all_heads", "mean_heads", "tokens"]
 HeadsName = Literal["all_heads", "mean_heads"]
@@ -40,7 +40,7 @@ Reduced = tuple[Tensor, "Tensor | None", MergePlan]
 Self = TypeVar("Self", bound="Reducer")
 
 _BY_GUIDE = ("cross_token", "class_token")
-_BY_ATTENTION = ("attention", "class_attention")
+_BY_ATTENTION = ("attention", "class_attention", "tower_attention")
 
 
 @dataclass
@@ -51,8 +51,9 @@ class View:
         tokens: [B, T, C] after the addition of the attention's output to the block's input.
         queries, keys: [B, H, T, D] of the block's attention.
         received: [B, T] attention received by each token, averaged over heads: from all queries, as in
-            `crossget.methods.importance.by_attention`, or from the class token's query alone
-            (`Reducer.needs_class_attention`). None unless the reducer asks for it (`Reducer.needs_attention`).
+            `crossget.methods.importance.by_attention`, from the class token's query alone
+            (`Reducer.needs_class_attention`), or in the image tower (`Reducer.needs_tower_attention`). None unless the
+            reducer asks for it (`Reducer.needs_attention`).
         sizes: [B, T] float32, the number of input tokens that each token stands for; None: all are 1.
         protected: [B, T] true for tokens that must not be merged or dropped.
         n_protected: the largest number of protected tokens in a row.
@@ -195,6 +196,11 @@ class Reducer:
         return False
 
     @property
+    def needs_tower_attention(self) -> bool:
+        """Whether `View.received` must hold the attention of the image tower, behind the connector."""
+        return getattr(self, "importance", None) == "tower_attention"
+
+    @property
     def needs_text(self) -> bool:
         """Whether `reduce` needs `View.relevance`."""
         return False
@@ -297,7 +303,9 @@ class Merging(Joining):
         guided_matching: the importance scores take part in the choice of sources. None: False.
         importance: how tokens are scored, see `crossget.methods.importance`. "cross_token": by the query of the cross
             token, or of the end-of-text token; "class_token": by the query of the class token; "attention": by the
-            attention received from all queries; "class_attention": by the attention received from the class token.
+            attention received from all queries; "class_attention": by the attention received from the class token;
+            "tower_attention", behind the connector: by the attention that a feature's tokens received in the last
+            block but one of the image tower, from the class token or, without one, from all queries on average.
             None: as in the reference on that tower. If this is "cross_token" and there is no such token, it is
             "class_token" or, on a tower without class token, "attention". Refused if neither the choice of sources nor
             the ensemble uses scores.
@@ -306,6 +314,7 @@ class Merging(Joining):
         keys: the vectors that tokens are compared by. "all_heads": the attention's keys with all heads concatenated;
             "mean_heads": the mean of the keys over heads; "tokens": `View.tokens`. The query of a guide is always
             compared with keys (those of all heads, if this is "tokens"). None: as in the reference on that tower.
+            Refused behind the connector, where features are compared as they are.
         key_stride: only every `key_stride`-th channel of these vectors is used; 2 halves the multiply-adds of the
             comparison. None: 1.
         ties: how equal similarities are ranked, see `crossget.methods.matching.complete_graph`. None: "torch".
@@ -373,6 +382,8 @@ class Merging(Joining):
         if self.matching == "random":
             values["guided_matching"] = False
             values["keys"] = _heads(values["keys"]) if values.get("importance") in _BY_GUIDE else None
+        if tower.connector:
+            values["keys"] = None
         kept = {"guided_matching", "keys"}
         return {name: value for name, value in values.items() if name in kept or name not in self._without_effect()}
 
@@ -386,6 +397,7 @@ class Merging(Joining):
 
     def check(self, tower: TowerFacts) -> None:
         super().check(tower)
+        _check_keys(self, tower)
         if self._scores:
             _check_importance(self, tower)
 
@@ -460,7 +472,7 @@ class Ward(Merging):
 
     With an importance, tokens are weighted by size * exp(importance) in matching and ensemble. "class_attention" gives
     half of the total weight by size and half by the class token's attention, see
-    `crossget.methods.importance.by_class_attention`.
+    `crossget.methods.importance.by_class_attention`; "tower_attention" likewise.
 
     Args: as for `Merging`, `Joining` and `Reducer`. None is "tokens" for `keys`, 2 for `key_stride` and "stable" for
         `ties`. If `importance` is given, None is True for `guided_matching` and "normalized" for `ensemble`.
@@ -538,7 +550,7 @@ class TopK(Reducer):
 
     def defaults(self, tower: TowerFacts) -> dict[str, Any]:
         importance = self.importance or _importance_on(tower, self.cross_token)
-        keys = _heads(tower.keys) if importance in _BY_GUIDE else None
+        keys = _heads(tower.keys) if importance in _BY_GUIDE and not tower.connector else None
         return {**super().defaults(tower), "importance": importance, "keys": keys}
 
     @property
@@ -550,6 +562,7 @@ class TopK(Reducer):
         return self.importance == "class_attention"
 
     def check(self, tower: TowerFacts) -> None:
+        _check_keys(self, tower)
         _check_importance(self, tower)
 
     def reduce(self, view: View, r: int) -> Reduced | None:
@@ -624,12 +637,26 @@ def _importance_on(tower: TowerFacts, cross_token: bool) -> ImportanceName:
     return tower.importance
 
 
+def _check_keys(reducer: Merging | TopK, tower: TowerFacts) -> None:
+    """Raise a ValueError if the tokens have no keys."""
+    if tower.connector and reducer.keys is not None:
+        raise ValueError(
+            f"{type(reducer).__name__}(keys={reducer.keys!r}) has no effect on {tower.name}: image features are "
+            "compared as they are; leave keys out"
+        )
+
+
 def _check_importance(reducer: Merging | TopK, tower: TowerFacts) -> None:
     """Raise a ValueError if the tower lacks what the importance needs."""
     if reducer.importance in ("class_token", "class_attention") and not tower.has_class_token:
         raise ValueError(
             f"importance={reducer.importance!r} needs a class token, and {tower.name} has none: use "
             "importance='attention' or, with a cross token, importance='cross_token'"
+        )
+    if reducer.importance == "tower_attention" and not tower.connector:
+        raise ValueError(
+            f"importance='tower_attention' is for image features behind the connector, and not for {tower.name}: use "
+            "importance='class_attention' or 'attention'"
         )
     if reducer.importance == "cross_token" and not (reducer.cross_token or tower.guides_itself):
         raise ValueError(

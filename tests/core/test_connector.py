@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,6 +183,18 @@ def test_what_a_connector_cannot_do_is_refused(keep: Any, settings: dict[str, An
     with pytest.raises(ValueError, match=message):
         attached.set_reducer(crossget.Ward(keep))
     assert attached.reducer.r == crossget.Keep(3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [crossget.ToMe(4, keys="mean_heads"), crossget.Ward(4, keys="tokens"), crossget.CrossGET(4, keys="all_heads"),
+     crossget.TopK(4, importance="cross_token", cross_token=True, keys="all_heads")],
+)  # fmt: skip
+def test_features_have_no_keys(method: Any) -> None:
+    with pytest.raises(ValueError, match="has no effect on the connector: image features are compared as they are"):
+        AttachedConnector(connector(), method)
+    resolved = AttachedConnector(connector(), dataclasses.replace(method, keys=None)).reducer
+    assert AttachedConnector(connector(), resolved).reducer == resolved  # as after save and load
 
 
 def test_sizes_need_scores_in_every_layer() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -103,7 +104,9 @@ class Copies:
         return torch.cat(parts).view_as(out)
 
 
-@pytest.mark.parametrize("method", [crossget.Ward, crossget.ToMe, partial(crossget.Random, seed=3)])
+@pytest.mark.parametrize(
+    "method", [crossget.Ward, partial(crossget.ToMe, keys="tokens"), partial(crossget.Random, seed=3)]
+)
 @pytest.mark.parametrize("family", OWN)
 def test_equals_copies_of_the_merged_units(family: str, method: Any) -> None:
     """Attention over copies is attention with log(size), and rotary tables follow the destination."""
@@ -141,6 +144,44 @@ def test_nothing_removed_is_the_dense_tower(family: str) -> None:
             crossget.attach(made, crossget.Ward(0))
     assert all(map(torch.equal, features(made), dense))
     assert not any("forward" in module.__dict__ for module in made.modules())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Keys(crossget.ToMe):
+    """ToMe that keeps the keys [H, U, S * D] of every call."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    def reduce(self, view: Any, r: int) -> Any:
+        self.seen.append(view.keys[0])
+        return super().reduce(view, r)
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_units_are_compared_by_the_keys_of_their_patches(family: str) -> None:
+    made = model(family)
+    block, given = made.model.visual.blocks[0], {}
+    hooks = [
+        block.attn.qkv.register_forward_hook(lambda _, __, out: given.update(qkv=out)),
+        block.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True),
+    ]
+    features(made)
+    for hook in hooks:
+        hook.remove()
+    keys = given["qkv"].unflatten(-1, (3, 4, -1))[:, 1]  # [N, H, D]
+    half = keys.shape[-1] // 2
+    cos, sin = (table[:, None] for table in given["position_embeddings"])
+    keys = keys * cos + torch.cat([-keys[..., half:], keys[..., :half]], -1) * sin
+    expected = keys.unflatten(0, (-1, 4)).permute(2, 0, 1, 3).flatten(2)
+    Keys.seen.clear()
+    with crossget.attach(made, Keys(crossget.Ratio(0.25))) as attached:
+        by_keys = features(made)
+        assert attached.reducers["visual"].keys == "mean_heads"  # type: ignore[attr-defined]
+        torch.testing.assert_close(torch.cat(Keys.seen[:3], 1), expected, atol=1e-6, rtol=1e-5)
+        assert [one.shape[0] for one in Keys.seen] == [4] * 9  # heads, in three blocks that merge
+        attached.reducer = crossget.ToMe(crossget.Ratio(0.25), keys="tokens")
+        by_tokens = features(made)
+    assert not torch.equal(by_keys[0], by_tokens[0])
 
 
 def test_gradients_and_dropped_units() -> None:
