@@ -137,17 +137,25 @@ class Embedder:
         read = [torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape) for data, shape in rows if shape]
         images = torch.stack(read) if read else None
 
-        def column() -> pa.Array:
-            found = iter([] if images is None else self.encoder.embed(images).numpy())
-            return pa.array([None if data is None else next(found) for data, _ in rows], pa.list_(pa.float32()))
+        def vectors() -> list[Any]:
+            """A vector for each row; None after an error, and in the place of one that is not finite."""
+            found: Iterator[Any] = iter([] if images is None else self.encoder.embed(images))
+            made = [None if data is None else next(found) for data, _ in rows]
+            return [None if vector is None or not vector.isfinite().all() else vector.numpy() for vector in made]
 
-        made = {EMBEDDING: column()}
+        made = {EMBEDDING: vectors()}
         if self.with_dense:
             attached = find_attachment(self.encoder.model)
             with contextlib.nullcontext() if attached is None else attached.paused():
-                made[DENSE] = column()
-        made[ERROR] = batch[ERROR]
-        return _with_columns(batch.drop_columns([_PIXELS, _SHAPE, ERROR]), made)
+                made[DENSE] = vectors()
+        errors = [
+            error or (None if vector is not None else "its embedding is not finite")
+            for error, vector in zip(batch[ERROR].to_pylist(), made[EMBEDDING], strict=True)
+        ]
+        columns = {name: pa.array(values, pa.list_(pa.float32())) for name, values in made.items()}
+        return _with_columns(
+            batch.drop_columns([_PIXELS, _SHAPE, ERROR]), {**columns, ERROR: pa.array(errors, pa.string())}
+        )
 
 
 def _with_columns(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
@@ -167,7 +175,7 @@ class Options:
     Attributes:
         id_column: of Parquet files: the column whose values tell the rows apart.
         image_column: of Parquet files.
-        actors: processes that hold a model; None is one for each GPU of the cluster, or one for each CPU but one.
+        actors: processes that hold a model; None is one for each GPU, or one for each CPU but two.
         batch: pictures of a forward.
         device: "cpu", or "cuda": each actor gets a GPU.
         shard_rows: rows that a file of the output has at least, but for the last ones.
@@ -288,6 +296,8 @@ def embed(
     require_ray()
     source = Source.find(images, options.id_column, options.image_column)
     output = Output(absolute(out))
+    if f"{output.where}/".startswith(f"{source.where}/"):
+        raise ValueError(f"{out} is in {images}, where it would be read as well: give a folder elsewhere")
     sample = prepare_batch(source.sample(max(options.sample, _TRIED)), source.image_column, encoder.prepare)
     _try_out(encoder, sample, source.where)
     output.claim({**encoder.identity(), "images": source.where, "id": source.id_column, "image": source.image_column})
@@ -366,21 +376,22 @@ def _run(source: Source, output: Output, encoder: Encoder, options: Options, act
     from ray.data.checkpoint import CheckpointConfig
 
     reference = ray.put(encoder)
-    before = output.count()[0]
     dataset = _embedded(source.read(), source, encoder, reference, options, actors)
     dataset.context.checkpoint_config = CheckpointConfig(
         source.id_column, posixpath.join(output.where, CHECKPOINT), delete_checkpoint_on_success=False
     )
     start = time.perf_counter()
-    dataset.write_datasink(shards(posixpath.join(output.where, SHARDS), options.shard_rows))
+    sink = shards(posixpath.join(output.where, SHARDS), options.shard_rows)
+    dataset.write_datasink(sink)
     seconds = time.perf_counter() - start
+    output.tidy()
     rows, failed = output.count()
     last = output.read(REPORT)
-    if rows == before and last is not None:
+    if sink.written == 0 and last is not None:
         agreement = last["agreement"] and Agreement(**last["agreement"])
     else:
         agreement = _agreement(encoder, reference, sample, options) if options.sample else None
-    report = Report(rows, failed, rows - before, seconds, agreement)
+    report = Report(rows, failed, sink.written, seconds, agreement)
     output.write(REPORT, asdict(report))
     return report
 
@@ -425,5 +436,5 @@ def _both(encoder: Encoder, sample: pa.Table, options: Options) -> tuple[Tensor,
     embedder = Embedder(encoder, options.device, with_dense=True)
     read = sample.filter(sample[ERROR].is_null())
     parts = [embedder(read.slice(start, options.batch)) for start in range(0, len(read), options.batch)]
-    table = pa.concat_tables(parts)
+    table = pa.concat_tables(parts).select([DENSE, EMBEDDING]).drop_null()
     return torch.tensor(table[DENSE].to_pylist()), torch.tensor(table[EMBEDDING].to_pylist())

@@ -87,7 +87,10 @@ class Source:
         import pyarrow.parquet as pq
 
         for file in self.files:
-            names = pq.read_schema(file, filesystem=system).names
+            try:
+                names = pq.read_schema(file, filesystem=system).names
+            except ValueError as error:  # pyarrow's errors are ValueErrors, and not all of them name the file
+                raise ValueError(f"{file} is not a Parquet file, or is truncated: {error}") from error
             missing = [name for name in (self.id_column, self.image_column) if name not in names]
             if missing:
                 raise ValueError(f"{file} has no column {missing[0]!r}, only {', '.join(names)}")
@@ -140,15 +143,19 @@ def tar_rows(stream: Any, shard: str, count: int = _TAR_ROWS) -> Iterator[pa.Tab
     A shard that breaks off, or is no tar file, ends with a row without bytes.
     """
     rows: list[tuple[str, bytes | None]] = []
+    seen = set()
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+        with tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
-                if member.isfile() and member.name.lower().endswith(IMAGES):
-                    opened = archive.extractfile(member)
-                    rows.append((f"{shard}/{member.name}", opened.read() if opened else None))
-                    if len(rows) == count:
-                        yield _table(rows)
-                        rows = []
+                if not member.isfile() or not member.name.lower().endswith(IMAGES):
+                    continue
+                path = f"{shard}/{member.name}" + (f" at {member.offset}" if member.name in seen else "")
+                seen.add(member.name)
+                opened = archive.extractfile(member)
+                rows.append((path, opened.read() if opened else None))
+                if len(rows) == count:
+                    yield _table(rows)
+                    rows = []
     except tarfile.TarError as error:
         rows.append((f"{shard}: {error}", None))
     yield _table(rows)
@@ -186,7 +193,7 @@ def _filesystem(where: str) -> tuple[Any, str]:
 
     try:
         system, path = fs.FileSystem.from_uri(where)
-    except ValueError as error:  # pyarrow's errors are ValueErrors
+    except ValueError as error:
         raise ValueError(f"{where} is neither a path nor a URI that pyarrow knows: {error}") from error
     return system, path
 
@@ -220,12 +227,15 @@ def _kind(file: str) -> str | None:
 def shards(where: str, rows: int) -> Any:
     """Where Ray writes: each file of Parquet appears under its name when it is complete.
 
-    It grows in `_PARTS`, where the files that a killed run leaves behind have the names by which Ray finds them.
+    It grows in `_PARTS`, where the files that a killed run leaves behind have the names by which Ray finds them. In the
+    end `written` is the number of rows.
     """
     import pyarrow.parquet as pq
     from ray.data.datasource import BlockBasedFileDatasink
 
     class Shards(BlockBasedFileDatasink):  # type: ignore[misc, unused-ignore]
+        written = 0
+
         @contextlib.contextmanager
         def open_output_stream(self, path: str) -> Iterator[Any]:
             folder, name = posixpath.split(path)
@@ -237,6 +247,10 @@ def shards(where: str, rows: int) -> Any:
 
         def write_block_to_file(self, block: Any, file: Any) -> None:
             pq.write_table(block.to_arrow(), file)
+
+        def on_write_complete(self, write_result: Any) -> None:
+            super().on_write_complete(write_result)
+            self.written = write_result.num_rows
 
     return Shards(where, min_rows_per_file=rows, file_format="parquet")
 
@@ -267,7 +281,7 @@ class Output:
             raise ValueError(f"{self.where} is a file: give a new folder")
         before = self.read(SETTINGS)
         if before is None:
-            if self.system.get_file_info(fs.FileSelector(self.path)):
+            if any(not info.path.endswith(".part") for info in self.system.get_file_info(fs.FileSelector(self.path))):
                 raise ValueError(f"{self.where} has files, and crossget did not write them: give a new folder")
             self.write(SETTINGS, settings)
             return
@@ -293,6 +307,14 @@ class Output:
         with self.system.open_output_stream(part) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
         self.system.move(part, posixpath.join(self.path, name))
+
+    def tidy(self) -> None:
+        """Remove the folder of unfinished files, which a complete run has emptied."""
+        from pyarrow import fs
+
+        parts = posixpath.join(self.path, SHARDS, _PARTS)
+        if self.system.get_file_info(parts).type != fs.FileType.NotFound:
+            self.system.delete_dir(parts)
 
     def count(self) -> tuple[int, int]:
         """How many rows are written, and how many of them have no embedding."""
