@@ -250,7 +250,7 @@ def shards(where: str, rows: int) -> Any:
 
         def on_write_complete(self, write_result: Any) -> None:
             super().on_write_complete(write_result)
-            self.written = write_result.num_rows
+            self.written = int(write_result.num_rows)
 
     return Shards(where, min_rows_per_file=rows, file_format="parquet")
 
