@@ -153,7 +153,7 @@ def row(run: Run, name: str, seconds: dict[str, dict[str, list[float]]]) -> Json
         return [(whole - start) / (run.pictures - run.actors * run.batch) for whole in seconds[form]["rounds"]]
 
     ratios = [dense / own for dense, own in zip(beyond_start(DENSE), beyond_start(name), strict=True)]
-    low, high = quartiles(ratios)
+    low, high = quartiles(tuple(ratios))
     return {
         "method": name,
         "images_per_second": round(run.pictures / statistics.median(seconds[name]["rounds"]), 3),

@@ -172,4 +172,4 @@ def write_parquet(file: Path, contents: list[bytes], first: int = 0, *, struct: 
 if __name__ == "__main__":  # a run that is killed
     source, out, log = (Path(argument) for argument in sys.argv[1:])
     encoder = ray_data.Encoder(net(crossget.Ward(2)), Prepare(log, out))
-    ray_data.embed(source, out, encoder, ray_data.Options(actors=1, batch=8, shard_rows=10))
+    ray_data.embed(source, out, encoder, ray_data.Options(actors=1, batch=8, shard_rows=10, sample=0))
