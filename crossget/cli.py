@@ -21,9 +21,10 @@ from tqdm import tqdm
 import crossget
 from crossget.checkpoints import convert, hf_sizes
 from crossget.core.adapters import has_adapter
-from crossget.demo import backbones, compare, connector_models, connector_view, transformers_models, viewer
+from crossget.demo import backbones, compare, connector_models, connector_view, embedding, transformers_models, viewer
 from crossget.demo.compare import CompareOptions, Reduction
 from crossget.demo.connector_view import ConnectorOptions
+from crossget.demo.embedding import EmbedOptions
 from crossget.demo.viewer import ViewerOptions
 from crossget.integrations._support import SupportRow
 from crossget.measure import generation
@@ -42,6 +43,7 @@ Token reduction (Ward, ToMe-style, CrossGET) for models of timm, open_clip and t
   crossget flops qwen3-vl-8b --keep 0.25  the same with a quarter of the image features behind the connector
   crossget bench vit_base_patch16_224   speed as a ratio to dense, measured on this machine
   crossget doctor vit_base_patch16_224  checks that attaching is exact, takes effect, and can be undone
+  crossget embed photos/ out/ --r 8     embeddings of millions of images in Parquet files, with Ray Data
   crossget convert FOLDER OUT           the authors' LLaVA checkpoint, for transformers and crossget.load
 
 crossget COMMAND --help lists the options of a command; crossget --version prints the version.
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Command:
-    classes: tuple[type[Command], ...] = (Demo, Show, Models, Flops, Bench, Doctor, Convert)
+    classes: tuple[type[Command], ...] = (Demo, Show, Models, Flops, Bench, Doctor, Embed, Convert)
     commands: dict[str, Callable[..., Command]] = {cls.__name__.lower(): cls for cls in classes}
     command: Command = tyro.extras.subcommand_cli_from_dict(
         commands, prog="crossget", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
@@ -500,6 +502,53 @@ class Doctor(Command):
         diagnosis = crossget.doctor(backbone.model, inputs, crossget.Ward(r=4))
         print(diagnosis)
         return 0 if diagnosis.ok else 1
+
+
+@dataclass(frozen=True)
+class Embed(Command):
+    """Embed images with a reduced model, by Ray Data, on this machine or a cluster; OUT gets Parquet files.
+
+    IMAGES is a folder of images, of Parquet files or of WebDataset shards (tar). Their kind is found by their names.
+
+    A run that was stopped goes on when it is started again, and does nothing twice.
+
+    Pictures that cannot be read have an error instead of an embedding. At the end they are counted, and dense and
+    reduced embeddings of a sample are compared.
+
+      crossget embed photos out --model ViT-B-16 --r 8 --device cuda
+    """
+
+    images: Annotated[str, tyro.conf.Positional, _option("a folder or a file; a path, or a URI of pyarrow", "IMAGES")]
+    out: Annotated[str, tyro.conf.Positional, _option("the new folder, or that of a run to go on with", "OUT")]
+    model: Annotated[str, _option(f"{MODEL_HELP}; or a folder of transformers", "MODEL")] = CompareOptions.model
+    method: Annotated[viewer.Method | None, _optional("method that reduces the model; ward if not given", "METHOD")] = (
+        None
+    )
+    r: Annotated[Reduction | None, _REDUCTION, _optional(f"{R_HELP}; 0 is the dense model", "R")] = None
+    saved: Annotated[
+        Path | None, _optional("what Attachment.save wrote (trained CrossGET), instead of --method and --r", "FOLDER")
+    ] = None
+    checkpoint: Checkpoint = None
+    pretrained: Pretrained = EmbedOptions.pretrained
+    seed: Seed = EmbedOptions.seed
+    dtype: Annotated[embedding.DType, _option("of weights and computation")] = EmbedOptions.dtype
+    id: Annotated[str | None, _optional("of Parquet files: the column whose values tell the rows apart", "COLUMN")] = (
+        None
+    )
+    image: Annotated[str, _option("of Parquet files: the column with the images' files", "COLUMN")] = EmbedOptions.image
+    actors: Annotated[int | None, _COUNT, _optional("processes that hold a model; one per CPU or GPU", "N")] = None
+    batch: Annotated[int, _COUNT, _option("images of a forward", "N")] = EmbedOptions.batch
+    device: Annotated[Literal["cpu", "cuda"], _option("cuda: each actor gets a GPU")] = EmbedOptions.device
+    shard_rows: Annotated[int, _COUNT, _option("rows of an output file, at least", "N")] = EmbedOptions.shard_rows
+    sample: Annotated[int, _option("images to compare dense and reduced embeddings of; 0: none", "N")] = (
+        EmbedOptions.sample
+    )
+    address: Annotated[str | None, _optional("a Ray cluster; 'auto' on one of its machines", "ADDRESS")] = None
+
+    def run(self) -> int:
+        print(embedding.run(_options(self, EmbedOptions), log=_log))
+        _log(f"wrote {self.out}")
+        return 0
 
 
 @dataclass(frozen=True)

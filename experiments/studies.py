@@ -22,6 +22,7 @@ STUDIES = {
     "speed-connector": "experiments.speed.connector",
     "speed-costs": "experiments.speed.costs",
     "speed-discovery": "experiments.speed.discovery",
+    "speed-embed": "experiments.speed.embed",
     "speed-llava": "experiments.speed.llava",
     "speed-operators": "experiments.speed.operators",
     "speed-towers": "experiments.speed.towers",

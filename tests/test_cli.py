@@ -16,8 +16,8 @@ from crossget.measure.doctor import Check, Diagnosis
 from crossget.methods.schedules import Aligned, Ratio
 
 TINY = "test_vit"
-HOSTS = {"timm", "open_clip", "matplotlib", "transformers"}
-COMMANDS = ("demo", "show", "models", "flops", "bench", "doctor", "convert")
+HOSTS = {"timm", "open_clip", "matplotlib", "transformers", "ray", "pyarrow"}
+COMMANDS = ("demo", "show", "models", "flops", "bench", "doctor", "embed", "convert")
 
 
 def call(*arguments: str) -> int:

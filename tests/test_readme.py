@@ -1,5 +1,6 @@
 """The Python code that README.md and docs/ print is run, as printed, from top to bottom of each page."""
 
+import os
 import re
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from crossget.core.adapters import _adapters, unregister
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").rglob("*.md"))]
-LONG = ("measuring.md", "quickstart.md")  # ten seconds and more
+LONG = ("beyond.md", "measuring.md", "quickstart.md")  # ten seconds and more
 MOST_NOT_RUN = 4  # over all pages; a page of code that nobody runs is soon wrong
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n`]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
@@ -38,7 +39,13 @@ class Block:
     def runs(self) -> bool:
         if self.needs is None:
             return self.not_run is None
-        return Version(metadata.version(self.needs[0])) >= Version(self.needs[1])
+        package, first = self.needs
+        try:
+            return Version(metadata.version(package)) >= Version(first)
+        except metadata.PackageNotFoundError:
+            if package in os.environ.get("CROSSGET_REQUIRE", "").split(","):  # as in .ci/run
+                raise
+            return False
 
 
 def blocks(text: str) -> list[Block]:
@@ -166,6 +173,13 @@ class TestParser:
         assert blocks("<!-- not run: no -->\ntext\n```python\n```\n")[0].not_run is None
         assert not blocks("<!-- needs torch 99.0 -->\n```python\n```\n")[0].runs
         assert blocks("<!-- needs torch 2.4 -->\n```python\n```\n")[0].runs
+
+    def test_a_package_that_is_not_there_is_missed_where_it_is_required(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        (block,) = blocks("<!-- needs nosuchpackage 1 -->\n```python\n```\n")
+        assert not block.runs
+        monkeypatch.setenv("CROSSGET_REQUIRE", "lmms_eval,nosuchpackage")
+        with pytest.raises(metadata.PackageNotFoundError):
+            block.runs  # noqa: B018
 
     def test_reason_of_an_earlier_block_does_not_reach_over(self) -> None:
         text = "<!-- not run: a -->\n```python\n```\n<!-- other -->\n```python\n```\n"

@@ -104,9 +104,7 @@ class Backbone:
 
     def image_features(self, images: Tensor) -> Tensor:
         """Image features [B, C]: CLIP's embedding, or the input of the classifier."""
-        model: Any = self.model
-        features = model.encode_image(images) if self.host == "open_clip" else _before_classifier(model, images)
-        return torch.as_tensor(features).flatten(1)
+        return image_features(self.host, self.model, images)
 
     def text_features(self, ids: Tensor) -> Tensor:
         """CLIP's embeddings of texts [B, C]."""
@@ -130,6 +128,12 @@ class Backbone:
                     raise ConnectionError(f"the tokenizer is not in the cache, and {reachable}") from error
                 raise
         return ids.to(device)
+
+
+def image_features(host: str, model: Any, images: Tensor) -> Tensor:
+    """Image features [B, C] of a host's model: CLIP's embedding, or the input of timm's classifier."""
+    features = model.encode_image(images) if host == "open_clip" else _before_classifier(model, images)
+    return torch.as_tensor(features).flatten(1)
 
 
 def _before_classifier(model: Any, images: Tensor) -> Any:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from tabulate import tabulate
@@ -384,15 +384,24 @@ def _words(stem: str) -> str:
     return stem.replace("_", " ").replace("-", " ")
 
 
-def _open_photograph(path: Path, caption: str, credit: str) -> Photograph:
+def read_image(file: Path | BinaryIO) -> Image:
+    """A picture in RGB, turned as its EXIF data say.
+
+    Raises:
+        Exception: whatever the code that damaged bytes reach happens to raise.
+    """
     from PIL import Image
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+        with Image.open(file) as opened:
+            return _upright(opened)
+
+
+def _open_photograph(path: Path, caption: str, credit: str) -> Photograph:
     files.check_regular(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
-            with Image.open(path) as opened:
-                image = _upright(opened)
+        image = read_image(path)
     except Exception as error:  # damaged bytes raise whatever the code that they reach happens to raise
         raise ValueError(f"{path} is not an image that Pillow can read: {error or type(error).__name__}") from error
     return Photograph(path.stem, caption, credit, image)

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.lib.files import Json, measured_on, short_name
 from experiments.lib.study import Page
-from experiments.speed import connector, costs, llava, operators, towers
+from experiments.speed import connector, costs, embed, llava, operators, towers
 
 HERE = Path(__file__).parent
 FIGURE = "figures/speed.png"
@@ -14,7 +14,14 @@ FIGURE = "figures/speed.png"
 COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.IDEAL: "#bbbbbb"}
 
 
-KEYS = {"connector": "keep", "towers": "tower", "llava": "new_tokens", "costs": "cost", "operators": "width"}
+KEYS = {
+    "connector": "keep",
+    "embed": "pictures",
+    "towers": "tower",
+    "llava": "new_tokens",
+    "costs": "cost",
+    "operators": "width",
+}
 """By program, what only its runs have."""
 
 
@@ -42,6 +49,7 @@ def generated(contents: Sequence[Json]) -> str:
         "## LLaVA-1.5 with random weights",
         llava.tables(of_kind(contents, "llava")),
         *_connectors(of_kind(contents, "connector")),
+        *_embedding(of_kind(contents, "embed")),
         "## Operators",
         operators.table(of_kind(contents, "operators")),
         "## Costs",
@@ -51,6 +59,10 @@ def generated(contents: Sequence[Json]) -> str:
 
 def _connectors(contents: Sequence[Json]) -> list[str]:
     return ["## Fewer image features behind the connector", connector.tables(contents)] if contents else []
+
+
+def _embedding(contents: Sequence[Json]) -> list[str]:
+    return ["## Embedding with Ray Data", embed.tables(contents)] if contents else []
 
 
 def draw(contents: Sequence[Json], file: Path) -> None:
