@@ -16,17 +16,21 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
 from vllm.model_executor.models.registry import _VLLM_MODELS
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from crossget.core import saving
+from crossget.core.attach import attach
 from crossget.core.connector import reduce_features
 from crossget.integrations.vllm import KEY, MODELS, TILED, Settings, settings_of
 
@@ -51,11 +55,12 @@ def reduced(native: Any, name: str) -> Any:
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
         made = own.processor(info, dummy_inputs)
-        if settings_of(info.get_hf_config()) is None:
+        settings = settings_of(info.get_hf_config())
+        if settings is None:
             return made
         kind = type(made)
         shorter = object.__new__(type(kind.__name__, (_Processor, kind), {"__module__": __name__}))
-        shorter.__dict__.update(made.__dict__)
+        shorter.__dict__.update(made.__dict__, crossget=settings)
         return shorter
 
     return MULTIMODAL_REGISTRY.register_processor(processor, info=own.info, dummy_inputs=own.dummy_inputs)(cls)
@@ -68,6 +73,7 @@ class _Processor:
     """What a processor of vLLM's does otherwise: an image is replaced with as many placeholders as features stay."""
 
     info: Any
+    crossget: Settings
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         return super()._apply_hf_processor_main(mm_items, _without_share(hf_kwargs))  # type: ignore[misc]
@@ -76,8 +82,7 @@ class _Processor:
         return super()._get_mm_fields_config(hf_inputs, _without_share(hf_processor_mm_kwargs))  # type: ignore[misc]
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
-        config = self.info.get_hf_config()
-        settings, share = settings_of(config), hf_processor_mm_kwargs.get(KEY)
+        config, share = self.info.get_hf_config(), hf_processor_mm_kwargs.get(KEY)
         kwargs = _without_share(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
         found = []
@@ -85,7 +90,7 @@ class _Processor:
             if update.modality == "image":
                 items = out_mm_kwargs["image"]
                 contents = [_details(update.replacement, index) for index in range(len(items))]
-                shorter = [_shorter(*pair, settings, config, share) for pair in zip(contents, items, strict=True)]
+                shorter = [_shorter(*pair, self.crossget, config, share) for pair in zip(contents, items, strict=True)]
                 update = dataclasses.replace(update, replacement=shorter.__getitem__)
             found.append(update)
         return found
@@ -151,10 +156,15 @@ class _Model:
             self.supports_multimodal_pruning = True
             config.multimodal_config.video_pruning_rate = 1e-6
             _ask_for_positions_on_cpus()
+        if self.crossget.tower:
+            self.vision_tower = _Tower(self, config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         plans, grids = kwargs.pop(_PLAN, None), kwargs.get("image_grid_thw")
-        features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        if self.crossget.tower and "pixel_values" in kwargs:
+            features = self.vision_tower(kwargs["pixel_values"])
+        else:
+            features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if plans is None:
             return [F.pad(one, (0, _AXES), value=_UNMOVED) for one in features] if self.moves_positions else features
         grids = [None] * len(plans) if grids is None else grids.tolist()
@@ -170,14 +180,15 @@ class _Model:
             grid: of the image, in frames and patches; None: not known.
         """
         units, length, kept = plan
+        features = features.reshape(-1, features.shape[-1])
+        made = kept if self.crossget.tower else length
+        if len(features) != units * made:
+            raise RuntimeError(
+                f"an image has {len(features)} features, and its prompt was written for {units} x {made}: this model "
+                "cannot be served with fewer image tokens"
+            )
         if self.crossget.tower:
             return features
-        features = features.reshape(-1, features.shape[-1])
-        if len(features) != units * length:
-            raise RuntimeError(
-                f"an image has {len(features)} features, and its prompt was written for {units} x {length}: this "
-                "model cannot be served with fewer image tokens"
-            )
         width = self.model_config.hf_text_config.hidden_size
         sides = _sides(length, grid)
         found = []
@@ -234,6 +245,42 @@ class _Model:
         positions = mrope_positions.clone()
         positions[:, columns] = mrope_positions[:, before[columns]] + 1 + places.T
         return [one[:, :-_AXES] for one in multimodal_embeddings], positions, following
+
+
+class _Tower(nn.Module):
+    """The image tower of transformers' LLaVA-1.5 with a reducer, in place of vLLM's, which has other blocks.
+
+    Cross tokens that were saved beside the model's weights are used.
+
+    Args:
+        model: of vLLM; its projector is used.
+        model_config: of vLLM.
+    """
+
+    def __init__(self, model: Any, model_config: Any) -> None:
+        super().__init__()
+        config = model_config.hf_config
+        like = next(model.multi_modal_projector.parameters())
+        with torch.device("meta"):  # all but the image tower is left there
+            host = LlavaForConditionalGeneration(config).eval()
+        self.vision_model = type(host.model.vision_tower)(config.vision_config).eval().to(like)
+        host.model.vision_tower, host.model.multi_modal_projector = self.vision_model, model.multi_modal_projector
+        attached = attach(host, {"visual": model.crossget.reducer})
+        if attached.cross_tokens and (Path(model_config.model) / saving.FILE).is_file():
+            attached.set_cross_tokens({"visual": saving.read(model_config.model)[1]["visual"]})
+        self._host = [host]  # in a list, as it is no part of this module
+
+    def forward(self, pixels: Tensor) -> Any:
+        """The features [images, n, C], behind the projector."""
+        out = self._host[0].model.get_image_features(pixel_values=pixels, return_dict=True)
+        return out.pooler_output
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the weights of a checkpoint; returns their names."""
+        found = {name: one for name, one in weights if not name.endswith("position_ids")}
+        short = {name.removeprefix("vision_model."): one for name, one in found.items()}
+        self.vision_model.load_state_dict(short)
+        return set(found)
 
 
 def _sides(length: int, grid: Sequence[int] | None) -> tuple[int, int] | None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -73,7 +83,7 @@ def expected(model: Any, folder: Path, family: str, prompts: Sequence[tuple[str,
         chances = torch.stack(out.logits, 1)[0].log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         attached = crossget.core.attach.find_attachment(model)
         left = 0
-        if attached is not None and numbers:
+        if attached is not None and attached.connector is not None and numbers:
             left = sum(before - after for before, after in attached.tokens["connector"])
         found.append(Answer(int(given["input_ids"].shape[1]) - left, tokens.tolist(), chances))
     return found
@@ -87,11 +97,13 @@ class Served:
         llm: of vLLM.
     """
 
-    def __init__(self, family: str, folder: Path, setting: dict[str, Any] | None, **engine: Any) -> None:
+    def __init__(
+        self, family: str, folder: Path, setting: dict[str, Any] | None, *, saves: bool = True, **engine: Any
+    ) -> None:
         from vllm import LLM
 
         self.family, self.folder = family, folder
-        self.model = vllm_hosts.save(family, folder)
+        self.model = vllm_hosts.save(family, folder) if saves else None
         overrides = {} if setting is None else {"crossget": setting}
         self.llm: Any = LLM(str(folder), hf_overrides=overrides, **{**ENGINE, **engine})
 
@@ -173,3 +185,193 @@ def test_many_at_once_are_answered_as_alone(served: Served) -> None:
     prompts = [(f"w{number} # w{number % 7}", [number % 3]) for number in range(32)]
     alone = [answer for prompt in prompts for answer in served.answers([prompt])]
     check(served.answers(prompts), alone)
+
+
+# The tower of LLaVA-1.5 -----------------------------------------------------------------------------------------------
+
+
+def test_merging_in_the_tower_of_llava_is_that_of_transformers(tmp_path: Path) -> None:
+    """With cross tokens that were saved beside the weights."""
+    model = vllm_hosts.save("llava", tmp_path)
+    with crossget.attach(model, {"visual": crossget.CrossGET(r=8)}) as attached:
+        for parameter in attached.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.3)
+        attached.save(tmp_path)
+        wanted = expected(model, tmp_path, "llava")
+        left = 64 - attached.tokens["visual"][-2][1] + 1  # the class token is no feature
+    wanted = [one._replace(prompt=one.prompt - left * len(n)) for one, (_, n) in zip(wanted, PROMPTS, strict=True)]
+    served = Served("llava", tmp_path, {"method": "CrossGET", "r": 8}, saves=False)
+    try:
+        check(served.answers(), wanted)
+    finally:
+        served.llm.llm_engine.engine_core.shutdown()
+
+
+# Without the setting --------------------------------------------------------------------------------------------------
+
+DENSE = """
+import json, pathlib, sys
+import torch
+from test_vllm import Served
+served = Served("llava", pathlib.Path(sys.argv[1]), None)
+answers = served.answers()
+pathlib.Path(sys.argv[2]).write_text(json.dumps([[a.prompt, a.tokens, a.chances.tolist()] for a in answers]))
+served.llm.llm_engine.engine_core.shutdown()
+"""
+
+
+def test_without_the_setting_nothing_changes(tmp_path: Path) -> None:
+    """Bit for bit, beside a process that loads no plugin."""
+    found = []
+    for number, plugins in enumerate((None, "none")):
+        out = tmp_path / f"{number}.json"
+        paths = os.pathsep.join([str(Path(__file__).parent), str(Path(vllm_hosts.__file__).parent)])
+        environment = {**os.environ, "PYTHONPATH": paths, **({} if plugins is None else {"VLLM_PLUGINS": plugins})}
+        run = [sys.executable, "-c", DENSE, str(tmp_path / "model"), str(out)]
+        subprocess.run(run, env=environment, check=True, capture_output=True, timeout=600)
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1]
+
+
+# Wrong settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of models without weights."""
+    import transformers
+
+    folders = {}
+    for name, config in {
+        "llava": vllm_hosts.config("llava")[1],
+        "qwen2_5_vl": vllm_hosts.config("qwen2_5_vl")[1],
+        "text": transformers.LlamaConfig(**vllm_hosts.TEXT, architectures=["LlamaForCausalLM"]),
+        "paligemma": transformers.PaliGemmaConfig(architectures=["PaliGemmaForConditionalGeneration"]),
+    }.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        if name in ("llava", "qwen2_5_vl"):
+            config.architectures = [f"{vllm_hosts.config(name)[0]}ForConditionalGeneration"]
+        config.save_pretrained(folders[name])
+    return folders
+
+
+WARD = {"method": "Ward", "keep": 0.25}
+WRONG = [
+    ("llava", {**WARD, "method": "Wart"}, "one of the methods AveragePool, CrossGET"),
+    ("llava", {**WARD, "keep": 0}, "at least one token stays"),
+    ("llava", {**WARD, "keep": 1.5}, "a share is above 0 and at most 1"),
+    ("llava", {**WARD, "keep": "half"}, "give the number of tokens that stay"),
+    ("llava", {"method": "Ward"}, "expected one of keep"),
+    ("llava", {**WARD, "r": 8}, "expected one of keep"),
+    ("llava", {**WARD, "wide": True}, "wide"),
+    ("llava", {**WARD, "method": "CrossGET"}, "guided by the text of a prompt"),
+    ("llava", {**WARD, "method": "Determinantal"}, "guided by the text of a prompt"),
+    ("llava", {**WARD, "proportional_attention": True}, "vLLM's kernels take none"),
+    ("qwen2_5_vl", {"method": "CrossGET", "r": 8}, "r merges in the tower of LLaVA-1.5"),
+    ("text", WARD, "LlamaForCausalLM takes no images"),
+    ("paligemma", WARD, "serve the model with --model-impl transformers"),
+]
+
+
+@pytest.mark.parametrize(("model", "setting", "message"), WRONG, ids=lambda value: None)
+def test_a_wrong_setting_stops_the_start(
+    model: str, setting: dict[str, Any], message: str, configs: dict[str, Path]
+) -> None:
+    from vllm.config import ModelConfig
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(str(configs[model]), skip_tokenizer_init=True, hf_overrides={"crossget": setting})
+
+
+def test_another_version_of_vllm_serves_without_the_setting_only() -> None:
+    from crossget.integrations import vllm
+
+    post_init = vllm._checking(lambda self: None, "0.31.2")
+    post_init(SimpleNamespace(hf_config=SimpleNamespace()))
+    with pytest.raises(ValueError, match="crossget serves with vLLM 0.32, and this is 0.31.2"):
+        post_init(SimpleNamespace(hf_config=SimpleNamespace(crossget=WARD)))
+
+
+# A server -------------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """`vllm serve` with chat requests over HTTP."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = {name.replace("_", "-"): value for name, value in ENGINE.items() if name != "enforce_eager"}
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--enforce-eager"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        command += [f"--port={port}", "--served-model-name=it", "--hf-overrides", json.dumps({"crossget": WARD})]
+        self.url, self.family = f"http://127.0.0.1:{port}", family
+        self.log = folder / "server.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        for _ in range(1200):
+            if self.process.poll() is not None:
+                raise RuntimeError(self.log.read_text()[-4000:])
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health"):
+                return
+            time.sleep(0.5)
+        self.stop()
+        raise RuntimeError("the server does not answer")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def answer(self, text: str, numbers: list[int], **more: Any) -> Answer:
+        """Ask with images at each "#" of a text."""
+        images, content = iter(numbers), []
+        for part in filter(str.strip, re.split("(#)", text)):
+            if part == "#":
+                png = io.BytesIO()
+                picture(next(images)).save(png, "PNG")
+                url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+                content.append({"type": "image_url", "image_url": {"url": url}})
+            else:
+                content.append({"type": "text", "text": part.strip()})
+        body = {
+            "model": "it", "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": STEPS,
+            "ignore_eos": True, "logprobs": True, "return_token_ids": True, **more,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as out:
+            found = json.load(out)
+        (choice,) = found["choices"]
+        chances = torch.tensor([step["logprob"] for step in choice["logprobs"]["content"]])
+        return Answer(found["usage"]["prompt_tokens"], choice["token_ids"], chances)
+
+
+def test_a_server_answers_over_http(tmp_path: Path) -> None:
+    """One image, two and none; a request's own share; 32 clients at once; another start."""
+    family = "qwen2_5_vl"
+    model = vllm_hosts.save(family, tmp_path)
+    with crossget.attach(model, {"connector": crossget.Ward(crossget.Keep(0.25))}) as attached:
+        wanted = expected(model, tmp_path, family)
+        attached.reducer = {"connector": crossget.Ward(crossget.Keep(0.5))}
+        half = expected(model, tmp_path, family, PROMPTS[:1])
+    server = Server(family, tmp_path)
+    try:
+        check([server.answer(*prompt) for prompt in PROMPTS], wanted)
+        check([server.answer(*PROMPTS[0], mm_processor_kwargs={"crossget": {"keep": 0.5}})], half)
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            server.answer(*PROMPTS[0], mm_processor_kwargs={"crossget": {"keep": 0}})
+        many = [(f"w{number} # w{number % 7}", [number % 3]) for number in range(32)]
+        alone = [server.answer(*prompt) for prompt in many]
+        with concurrent.futures.ThreadPoolExecutor(32) as clients:
+            check(list(clients.map(lambda prompt: server.answer(*prompt), many)), alone)
+    finally:
+        server.stop()
+    server = Server(family, tmp_path)
+    try:
+        check([server.answer(*prompt) for prompt in PROMPTS], wanted)
+    finally:
+        server.stop()

@@ -53,9 +53,9 @@ def image_text(family: str) -> str:
 
 def save(family: str, folder: Path) -> Any:
     """Save a model with its processor; returns the model."""
-    name, config = _config(family)
+    name, settings = config(family)
     torch.manual_seed(0)
-    model: Any = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    model: Any = getattr(transformers, f"{name}ForConditionalGeneration")(settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # the usual 0.02 makes all images, and all answers, alike
             if parameter.ndim > 1:
@@ -87,7 +87,7 @@ def _tokenizer(family: str) -> Any:
     )  # fmt: skip
 
 
-def _config(family: str) -> tuple[str, Any]:
+def config(family: str) -> tuple[str, Any]:
     """The name of a family's classes, and its configuration."""
     tf: Any = transformers
     clip = tf.CLIPVisionConfig(**TOWER, image_size=56, patch_size=7, projection_dim=16)
