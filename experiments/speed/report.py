@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.lib.files import Json, measured_on, short_name
 from experiments.lib.study import Page
-from experiments.speed import connector, costs, llava, operators, towers
+from experiments.speed import connector, costs, llava, operators, serving, towers
 
 HERE = Path(__file__).parent
 FIGURE = "figures/speed.png"
@@ -14,7 +14,10 @@ FIGURE = "figures/speed.png"
 COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.IDEAL: "#bbbbbb"}
 
 
-KEYS = {"connector": "keep", "towers": "tower", "llava": "new_tokens", "costs": "cost", "operators": "width"}
+KEYS = {
+    "connector": "keep", "towers": "tower", "llava": "new_tokens", "costs": "cost", "operators": "width",
+    "serving": "clients",
+}  # fmt: skip
 """By program, what only its runs have."""
 
 
@@ -42,6 +45,7 @@ def generated(contents: Sequence[Json]) -> str:
         "## LLaVA-1.5 with random weights",
         llava.tables(of_kind(contents, "llava")),
         *_connectors(of_kind(contents, "connector")),
+        *_servers(of_kind(contents, "serving")),
         "## Operators",
         operators.table(of_kind(contents, "operators")),
         "## Costs",
@@ -51,6 +55,10 @@ def generated(contents: Sequence[Json]) -> str:
 
 def _connectors(contents: Sequence[Json]) -> list[str]:
     return ["## Fewer image features behind the connector", connector.tables(contents)] if contents else []
+
+
+def _servers(contents: Sequence[Json]) -> list[str]:
+    return ["## A server of vLLM's", serving.tables(contents)] if contents else []
 
 
 def draw(contents: Sequence[Json], file: Path) -> None:
