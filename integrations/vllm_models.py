@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
+from transformers.models.llava import modeling_llava  # not the class, which has the name of one of vLLM's
 from vllm.model_executor.models.registry import _VLLM_MODELS
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
@@ -262,7 +262,7 @@ class _Tower(nn.Module):
         config = model_config.hf_config
         like = next(model.multi_modal_projector.parameters())
         with torch.device("meta"):  # all but the image tower is left there
-            host = LlavaForConditionalGeneration(config).eval()
+            host: Any = modeling_llava.LlavaForConditionalGeneration(config).eval()
         self.vision_model = type(host.model.vision_tower)(config.vision_config).eval().to(like)
         host.model.vision_tower, host.model.multi_modal_projector = self.vision_model, model.multi_modal_projector
         attached = attach(host, {"visual": model.crossget.reducer})
