@@ -94,7 +94,8 @@ def register() -> None:
         for name in MODELS:
             ModelRegistry.register_model(name, f"crossget.integrations.vllm_models:{name}")
     else:
-        logging.getLogger("vllm.plugins").warning("%s; without the setting %r nothing changes", _wrong(__version__), KEY)
+        log = logging.getLogger("vllm.plugins")
+        log.warning("%s: the setting %r is refused, and without it nothing changes", _wrong(__version__), KEY)
 
 
 def _is_supported(version: str) -> bool:

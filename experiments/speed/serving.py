@@ -1,8 +1,8 @@
 """Time a server of vLLM's with random weights, dense and with fewer image tokens, by vLLM's own `vllm bench serve`.
 
-Needs an environment with vLLM 0.32 and crossget (docs/beyond.md). Speed does not depend on the weights' values, so nothing
-is downloaded: the model is a LLaVA-1.5 of a size of its own. In one run, one server after the other answers the same
-requests of several clients at once, each with one image.
+Needs an environment with vLLM 0.32 and crossget (docs/beyond.md). Speed does not depend on the weights' values, so
+nothing is downloaded: the model is a LLaVA-1.5 of a size of its own. In one run, one server after the other answers the
+same requests of several clients at once, each with one image.
 """
 
 import contextlib
@@ -95,8 +95,9 @@ def save(size: Size, folder: Path) -> None:
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder, max_shard_size="100GB")
     path = folder / "model.safetensors"
     # Published checkpoints have the names from before transformers 5.
-    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in files.load_file(path).items()}
-    files.save_file(weights, path, {"format": "pt"})
+    weights = files.load_file(path)
+    nested = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in weights.items()}
+    files.save_file(nested, path, {"format": "pt"})
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{n}" for n in range(config.text_config.vocab_size - 5)), "<image>"]
     words_to_ids = tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>")
     tokenizer = tokenizers.Tokenizer(words_to_ids)
@@ -105,9 +106,7 @@ def save(size: Size, folder: Path) -> None:
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **special, extra_special_tokens={"image_token": "<image>"}
     )
-    images = transformers.CLIPImageProcessor(
-        size={"shortest_edge": image}, crop_size={"height": image, "width": image}
-    )
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": image}, crop_size={"height": image, "width": image})
     transformers.LlavaProcessor(
         images, fast, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template="{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}"

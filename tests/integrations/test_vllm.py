@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import vllm_hosts
+from vllm_hosts import image_text, picture
 
 import crossget
 
@@ -30,10 +32,6 @@ import crossget
 REQUIRED = "vllm" in os.environ.get("CROSSGET_REQUIRE", "").split(",")
 if importlib.util.find_spec("vllm") is None and not REQUIRED:
     pytest.skip("no vllm: it needs an environment of its own", allow_module_level=True)
-
-import vllm_hosts
-from vllm_hosts import image_text, picture
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
 STEPS = 6
 CLOSE = 1e-4
