@@ -148,6 +148,8 @@ class _Model:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config
+        if vllm_config.compilation_config.cudagraph_mm_encoder:
+            raise ValueError(f"cudagraph_mm_encoder passes the setting {KEY!r} by: leave one of them out")
         self.crossget: Any = settings_of(config.hf_config)
         self.model_config = config
         self.moves_positions = bool(config.uses_mrope)
