@@ -25,6 +25,7 @@ STUDIES = {
     "speed-embed": "experiments.speed.embed",
     "speed-llava": "experiments.speed.llava",
     "speed-operators": "experiments.speed.operators",
+    "speed-serving": "experiments.speed.serving",
     "speed-towers": "experiments.speed.towers",
     "speed-versions": "experiments.speed.versions",
     "training-free": "experiments.training_free.run",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Import names of packages that only the extras install.
 HOSTS = [
     *("timm", "open_clip", "transformers", "torchvision", "huggingface_hub"),
-    *("matplotlib", "skimage", "lmms_eval", "ray", "pyarrow"),
+    *("matplotlib", "skimage", "lmms_eval", "ray", "pyarrow", "vllm"),
 ]
 # The package without crossget.integrations: paths in the wheel, and names of the modules.
 FILES = sorted(

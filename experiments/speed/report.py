@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.lib.files import Json, measured_on, short_name
 from experiments.lib.study import Page
-from experiments.speed import connector, costs, embed, llava, operators, towers
+from experiments.speed import connector, costs, embed, llava, operators, serving, towers
 
 HERE = Path(__file__).parent
 FIGURE = "figures/speed.png"
@@ -15,13 +15,9 @@ COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.IDEAL: "#b
 
 
 KEYS = {
-    "connector": "keep",
-    "embed": "pictures",
-    "towers": "tower",
-    "llava": "new_tokens",
-    "costs": "cost",
-    "operators": "width",
-}
+    "connector": "keep", "towers": "tower", "llava": "new_tokens", "costs": "cost", "operators": "width",
+    "embed": "pictures", "serving": "clients",
+}  # fmt: skip
 """By program, what only its runs have."""
 
 
@@ -50,6 +46,7 @@ def generated(contents: Sequence[Json]) -> str:
         llava.tables(of_kind(contents, "llava")),
         *_connectors(of_kind(contents, "connector")),
         *_embedding(of_kind(contents, "embed")),
+        *_servers(of_kind(contents, "serving")),
         "## Operators",
         operators.table(of_kind(contents, "operators")),
         "## Costs",
@@ -63,6 +60,10 @@ def _connectors(contents: Sequence[Json]) -> list[str]:
 
 def _embedding(contents: Sequence[Json]) -> list[str]:
     return ["## Embedding with Ray Data", embed.tables(contents)] if contents else []
+
+
+def _servers(contents: Sequence[Json]) -> list[str]:
+    return ["## A server of vLLM's", serving.tables(contents)] if contents else []
 
 
 def draw(contents: Sequence[Json], file: Path) -> None:
