@@ -81,7 +81,7 @@ def texts(results: Sequence[Json]) -> Iterator[str]:
     yield (
         f"The same CLIP, {own[0]['run']['n']} photographs. Cells: cross-entropy of the true class. "
         "The last columns are paired differences to no text. "
-        "Importance by a text was removed for this; the commit named in the result files has it."
+        "The commit that the result files name has the program."
     )
     lines = []
     for name, budget in dict.fromkeys((name, budget) for name, _, budget in rows):
@@ -155,23 +155,29 @@ def trained(results: Sequence[Json]) -> Iterator[str]:
     if not rows:
         return
     run = own[0]["run"]
+    recipe = next(c["result"]["recipe"] for c in own if "recipe" in c["result"])
     yield "### Trained by distillation"
     yield (
-        f"The same CLIP, one pass over {run['trained_on']} photographs without labels, {run['measured_on']} ImageNet "
-        f"photographs to measure on."
+        f"The same CLIP at r = {max(r for _, r, _ in rows)}. Trained: {recipe['epochs']} pass over {run['trained_on']} "
+        f"photographs without labels, in batches of {recipe['batch']}. Measured: {run['measured_on']} ImageNet "
+        "photographs."
     )
     lines = []
     for name, r in dict.fromkeys((name, r) for name, r, _ in rows):
         group = [content for (other, s, _), content in rows.items() if (other, s) == (name, r)]
         found = [report.read([content]) for content in group]
-        centroids = [c["result"]["centroids"]["top1"] for c in group if "centroids" in c["result"]]
+        base = rows.get((BASE, r, group[0]["run"]["seed"]))
+        ratio = ""
+        if base is not None and name != BASE and r > 0:
+            ratio = percent(paired_ratio(found[0].divergence.mean(0), report.read([base]).divergence.mean(0)))
         lines.append([
-            f"{TRAINED[name].label}, {len(group)} runs",
+            f"{TRAINED[name].label}, {len(group)} seeds" if len(group) > 1 else TRAINED[name].label,
+            f"{100 * found[0].share:.0f}",
             f"{np.mean([c['result']['cosine'] for c in group]):.4f}",
             f"{np.mean([row.divergence.mean() for row in found]):.3f}", f"{np.mean([row.top1 for row in found]):.1f}",
-            f"{np.mean(centroids):.1f}" if centroids else "",
+            ratio,
         ])  # fmt: skip
-    headers = ["row", "cosine with dense", "KL", "top-1", "centroids, top-1"]
+    headers = ["row", "FLOPs, %", "cosine with dense", "KL", "top-1, %", "KL in % of trained ToMe's"]
     yield markdown(lines, headers)
 
 

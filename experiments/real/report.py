@@ -211,8 +211,10 @@ def maps(results: Sequence[Json]) -> Iterator[str]:
 
 
 def trained_rows(results: Sequence[Json]) -> dict[tuple[str, int, int | None], Json]:
-    """Return the results by (row, r, seed)."""
-    return {(c["run"]["preset"], c["run"]["r"], c["run"]["seed"]): c for c in of_task(results, "trained")}
+    """Return the results by (row, r, seed), in the order of `TRAINED`."""
+    order = list(TRAINED)
+    own = sorted(of_task(results, "trained"), key=lambda c: (c["run"]["r"], order.index(c["run"]["preset"])))
+    return {(c["run"]["preset"], c["run"]["r"], c["run"]["seed"]): c for c in own}
 
 
 def trained(results: Sequence[Json]) -> Iterator[str]:
