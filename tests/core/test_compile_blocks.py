@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -45,4 +46,8 @@ def test_a_stack_has_at_most_three_graphs(reducer: Reducer) -> None:
         assert 1 <= len(graphs) <= 3
         before = len(graphs)
         model(torch.cat([TOKENS, TOKENS[:1] + 1]))  # another batch size
+        model(TOKENS[:, :17].contiguous())  # another image size
+        attached.reducer = dataclasses.replace(reducer, r=crossget.Aligned(3, n=3))
+        model(TOKENS)
+        assert attached.tokens["visual"] != tokens["visual"]
         assert len(graphs) == before
