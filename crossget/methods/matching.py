@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossget.methods import kernels
-from crossget.methods.indexing import exceeds, exporting_to_onnx, in_vmap, sequence_numbers, size_of, take
+from crossget.methods.indexing import exceeds, exporting_to_onnx, flat, in_vmap, sequence_numbers, size_of, take
 from crossget.methods.pairs import ALL, BUDGET, Rows, Similarity, Square, Tiles, bands, symmetric
 
 Ties = Literal["torch", "stable"]
@@ -271,6 +271,7 @@ class MergePlan:
         self.index = new.scatter(1, source, self.without_dropped(self.new_destination, -1))
         self._pairs: Tensor | None = None
         self._numbers: Tensor | None = None
+        self._rows: Tensor | None = None
 
     def destinations(self) -> Tensor:
         """`destination`, as a tensor.
@@ -301,6 +302,13 @@ class MergePlan:
         if self._numbers is None and size_of(self.source, 0) != 1:
             self._numbers = sequence_numbers(size_of(self.source, 0), self.source.device)
         return self._numbers
+
+    @property
+    def rows(self) -> Tensor:
+        """[B * r] `new_destination`, as positions in the concatenation of the kept tokens of all sequences."""
+        if self._rows is None:
+            self._rows = flat(self.new_destination, size_of(self.kept, 1), self.numbers)
+        return self._rows
 
 
 def shares(plan: MergePlan) -> Tensor | None:
