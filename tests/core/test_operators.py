@@ -43,9 +43,9 @@ def operators(model: Plain, dtype: torch.dtype = torch.float32) -> Counter[str]:
     [
         (crossget.ToMe(0), 2),
         (crossget.ToMe(2), 52),
-        (crossget.CrossGET(2), 88),
+        (crossget.CrossGET(2), 86),
         (crossget.CrossGET(2, importance="attention"), 95),
-        (crossget.Ward(2, class_token_only=False), 112),
+        (crossget.Ward(2, class_token_only=False), 105),
         (crossget.Ward(2, class_token_only=False, norm_correction=False), 88),
     ],
     ids=repr,
