@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from crossget.methods import kernels, pairs
-from crossget.methods.indexing import exceeds, exporting_to_onnx, in_vmap, sequence_numbers, size_of, take
-from crossget.methods.pairs import ALL, Similarity, Square, Tiles, bands, symmetric
+from crossget.methods.indexing import exceeds, exporting_to_onnx, flat, in_vmap, sequence_numbers, size_of, take
+from crossget.methods.pairs import ALL, Rows, Similarity, Square, Tiles, bands, symmetric
 
 Ties = Literal["torch", "stable"]
 
@@ -135,7 +135,7 @@ class Candidates:
             dropped = torch.arange(r, device=source.device) >= removed[:, None]
         return MergePlan(source, destination, size_of(self.protected, 1), dropped)
 
-    def cosines(self, rows: Tensor | slice = ALL, columns: Tensor | slice = ALL) -> Tensor:
+    def cosines(self, rows: Rows = ALL, columns: Rows = ALL) -> Tensor:
         """Cosines between the vectors of some tokens and of others, without masks.
 
         The products are divided by the norms, rather than the vectors, which have more elements. The two reciprocal
@@ -143,7 +143,7 @@ class Candidates:
         gives equal numbers for both, which not every processor does (see `complete_graph` on ties).
 
         Args:
-            rows: the tokens of the rows, as a slice or as positions [B, N].
+            rows: the tokens of the rows, as a slice or as positions [B, N], or `ALL`.
             columns: the tokens of the columns, in the same form.
 
         Returns:
@@ -153,20 +153,20 @@ class Candidates:
         """
         (a, a_norms), (b, b_norms) = self._part(rows), self._part(columns)
         products = torch.bmm(a, b.transpose(1, 2))
-        if rows is columns:  # All pairs at once: the float32 keys are not needed again, so their memory is freed.
+        if not isinstance(rows, slice | Tensor):  # all pairs at once: the float32 keys are not needed again: free them
             del a, b
             self._keys = None
         for band in bands(products):
             products[:, band].mul_(a_norms[:, band, None] * b_norms[:, None, :])
         return products
 
-    def _part(self, which: Tensor | slice) -> tuple[Tensor, Tensor]:
+    def _part(self, which: Rows) -> tuple[Tensor, Tensor]:
         """Keys [B, N, C] and their reciprocal norms [B, N], of some tokens."""
-        if which is ALL:
-            return self.keys, self.inverse_norms
         if isinstance(which, slice):
             return self.keys[:, which], self.inverse_norms[:, which]
-        return take(self.keys, which), self.inverse_norms.gather(1, which)
+        if isinstance(which, Tensor):
+            return take(self.keys, which), self.inverse_norms.gather(1, which)
+        return self.keys, self.inverse_norms
 
     def blocked(self) -> Tensor:
         """[B, T] a term to add to all similarities of a token: -inf for a protected token, otherwise 0."""
@@ -274,6 +274,7 @@ class MergePlan:
         self.index = new.scatter(1, source, self.without_dropped(self.new_destination, -1))
         self._pairs: Tensor | None = None
         self._numbers: Tensor | None = None
+        self._rows: Tensor | None = None
 
     def destinations(self) -> Tensor:
         """`destination`, as a tensor.
@@ -304,6 +305,13 @@ class MergePlan:
         if self._numbers is None and size_of(self.source, 0) != 1:
             self._numbers = sequence_numbers(size_of(self.source, 0), self.source.device)
         return self._numbers
+
+    @property
+    def rows(self) -> Tensor:
+        """[B * r] `new_destination`, as positions in the concatenation of the kept tokens of all sequences."""
+        if self._rows is None:
+            self._rows = flat(self.new_destination, size_of(self.kept, 1), self.numbers)
+        return self._rows
 
 
 def shares(plan: MergePlan) -> Tensor | None:
@@ -460,23 +468,23 @@ class WardSimilarity:
         mass = mass if importance is None else mass * importance.exp()
         self.half_inverse_mass = (mass * 2).reciprocal()  # m_a m_b / (m_a + m_b) is 1 / (1 / m_a + 1 / m_b)
 
-    def __call__(self, rows: Tensor | slice, columns: Tensor | slice) -> Tensor:
+    def __call__(self, rows: Rows, columns: Rows) -> Tensor:
         """Args and returns: as for `Candidates.cosines`."""
         (a, a_squares, a_inverse), (b, b_squares, b_inverse) = self._part(rows), self._part(columns)
         # Between all tokens, the product of most pairs is computed once for both orders.
-        pairs = symmetric(a) if rows is columns else torch.bmm(a, b.transpose(1, 2))
+        pairs = torch.bmm(a, b.transpose(1, 2)) if isinstance(rows, slice | Tensor) else symmetric(a)
         for band in bands(pairs):
             part, squares = pairs[:, band], a_squares[:, band, None] + b_squares[:, None, :]
             part.sub_(squares).clamp_max_(0).div_(a_inverse[:, band, None] + b_inverse[:, None, :])
         return pairs
 
-    def _part(self, which: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _part(self, which: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors [B, N, C], half of their squared norms and of their inverse masses [B, N], of some tokens."""
-        if which is ALL:
-            return self.points, self.half_squares, self.half_inverse_mass
         if isinstance(which, slice):
             return self.points[:, which], self.half_squares[:, which], self.half_inverse_mass[:, which]
-        return take(self.points, which), self.half_squares.gather(1, which), self.half_inverse_mass.gather(1, which)
+        if isinstance(which, Tensor):
+            return take(self.points, which), self.half_squares.gather(1, which), self.half_inverse_mass.gather(1, which)
+        return self.points, self.half_squares, self.half_inverse_mass
 
 
 def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

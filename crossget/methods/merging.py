@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossget.methods import kernels
-from crossget.methods.indexing import flat, size_of, take
+from crossget.methods.indexing import size_of, take
 from crossget.methods.matching import MergePlan
 
 
@@ -102,10 +102,11 @@ def norm_correction(tokens: Tensor, before: Tensor | None, plan: MergePlan) -> T
     normed = F.layer_norm(take(tokens, pairs, plan.numbers).float(), (width,))
     if before is not None:
         normed = normed * before.gather(1, pairs)[:, :, None]
-    change = normed * torch.cat([plan.taken, -plan.given], 1)[:, :, None]
-    rows = flat(torch.cat([plan.new_destination, plan.new_destination], 1), size_of(unmerged, 1), plan.numbers)
-    total = change.new_zeros(unmerged.numel(), width).index_add_(0, rows, change.view(-1, width))
-    mean = take(total.view(*unmerged.shape, width), plan.new_destination, plan.numbers) + normed[:, r:]
+    change = torch.addcmul(
+        normed[:, :r] * plan.taken[:, :, None], normed[:, r:], plan.given[:, :, None], value=-1
+    ).view(-1, width)
+    total = change.new_zeros(unmerged.numel(), width).index_add_(0, plan.rows, change)
+    mean = total.index_select(0, plan.rows).view_as(normed[:, r:]) + normed[:, r:]
     norm = mean.norm(dim=-1).div(width**0.5).clamp(max=1)  # above 1 only with the guided ensemble's weights
     corrected = unmerged.scatter(1, plan.new_destination, norm.to(unmerged.dtype))
     if plan.dropped is None:
@@ -168,11 +169,10 @@ def _merge(tokens: Tensor, plan: MergePlan, taken: Tensor, given: Tensor) -> Ten
         new_destination = plan.without_dropped(plan.new_destination, -1)
         return kernels.pull(tokens, plan.kept, plan.source, plan.destinations(), new_destination, taken, given)
     kept = take(tokens, plan.kept, plan.numbers)
-    n_kept, r, width = size_of(kept, 1), size_of(plan.source, 1), size_of(kept, 2)
+    r, width = size_of(plan.source, 1), size_of(kept, 2)
     pairs = take(tokens, plan.pairs, plan.numbers)
     # The weights are float32, so half precision is summed in float32, too.
     change = pairs[:, :r] * taken[:, :, None]
     change = torch.addcmul(change, pairs[:, r:], given[:, :, None], value=-1).to(tokens.dtype)
-    rows = flat(plan.new_destination, n_kept, plan.numbers)
-    merged = kept.view(-1, width).index_add_(0, rows, change.view(-1, width))
+    merged = kept.view(-1, width).index_add_(0, plan.rows, change.view(-1, width))
     return merged.view(kept.shape)

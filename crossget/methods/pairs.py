@@ -20,10 +20,11 @@ BUDGET = 1 << 26
 """Similarities that a matching keeps in memory, over the whole batch. If there are more, they are computed in tiles."""
 BAND = 1 << 18
 """Similarities that are scaled or compared in one step on a CPU, so that temporary tensors stay small."""
-ALL = slice(None)
-"""All tokens, for a `Similarity`."""
+ALL = None
+"""All tokens, for a `Similarity`. A compiled graph cannot compare slices with each other: it would fix their ends."""
 
-Similarity = Callable[["Tensor | slice", "Tensor | slice"], Tensor]
+Rows = Tensor | slice | None
+Similarity = Callable[[Rows, Rows], Tensor]
 """(rows, columns) -> [B, rows, columns] similarities of these tokens; see `matching.Candidates.cosines`."""
 
 
@@ -145,7 +146,7 @@ def bands(pairs: Tensor) -> list[slice]:
     On devices other than a CPU, and in a compiled graph, which fuses the operators on the rows, one slice has all rows.
     """
     if pairs.device.type != "cpu" or torch.compiler.is_compiling():
-        return [ALL]
+        return [slice(None)]
     batch, rows, columns = (int(n) for n in pairs.shape)
     step = max(1, BAND // max(1, batch * columns))
     return [slice(first, first + step) for first in range(0, rows, step)]

@@ -74,7 +74,7 @@ def queue(options: Options) -> list[Job]:
             Job("tiny", 5, lambda: towers.STUDY.run(small)),
         ]
 
-    def tower(name: towers.TowerName, batch: int, mode: Literal["eager", "compile"], seconds: float) -> Job:
+    def tower(name: towers.TowerName, batch: int, mode: Literal["eager", "compile", "blocks"], seconds: float) -> Job:
         chosen = replace(here, towers=(name,), batch=(batch,), mode=mode)
         needs = ("open_clip",) if name == "clip-text" else ()
         return Job(f"{name}, batch {batch}, {mode}", seconds, lambda: towers.STUDY.run(chosen), needs)
@@ -95,6 +95,7 @@ def queue(options: Options) -> list[Job]:
         tower("vit-b", 1, "eager", 10),
         answer("llava-1.5-13b", 8, 90),
         tower("vit-l-336", 32, "compile", 180),
+        tower("vit-b", 128, "blocks", 60),
         answer("llava-1.5-7b", 32, 90),
         answer("llava-1.5-13b", 32, 120),
         tower("vit-b", 1, "compile", 120),

@@ -12,7 +12,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,7 @@ class Setup:
         tower: its name in the model.
         method: what is called.
         options: what it is called with, beside the inputs.
+        multiple: the tokens left behind a block are a multiple of this number.
     """
 
     make: Callable[[], nn.Module]
@@ -72,6 +73,7 @@ class Setup:
     tower: str = "visual"
     method: str = "__call__"
     options: Mapping[str, Any] = field(default_factory=dict)
+    multiple: int = 1
 
 
 def timm(name: str, **options: Any) -> nn.Module:
@@ -146,11 +148,13 @@ class Run:
     mode: str
     train: bool
     rounds: int
+    multiple: int = 1
 
     @property
     def slug(self) -> str:
         """The result file's name."""
         kind = "train" if self.train else self.mode
+        kind += f"_multiples{self.multiple}" if self.multiple > 1 else ""
         return f"towers/{self.tower}_{self.device.partition(':')[0]}_{self.dtype}_{kind}_batch{self.batch}"
 
 
@@ -166,8 +170,10 @@ class Options:
     """Of weights and computation."""
     device: str = "cuda"
     """Where the model runs."""
-    mode: Literal["eager", "compile"] = "eager"
-    """With or without torch.compile."""
+    mode: Literal["eager", "compile", "blocks"] = "eager"
+    """Without torch.compile, with it, or with every block compiled by itself for all numbers of tokens."""
+    multiple: int = 1
+    """The tokens left behind a block are a multiple of this number."""
     train: bool = False
     """Time a forward and backward pass in training mode."""
     rounds: int = 11
@@ -186,12 +192,15 @@ def grid(options: Options) -> list[Run]:
     """
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here: give --device cpu")
-    if options.rounds < 1 or min(options.batch, default=0) < 1:
-        raise ValueError(f"--rounds {options.rounds} --batch {options.batch}: expected numbers of at least 1")
-    if options.train and options.mode == "compile":
-        raise ValueError("--train and --mode compile were given: training is timed in eager mode only")
+    if min(options.rounds, options.multiple, min(options.batch, default=0)) < 1:
+        raise ValueError(
+            f"--rounds {options.rounds} --batch {options.batch} --multiple {options.multiple}: expected numbers of at "
+            "least 1"
+        )
+    if options.train and options.mode != "eager":
+        raise ValueError(f"--train and --mode {options.mode} were given: training is timed in eager mode only")
     return [
-        Run(tower, batch, options.dtype, options.device, options.mode, options.train, options.rounds)
+        Run(tower, batch, options.dtype, options.device, options.mode, options.train, options.rounds, options.multiple)
         for tower in options.towers
         for batch in options.batch
     ]
@@ -236,7 +245,8 @@ def placed(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
 
 def reducers(setup: Setup) -> dict[str, Reducer]:
     """Return the reducers that are timed."""
-    return {CROSSGET: crossget.CrossGET(setup.r), TOME: crossget.ToMe(setup.r)}
+    r = setup.r if setup.multiple == 1 else crossget.Aligned(setup.r, setup.multiple)
+    return {CROSSGET: crossget.CrossGET(r), TOME: crossget.ToMe(r)}
 
 
 def step(form: Callable[[Tensor], Any], parameters: Sequence[nn.Parameter], x: Tensor) -> None:
@@ -266,7 +276,9 @@ def calls(
         torch.compile(torch.sin)(x.float())
     for name, form in forms.items():
         form(x)  # sets up what cannot be traced: transformers' hooks, for one
-        found[name] = partial(compiled(form, x.is_cuda), x)
+        # The blocks of the ideal differ in their numbers of tokens, which their code does not take from its input.
+        by_block = run.mode == "blocks" and name != IDEAL
+        found[name] = partial(blocks_compiled(form, setup) if by_block else compiled(form, x.is_cuda), x)
         costs[name] = first_call(found[name])
     return found, costs
 
@@ -283,6 +295,15 @@ def compiled(form: Entry, on_cuda: bool) -> Callable[[Tensor], Any]:
         options["isolate_recompiles"] = True
     call: Callable[[Tensor], Any] = torch.compile(form, **options)
     return call
+
+
+def blocks_compiled(form: Entry, setup: Setup) -> Entry:
+    """Return the form, with blocks that are compiled when they are called, each by itself for all numbers of tokens."""
+    attached = find_attachment(form.model)
+    found = {t.name: t for t in crossget.find_towers(form.model)} if attached is None else attached.towers
+    for block in found[setup.tower].blocks:
+        block.compile(dynamic=True)
+    return form
 
 
 def nothing_cached() -> contextlib.AbstractContextManager[None]:
@@ -344,7 +365,7 @@ def flops(setup: Setup) -> dict[str, int]:
 
 def execute(run: Run) -> Json:
     """Time one tower at one batch size, every method in turns."""
-    setup, device = SETUPS[run.tower], torch.device(run.device)
+    setup, device = replace(SETUPS[run.tower], multiple=run.multiple), torch.device(run.device)
     result: Json = {"flops": flops(setup), "r": setup.r, "rows": []}
     try:
         result |= timed(run, setup, device, result["flops"])
@@ -364,7 +385,7 @@ def timed(run: Run, setup: Setup, device: torch.device, counted: Mapping[str, in
         turns = {name: partial(calling, call) for name, call in made.items()}
         seconds = take_turns(turns, device, run.rounds, warmup=1)
         # A CUDA graph keeps its memory between calls, so that none needs any.
-        meters = {} if run.mode == "compile" and device.type == "cuda" else turns
+        meters = {} if run.mode != "eager" and device.type == "cuda" else turns
         memory = {name: peak_memory(turn, device) for name, turn in meters.items()}
         rows = [
             row(name, seconds, memory, counted)
@@ -403,6 +424,8 @@ def cells(content: Json) -> list[list[str]]:
     """Return the rows of one result."""
     run, result = content["run"], content["result"]
     kind = f"{run['dtype']}, {'training step' if run['train'] else run['mode']}"
+    if run.get("multiple", 1) > 1:
+        kind += f", multiples of {run['multiple']}"
     head = [run["tower"], kind, str(run["batch"])]
     if "does_not_fit" in result:
         return [[*head, "does not fit", *[""] * 6]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import timm
 import torch
 from plain_host import TOKENS, Plain, registered
 
@@ -45,4 +47,54 @@ def test_a_stack_has_at_most_three_graphs(reducer: Reducer) -> None:
         assert 1 <= len(graphs) <= 3
         before = len(graphs)
         model(torch.cat([TOKENS, TOKENS[:1] + 1]))  # another batch size
+        attached.reducer = dataclasses.replace(reducer, r=3)
+        model(torch.cat([TOKENS, TOKENS], 1))  # another r, and another image size
+        first, second = attached.tokens["visual"][:2]
+        assert (first - second, first > 39) == (3, True)
         assert len(graphs) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILES, reason="torch 2.8 is the first that traces a block which is watched")
+def test_the_towers_of_libraries_have_few_graphs() -> None:
+    """timm's image tower and both towers of transformers' CLIP, each at two batch sizes."""
+    from transformers import CLIPConfig, CLIPModel
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2}
+    ends = {"bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 0}
+    config = CLIPConfig(
+        vision_config={**shape, "image_size": 32, "patch_size": 8},
+        text_config={**shape, **ends, "vocab_size": 99, "max_position_embeddings": 24},
+        projection_dim=16,
+    )
+    clip = CLIPModel(config).eval()
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=5, embed_dim=48, num_heads=3
+    ).eval()
+    images, ids = torch.randn(3, 3, 32, 32), torch.randint(1, 97, (3, 24))
+    ids[:, -2] = 98
+    hosts = [
+        (vit, crossget.CrossGET(2), lambda n: vit(images[:n]), 3),
+        (
+            clip, {"visual": crossget.Ward(2), "text": crossget.ToMe(2)},
+            lambda n: clip(input_ids=ids[:n], pixel_values=images[:n]).logits_per_image, 6,
+        ),
+    ]  # fmt: skip
+    for model, reducer, call, most in hosts:
+        graphs: list[Any] = []
+
+        def backend(graph: Any, inputs: Any, graphs: list[Any] = graphs) -> Any:
+            graphs.append(graph)
+            return graph
+
+        torch._dynamo.reset()
+        with torch.no_grad(), crossget.attach(model, reducer) as attached:
+            expected = [call(2), call(3)]
+            for tower in attached.towers.values():
+                for block in tower.blocks:
+                    block.compile(backend=backend, dynamic=True)
+            torch.testing.assert_close(call(2), expected[0], rtol=1e-4, atol=1e-5)
+            assert 1 <= len(graphs) <= most
+            before = len(graphs)
+            torch.testing.assert_close(call(3), expected[1], rtol=1e-4, atol=1e-5)
+            assert len(graphs) == before

@@ -214,7 +214,7 @@ def test_a_schedule_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
 
     with (
         crossget.attach(clip(), crossget.CrossGET(Odd())) as attached,
-        pytest.raises(TypeError, match="only Constant, Keep, Linear"),
+        pytest.raises(TypeError, match="only Aligned, Constant, Keep, Linear"),
     ):
         attached.save(tmp_path / "none")
     assert not (tmp_path / "none").exists()

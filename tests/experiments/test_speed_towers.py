@@ -132,8 +132,17 @@ def test_the_queue() -> None:
     assert [(run.tower, run.batch) for run in runs] == [("vit-b", 1), ("vit-b", 8), ("vit-h", 1), ("vit-h", 8)]
     with pytest.raises(ValueError, match="training is timed in eager mode"):
         grid(Options(mode="compile", train=True, device="cpu"))
-    with pytest.raises(ValueError, match="--rounds 0 --batch .*: expected numbers of at least 1"):
-        grid(Options(rounds=0, device="cpu"))
+    for wrong in ({"rounds": 0}, {"batch": ()}, {"multiple": 0}):
+        with pytest.raises(ValueError, match="--rounds .* --multiple .*: expected numbers of at least 1"):
+            grid(Options(device="cpu", **wrong))
+
+
+def test_aligned_runs_have_results_of_their_own(tmp_path: Path) -> None:
+    for multiple in (1, 16):
+        assert STUDY.run(Options(towers=("tiny",), multiple=multiple, results=tmp_path, **SMALL)) == 1
+    plain, aligned = sorted(read_results(tmp_path), key=lambda content: content["run"]["multiple"])
+    assert aligned["result"]["flops"] != plain["result"]["flops"]
+    assert "float32, eager, multiples of 16" in table([aligned])
 
 
 def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -178,8 +187,10 @@ def test_each_form_is_compiled_once_and_as_a_whole(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_compiled(tmp_path: Path) -> None:
-    assert STUDY.run(Options(towers=("tiny-text",), mode="compile", results=tmp_path, **SMALL)) == 1
+@pytest.mark.parametrize(("tower", "mode", "multiple"), [("tiny-text", "compile", 1), ("tiny", "blocks", 8)])
+def test_compiled(tmp_path: Path, tower: Any, mode: Any, multiple: int) -> None:
+    options = Options(towers=(tower,), mode=mode, multiple=multiple, results=tmp_path, **SMALL)
+    assert STUDY.run(options) == 1
     (file,) = tmp_path.rglob("*.json")
     rows = json.loads(file.read_text())["result"]["rows"]
     assert all(found["compile"]["seconds"] > 0 and found["compile"]["kernels"] > 0 for found in rows)
