@@ -43,23 +43,27 @@ class ScoredTower:
     apart: Sequence[nn.Module] = ()
     _watching: ThreadValue[_Watching] = field(default_factory=ThreadValue)
 
-    def hook(self, wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> list[Callable[[], Any]]:
-        """Register hooks on the block, which `wrapped` wraps. Returns functions that undo it."""
+    def hook(self) -> list[Callable[[], Any]]:
+        """Register hooks on the block. Returns functions that undo it."""
         block = self.blocks[self.number]
         return [
-            block.register_forward_pre_hook(wrapped(self._before)).remove,
-            block.register_forward_hook(wrapped(self._after), always_call=True).remove,
+            block.register_forward_pre_hook(self._before).remove,
+            block.register_forward_hook(self._after).remove,
         ]
 
     def _before(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a compiled tower shows no attention, and its graph is not broken
+            return
         watching = self._watching.get()
         if watching is not None:
-            watching.__enter__()  # type: ignore[no-untyped-call]
+            watching.begin()
 
     def _after(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         watching = self._watching.get()
         if watching is not None:
-            watching.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            watching.end()
 
     def encode(self, parts: nn.Module, method: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
         """Call a method of the host that encodes images.
@@ -80,6 +84,7 @@ class ScoredTower:
         try:
             out = getattr(parts, method)(**given)
         finally:
+            watching.end()  # an error in the block keeps `_after` from it
             self._watching.set(None)
         if not watching.received:
             raise RuntimeError(
@@ -104,6 +109,18 @@ class _Watching(TorchFunctionMode):
         super().__init__()
         self.has_class_token = has_class_token
         self.received: list[Tensor] = []
+        self._active = False
+
+    def begin(self) -> None:
+        """Enter the mode."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+        self._active = True
+
+    def end(self) -> None:
+        """Leave the mode, if it was entered."""
+        if self._active:
+            self._active = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -23,6 +23,7 @@ from crossget.core.tower_attention import ScoredTower
 from crossget.demo import connector_models
 from crossget.demo.connector_checks import Example
 from crossget.integrations import hf_connector
+from crossget.measure.generation import count_stages
 from crossget.methods import importance
 from crossget.methods.importance import mean_attention
 from tests.support import hf_models
@@ -275,6 +276,55 @@ def test_gradients_with_checkpointing() -> None:
     assert sum(float(g.abs().sum()) for g in found[0]) > 0
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_in_the_block_leaves_no_trace() -> None:
+    prompts = example("llava")
+    block: Any = tower(prompts).blocks[tower(prompts).number]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with crossget.attach(prompts.model, {"connector": TOP}), torch.no_grad():
+        expected = prompts.model(**prompts.inputs).logits
+        hook = block.mlp.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            prompts.model(**prompts.inputs)
+        hook.remove()
+        assert not torch.overrides._get_current_function_mode_stack()
+        assert torch.equal(prompts.model(**prompts.inputs).logits, expected)
+    assert not block._forward_hooks.keys() & block._forward_pre_hooks.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # of Dynamo
+def test_a_compiled_tower() -> None:
+    """Its graph is whole, and it shows no attention, which is said. A compiled model shows it."""
+    prompts = example("llava")
+    model = copy.deepcopy(prompts.model)
+    with torch.no_grad():
+        with crossget.attach(model, {"connector": TOP}):
+            expected = model(**prompts.inputs).logits
+            torch._dynamo.reset()
+            assert torch.allclose(torch.compile(model, backend="eager")(**prompts.inputs).logits, expected, atol=1e-4)
+        torch._dynamo.reset()
+        model.model.vision_tower.compile(backend="eager", fullgraph=True)
+        with crossget.attach(model, {"connector": crossget.Ward(crossget.Keep(0.4))}) as attached:
+            model(**prompts.inputs)
+            attached.reducer = TOP
+            with pytest.raises(RuntimeError, match="showed no attention"):
+                model(**prompts.inputs)
+    torch._dynamo.reset()
+
+
+def test_counted_stages() -> None:
+    """On the meta device no feature has a score."""
+    with torch.device("meta"):
+        model = copy.deepcopy(example("llava").model).to("meta")
+    with crossget.attach(model, {"connector": TOP}):
+        stages = count_stages(model, 8)
+    assert stages.reduced is not None
+    assert stages.reduced.image_tokens == 26
 
 
 def test_what_has_no_attention_is_refused() -> None:
