@@ -117,7 +117,7 @@ def _scored(model: Any, parts: Any) -> ScoredTower | str:
     if kernel not in RECOGNISED_KERNELS:
         return f"its kernel is {kernel!r}; use SDPA, as by model.set_attn_implementation('sdpa')"
     lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
-    blocks = list(max(lists, key=lambda one: len(one)))
+    blocks = list(max(lists, key=lambda one: len(list(one))))
     number = max(0, len(blocks) - 2)
     whole = [n for n in getattr(tower, "fullatt_block_indexes", None) or [] if n < len(blocks)]
     if whole and number not in whole:  # a window is no image
