@@ -162,22 +162,23 @@ def _scored(attention: Tensor, hidden_states: Tensor, *_: Any, **__: Any) -> Ten
 
 
 def _without_weights(module: nn.Module, forwards: Mapping[int, Callable[..., Any]], apart: set[int]) -> nn.Module:
-    """A copy of a module and those in it, which passes on the mean of all channels. It shares no dict with them.
+    """A copy of a module and those in it, which passes on the mean of all channels.
 
     Args:
         module: the module.
         forwards: of some modules, by id.
         apart: ids of modules that are not copied.
     """
+    own, of_torch = forwards.get(id(module)) or _mean_forward(module), type(module).__module__.startswith("torch.nn.")
+    if own is None and of_torch and not module._modules:  # an embedding of patches or places, a pooling
+        return module
     new = copy.copy(module)
-    own = forwards.get(id(module)) or _mean_forward(module)
     if own is not None:
         new.__dict__["forward"] = own
         return new
     new.__dict__.pop("forward", None)  # a bound one, of the module itself
-    if type(module).__module__.startswith("torch.nn.modules"):  # their code asks for their own weights
-        new._parameters = module._parameters
-    else:
+    new.training = False
+    if not of_torch:  # whose code asks for its own weights
         new._parameters = {name: _neutral(value) for name, value in module._parameters.items()}
     new._modules = {
         name: child if child is None or id(child) in apart else _without_weights(child, forwards, apart)
@@ -191,11 +192,12 @@ def _mean_forward(module: nn.Module) -> Callable[..., Any] | None:
     if isinstance(module, nn.Linear):
         return partial(_mean, module.out_features)
     kind = type(module)
-    if "Norm" in kind.__name__ or (
-        kind.__module__ in ("torch.nn.modules.activation", "transformers.activations") and not module._modules
-    ):
+    if "Norm" in kind.__name__ or (kind.__module__ in _POINTWISE and not module._modules):
         return _same
     return None
+
+
+_POINTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
 
 
 def _mean(channels: int, x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
 from crossget import Ward
 from crossget.core import tower_attention as ta
+from crossget.core.attach import find_connector
 from crossget.core.connector import FACTS, reduce_features
 from crossget.core.tower_attention import ScoredTower
 from crossget.demo import connector_models
@@ -276,6 +277,29 @@ def test_gradients_with_checkpointing() -> None:
     assert sum(float(g.abs().sum()) for g in found[0]) > 0
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen2_5_vl"])
+def test_training_in_half_precision_with_dropout(family: str) -> None:
+    """The scores pass through the host in float32, and no dropout changes them."""
+    prompts = copy.copy(example(family))
+    prompts.model = copy.deepcopy(prompts.model).to(torch.bfloat16)
+    prompts.connector = find_connector(prompts.model)
+    images = {name: value.bfloat16() for name, value in prompts.inputs.items() if value.is_floating_point()}
+    prompts.inputs = prompts.inputs | images
+    wanted, _ = scored(prompts)
+    for module in prompts.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.9
+    projector = getattr(prompts.model.model, "multi_modal_projector", None)
+    if family == "llava_next":
+        projector.act = nn.Sequential(projector.act, nn.Dropout(0.9))
+    prompts.model.train()
+    received, units = scored(prompts)
+    for one, other, unit in zip(received, wanted, units, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+        assert len(unit.kept) == max(1, round(0.4 * len(one)))
 
 
 def test_an_error_in_the_block_leaves_no_trace() -> None:
