@@ -191,6 +191,8 @@ def _mean_forward(module: nn.Module) -> Callable[..., Any] | None:
     """The forward that passes on the mean of the channels; None: the module's own does, or its modules' do."""
     if isinstance(module, nn.Linear):
         return partial(_mean, module.out_features)
+    if isinstance(module, nn.MultiheadAttention):  # of a pool beside the features
+        return _same_query
     kind = type(module)
     if "Norm" in kind.__name__ or (kind.__module__ in _POINTWISE and not module._modules):
         return _same
@@ -206,6 +208,10 @@ def _mean(channels: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
+
+
+def _same_query(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return query, None
 
 
 def _neutral(value: Tensor | None) -> Any:
