@@ -25,6 +25,8 @@ from crossget.core.carried import ThreadValue
 from crossget.core.watch import SDPA, SOFTMAX, additive
 from crossget.methods.importance import mean_attention
 
+_POINTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
+
 
 @dataclass(eq=False)
 class ScoredTower:
@@ -197,9 +199,6 @@ def _mean_forward(module: nn.Module) -> Callable[..., Any] | None:
     if "Norm" in kind.__name__ or (kind.__module__ in _POINTWISE and not module._modules):
         return _same
     return None
-
-
-_POINTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
 
 
 def _mean(channels: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
