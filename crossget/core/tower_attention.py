@@ -95,7 +95,8 @@ class ScoredTower:
             )
         attention = torch.cat(watching.received, -1)
         forwards: dict[int, Callable[..., Any]] = {id(block): partial(_scored, attention) for block in self.blocks}
-        without_weights = _without_weights(parts, forwards, {id(module) for module in self.apart})
+        apart = {id(module) for module in self.apart}
+        without_weights = _without_weights(parts, forwards, apart, attention.device)
         with torch.no_grad():
             return out, getattr(without_weights, method)(**given)
 
@@ -158,18 +159,23 @@ class _Watching(TorchFunctionMode):
 
 def _scored(attention: Tensor, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     """The forward of a block: the attention in all channels."""
-    return attention.reshape(hidden_states.shape[:-1])[..., None].repeat(
-        *[1] * (hidden_states.dim() - 1), hidden_states.shape[-1]
+    return (
+        attention.to(hidden_states.device)
+        .reshape(hidden_states.shape[:-1])[..., None]
+        .repeat(*[1] * (hidden_states.dim() - 1), hidden_states.shape[-1])
     )
 
 
-def _without_weights(module: nn.Module, forwards: Mapping[int, Callable[..., Any]], apart: set[int]) -> nn.Module:
+def _without_weights(
+    module: nn.Module, forwards: Mapping[int, Callable[..., Any]], apart: set[int], device: torch.device
+) -> nn.Module:
     """A copy of a module and those in it, which passes on the mean of all channels.
 
     Args:
         module: the module.
         forwards: of some modules, by id.
         apart: ids of modules that are not copied.
+        device: of the attention.
     """
     own, of_torch = forwards.get(id(module)) or _mean_forward(module), type(module).__module__.startswith("torch.nn.")
     if own is None and of_torch and not module._modules:  # an embedding of patches or places, a pooling
@@ -181,9 +187,9 @@ def _without_weights(module: nn.Module, forwards: Mapping[int, Callable[..., Any
     new.__dict__.pop("forward", None)  # a bound one, of the module itself
     new.training = False
     if not of_torch:  # whose code asks for its own weights
-        new._parameters = {name: _neutral(value) for name, value in module._parameters.items()}
+        new._parameters = {name: _neutral(value, device) for name, value in module._parameters.items()}
     new._modules = {
-        name: child if child is None or id(child) in apart else _without_weights(child, forwards, apart)
+        name: child if child is None or id(child) in apart else _without_weights(child, forwards, apart, device)
         for name, child in module._modules.items()
     }
     return new
@@ -213,9 +219,10 @@ def _same_query(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     return query, None
 
 
-def _neutral(value: Tensor | None) -> Any:
+def _neutral(value: Tensor | None, device: torch.device) -> Any:
     """A matrix that a host multiplies with itself, [in, out], as one that takes the mean. 0 for all others."""
     if value is None:
         return None
     fill = 1 / len(value) if value.dim() == 2 else 0.0
-    return nn.Parameter(torch.full((1,) * value.dim(), fill, device=value.device).expand(value.shape), False)
+    device = device if value.is_meta else value.device  # an offloaded weight is on the meta device between calls
+    return nn.Parameter(torch.full((1,) * value.dim(), fill, device=device).expand(value.shape), False)

@@ -302,6 +302,18 @@ def test_training_in_half_precision_with_dropout(family: str) -> None:
         assert len(unit.kept) == max(1, round(0.4 * len(one)))
 
 
+def test_an_offloaded_model() -> None:
+    """Its weights are on the meta device between calls."""
+    accelerate = pytest.importorskip("accelerate")
+    prompts = copy.copy(example("llava"))
+    wanted, _ = scored(prompts)
+    prompts.model = copy.deepcopy(prompts.model)
+    accelerate.cpu_offload(prompts.model, execution_device=torch.device("cpu"))
+    assert prompts.model.model.vision_tower.embeddings.class_embedding.is_meta
+    for one, other in zip(scored(prompts)[0], wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_an_error_in_the_block_leaves_no_trace() -> None:
     prompts = example("llava")
     block: Any = tower(prompts).blocks[tower(prompts).number]
