@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from crossget.core.carried import ThreadValue
@@ -95,6 +96,11 @@ class ScoredTower:
             )
         attention = torch.cat(watching.received, -1)
         forwards: dict[int, Callable[..., Any]] = {id(block): partial(_scored, attention) for block in self.blocks}
+        forwards |= {
+            id(module): partial(_one, module.out_features)
+            for name, module in parts.named_modules()
+            if name.endswith("gate_proj") and isinstance(module, nn.Linear)
+        }
         apart = {id(module) for module in self.apart}
         without_weights = _without_weights(parts, forwards, apart, attention.device)
         with torch.no_grad():
@@ -199,6 +205,8 @@ def _mean_forward(module: nn.Module) -> Callable[..., Any] | None:
     """The forward that passes on the mean of the channels; None: the module's own does, or its modules' do."""
     if isinstance(module, nn.Linear):
         return partial(_mean, module.out_features)
+    if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride and module.padding == (0, 0):
+        return partial(_pooled, module.out_channels, module.kernel_size)
     if isinstance(module, nn.MultiheadAttention):  # of a pool beside the features
         return _same_query
     kind = type(module)
@@ -209,6 +217,16 @@ def _mean_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 def _mean(channels: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.mean(-1, keepdim=True).repeat(*[1] * (x.dim() - 1), channels)
+
+
+def _one(channels: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The forward of a gate, which is multiplied with the tokens."""
+    return x.new_ones(*x.shape[:-1], channels)
+
+
+def _pooled(channels: int, kernel: tuple[int, int], x: Tensor) -> Tensor:
+    """The forward of a convolution of areas beside each other."""
+    return F.avg_pool2d(x.mean(-3, keepdim=True), kernel).repeat(*[1] * (x.dim() - 3), channels, 1, 1)
 
 
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:

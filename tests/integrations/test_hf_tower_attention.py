@@ -309,7 +309,7 @@ def test_an_offloaded_model() -> None:
     wanted, _ = scored(prompts)
     prompts.model = copy.deepcopy(prompts.model)
     accelerate.cpu_offload(prompts.model, execution_device=torch.device("cpu"))
-    assert prompts.model.model.vision_tower.embeddings.class_embedding.is_meta
+    assert all(weight.is_meta for weight in prompts.model.parameters())
     for one, other in zip(scored(prompts)[0], wanted, strict=True):
         assert torch.equal(one, other)
 
