@@ -311,13 +311,10 @@ class Show(Command):
             raise ArgumentError("--keep: give a folder or hub id of a model that generates text from images as --model")
         if self.png is None or len(self.text) > 1:
             raise ArgumentError("--keep draws a picture: give --png FILE, and one question as --text at most")
+        question = self.text[0] if self.text else connector_view.QUESTION
         view = connector_view.run(
-            ConnectorOptions(
-                self.image, self.model, keep, self.methods, *(self.text or (connector_view.QUESTION,)), self.png,
-                self.device,
-            ),
-            log=_log,
-        )  # fmt: skip
+            ConnectorOptions(self.image, self.model, keep, self.methods, question, self.png, self.device), log=_log
+        )
         for name, units in view.units.items():
             counts = ", ".join(f"{len(unit.source)} to {len(unit.kept)}" for unit in units)
             print(f"{name}: {counts} image features")

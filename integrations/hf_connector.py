@@ -32,10 +32,10 @@ _UNITS = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "
 # Whose image features are tokens of the tower or means of some, by tests/integrations/test_hf_tower_attention.py.
 _SCORED = (
     "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl", "dots3_note", "ernie4_5_vl_moe", "exaone4_5",
-    "gemma3", "hyperclovax_vision_v2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "llava", "llava_next",
-    "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "paddleocr_vl", "paligemma",
-    "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker",
-    "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "video_llama_3",
+    "gemma3", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "hyperclovax_vision_v2", "idefics3", "internvl",
+    "janus", "kimi_k25", "lfm2_vl", "llava", "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl",
+    "mistral3", "paddleocr_vl", "paligemma", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
+    "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "video_llama_3",
 )  # fmt: skip
 _FIELDS = {"llama4": "last_hidden_state", "fuyu": "last_hidden_state", "granite4_vision": "deepstack_features"}
 
@@ -117,7 +117,7 @@ def _scored(model: Any, parts: Any) -> ScoredTower | str:
     if kernel not in RECOGNISED_KERNELS:
         return f"its kernel is {kernel!r}; use SDPA, as by model.set_attn_implementation('sdpa')"
     lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList)]
-    blocks = list(max(lists, key=lambda one: len(one)))
+    blocks = list(max(lists, key=lambda one: len(list(one))))
     number = max(0, len(blocks) - 2)
     whole = [n for n in getattr(tower, "fullatt_block_indexes", None) or [] if n < len(blocks)]
     if whole and number not in whole:  # a window is no image

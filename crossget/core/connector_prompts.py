@@ -678,7 +678,7 @@ def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Calla
         before_attention = _Uncompiled(partial(prompts.before_attention, argument_names(type(module).forward)))
         undo.append(module.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
     if not isinstance(connector.scored, str):
-        undo += connector.scored.hook(_Uncompiled)
+        undo += connector.scored.hook()
     if wraps_generate and hasattr(connector.model, "generate"):
         names = argument_names(type(connector.model).generate)
         wrap(connector.model, "generate", partial(prompts.around_generate, names))

@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from crossget.core.carried import ThreadValue
 from crossget.core.watch import SDPA, SOFTMAX, additive
 from crossget.methods.importance import mean_attention
+
+_POINTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
 
 
 @dataclass(eq=False)
@@ -43,23 +46,27 @@ class ScoredTower:
     apart: Sequence[nn.Module] = ()
     _watching: ThreadValue[_Watching] = field(default_factory=ThreadValue)
 
-    def hook(self, wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> list[Callable[[], Any]]:
-        """Register hooks on the block, which `wrapped` wraps. Returns functions that undo it."""
+    def hook(self) -> list[Callable[[], Any]]:
+        """Register hooks on the block. Returns functions that undo it."""
         block = self.blocks[self.number]
         return [
-            block.register_forward_pre_hook(wrapped(self._before)).remove,
-            block.register_forward_hook(wrapped(self._after), always_call=True).remove,
+            block.register_forward_pre_hook(self._before).remove,
+            block.register_forward_hook(self._after).remove,
         ]
 
     def _before(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a compiled tower shows no attention, and its graph is not broken
+            return
         watching = self._watching.get()
         if watching is not None:
-            watching.__enter__()  # type: ignore[no-untyped-call]
+            watching.begin()
 
     def _after(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         watching = self._watching.get()
         if watching is not None:
-            watching.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            watching.end()
 
     def encode(self, parts: nn.Module, method: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
         """Call a method of the host that encodes images.
@@ -80,6 +87,7 @@ class ScoredTower:
         try:
             out = getattr(parts, method)(**given)
         finally:
+            watching.end()  # an error in the block keeps `_after` from it
             self._watching.set(None)
         if not watching.received:
             raise RuntimeError(
@@ -88,7 +96,13 @@ class ScoredTower:
             )
         attention = torch.cat(watching.received, -1)
         forwards: dict[int, Callable[..., Any]] = {id(block): partial(_scored, attention) for block in self.blocks}
-        without_weights = _without_weights(parts, forwards, {id(module) for module in self.apart})
+        forwards |= {
+            id(module): partial(_one, module.out_features)
+            for name, module in parts.named_modules()
+            if name.endswith("gate_proj") and isinstance(module, nn.Linear)
+        }
+        apart = {id(module) for module in self.apart}
+        without_weights = _without_weights(parts, forwards, apart, attention.device)
         with torch.no_grad():
             return out, getattr(without_weights, method)(**given)
 
@@ -104,6 +118,18 @@ class _Watching(TorchFunctionMode):
         super().__init__()
         self.has_class_token = has_class_token
         self.received: list[Tensor] = []
+        self._active = False
+
+    def begin(self) -> None:
+        """Enter the mode."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+        self._active = True
+
+    def end(self) -> None:
+        """Leave the mode, if it was entered."""
+        if self._active:
+            self._active = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -139,31 +165,37 @@ class _Watching(TorchFunctionMode):
 
 def _scored(attention: Tensor, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     """The forward of a block: the attention in all channels."""
-    return attention.reshape(hidden_states.shape[:-1])[..., None].repeat(
-        *[1] * (hidden_states.dim() - 1), hidden_states.shape[-1]
+    return (
+        attention.to(hidden_states.device)
+        .reshape(hidden_states.shape[:-1])[..., None]
+        .repeat(*[1] * (hidden_states.dim() - 1), hidden_states.shape[-1])
     )
 
 
-def _without_weights(module: nn.Module, forwards: Mapping[int, Callable[..., Any]], apart: set[int]) -> nn.Module:
-    """A copy of a module and those in it, which passes on the mean of all channels. It shares no dict with them.
+def _without_weights(
+    module: nn.Module, forwards: Mapping[int, Callable[..., Any]], apart: set[int], device: torch.device
+) -> nn.Module:
+    """A copy of a module and those in it, which passes on the mean of all channels.
 
     Args:
         module: the module.
         forwards: of some modules, by id.
         apart: ids of modules that are not copied.
+        device: of the attention.
     """
+    own, of_torch = forwards.get(id(module)) or _mean_forward(module), type(module).__module__.startswith("torch.nn.")
+    if own is None and of_torch and not module._modules:  # an embedding of patches or places, a pooling
+        return module
     new = copy.copy(module)
-    own = forwards.get(id(module)) or _mean_forward(module)
     if own is not None:
         new.__dict__["forward"] = own
         return new
     new.__dict__.pop("forward", None)  # a bound one, of the module itself
-    if type(module).__module__.startswith("torch.nn.modules"):  # their code asks for their own weights
-        new._parameters = module._parameters
-    else:
-        new._parameters = {name: _neutral(value) for name, value in module._parameters.items()}
+    new.training = False
+    if not of_torch:  # whose code asks for its own weights
+        new._parameters = {name: _neutral(value, device) for name, value in module._parameters.items()}
     new._modules = {
-        name: child if child is None or id(child) in apart else _without_weights(child, forwards, apart)
+        name: child if child is None or id(child) in apart else _without_weights(child, forwards, apart, device)
         for name, child in module._modules.items()
     }
     return new
@@ -173,10 +205,12 @@ def _mean_forward(module: nn.Module) -> Callable[..., Any] | None:
     """The forward that passes on the mean of the channels; None: the module's own does, or its modules' do."""
     if isinstance(module, nn.Linear):
         return partial(_mean, module.out_features)
+    if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride and module.padding == (0, 0):
+        return partial(_pooled, module.out_channels, module.kernel_size)
+    if isinstance(module, nn.MultiheadAttention):  # of a pool beside the features
+        return _same_query
     kind = type(module)
-    if "Norm" in kind.__name__ or (
-        kind.__module__ in ("torch.nn.modules.activation", "transformers.activations") and not module._modules
-    ):
+    if "Norm" in kind.__name__ or (kind.__module__ in _POINTWISE and not module._modules):
         return _same
     return None
 
@@ -185,13 +219,28 @@ def _mean(channels: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.mean(-1, keepdim=True).repeat(*[1] * (x.dim() - 1), channels)
 
 
+def _one(channels: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The forward of a gate, which is multiplied with the tokens."""
+    return x.new_ones(*x.shape[:-1], channels)
+
+
+def _pooled(channels: int, kernel: tuple[int, int], x: Tensor) -> Tensor:
+    """The forward of a convolution of areas beside each other."""
+    return F.avg_pool2d(x.mean(-3, keepdim=True), kernel).repeat(*[1] * (x.dim() - 3), channels, 1, 1)
+
+
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
-def _neutral(value: Tensor | None) -> Any:
+def _same_query(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return query, None
+
+
+def _neutral(value: Tensor | None, device: torch.device) -> Any:
     """A matrix that a host multiplies with itself, [in, out], as one that takes the mean. 0 for all others."""
     if value is None:
         return None
     fill = 1 / len(value) if value.dim() == 2 else 0.0
-    return nn.Parameter(torch.full((1,) * value.dim(), fill, device=value.device).expand(value.shape), False)
+    device = device if value.is_meta else value.device  # an offloaded weight is on the meta device between calls
+    return nn.Parameter(torch.full((1,) * value.dim(), fill, device=device).expand(value.shape), False)

@@ -168,6 +168,18 @@ class Candidates:
             return take(self.keys, which), self.inverse_norms.gather(1, which)
         return self.keys, self.inverse_norms
 
+    def parts(self, rows: int, width: int) -> list[slice]:
+        """Slices of some rows with so many numbers each, which together are within the budget; one for all, if it is.
+
+        Args:
+            rows: how many there are.
+            width: numbers per row, over the whole batch.
+        """
+        if not self.in_tiles:
+            return [ALL]
+        step = max(1, self.budget // width)
+        return [slice(first, first + step) for first in range(0, rows, step)]
+
     def blocked(self) -> Tensor:
         """[B, T] a term to add to all similarities of a token: -inf for a protected token, otherwise 0."""
         zeros = self.vectors.new_zeros(
@@ -401,12 +413,9 @@ def _bipartite_by(
         best = candidates.argsort(_priority(nearest.values, scores))[:, :r]
         return best * 2 + (first + 1), nearest.indices.gather(1, best) * 2 + first
     a, b, own = _split(candidates)
-    rows = size_of(a, 1)
-    if candidates.in_tiles:  # 2: a tile, and a temporary tensor of its size
-        rows = max(1, candidates.budget // (2 * size_of(a, 0) * size_of(b, 1)))
     values, indices = [], []
-    for first in range(0, size_of(a, 1), rows) if candidates.in_tiles else [0]:
-        part = slice(first, first + rows)
+    # 2: a tile, and a temporary tensor of its size.
+    for part in candidates.parts(size_of(a, 1), 2 * size_of(a, 0) * size_of(b, 1)):
         similarity = similar(a[:, part], b)
         if own is not None:
             similarity.masked_fill_(~(own[0][:, part, None] & own[1][:, None, :]), -math.inf)
@@ -500,10 +509,9 @@ def random(candidates: Candidates, r: int, importance: Tensor | None = None) -> 
     draw = candidates.noise().masked_fill(~free | _first(free), 2.0)
     source = candidates.sources(draw.argsort(1), r)
     removed = torch.zeros_like(free, dtype=torch.long).scatter(1, source, 1) > 0
-    free, rows = free & ~removed, r
-    if candidates.in_tiles:  # of integers of 64 bits, and temporary tensors
-        rows = max(1, candidates.budget // (8 * size_of(free, 0) * size_of(free, 1)))
-    parts = [slice(first, first + rows) for first in range(0, r, rows)] if candidates.in_tiles else [ALL]
+    free = free & ~removed
+    # 8: integers of 64 bits, and temporary tensors.
+    parts = candidates.parts(r, 8 * size_of(free, 0) * size_of(free, 1))
     drawn = [candidates.noise(r, part).masked_fill(~free[:, None, :], -1.0).argmax(-1) for part in parts]
     return source, drawn[0] if len(drawn) == 1 else torch.cat(drawn, 1)
 

@@ -303,7 +303,8 @@ class Merging(Joining):
         guided_matching: the importance scores take part in the choice of sources. None: False.
         importance: how tokens are scored, see `crossget.methods.importance`. "cross_token": by the query of the cross
             token, or of the end-of-text token; "class_token": by the query of the class token; "attention": by the
-            attention received from all queries; "class_attention": by the attention received from the class token;
+            attention received from all queries (behind the connector: from the other features); "class_attention": by
+            the attention received from the class token;
             "tower_attention", behind the connector: by the attention that a feature's tokens received in the last
             block but one of the image tower, from the class token or, without one, from all queries on average.
             None: as in the reference on that tower. If this is "cross_token" and there is no such token, it is
@@ -649,9 +650,10 @@ def _check_keys(reducer: Merging | TopK, tower: TowerFacts) -> None:
 def _check_importance(reducer: Merging | TopK, tower: TowerFacts) -> None:
     """Raise a ValueError if the tower lacks what the importance needs."""
     if reducer.importance in ("class_token", "class_attention") and not tower.has_class_token:
+        other = "'tower_attention'" if tower.connector else "'attention'"
         raise ValueError(
             f"importance={reducer.importance!r} needs a class token, and {tower.name} has none: use "
-            "importance='attention' or, with a cross token, importance='cross_token'"
+            f"importance={other} or, with a cross token, importance='cross_token'"
         )
     if reducer.importance == "tower_attention" and not tower.connector:
         raise ValueError(

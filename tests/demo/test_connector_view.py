@@ -14,6 +14,7 @@ from torch import Tensor
 import crossget
 from crossget.cli import main
 from crossget.demo import connector_view, figures
+from crossget.demo.compare import Photograph
 from crossget.demo.connector_view import ConnectorOptions
 
 pytestmark = pytest.mark.skipif(hf_models.VERSION < (5, 19), reason="connectors are reduced from transformers 5.19 on")
@@ -115,4 +116,8 @@ def test_a_unit_without_a_grid_cannot_be_drawn() -> None:
         connector_view._grid(unit)
     with pytest.raises(ValueError, match="each of the 3 units shows is not known"):
         connector_view._pictures(None, {"pixel_values": torch.zeros(48, 12)}, None, 3)  # type: ignore[arg-type]
+    packed = {"pixel_values": torch.zeros(48, 12)}
+    photograph = Photograph("a", "", "", Image.new("RGB", (6, 4), (255, 0, 0)))
+    (whole,) = connector_view._pictures(None, packed, photograph, 1)
+    assert torch.equal(whole, torch.tensor([1.0, 0, 0]).expand(4, 6, 3))
     assert figures.draw_rows("a", "b", [("c", [figures.Panel(torch.zeros(4, 4, 3))])], []).axes

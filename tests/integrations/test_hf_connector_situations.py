@@ -507,7 +507,7 @@ def test_a_prompt_without_text_for_a_method_that_needs_one(llava: Any, encoded: 
         ("qwen3_5", crossget.Ward(crossget.Keep(3), proportional_attention=True), "of its 3 layers, 1 have scores"),
         ("llava", crossget.Ward(crossget.Keep(3), class_token_only=True), "class_token_only=True.*no effect"),
         ("llava", crossget.Ward(crossget.Keep(3), norm_correction=True), "norm_correction=True.*no effect"),
-        ("llava", crossget.TopK(crossget.Keep(3), importance="class_token"), "needs a class token"),
+        ("llava", crossget.TopK(crossget.Keep(3), importance="class_token"), "class token.*use importance='tower_"),
         ("llava", crossget.CrossGET(crossget.Keep(3), strip_cross_token=True), "strip_cross_token=True.*no effect"),
     ],
     ids=str,

@@ -12,17 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
 from crossget import Ward
 from crossget.core import tower_attention as ta
+from crossget.core.attach import find_connector
 from crossget.core.connector import FACTS, reduce_features
 from crossget.core.tower_attention import ScoredTower
 from crossget.demo import connector_models
 from crossget.demo.connector_checks import Example
 from crossget.integrations import hf_connector
+from crossget.measure.generation import count_stages
 from crossget.methods import importance
 from crossget.methods.importance import mean_attention
 from tests.support import hf_models
@@ -275,6 +277,90 @@ def test_gradients_with_checkpointing() -> None:
     assert sum(float(g.abs().sum()) for g in found[0]) > 0
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen2_5_vl"])
+def test_training_in_half_precision_with_dropout(family: str) -> None:
+    """The scores pass through the host in float32, and no dropout changes them."""
+    prompts = copy.copy(example(family))
+    prompts.model = copy.deepcopy(prompts.model).to(torch.bfloat16)
+    prompts.connector = find_connector(prompts.model)
+    images = {name: value.bfloat16() for name, value in prompts.inputs.items() if value.is_floating_point()}
+    prompts.inputs = prompts.inputs | images
+    wanted, _ = scored(prompts)
+    for module in prompts.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.9
+    projector = getattr(prompts.model.model, "multi_modal_projector", None)
+    if family == "llava_next":
+        projector.act = nn.Sequential(projector.act, nn.Dropout(0.9))
+    prompts.model.train()
+    received, units = scored(prompts)
+    for one, other, unit in zip(received, wanted, units, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+        assert len(unit.kept) == max(1, round(0.4 * len(one)))
+
+
+def test_an_offloaded_model() -> None:
+    """Its weights are on the meta device between calls."""
+    accelerate = pytest.importorskip("accelerate")
+    prompts = copy.copy(example("llava"))
+    wanted, _ = scored(prompts)
+    prompts.model = copy.deepcopy(prompts.model)
+    accelerate.cpu_offload(prompts.model, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in prompts.model.parameters())
+    for one, other in zip(scored(prompts)[0], wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_error_in_the_block_leaves_no_trace() -> None:
+    prompts = example("llava")
+    block: Any = tower(prompts).blocks[tower(prompts).number]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with crossget.attach(prompts.model, {"connector": TOP}), torch.no_grad():
+        expected = prompts.model(**prompts.inputs).logits
+        hook = block.mlp.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            prompts.model(**prompts.inputs)
+        hook.remove()
+        assert not torch.overrides._get_current_function_mode_stack()
+        assert torch.equal(prompts.model(**prompts.inputs).logits, expected)
+    assert not block._forward_hooks.keys() & block._forward_pre_hooks.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # of Dynamo
+def test_a_compiled_tower() -> None:
+    """Its graph is whole, and it shows no attention, which is said. A compiled model shows it."""
+    prompts = example("llava")
+    model = copy.deepcopy(prompts.model)
+    with torch.no_grad():
+        with crossget.attach(model, {"connector": TOP}):
+            expected = model(**prompts.inputs).logits
+            torch._dynamo.reset()
+            assert torch.allclose(torch.compile(model, backend="eager")(**prompts.inputs).logits, expected, atol=1e-4)
+        torch._dynamo.reset()
+        model.model.vision_tower.compile(backend="eager", fullgraph=True)
+        with crossget.attach(model, {"connector": crossget.Ward(crossget.Keep(0.4))}) as attached:
+            model(**prompts.inputs)
+            attached.reducer = TOP
+            with pytest.raises(RuntimeError, match="showed no attention"):
+                model(**prompts.inputs)
+    torch._dynamo.reset()
+
+
+def test_counted_stages() -> None:
+    """On the meta device no feature has a score."""
+    with torch.device("meta"):
+        model = copy.deepcopy(example("llava").model).to("meta")
+    with crossget.attach(model, {"connector": TOP}):
+        stages = count_stages(model, 8)
+    assert stages.reduced is not None
+    assert stages.reduced.image_tokens == 26
 
 
 def test_what_has_no_attention_is_refused() -> None:
