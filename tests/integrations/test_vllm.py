@@ -33,6 +33,7 @@ REQUIRED = "vllm" in os.environ.get("CROSSGET_REQUIRE", "").split(",")
 if importlib.util.find_spec("vllm") is None and not REQUIRED:
     pytest.skip("no vllm: it needs an environment of its own", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine process takes long to import everything; servers have it
 STEPS = 6
 CLOSE = 1e-4
 # Chunks of a prefill that end inside of images, and blocks of the prefix cache that do.
@@ -88,7 +89,7 @@ def expected(model: Any, folder: Path, family: str, prompts: Sequence[tuple[str,
 
 
 class Served:
-    """A model that vLLM runs in a process of its own, beside the same one of transformers.
+    """A model that vLLM runs in this process, beside the same one of transformers.
 
     Attributes:
         model, folder: of transformers, and where it is saved.
@@ -104,6 +105,14 @@ class Served:
         self.model = vllm_hosts.save(family, folder) if saves else None
         overrides = {} if setting is None else {"crossget": setting}
         self.llm: Any = LLM(str(folder), hf_overrides=overrides, **{**ENGINE, **engine})
+
+    def stop(self) -> None:
+        """End the model, so that another one can run in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
 
     def answers(self, prompts: Sequence[tuple[str, list[int]]] = PROMPTS, share: Any = None) -> list[Answer]:
         return [answer for answer, _ in self.answers_and_cached(prompts, share)]
@@ -145,7 +154,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     family, engine = CASES[request.param]
     one = Served(family, tmp_path_factory.mktemp("model"), {"method": "Ward", "keep": 0.25}, **engine)
     yield one
-    one.llm.llm_engine.engine_core.shutdown()
+    one.stop()
 
 
 def reducer(served: Served, share: float = 0.25) -> Any:
@@ -202,7 +211,7 @@ def test_merging_in_the_tower_of_llava_is_that_of_transformers(tmp_path: Path) -
     try:
         check(served.answers(), wanted)
     finally:
-        served.llm.llm_engine.engine_core.shutdown()
+        served.stop()
 
 
 # Without the setting --------------------------------------------------------------------------------------------------
@@ -214,7 +223,7 @@ from test_vllm import Served
 served = Served("llava", pathlib.Path(sys.argv[1]), None)
 answers = served.answers()
 pathlib.Path(sys.argv[2]).write_text(json.dumps([[a.prompt, a.tokens, a.chances.tolist()] for a in answers]))
-served.llm.llm_engine.engine_core.shutdown()
+served.stop()
 """
 
 
@@ -308,8 +317,9 @@ class Server:
         command += [f"--port={port}", "--served-model-name=it", "--hf-overrides", json.dumps({"crossget": WARD})]
         self.url, self.family = f"http://127.0.0.1:{port}", family
         self.log = folder / "server.log"
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         for _ in range(1200):
             if self.process.poll() is not None:
                 raise RuntimeError(self.log.read_text()[-4000:])
