@@ -75,6 +75,11 @@ class _Processor:
     info: Any
     crossget: Settings
 
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Of most tokens: with them the memory is planned, and a request can ask for all tokens of an image."""
+        made = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        return made if self.crossget.tower else dataclasses.replace(made, hf_processor_mm_kwargs={KEY: {"keep": 1.0}})
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         return super()._apply_hf_processor_main(mm_items, _without_share(hf_kwargs))  # type: ignore[misc]
 
