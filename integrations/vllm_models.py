@@ -93,7 +93,7 @@ class _Processor:
         found = []
         for update in updates:
             if update.modality == "image":
-                items = out_mm_kwargs["image"]
+                items = out_mm_kwargs.get("image", [])  # without those whose prompts are cached
                 contents = [_details(update.replacement, index) for index in range(len(items))]
                 shorter = [_shorter(*pair, self.crossget, config, share) for pair in zip(contents, items, strict=True)]
                 update = dataclasses.replace(update, replacement=shorter.__getitem__)
