@@ -33,7 +33,6 @@ REQUIRED = "vllm" in os.environ.get("CROSSGET_REQUIRE", "").split(",")
 if importlib.util.find_spec("vllm") is None and not REQUIRED:
     pytest.skip("no vllm: it needs an environment of its own", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine process takes long to import everything; servers have it
 STEPS = 6
 CLOSE = 1e-4
 # Chunks of a prefill that end inside of images, and blocks of the prefix cache that do.
@@ -89,7 +88,10 @@ def expected(model: Any, folder: Path, family: str, prompts: Sequence[tuple[str,
 
 
 class Served:
-    """A model that vLLM runs in this process, beside the same one of transformers.
+    """A model that vLLM runs, beside the same one of transformers.
+
+    It runs in this process, as another one takes long to import everything. But vLLM's Transformers backend changes
+    classes of transformers, and gets a process of its own.
 
     Attributes:
         model, folder: of transformers, and where it is saved.
@@ -104,6 +106,7 @@ class Served:
         self.family, self.folder = family, folder
         self.model = vllm_hosts.save(family, folder) if saves else None
         overrides = {} if setting is None else {"crossget": setting}
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int("model_impl" in engine))
         self.llm: Any = LLM(str(folder), hf_overrides=overrides, **{**ENGINE, **engine})
 
     def stop(self) -> None:
