@@ -163,8 +163,13 @@ class _Model:
             self.supports_multimodal_pruning = True
             config.multimodal_config.video_pruning_rate = 1e-6
             _ask_for_positions_on_cpus()
+        self.saved = saving.read(config.model)[1] if (Path(config.model) / saving.FILE).is_file() else {}
         if self.crossget.tower:
-            self.vision_tower = _Tower(self, config)
+            self.vision_tower = _Tower(self, self.saved.get("visual"))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Load the weights of a checkpoint. vLLM may also read those that `Attachment.save` wrote beside them."""
+        return super().load_weights(one for one in weights if one[0] not in self.saved)  # type: ignore[misc]
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         plans, grids = kwargs.pop(_PLAN, None), kwargs.get("image_grid_thw")
@@ -257,24 +262,22 @@ class _Model:
 class _Tower(nn.Module):
     """The image tower of transformers' LLaVA-1.5 with a reducer, in place of vLLM's, which has other blocks.
 
-    Cross tokens that were saved beside the model's weights are used.
-
     Args:
         model: of vLLM; its projector is used.
-        model_config: of vLLM.
+        cross_tokens: [L, C]; None: they are those of an untrained model.
     """
 
-    def __init__(self, model: Any, model_config: Any) -> None:
+    def __init__(self, model: Any, cross_tokens: Tensor | None) -> None:
         super().__init__()
-        config = model_config.hf_config
+        config = model.config
         like = next(model.multi_modal_projector.parameters())
         with torch.device("meta"):  # all but the image tower is left there
             host: Any = modeling_llava.LlavaForConditionalGeneration(config).eval()
         self.vision_model = type(host.model.vision_tower)(config.vision_config).eval().to(like)
         host.model.vision_tower, host.model.multi_modal_projector = self.vision_model, model.multi_modal_projector
         attached = attach(host, {"visual": model.crossget.reducer})
-        if attached.cross_tokens and (Path(model_config.model) / saving.FILE).is_file():
-            attached.set_cross_tokens({"visual": saving.read(model_config.model)[1]["visual"]})
+        if cross_tokens is not None and attached.cross_tokens:
+            attached.set_cross_tokens({"visual": cross_tokens})
         self._host = [host]  # in a list, as it is no part of this module
 
     def forward(self, pixels: Tensor) -> Any:
