@@ -18,7 +18,7 @@ import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def reduced(native: Any, name: str) -> Any:
         if settings is None:
             return made
         kind = type(made)
-        shorter = object.__new__(type(kind.__name__, (_Processor, kind), {"__module__": __name__}))
+        shorter: Any = object.__new__(type(kind.__name__, (_Processor, kind), {"__module__": __name__}))
         shorter.__dict__.update(made.__dict__, crossget=settings)
         return shorter
 
@@ -143,6 +143,7 @@ class _Model:
 
     native: Any
     config: Any
+    crossget: Settings
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
         if settings_of(vllm_config.model_config.hf_config) is None:
@@ -154,8 +155,8 @@ class _Model:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config
         if vllm_config.compilation_config.cudagraph_mm_encoder:
-            raise ValueError(f"cudagraph_mm_encoder passes the setting {KEY!r} by: leave one of them out")
-        self.crossget: Any = settings_of(config.hf_config)
+            raise ValueError(f"with cudagraph_mm_encoder no tokens are reduced: leave it or the setting {KEY!r} out")
+        self.crossget = cast("Settings", settings_of(config.hf_config))  # otherwise __new__ makes another class
         self.model_config = config
         self.moves_positions = bool(config.uses_mrope)
         if self.moves_positions:
