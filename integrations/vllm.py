@@ -151,7 +151,8 @@ def settings_of(config: Any) -> Settings | None:
     found = getattr(config, KEY, None)
     if found is None:
         return None
-    return _valid(f"the setting {KEY!r} is {found}", lambda: _read(found, config))
+    settings: Settings = _valid(f"the setting {KEY!r} is {found}", lambda: _read(found, config))
+    return settings
 
 
 def _valid(what: str, make: Callable[[], Any]) -> Any:
@@ -205,4 +206,4 @@ def _kept_in_tower(reducer: Reducer, features: int, config: Any) -> int:
     extra = int(reducer.cross_token)
     layer = config.vision_feature_layer % (depth + 1)
     counts = planned_tokens(reducer.schedule, depth, features + dropped + extra, 1 + extra)
-    return counts[layer] - dropped
+    return int(counts[layer] - dropped)

@@ -18,7 +18,7 @@ import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def reduced(native: Any, name: str) -> Any:
         if settings is None:
             return made
         kind = type(made)
-        shorter = object.__new__(type(kind.__name__, (_Processor, kind), {"__module__": __name__}))
+        shorter: Any = object.__new__(type(kind.__name__, (_Processor, kind), {"__module__": __name__}))
         shorter.__dict__.update(made.__dict__, crossget=settings)
         return shorter
 
@@ -75,6 +75,11 @@ class _Processor:
     info: Any
     crossget: Settings
 
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Of most tokens: with them the memory is planned, and a request can ask for all tokens of an image."""
+        made = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        return made if self.crossget.tower else dataclasses.replace(made, hf_processor_mm_kwargs={KEY: {"keep": 1.0}})
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         return super()._apply_hf_processor_main(mm_items, _without_share(hf_kwargs))  # type: ignore[misc]
 
@@ -88,7 +93,7 @@ class _Processor:
         found = []
         for update in updates:
             if update.modality == "image":
-                items = out_mm_kwargs["image"]
+                items = out_mm_kwargs.get("image", [])  # without those whose prompts are cached
                 contents = [_details(update.replacement, index) for index in range(len(items))]
                 shorter = [_shorter(*pair, self.crossget, config, share) for pair in zip(contents, items, strict=True)]
                 update = dataclasses.replace(update, replacement=shorter.__getitem__)
@@ -138,6 +143,7 @@ class _Model:
 
     native: Any
     config: Any
+    crossget: Settings
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
         if settings_of(vllm_config.model_config.hf_config) is None:
@@ -149,8 +155,8 @@ class _Model:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config
         if vllm_config.compilation_config.cudagraph_mm_encoder:
-            raise ValueError(f"cudagraph_mm_encoder passes the setting {KEY!r} by: leave one of them out")
-        self.crossget: Any = settings_of(config.hf_config)
+            raise ValueError(f"with cudagraph_mm_encoder no tokens are reduced: leave it or the setting {KEY!r} out")
+        self.crossget = cast("Settings", settings_of(config.hf_config))  # otherwise __new__ makes another class
         self.model_config = config
         self.moves_positions = bool(config.uses_mrope)
         if self.moves_positions:
@@ -158,8 +164,13 @@ class _Model:
             self.supports_multimodal_pruning = True
             config.multimodal_config.video_pruning_rate = 1e-6
             _ask_for_positions_on_cpus()
+        self.saved = saving.read(config.model)[1] if (Path(config.model) / saving.FILE).is_file() else {}
         if self.crossget.tower:
-            self.vision_tower = _Tower(self, config)
+            self.vision_tower = _Tower(self, self.saved.get("visual"))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Load the weights of a checkpoint. vLLM may also read those that `Attachment.save` wrote beside them."""
+        return super().load_weights(one for one in weights if one[0] not in self.saved)  # type: ignore[misc]
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         plans, grids = kwargs.pop(_PLAN, None), kwargs.get("image_grid_thw")
@@ -252,24 +263,22 @@ class _Model:
 class _Tower(nn.Module):
     """The image tower of transformers' LLaVA-1.5 with a reducer, in place of vLLM's, which has other blocks.
 
-    Cross tokens that were saved beside the model's weights are used.
-
     Args:
         model: of vLLM; its projector is used.
-        model_config: of vLLM.
+        cross_tokens: [L, C]; None: they are those of an untrained model.
     """
 
-    def __init__(self, model: Any, model_config: Any) -> None:
+    def __init__(self, model: Any, cross_tokens: Tensor | None) -> None:
         super().__init__()
-        config = model_config.hf_config
+        config = model.config
         like = next(model.multi_modal_projector.parameters())
         with torch.device("meta"):  # all but the image tower is left there
             host: Any = modeling_llava.LlavaForConditionalGeneration(config).eval()
         self.vision_model = type(host.model.vision_tower)(config.vision_config).eval().to(like)
         host.model.vision_tower, host.model.multi_modal_projector = self.vision_model, model.multi_modal_projector
         attached = attach(host, {"visual": model.crossget.reducer})
-        if attached.cross_tokens and (Path(model_config.model) / saving.FILE).is_file():
-            attached.set_cross_tokens({"visual": saving.read(model_config.model)[1]["visual"]})
+        if cross_tokens is not None and attached.cross_tokens:
+            attached.set_cross_tokens({"visual": cross_tokens})
         self._host = [host]  # in a list, as it is no part of this module
 
     def forward(self, pixels: Tensor) -> Any:
