@@ -191,8 +191,8 @@ class TestRefusedBeforeRayStarts:
         assert not (tmp_path / "out").exists()
 
 
-# Ray's processes import the helpers by name. By itself it lets them wait for whatever else the machine does.
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]), "RAY_worker_niceness": "0"}
+# Ray's processes import the helpers by name.
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
 
 
 @pytest.fixture(scope="module")
