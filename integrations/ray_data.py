@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import posixpath
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -307,7 +308,9 @@ def embed(
         try:
             return _run(source, output, encoder, options, actors, sample)
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
+            # The text is the other process's traceback, in which the first error is the one that led to the others.
+            first = re.search(r"^[\w.]*(Error|Exception)\b.*", str(error), re.M)
+            reason = first[0] if first else str(error).strip().partition("\n")[0]
             raise RuntimeError(f"the run stopped, and goes on when it is started again: {reason}") from error
 
 

@@ -130,7 +130,8 @@ class Source:
         import ray.data
 
         if self.kind == "parquet":
-            return ray.data.read_parquet(self.where, columns=[self.id_column, self.image_column], partitioning=None)
+            rows = ray.data.read_parquet(self.where, partitioning=None)
+            return rows.select_columns([self.id_column, self.image_column])
         if self.kind == "images":
             suffixes = [suffix[1:] for suffix in IMAGES]
             return ray.data.read_binary_files(self.where, include_paths=True, file_extensions=suffixes)
