@@ -176,7 +176,7 @@ class Candidates:
             width: numbers per row, over the whole batch.
         """
         if not self.in_tiles:
-            return [ALL]
+            return [slice(None)]
         step = max(1, self.budget // width)
         return [slice(first, first + step) for first in range(0, rows, step)]
 
@@ -220,7 +220,7 @@ class Candidates:
             order[rows, :count] = at.gather(1, torch.argsort(values[rows].gather(1, at), dim=1, descending=descending))
         return order
 
-    def noise(self, r: int | None = None, part: slice = ALL) -> Tensor:
+    def noise(self, r: int | None = None, part: slice = slice(None)) -> Tensor:
         """Numbers in [0, 1), [B, T] or [B, r, T], that depend only on the seed, their index and the number of tokens.
 
         `part` selects some of the r. Padding does not count among the tokens. The numbers are a hash and come from no
