@@ -140,7 +140,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a choice of an older version": (
         visual(importance="text"),
         ValueError,
-        "is 'text': expected 'cross_token', 'attention', 'class_token', 'class_attention' or None",
+        "importance of CrossGET is 'text': expected 'cross_token', 'attention', 'class_token'",
     ),
     "no r": (lambda folder: edit(folder, towers={"visual": {"method": "ToMe"}}), ValueError, "ToMe has no r"),
     "a fraction for r": (visual(r=2.5), ValueError, "r is 2.5"),
