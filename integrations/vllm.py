@@ -45,7 +45,7 @@ _METHODS: dict[str, type[Reducer]] = {
     )
 }  # fmt: skip
 # Models whose images are encoded as tiles, each of which is one unit (`Keep`), by the model_type of a configuration.
-TILED = ("idefics3", "internvl", "smolvlm")
+TILED = ("aya_vision", "cohere2_vision", "got_ocr2", "idefics3", "internvl", "smolvlm")
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,8 @@ def check(model_config: Any) -> None:
         )
     if multimodal.video_pruning_rate:
         raise ValueError(f"the setting {KEY!r} and --video-pruning-rate do not go together: leave one of them out")
+    if KEY in (multimodal.mm_processor_kwargs or {}):
+        raise ValueError(f"--mm-processor-kwargs has {KEY!r}, which is for requests: a server's is in --hf-overrides")
     settings = settings_of(config)
     if settings is not None and settings.tower and name != "LlavaForConditionalGeneration":
         raise ValueError(f"the setting {KEY!r} has r, which merges in the tower of LLaVA-1.5; for {name} give keep")

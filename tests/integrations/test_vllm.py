@@ -323,7 +323,7 @@ class Server:
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        for _ in range(1200):
+        for _ in range(3600):
             if self.process.poll() is not None:
                 raise RuntimeError(self.log.read_text()[-4000:])
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health"):
