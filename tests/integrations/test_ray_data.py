@@ -192,7 +192,7 @@ class TestRefusedBeforeRayStarts:
 
 
 # Ray's processes import the helpers by name.
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
+PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +201,7 @@ def ray() -> Iterator[Any]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", PYTHONPATH)
         ray.init("local", num_cpus=4, include_dashboard=False, logging_level="WARNING")
         yield ray
         ray.shutdown()
@@ -281,7 +280,9 @@ class TestRuns:
             pictures.write_shard(tmp_path / "in" / f"{shard}.tar", contents[50 * shard : 50 * shard + 50], 50 * shard)
         out, log = tmp_path / "out", tmp_path / "log"
         run = [sys.executable, "-m", "pictures", str(tmp_path / "in"), str(out), str(log)]
-        done = subprocess.run(run, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+        done = subprocess.run(
+            run, cwd=ROOT, env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True, text=True
+        )
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         from pyarrow import parquet
 
