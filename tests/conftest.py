@@ -6,7 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["RAY_worker_niceness"] = "0"  # else Ray's processes wait for the other tests
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else Ray's processes wait for the other tests
 
 import hypothesis
 import pytest
