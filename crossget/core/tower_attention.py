@@ -224,7 +224,7 @@ def _one(channels: int, x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_ones(*x.shape[:-1], channels)
 
 
-def _pooled(channels: int, kernel: tuple[int, int], x: Tensor) -> Tensor:
+def _pooled(channels: int, kernel: Any, x: Tensor) -> Tensor:
     """The forward of a convolution of areas beside each other."""
     return F.avg_pool2d(x.mean(-3, keepdim=True), kernel).repeat(*[1] * (x.dim() - 3), channels, 1, 1)
 
