@@ -316,6 +316,7 @@ class Server:
             port = free.getsockname()[1]
         options = {name.replace("_", "-"): value for name, value in ENGINE.items() if name != "enforce_eager"}
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--enforce-eager"]
+        command += ["--trust-request-mm-kwargs"]  # without it a request cannot set its own share
         command += [f"--{name}={value}" for name, value in options.items()]
         command += [f"--port={port}", "--served-model-name=it", "--hf-overrides", json.dumps({"crossget": WARD})]
         self.url, self.family = f"http://127.0.0.1:{port}", family
