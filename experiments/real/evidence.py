@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from experiments.ablation.presets import TRAINED
-from experiments.lib.files import ROOT, Json, short_name, unpack
-from experiments.lib.statistics import paired_bootstrap, paired_ratio
+from experiments.lib.files import ROOT, Json, short_name
+from experiments.lib.statistics import paired_ratio
 from experiments.lib.study import Page
-from experiments.lib.tables import markdown, show
+from experiments.lib.tables import markdown
 from experiments.real import presets, report, saliency
 from experiments.real.clip import RESULTS
 from experiments.real.report import BASE, percent, share_of
@@ -72,59 +72,6 @@ def maps(results: Sequence[Json]) -> Iterator[str]:
     yield markdown(lines, ["method", *(f"{budget} %" for budget in budgets)])
 
 
-def texts(results: Sequence[Json]) -> Iterator[str]:
-    """Yield merging that knows a text: cross-entropy of the true class."""
-    rows, own = report.text_rows(results), report.of_task(results, "text")
-    if not rows:
-        return
-    yield "### A text known while merging"
-    yield (
-        f"The same CLIP, {own[0]['run']['n']} photographs. Cells: cross-entropy of the true class. "
-        "The last columns are paired differences to no text. "
-        "The commit that the result files name has the program."
-    )
-    lines = []
-    for name, budget in dict.fromkeys((name, budget) for name, _, budget in rows):
-        of = {target: rows.get((name, target, budget)) for target in report.TEXTS}
-        base = of["none"]
-        beside = []
-        for target in ("true", "predicted"):
-            one = of[target]
-            if one is None or base is None:
-                beside.append("")
-            else:
-                beside.append(show(paired_bootstrap(unpack(one["losses"]), unpack(base["losses"])), 2))
-        cells = [f"{row['loss']:.3f}" if row else "" for row in of.values()]
-        lines.append([f"{report.TEXT_METHODS[name]}, {budget} %", *cells, *beside])
-    headers = ["no text", "true class", "wrong class", "predicted class", "true minus none", "predicted minus none"]
-    yield markdown(lines, ["method", *headers])
-
-
-def precise(results: Sequence[Json]) -> Iterator[str]:
-    """Yield coarse comparisons."""
-    rows, own = report.precision_rows(results), report.of_task(results, "precision")
-    if not rows:
-        return
-    yield "### Coarse comparisons of tokens"
-    yield (
-        f"The same CLIP at {own[0]['run']['budget']} %, {own[0]['run']['n']} photographs. Cells: % of "
-        "the exact matching's pairs, KL in % of that of exact comparisons."
-    )
-    columns: list[tuple[str, str, int | None]] = [
-        ("bfloat16 vectors", "vectors", None), ("and similarities", "similarities", None),
-        *((f"{n} channels", "none", n) for n in (384, 64, 16)),
-    ]  # fmt: skip
-    lines = []
-    for name in dict.fromkeys(name for name, *_ in rows):
-        cells, exact = [], rows.get((name, "none", None))
-        for _, rounding, channels in columns:
-            row = rows.get((name, rounding, channels))
-            ratio = f", {100 * report.kl(row).mean() / report.kl(exact).mean():.0f}" if row and exact else ""
-            cells.append(f"{row['shared']:.1f}{ratio}" if row else "")
-        lines.append([presets.ROWS[name].label.removeprefix("+ "), *cells])
-    yield markdown(lines, ["method", *(title for title, *_ in columns)])
-
-
 def budgets(results: Sequence[Json]) -> Iterator[str]:
     """Yield fitted schedules: the distance of each distribution."""
     own = [c for c in report.of_task(results, "budgets") if c["run"]["budget"] == "flops"]
@@ -181,7 +128,7 @@ def trained(results: Sequence[Json]) -> Iterator[str]:
     yield markdown(lines, headers)
 
 
-CHAPTERS: tuple[Callable[[Sequence[Json]], Iterator[str]], ...] = (zero_shot, maps, texts, precise, budgets, trained)
+CHAPTERS: tuple[Callable[[Sequence[Json]], Iterator[str]], ...] = (zero_shot, maps, budgets, trained)
 
 
 def generated(results: Sequence[Json]) -> str:

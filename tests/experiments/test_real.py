@@ -150,7 +150,6 @@ def test_the_rows_of_the_removed_importance_are_read() -> None:
     loss = rows["crossget", "true", 50]["loss"]
     assert loss == pytest.approx(unpack(rows["crossget", "true", 50]["losses"]).mean(), rel=1e-3)
     assert f" {loss:.3f} |" in "\n".join(report.texts(contents))
-    assert f" {loss:.3f} |" in "\n".join(evidence.texts(contents))
 
 
 @pytest.mark.slow
@@ -219,7 +218,6 @@ def test_precision_from_photographs_to_a_table(files: Path, tmp_path: Path) -> N
     assert rows["tome", "none", None]["shared"] == 100
     assert rows["tome", "none", 8]["shared"] < 100
     assert "4 photographs" in "\n".join(report.precise(contents))
-    assert f"{rows['tome', 'none', 16]['shared']:.1f}, " in "\n".join(evidence.precise(contents))
 
 
 @pytest.mark.slow
@@ -275,4 +273,4 @@ def test_photographs_to_train_on_are_spread_over_all_folders(files: Path, tmp_pa
 
 
 def test_the_short_page_is_short() -> None:
-    assert len(evidence.PAGE.file.read_text(encoding="utf-8").split()) <= 1_100
+    assert len(evidence.PAGE.file.read_text(encoding="utf-8").split()) <= 900
