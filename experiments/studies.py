@@ -16,6 +16,7 @@ STUDIES = {
     "real-budgets": "experiments.real.budgets",
     "real-precision": "experiments.real.precision",
     "real-saliency": "experiments.real.saliency",
+    "real-speed": "experiments.real.speed",
     "real-trained": "experiments.real.distill",
     "real-zero-shot": "experiments.real.zero_shot",
     "retrieval": "experiments.retrieval.run",

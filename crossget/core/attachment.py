@@ -27,7 +27,7 @@ from crossget.core.connector_prompts import ConnectorPrompts, wrap_model
 from crossget.core.decoder_tower import AttachedDecoder
 from crossget.core.hooks import Undo, check_not_patched, set_text_ends, wrap_host
 from crossget.core.image_prompts import image_tokens
-from crossget.core.layer_groups import wrap_groups
+from crossget.core.layer_groups import has_groups, wrap_groups
 from crossget.core.loop_tower import AttachedLoop
 from crossget.core.merge_units import AttachedUnits
 from crossget.core.state import BlockRecord
@@ -294,19 +294,20 @@ class Attachment:
         for attached in self._towers.values():
             yield from attached.cross_parameters
 
-    def register_parameters(self, module: nn.Module, per_block: bool = False) -> None:
+    def register_parameters(self, module: nn.Module, per_block: bool | None = None) -> None:
         """Make the cross tokens parameters of a module, until `unregister_parameters` or `detach`.
 
-        Their names are `crossget.visual` and so on. Optimisers over `module.parameters()`, DDP, FSDP2, DeepSpeed, state
-        dicts and checkpoints of training loops then treat them as any other parameter. Call this before the module is
-        wrapped by DDP, FSDP2 or DeepSpeed.
+        Optimisers over `module.parameters()`, DDP, FSDP2, DeepSpeed, state dicts and checkpoints of training loops then
+        treat them as any other parameter. Call this before the module is wrapped by DDP, FSDP2 or DeepSpeed.
 
-        The model's own `no_weight_decay` and `group_matcher`, which optimisers of timm ask for, know them, too.
+        The model's own `no_weight_decay` and `group_matcher`, which optimisers of timm ask for, know them, too. There
+        they have no weight decay, and the learning rate of their block.
 
         Args:
             module: usually the attached model.
-            per_block: one parameter [C] per block, `crossget.visual.0` and so on, instead of one [L, C] per tower. They
-                are new parameters. timm's layer-wise learning rates then give each that of its block.
+            per_block: one parameter [C] per block, `crossget.visual.0` and so on; they are new parameters. False: one
+                [L, C] per tower, `crossget.visual`. None: one per block where the module has timm's `group_matcher`,
+                as a parameter can have one learning rate only.
 
         Raises:
             RuntimeError: they are registered already, or the model is detached.
@@ -321,8 +322,9 @@ class Attachment:
             raise ValueError(f"{type(module).__name__} has an attribute {_PARAMETER_MODULE!r} already")
         self._undo_registering = wrap_groups(module, partial(self._hosts, module))
         parameter_module = nn.Module()
+        one_each = has_groups(module) if per_block is None else per_block
         for attached in self._towers.values():
-            attached.register(parameter_module, per_block)
+            attached.register(parameter_module, one_each)
         module.add_module(_PARAMETER_MODULE, parameter_module)
         self._registered = module
 

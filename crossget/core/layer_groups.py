@@ -21,6 +21,11 @@ Hosts = Callable[[], Mapping[str, str | None]]
 Original = Callable[..., Any]
 
 
+def has_groups(module: nn.Module) -> bool:
+    """Whether a module groups its parameters for learning rates per block, as timm's do."""
+    return hasattr(type(module), "group_matcher")
+
+
 def wrap_groups(module: nn.Module, hosts: Hosts) -> list[Callable[[], None]]:
     """Let the methods of a module know the registered parameters.
 
@@ -54,7 +59,7 @@ def _group_matcher(hosts: Hosts, original: Original, args: tuple[Any, ...], kwar
     if len(owners) < len(hosts()):
         warnings.warn(
             "cross tokens that are one parameter per tower have no group of their own, and are grouped like the head: "
-            "register them with attached.register_parameters(model, per_block=True)",
+            "register them without per_block=False",
             stacklevel=4,
         )
     if not isinstance(matcher, Mapping):

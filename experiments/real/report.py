@@ -339,7 +339,32 @@ def kl(result: Json) -> Values:
     return unpack(next(iter(result["sets"].values()))["divergences"])
 
 
-CHAPTERS: tuple[Callable[[Sequence[Json]], Iterator[str]], ...] = (zero_shot, maps, texts, precise, budgets, trained)
+def speeds(results: Sequence[Json]) -> Iterator[str]:
+    """Yield the paragraphs of measured speed."""
+    own = sorted(of_task(results, "speed"), key=lambda content: (content["run"]["images"], -content["run"]["budget"]))
+    if not own:
+        return
+    yield f"## Speed, {own[0]['run']['model']}"
+    yield (
+        f"The methods of one budget take turns, {own[0]['run']['rounds']} rounds; medians and quartiles. "
+        f"{provenance(own, 'open_clip_torch')}"
+    )
+    lines = []
+    for content in own:
+        for row in content["result"]["rows"]:
+            dense = row["method"] == "dense"
+            low, high = row["quartiles"]
+            lines.append([
+                f"{100 / row['promised']:.1f}", presets.ROWS[row["method"]].label, content["run"]["images"],
+                f"{1e3 * row['seconds']:.0f}", "1.00x" if dense else f"{row['speed']:.2f}x [{low:.2f}, {high:.2f}]",
+                "" if dense else f"{row['promised']:.2f}x",
+            ])  # fmt: skip
+    yield markdown(lines, ["FLOPs, %", "method", "photographs per call", "ms", "speed", "by FLOPs"], 2)
+
+
+CHAPTERS: tuple[Callable[[Sequence[Json]], Iterator[str]], ...] = (
+    zero_shot, speeds, maps, texts, precise, budgets, trained,
+)  # fmt: skip
 
 
 def generated(results: Sequence[Json]) -> str:

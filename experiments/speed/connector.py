@@ -1,12 +1,14 @@
 """Time the prefill with fewer image features behind the connector, beside the share of the multiply-adds.
 
 Speed does not depend on the weights' values, so nothing is downloaded: a language model of the sizes of Qwen2-0.5B with
-random weights, behind an image tower of one narrow block. Dense and reduced models take turns in one run.
+random weights, behind an image tower of one narrow block. Dense and reduced models take turns in one run. The reduction
+of the features is timed by itself as well.
 """
 
 import dataclasses
 import importlib
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,8 +19,10 @@ import torch
 from torch import nn
 
 import crossget
+from crossget.core.connector import reduce_features
 from crossget.measure.generation import count_stages
-from crossget.measure.speed import benchmark
+from crossget.measure.speed import benchmark, calling, take_turns
+from crossget.methods.reducers import Reducer
 from experiments.lib.files import Json, measured_on
 from experiments.lib.study import Study
 from experiments.lib.tables import markdown
@@ -126,15 +130,16 @@ def execute(run: Run) -> Json:
     methods = {f"keep {keep:g}": {"connector": crossget.Ward(crossget.Keep(keep))} for keep in run.keep}
     report = benchmark(model, inputs, rounds=run.rounds, warmup=2, methods=methods, call=partial(generate, model, 1))
     counted = make(run, torch.float32, "meta")
-    costs = {DENSE: (cache_bytes(model, inputs), 1.0, run.side**2)}
+    costs = {DENSE: (cache_bytes(model, inputs), 1.0, run.side**2, 0.0)}
     for name, reducer in methods.items():
         with crossget.attach(counted, reducer):
             stages = count_stages(counted, run.text_tokens)
-        with crossget.attach(model, reducer):
+        with crossget.attach(model, reducer) as attached:
             tokens = stages.reduced.image_tokens if stages.reduced else run.side**2
-            costs[name] = (cache_bytes(model, inputs), 1 / stages.speedup, tokens)
+            step = reducing(run, attached.reducers["connector"], tokens)
+            costs[name] = (cache_bytes(model, inputs), 1 / stages.speedup, tokens, step)
     rows = []
-    for name, (cache, share, tokens) in costs.items():
+    for name, (cache, share, tokens, step) in costs.items():
         found = report[name]
         rows.append({
             "method": name,
@@ -144,12 +149,28 @@ def execute(run: Run) -> Json:
             "quartiles": [round(value, 4) for value in found.speed_quartiles],
             "cache": cache,
             "share": round(share, 4),
+            "reducing": round(step, 6),
             "rounds": [round(seconds, 6) for seconds in found.seconds],
         })  # fmt: skip
     return {"run": asdict(run), "result": {"rows": rows}}
 
 
-COLUMNS = ["", "image tokens", "ms", "speed", "by multiply-adds", "cache MiB"]
+def reducing(run: Run, reducer: Reducer, tokens: int) -> float:
+    """Return the median of the seconds in which the features of all images of a batch are reduced to so many."""
+    chance = torch.Generator().manual_seed(run.seed)
+    width = TEXTS[run.size]["hidden_size"]
+    images = torch.randn(run.batch, run.side**2, width, generator=chance).to(run.device, DTYPES[run.dtype])
+
+    def reduce() -> None:
+        for features in images:
+            reduce_features(reducer, features, tokens)
+
+    with torch.no_grad():
+        seconds = take_turns({"reduce": partial(calling, reduce)}, torch.device(run.device), run.rounds, warmup=2)
+    return statistics.median(seconds["reduce"])
+
+
+COLUMNS = ["", "image tokens", "ms", "speed", "by multiply-adds", "reducing, % of it", "cache MiB"]
 
 
 def cells(content: Json) -> list[list[str]]:
@@ -164,6 +185,7 @@ def cells(content: Json) -> list[list[str]]:
             f"{1e3 * found['seconds']:.1f}",
             "1.00x" if dense else f"{found['speed']:.2f}x [{low:.2f}, {high:.2f}]",
             "" if dense else f"{1 / found['share']:.2f}x",
+            "" if dense else f"{100 * found['reducing'] / found['seconds']:.1f}",
             f"{found['cache'] / 2**20:.1f}",
         ])  # fmt: skip
     return rows

@@ -11,7 +11,7 @@ from experiments.speed import connector, costs, embed, llava, operators, serving
 HERE = Path(__file__).parent
 FIGURE = "figures/speed.png"
 # Told apart by lightness too, and named beside the bars.
-COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.IDEAL: "#bbbbbb"}
+COLOURS = {towers.CROSSGET: "#0072b2", towers.TOME: "#e69f00", towers.WARD: "#009e73", towers.IDEAL: "#bbbbbb"}
 
 
 KEYS = {
@@ -88,27 +88,25 @@ def draw(contents: Sequence[Json], file: Path) -> None:
             axes.remove()
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.supxlabel("speed relative to dense (median, quartiles)")
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
     figure.savefig(file, format="png", dpi=80, metadata={"Software": None})
 
 
 def _draw_bars(axes: Any, contents: Sequence[Json]) -> None:
-    """Draw three bars for each result."""
+    """Draw four bars for each result."""
     names = []
     for place, content in enumerate(contents):
         rows = {row["method"]: row for row in content["result"]["rows"]}
         for i, (method, colour) in enumerate(COLOURS.items()):
-            row, height = rows[method], place + 0.26 * (i - 1)
+            row, height = rows[method], place + 0.21 * (i - 1.5)
             low, high = row["quartiles"]
             spread = [[max(0.0, row["speed"] - low)], [max(0.0, high - row["speed"])]]
             label = method if place == 0 else None
-            axes.barh(height, row["speed"], 0.24, color=colour, label=label, xerr=spread, error_kw={"lw": 1})
+            axes.barh(height, row["speed"], 0.19, color=colour, label=label, xerr=spread, error_kw={"lw": 1})
             promised = "promised by multiply-adds" if place == 0 and i == 0 else None
-            axes.plot([row["promised"]] * 2, [height - 0.12, height + 0.12], "k", lw=2, label=promised)
+            axes.plot([row["promised"]] * 2, [height - 0.1, height + 0.1], "k", lw=2, label=promised)
         run = content["run"]
-        names.append(
-            f"{run['tower']}, batch {run['batch']}\n{run['dtype']}, {'training' if run['train'] else run['mode']}"
-        )
+        names.append(f"{run['tower']}, batch {run['batch']}\n{towers.kind_of(run)}")
     axes.set_yticks(range(len(names)), names)
     axes.axvline(1, color="k", lw=0.8, ls=":")
 

@@ -1,8 +1,8 @@
 """Time image and text towers, dense and reduced.
 
-In one run, in turns: the dense model, CrossGET, ToMe-style merging, and the ideal, which is the dense model's blocks at
-CrossGET's token counts without any reducer: what CrossGET takes longer than that is the reducer's own cost. Speed does
-not depend on the weights' values, so they are random and nothing is downloaded.
+In one run, in turns: the dense model, CrossGET, ToMe-style merging, Ward, and the ideal, which is the dense model's
+blocks at CrossGET's token counts without any reducer: what CrossGET takes longer than that is the reducer's own cost.
+Speed does not depend on the weights' values, so they are random and nothing is downloaded.
 """
 
 import contextlib
@@ -32,11 +32,12 @@ from experiments.lib.tables import markdown
 from experiments.speed.ideal import cut
 
 RESULTS = Path(__file__).parent / "results"
-DENSE, CROSSGET, TOME, IDEAL = "dense", "CrossGET", "ToMe-style", "ideal"
-METHODS = (DENSE, CROSSGET, TOME, IDEAL)
+DENSE, CROSSGET, TOME, WARD, IDEAL = "dense", "CrossGET", "ToMe-style", "Ward", "ideal"
+METHODS = (DENSE, CROSSGET, TOME, WARD, IDEAL)
 TowerName = Literal[
-    "vit-b", "vit-l-336", "vit-h", "dinov2-l-518", "clip-text", "llava-tower", "tiny", "tiny-text", "tiny-llava"
-]
+    "vit-b", "vit-l-336", "vit-h", "dinov2-s-518", "dinov2-l-518", "clip-text", "llava-tower", "tiny", "tiny-text",
+    "tiny-llava",
+]  # fmt: skip
 
 
 class Entry(nn.Module):
@@ -128,6 +129,7 @@ SETUPS: Mapping[str, Setup] = {
     "vit-b": Setup(partial(timm, "vit_base_patch16_224"), 16, partial(images, 224)),
     "vit-l-336": Setup(partial(timm, "vit_large_patch14_clip_336"), 23, partial(images, 336)),
     "vit-h": Setup(partial(timm, "vit_huge_patch14_clip_224"), 7, partial(images, 224)),
+    "dinov2-s-518": Setup(partial(timm, "vit_small_patch14_dinov2"), 110, partial(images, 518)),
     "dinov2-l-518": Setup(partial(timm, "vit_large_patch14_dinov2"), 55, partial(images, 518)),
     "clip-text": Setup(open_clip, 6, texts, "text", "encode_text"),
     "llava-tower": Setup(partial(llava, 1024, 24, 336), 13, partial(images, 336), **LLAVA),
@@ -162,7 +164,9 @@ class Run:
 class Options:
     """What to time."""
 
-    towers: tuple[TowerName, ...] = ("vit-b", "vit-l-336", "vit-h", "dinov2-l-518", "clip-text", "llava-tower")
+    towers: tuple[TowerName, ...] = (
+        "vit-b", "vit-l-336", "vit-h", "dinov2-s-518", "dinov2-l-518", "clip-text", "llava-tower",
+    )  # fmt: skip
     """Towers."""
     batch: tuple[int, ...] = (1, 8, 32, 128)
     """Images or texts per call; what does not fit is said so in its result."""
@@ -246,7 +250,7 @@ def placed(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
 def reducers(setup: Setup) -> dict[str, Reducer]:
     """Return the reducers that are timed."""
     r = setup.r if setup.multiple == 1 else crossget.Aligned(setup.r, setup.multiple)
-    return {CROSSGET: crossget.CrossGET(r), TOME: crossget.ToMe(r)}
+    return {CROSSGET: crossget.CrossGET(r), TOME: crossget.ToMe(r), WARD: crossget.Ward(r)}
 
 
 def step(form: Callable[[Tensor], Any], parameters: Sequence[nn.Parameter], x: Tensor) -> None:
@@ -417,44 +421,47 @@ def row(
     }
 
 
-COLUMNS = ["tower", "", "batch", "method", "ms", "speed", "by FLOPs", "realised", "above the ideal", "memory"]
+REDUCED = (CROSSGET, TOME, WARD)
+COLUMNS = ["tower", "", "batch", "dense, ms", "by FLOPs", *REDUCED, IDEAL, *(f"{n} above the ideal" for n in REDUCED)]
 
 
-def cells(content: Json) -> list[list[str]]:
-    """Return the rows of one result."""
-    run, result = content["run"], content["result"]
+def kind_of(run: Json) -> str:
+    """Return what is timed of a tower: its dtype, how it runs, and the multiple of its token counts."""
     kind = f"{run['dtype']}, {'training step' if run['train'] else run['mode']}"
-    if run.get("multiple", 1) > 1:
-        kind += f", multiples of {run['multiple']}"
-    head = [run["tower"], kind, str(run["batch"])]
+    return kind + (f", multiples of {run['multiple']}" if run.get("multiple", 1) > 1 else "")
+
+
+def cells(content: Json) -> list[str]:
+    """Return the row of one result."""
+    run, result = content["run"], content["result"]
+    head = [run["tower"], kind_of(run), str(run["batch"])]
     if "does_not_fit" in result:
-        return [[*head, "does not fit", *[""] * 6]]
-    rows = []
-    for found in result["rows"]:
-        dense, ideal = found["method"] == DENSE, found["method"] == IDEAL
-        low, high = found["quartiles"]
-        rows.append([
-            *(head if dense else [""] * 3),
-            found["method"],
-            f"{1e3 * found['seconds']:.1f}",
-            "1.00x" if dense else f"{found['speed']:.2f}x [{low:.2f}, {high:.2f}]",
-            "" if dense else f"{found['promised']:.2f}x",
-            "" if dense else f"{found['realised']:.2f}",
-            "" if dense or ideal else f"{100 * found['over_ideal']:+.1f} %",
-            "" if found["memory"] is None else f"{found['memory']:.2f}",
-        ])  # fmt: skip
-    return rows
+        return [*head, "does not fit", *[""] * (len(COLUMNS) - 4)]
+    found = {row["method"]: row for row in result["rows"]}
+    speeds = [f"{found[name]['speed']:.2f}x [{_span(found[name]['quartiles'])}]" for name in (*REDUCED, IDEAL)]
+    above = [f"{100 * found[name]['over_ideal']:+.1f} %" for name in REDUCED]
+    return [*head, f"{1e3 * found[DENSE]['seconds']:.1f}", f"{found[CROSSGET]['promised']:.2f}x", *speeds, *above]
+
+
+def _span(quartiles: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in quartiles)
 
 
 def in_order(contents: Sequence[Json]) -> list[Json]:
-    """Return results as they are shown: by kind, then by tower and batch."""
-    return sorted(contents, key=lambda c: [c["run"][k] for k in ("device", "train", "mode", "dtype", "tower", "batch")])
+    """Return results as they are shown: by tower, then by dtype, kind and batch."""
+    order = {name: place for place, name in enumerate(SETUPS)}
+    kinds = ["eager", "blocks", "compile"]
+
+    def place(run: Json) -> tuple[Any, ...]:
+        how = run["dtype"], run["train"], run.get("multiple", 1), kinds.index(run["mode"])
+        return run["device"], order[run["tower"]], *how, run["batch"]
+
+    return sorted(contents, key=lambda content: place(content["run"]))
 
 
 def table(contents: Sequence[Json]) -> str:
     """Return results as one table."""
-    rows = [line for content in in_order(contents) for line in cells(content)]
-    return markdown(rows, COLUMNS, 4)
+    return markdown([cells(content) for content in in_order(contents)], COLUMNS, 3)
 
 
 def shown(contents: Sequence[Json]) -> str:

@@ -33,7 +33,7 @@ def test_registered_cross_tokens_are_parameters_like_any_other() -> None:
         attached.cross_tokens["visual"].normal_()
     expected = model(IMAGE)
     parameter = attached.cross_tokens["visual"]
-    attached.register_parameters(model)
+    attached.register_parameters(model, per_block=False)
     assert dict(model.named_parameters())["crossget.visual"] is parameter is attached.cross_tokens["visual"]
     assert list(attached.parameters()) == [parameter]
     torch.testing.assert_close(model(IMAGE), expected, rtol=0, atol=0)
@@ -49,7 +49,7 @@ def test_what_stands_in_the_module_is_what_is_used() -> None:
     model = vit()
     attached = crossget.attach(model, crossget.CrossGET(r=2))
     plain = model(IMAGE)
-    attached.register_parameters(model)
+    attached.register_parameters(model, per_block=False)
     model.crossget.visual = nn.Parameter(torch.ones(3, 32))
     changed = model(IMAGE)
     assert not torch.equal(changed, plain)
@@ -66,8 +66,9 @@ def test_copies_have_registered_cross_tokens_of_their_own(copied: Any) -> None:
     model = vit()
     crossget.attach(model, crossget.CrossGET(r=2)).register_parameters(model)
     other = copied(model)
-    assert crossget.attachment(other).cross_tokens["visual"] is other.crossget.visual
-    assert other.crossget.visual is not model.crossget.visual
+    found = list(crossget.attachment(other).parameters())
+    assert found == list(other.crossget.parameters())
+    assert not {*map(id, found)} & {*map(id, model.crossget.parameters())}
     crossget.attachment(other).detach()
     assert not hasattr(other, "crossget")
     assert hasattr(model, "crossget")
@@ -79,8 +80,8 @@ def test_detach_takes_them_out_and_a_pause_does_not() -> None:
     attached = crossget.attach(model, crossget.CrossGET(r=2))
     attached.register_parameters(model)
     with attached.paused():
-        assert "crossget.visual" in model.state_dict()
-    assert attached.cross_tokens["visual"] is model.crossget.visual
+        assert "crossget.visual.0" in model.state_dict()
+    assert list(attached.parameters()) == list(model.crossget.parameters())
     attached.detach()
     assert list(model.state_dict()) == before
 
@@ -91,7 +92,8 @@ def test_a_reducer_set_later_brings_its_cross_tokens_along() -> None:
     attached.register_parameters(model)
     assert not list(model.crossget.parameters())
     attached.reducer = crossget.CrossGET(r=2)
-    assert dict(model.named_parameters())["crossget.visual"] is attached.cross_tokens["visual"]
+    assert [p.shape for p in attached.parameters()] == [(32,)] * 3
+    assert list(attached.parameters()) == list(model.crossget.parameters())
 
 
 def test_registering_twice_or_where_the_name_is_taken_is_refused() -> None:
@@ -125,9 +127,7 @@ def test_only_what_is_chosen_is_trained(train: Any, registered: bool) -> None:
     assert sum(len(parameters) for parameters in groups.values()) == len(chosen)
     assert [p.requires_grad for p in everything] == [id(p) in chosen for p in everything]
     model(IMAGE).sum().backward()
-    cross = attached.cross_tokens["visual"].grad
-    assert cross is not None
-    assert cross.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attached.parameters())
     assert (model.head.weight.grad is None) == (train != "all")
 
 
@@ -180,7 +180,7 @@ def test_one_parameter_per_block_is_the_same_model() -> None:
     values = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     attached.set_cross_tokens({"visual": values})
     expected = model(IMAGE)
-    attached.register_parameters(model, per_block=True)
+    attached.register_parameters(model)
     assert list(attached.parameters()) == [model.crossget.visual[layer] for layer in range(3)]
     assert torch.equal(attached.cross_tokens["visual"], values)
     torch.testing.assert_close(model(IMAGE), expected, rtol=0, atol=0)
@@ -192,14 +192,6 @@ def test_one_parameter_per_block_is_the_same_model() -> None:
     assert torch.equal(attached.cross_tokens["visual"], 2 * values)
     attached.reducer = crossget.ToMe(r=2)
     attached.detach()
-
-
-def test_a_reducer_set_later_has_one_parameter_per_block_too() -> None:
-    model = vit()
-    attached = crossget.attach(model, crossget.ToMe(r=2))
-    attached.register_parameters(model, per_block=True)
-    attached.reducer = crossget.CrossGET(r=2)
-    assert [p.shape for p in attached.parameters()] == [(32,)] * 3
 
 
 # timm's groups of parameters ------------------------------------------------------------------------------------------
@@ -226,7 +218,7 @@ def test_layer_wise_learning_rates_of_timm_are_those_of_the_blocks(name: str, co
     before = dict(model.__dict__)
     plain = settings(model, param_groups_layer_decay(model, 0.05, model.no_weight_decay()))
     attached = crossget.attach(model, crossget.CrossGET(r=2))
-    attached.register_parameters(model, per_block=True)
+    attached.register_parameters(model)
     model = copy.deepcopy(model) if copied else model
     by_hand = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.75)
     made = create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.05, layer_decay=0.75).param_groups
@@ -259,8 +251,8 @@ def test_cross_tokens_have_no_weight_decay_in_timm(per_block: bool) -> None:
 
 def test_one_parameter_for_all_blocks_has_no_layer_wise_learning_rate() -> None:
     model = of_family("VisionTransformer")
-    crossget.attach(model, crossget.CrossGET(r=2)).register_parameters(model)
-    with pytest.warns(UserWarning, match="per_block=True"):
+    crossget.attach(model, crossget.CrossGET(r=2)).register_parameters(model, per_block=False)
+    with pytest.warns(UserWarning, match="per_block=False"):
         model.group_matcher()
 
 
@@ -271,7 +263,7 @@ def test_matchers_that_are_functions_and_patched_methods() -> None:
 
     model = Own(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
     attached = crossget.attach(model, crossget.CrossGET(r=2))
-    attached.register_parameters(model, per_block=True)
+    attached.register_parameters(model)
     assert [model.group_matcher()(name) for name in ("crossget.visual.2", "blocks.1.x", "head.bias")] == [2, 1, 99]
     attached.unregister_parameters()
     model.no_weight_decay = set

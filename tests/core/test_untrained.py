@@ -256,7 +256,7 @@ def test_casts_and_shared_memory_reach_registered_cross_tokens_only(registered: 
 def test_a_state_dict_has_registered_cross_tokens_only() -> None:
     model, attached = attached_vit()
     before = set(model.state_dict())
-    attached.register_parameters(model, per_block=True)
+    attached.register_parameters(model)
     assert set(model.state_dict()) - before == {f"crossget.visual.{layer}" for layer in range(3)}
     attached.unregister_parameters()
     assert set(model.state_dict()) == before

@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 import crossget
 from crossget.methods.reducers import TowerFacts, View
 from experiments.lib.files import Json, read_results, unpack
-from experiments.real import budgets, clip, distill, evidence, picture, precision, report, saliency, zero_shot
+from experiments.real import budgets, clip, distill, evidence, picture, precision, report, saliency, speed, zero_shot
 from experiments.real.presets import ROWS
 from tests.support.small_clip import registered
 
@@ -112,6 +112,23 @@ def test_zero_shot_from_photographs_to_tables(files: Path, tmp_path: Path) -> No
     contents[0]["run"]["data"] = {"folder": "others"}
     with pytest.raises(ValueError, match="differ in 'data'"):
         report.zero_shot_rows(contents)
+
+
+def test_speed_takes_the_schedules_of_zero_shot(files: Path, tmp_path: Path) -> None:
+    files_only = {key: value for key, value in given(files).items() if key not in ("texts", "sets")}
+    options = speed.Options(**files_only, budgets=(69, 80), images=2, rounds=2, results=tmp_path)
+    contents = measured(speed.STUDY, options)
+    first = contents[0]["result"]["rows"]
+    assert [row["method"] for row in first] == ["dense", "tome", "crossget", "ward"]
+    assert all(1 / 0.69 <= row["promised"] < 2 for row in first[1:])
+    assert all(len(row["rounds"]) == 2 and row["seconds"] > 0 for row in first)
+    text = "\n".join(report.speeds(contents))
+    assert text.count("| Ward ") == 2
+    assert f"{first[1]['speed']:.2f}x [" in text
+    with pytest.raises(ValueError, match="dense"):
+        speed.grid(replace(options, presets=("dense",)))
+    for run in speed.grid(options):
+        assert speed.grid(replace(options, **speed.select(run))) == [run]
 
 
 def test_the_command_repeats_one_run(files: Path) -> None:

@@ -191,6 +191,10 @@ def test_a_request_can_set_its_own_share(served: Served) -> None:
         check(served.answers(prompts), expected(served.model, served.folder, served.family, prompts))
 
 
+def test_a_request_for_all_image_tokens_has_the_dense_answers(served: Served) -> None:
+    check(served.answers(PROMPTS[:2], 1.0), expected(served.model, served.folder, served.family, PROMPTS[:2]))
+
+
 def test_many_at_once_are_answered_as_alone(served: Served) -> None:
     prompts = [(f"w{number} # w{number % 7}", [number % 3]) for number in range(32)]
     alone = [answer for prompt in prompts for answer in served.answers([prompt])]
