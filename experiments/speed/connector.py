@@ -128,7 +128,8 @@ def execute(run: Run) -> Json:
     model = make(run, DTYPES[run.dtype], run.device)
     inputs = prompt(model, run)
     methods = {f"keep {keep:g}": {"connector": crossget.Ward(crossget.Keep(keep))} for keep in run.keep}
-    report = benchmark(model, inputs, rounds=run.rounds, warmup=2, methods=methods, call=partial(generate, model, 1))
+    # No rounds to warm up: an untimed call precedes every timed one, and takes up to half a minute on a CPU.
+    report = benchmark(model, inputs, rounds=run.rounds, warmup=0, methods=methods, call=partial(generate, model, 1))
     counted = make(run, torch.float32, "meta")
     costs = {DENSE: (cache_bytes(model, inputs), 1.0, run.side**2, 0.0)}
     for name, reducer in methods.items():
