@@ -5,9 +5,11 @@ nothing is downloaded: the model is a LLaVA-1.5 of a size of its own. In one run
 same requests of several clients at once, each with one image.
 """
 
+import base64
 import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import socket
 import subprocess
@@ -147,6 +149,22 @@ def vllm(command: str) -> list[str]:
     return [str(Path(sys.executable).with_name("vllm")), command]
 
 
+def prompt_tokens(address: str, folder: Path, run: Run) -> int:
+    """Return how many tokens a prompt with an image has, as the server counts them."""
+    from PIL import Image
+
+    side, png = SIZES[run.size][2], io.BytesIO()
+    Image.new("RGB", (side, side)).save(png, "PNG")
+    image = {"url": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()}
+    content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": "w1"}]
+    body = {"model": str(folder), "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return int(json.load(answer)["usage"]["prompt_tokens"])
+
+
 def ask(address: str, folder: Path, run: Run) -> Json:
     """Return what vLLM's benchmark measures."""
     size = SIZES[run.size][2]
@@ -176,7 +194,14 @@ def execute(run: Run) -> Json:
         reduced = {"method": run.method, "keep": run.share}
         for label, setting in ((DENSE, None), (f"{run.method}, keep {run.share:g}", reduced)):
             with serving(folder, setting, run) as address:
-                rows.append({"method": label, **ask(address, folder, run)})
+                counted = prompt_tokens(address, folder, run)
+                rows.append({"method": label, "prompt_tokens": counted, **ask(address, folder, run)})
+    dense, fewer = (row["prompt_tokens"] for row in rows)
+    if fewer >= dense:
+        raise RuntimeError(
+            f"a prompt with an image has {fewer} tokens with crossget and {dense} without: the server has not loaded "
+            "crossget's plugin; install crossget beside vLLM"
+        )
     return {"run": asdict(run), "result": {"rows": rows}}
 
 
