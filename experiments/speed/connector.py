@@ -195,7 +195,7 @@ def cells(content: Json) -> list[list[str]]:
 def tables(contents: Sequence[Json]) -> str:
     """Return the results as text, one table each."""
     parts = []
-    for content in sorted(contents, key=lambda content: int(content["run"]["image_tokens"])):
+    for content in sorted(contents, key=lambda content: (content["run"]["dtype"], int(content["run"]["image_tokens"]))):
         run = content["run"]
         parts.append(
             f"{run['size']}, batch {run['batch']}, {run['text_tokens']} text tokens, {run['dtype']}, "

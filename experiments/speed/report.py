@@ -88,7 +88,7 @@ def draw(contents: Sequence[Json], file: Path) -> None:
             axes.remove()
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.supxlabel("speed relative to dense (median, quartiles)")
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, format="png", dpi=80, metadata={"Software": None})
 
 
