@@ -109,14 +109,17 @@ def test_every_method_is_measured(name: Any, train: bool, tmp_path: Path) -> Non
     rows = content["result"]["rows"]
     assert [found["method"] for found in rows] == list(METHODS)
     assert all(len(found["rounds"]) == 2 and found["peak_memory"] > 0 for found in rows)
-    dense, reduced, tome, ideal = rows
+    dense, reduced, tome, ward, ideal = rows
     assert (dense["speed"], dense["promised"], dense["memory"]) == (1, 1, 1)
     assert reduced["promised"] == ideal["promised"] < tome["promised"]
+    assert ward["promised"] > 1
     assert ideal["over_ideal"] == 0
     counted = content["result"]["flops"]
     assert reduced["promised"] == pytest.approx(counted[DENSE] / counted[CROSSGET], abs=1e-4)
     assert ("--train" in content["command"]) == train
-    assert len(table([content]).splitlines()) == 2 + len(METHODS)
+    text = table([content])
+    assert len(text.splitlines()) == 3
+    assert all(f"{found['speed']:.2f}x [" in text for found in rows[1:])
 
 
 def test_what_is_promised_and_what_is_realised() -> None:
