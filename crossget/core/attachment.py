@@ -305,8 +305,8 @@ class Attachment:
 
         Args:
             module: usually the attached model.
-            per_block: one parameter [C] per block, `crossget.visual.0` and so on; they are new parameters. False: one
-                [L, C] per tower, `crossget.visual`. None: one per block where the module has timm's `group_matcher`,
+            per_block: True: one new parameter [C] per block, `crossget.visual.0` and so on. False: one [L, C] per
+                tower, `crossget.visual`. None: one per block where the module has timm's `group_matcher`,
                 as a parameter can have one learning rate only.
 
         Raises:

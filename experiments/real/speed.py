@@ -92,15 +92,14 @@ def load(options: Options) -> Callable[[Run], Json]:
             promised[name] = counted["dense"] / counted["reduced"]
         rows = [
             {
-                "method": name,
+                "method": timed.name,
                 "seconds": round(timed.median_seconds, 6),
                 "speed": round(timed.median_speed, 4),
                 "quartiles": [round(value, 4) for value in timed.speed_quartiles],
-                "promised": round(promised[name], 4),
+                "promised": round(promised[timed.name], 4),
                 "rounds": [round(seconds, 6) for seconds in timed.seconds],
             }
-            for name in promised
-            for timed in (report[name],)
+            for timed in report.measurements
         ]
         reducers = {name: described(reducer) for name, reducer in fitted.items()}
         return {"run": {**asdict(run), **given, "reducers": reducers}, "result": {"rows": rows}}
