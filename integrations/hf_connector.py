@@ -87,12 +87,9 @@ def find_connector(model: Any) -> Connector:
 
 
 def _attentions(model: Any) -> list[nn.Module] | str:
-    """The attentions of the language model; the reason if a layer has another kind of memory, or an unknown kernel."""
+    """The attentions of the language model; the reason if a layer has another kind of memory."""
     language = model.get_decoder() if hasattr(model, "get_decoder") else model.language_model
     config = getattr(language, "config", None)
-    kernel = getattr(config, "_attn_implementation", None)
-    if kernel not in RECOGNISED_KERNELS:
-        return f"its kernel is {kernel!r}; use SDPA, as by model.set_attn_implementation('sdpa')"
     found = []
     for module in language.modules():
         names = inspect.signature(type(module).forward).parameters

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossget.core.attached_place import AttachedPlace
+from crossget.core.sized_keys import SizedKernels
 from crossget.core.state import BlockRecord
 from crossget.core.tower_attention import ScoredTower
 from crossget.methods.importance import attention_received
@@ -52,7 +53,7 @@ class Connector:
         inner: other modules whose `forward` takes such prompts.
         separator: name of the parameter of `parts` that separates the rows of an image, such as "image_newline"; None:
             there is none among the features.
-        attentions: the attentions of the language model, whose scores can take a bias; or the reason why none can.
+        attentions: the attentions of the language model, whose scores log(size) can be added to; or the reason why not.
         scored: the blocks of the image tower, whose attention scores the features; or the reason why it cannot.
     """
 
@@ -316,21 +317,18 @@ class AttachedConnector(AttachedPlace[ConnectorRecord]):
         self, connector: Connector, reducer: Reducer, *, has_copies: bool = False, tower_reduced: bool = False
     ) -> None:
         self.connector, self.has_copies, self.tower_reduced = connector, has_copies, tower_reduced
+        self._kernels = SizedKernels()
         super().__init__(reducer, ConnectorRecord)
 
     def resolve(self, reducer: Reducer) -> Reducer:
         """The method with all fields resolved.
 
         Raises:
-            ValueError: it cannot work behind the connector, or asks for sizes in attentions that take no bias.
+            ValueError: it cannot work behind the connector, or asks for sizes in attentions that take none.
         """
         resolved = reducer.resolved(FACTS)
-        if _adds_sizes(resolved) and isinstance(self.connector.attentions, str):
-            raise ValueError(
-                f"proportional_attention=True on {FACTS.name} adds log(size) to the attention scores of the language "
-                f"model, and those of {type(self.connector.model).__name__} take none: {self.connector.attentions}; "
-                "or leave it out"
-            )
+        if _adds_sizes(resolved) and (refusal := self._sizes_refusal()) is not None:
+            raise ValueError(refusal)
         if resolved.needs_tower_attention:
             scored = "it is reduced, too" if self.tower_reduced else self.connector.scored
             if isinstance(scored, str):
@@ -340,6 +338,29 @@ class AttachedConnector(AttachedPlace[ConnectorRecord]):
                 )
         self._check(resolved.schedule)
         return resolved
+
+    def check_kernel(self) -> None:
+        """Check that the language model, whose kernel may have changed, takes sizes if the method asks for it.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        if self.adds_sizes and (refusal := self._sizes_refusal()) is not None:
+            raise RuntimeError(refusal)
+
+    def _sizes_refusal(self) -> str | None:
+        """Why the attentions of the language model take no sizes; None: they do."""
+        attentions, model = self.connector.attentions, self.connector.model
+        if isinstance(attentions, str):
+            reason: str | None = attentions
+        else:
+            reason = self._kernels.refusal(attentions, model.dtype, model.device)
+        if reason is None:
+            return None
+        return (
+            f"proportional_attention=True on {FACTS.name} adds log(size) to the attention scores of the language "
+            f"model, and those of {type(model).__name__} take none: {reason}; or leave it out"
+        )
 
     def _check(self, keep: Any) -> None:
         if not isinstance(keep, Keep):

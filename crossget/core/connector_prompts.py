@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from crossget.core import sized_keys
 from crossget.core.adapters import RECOGNISED_KERNELS
 from crossget.core.block_class import argument_names, unwrap, wrap
 from crossget.core.carried import ThreadValue
@@ -144,6 +145,7 @@ class ConnectorPrompts:
         Raises:
             ValueError: the attention mask does not have the shape [B, T], or there are other features than
                 placeholders.
+            RuntimeError: the kernel of the language model was changed, and takes no sizes.
         """
         arguments = self._renamed(arguments)
         tokens = first_given(arguments, "input_ids", "inputs_embeds")
@@ -167,6 +169,7 @@ class ConnectorPrompts:
                 f"attention_mask has the shape {list(mask.shape)}, which cannot be shortened with its prompt: give a "
                 f"mask {list(tokens.shape[:2])}"
             )
+        self.attached.check_kernel()
         chosen = _Chosen(self, arguments, tokens, earlier)
         encoded = self._encode(arguments, given)
         if not encoded:
@@ -372,6 +375,10 @@ class ConnectorPrompts:
         tokens = first_given(named, "input_ids", "inputs_embeds")
         if record is not None and tokens is not None and (generates or named.get("position_ids") is None):
             named["position_ids"] = _later_positions(record, int(cached_tokens(cache)), tokens)
+        if record is not None and tokens is not None and generates and cache is None:
+            # `generate` drops a mask that hides nothing. Gaps would be borders of packed sequences, as in `_shorten`.
+            mask = named.get("attention_mask")
+            named["attention_mask"] = tokens.new_ones(tokens.shape[:2]).long() if mask is None else mask
         return (), named
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -432,33 +439,42 @@ class ConnectorPrompts:
     def before_attention(
         self, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of an attention of the language model: adds log(size) of the keys to its mask."""
+        """Forward pre-hook of an attention of the language model: log(size) of the keys is added to its scores.
+
+        It is added to the mask, or waits for a kernel that takes none.
+        """
+        sized_keys.set_sizes(module, None)  # those of a call that failed
         named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         cache = first_given(named, "cache", "past_key_values")
         call = self._running()
         # Gradient checkpointing runs this again when the call is over, with the same tensors of rotations.
         rotations = (named.get("position_embeddings") or (None,))[0]
         record = (None if call is None else call.record) or record_of(cache) or record_of(rotations)
-        if record is None or record.log_sizes is None:
+        if record is None:
             return None
+        kernel = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+        if kernel not in RECOGNISED_KERNELS and "position_ids" not in names:
+            # The positions of one row with gaps would be taken for those of several packed sequences.
+            named.pop("position_ids", None)
+        if record.log_sizes is None:
+            return (), named
         if rotations is not None:
             setattr(rotations, RECORD, record)
         hidden = named["hidden_states"]
         queries, past = int(hidden.shape[1]), 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
-        mask = named.get("attention_mask")
-        kernel = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+        sizes = sized_keys.KeySizes(record.log_sizes, past + queries)
         if kernel not in RECOGNISED_KERNELS:
-            raise RuntimeError(
-                f"the attention runs {kernel!r}, a kernel that takes no bias: use SDPA, as by "
-                "model.set_attn_implementation('sdpa'), or leave proportional_attention out"
-            )
-        keys = past + queries if mask is None else int(mask.shape[-1])
-        if mask is None:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device).tril(keys - queries)[None, None]
+            sized_keys.set_sizes(module, sizes)
+            return (), named
+        mask = named.get("attention_mask")
+        if mask is None:  # causal; a static cache has more keys than tokens, one of a sliding window begins later
+            keys, start = (queries, 0) if cache is None else cache.get_mask_sizes(queries, module.layer_idx)
+            rows = past + torch.arange(queries, device=hidden.device)
+            mask = (rows[:, None] >= start + torch.arange(keys, device=hidden.device))[None, None]
         if mask.dtype == torch.bool:
             least = torch.finfo(hidden.dtype).min
             mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, least)
-        bias = _bias(record.log_sizes, len(hidden), past + queries, keys).to(mask)
+        bias = sizes.of_keys(len(hidden), int(mask.shape[-1])).to(mask)
         return (), {**named, "attention_mask": mask + bias[:, None, None]}
 
 
@@ -629,22 +645,8 @@ def _later_positions(record: PromptRecord, past: int, tokens: Tensor) -> Tensor:
     return positions.repeat_interleave(len(tokens) // known.shape[batch_axis], batch_axis)
 
 
-def _bias(log_sizes: Tensor, batch: int, total: int, keys: int) -> Tensor:
-    """[B, keys] log(size) of the keys of an attention.
-
-    Args:
-        log_sizes: [rows, W] of the prompt.
-        batch: B, a multiple of the rows (beams).
-        total: number of tokens so far.
-        keys: number of keys: fewer than `total` in a sliding window, more in a static cache.
-    """
-    sizes = log_sizes.repeat_interleave(batch // len(log_sizes), 0)
-    more = max(total, keys) - int(sizes.shape[1])
-    if more > 0:
-        sizes = torch.cat([sizes, sizes.new_zeros(batch, more)], 1)
-    if keys < total:
-        return sizes[:, total - keys : total]
-    return torch.cat([sizes[:, :total], sizes.new_zeros(batch, keys - total)], 1)
+def _check_taken(module: Any, args: Any, out: Any) -> None:
+    sized_keys.check_taken(module)
 
 
 class _Uncompiled:
@@ -677,6 +679,8 @@ def wrap_model(prompts: ConnectorPrompts, *, wraps_generate: bool) -> list[Calla
     for module in () if isinstance(connector.attentions, str) else connector.attentions:
         before_attention = _Uncompiled(partial(prompts.before_attention, argument_names(type(module).forward)))
         undo.append(module.register_forward_pre_hook(before_attention, with_kwargs=True).remove)
+        undo.append(module.register_forward_hook(_Uncompiled(_check_taken)).remove)
+        undo.append(partial(sized_keys.restore, module))
     if not isinstance(connector.scored, str):
         undo += connector.scored.hook()
     if wraps_generate and hasattr(connector.model, "generate"):

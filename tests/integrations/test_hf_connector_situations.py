@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import flash_kernel
 import pytest
 import torch
 import transformers
@@ -20,6 +22,8 @@ import vlm_models
 from hf_models import VERSION
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm_models import batch, types
 
 import crossget
@@ -118,13 +122,15 @@ def test_ways_to_generate(family: str, way: str) -> None:
         dense, chunks = (by_generate(model, arguments, **more)[1] for more in ({}, WAYS[way]))
         assert (dense - chunks).abs().max() > 0.1
         return
-    arguments, more = batch(model, family, *ROWS), dict(WAYS[way])
-    if "max_length" in more:
-        more["max_length"] = arguments["input_ids"].shape[1] + STEPS
-    with crossget.attach(model, KEEP):
-        out = model.generate(**arguments, **{**GREEDY, **more})
-        found = out.sequences[:, arguments["input_ids"].shape[1] :], torch.stack(out.logits, 1)
-        assert_same(found, by_forward(model, arguments))
+    # A row by itself has no padding: `generate` drops its mask.
+    for arguments in (batch(model, family, *ROWS), batch(model, family, ROWS[1], numbers=[[1, 2]])):
+        more, length = dict(WAYS[way]), arguments["input_ids"].shape[1]
+        if "max_length" in more:
+            more["max_length"] = length + STEPS
+        with crossget.attach(model, KEEP):
+            out = model.generate(**arguments, **{**GREEDY, **more})
+            found = out.sequences[:, length:], torch.stack(out.logits, 1)
+            assert_same(found, by_forward(model, arguments))
 
 
 @pytest.mark.parametrize("family", of(FAMILIES))
@@ -791,21 +797,178 @@ def test_sizes_in_sliding_windows(sliding: str) -> None:
         assert_same(by_generate(model, arguments, cache_implementation="static", disable_compile=True), expected)
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")  # transformers builds flex masks in this way
-@pytest.mark.parametrize("kernel", [pytest.param("flex_attention", marks=pytest.mark.slow), "flash_attention_2"])
-def test_kernels_that_take_no_bias_are_refused(kernel: str) -> None:
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a kernel that is transformers' FlashAttention, with functions that run on a CPU."""
+    functions = (flash_kernel.flash_attn_func, flash_kernel.flash_attn_varlen_func, None)
+    padding = (flash_utils._pad_input, flash_utils._unpad_input)
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: (*functions, *padding))
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    return "flash_attention_2"
+
+
+def set_kernel(model: Any, kernel: str) -> None:
+    """Set the kernel of the language model. That of the whole is what `generate` looks at."""
+    model.config._attn_implementation = kernel  # and of all parts
+    model.config.vision_config._attn_implementation = "sdpa"
+
+
+def without_mask(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float, **more: Any
+) -> tuple[Tensor, None]:
+    """A kernel that transformers gives no mask, as it knows none for it."""
+    assert attention_mask is None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return flash_kernel.flash_attn_func(q, k, v, softmax_scale=scaling, causal=True), None
+
+
+def without_scaling(*args: Any, scaling: float, **more: Any) -> tuple[Tensor, None]:
+    return without_mask(*args, scaling=0.5, **more)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Register `without_mask` and `without_scaling`."""
+    found = (without_mask, without_scaling)
+    for one in found:
+        transformers.AttentionInterface.register(one.__name__, one)
+    yield
+    for one in found:
+        transformers.AttentionInterface._global_mapping.pop(one.__name__)
+
+
+@pytest.mark.parametrize("family", of(["llava", "qwen2_5_vl", "llava_next", "internvl", "qwen3_vl"], GRIDS))
+def test_sizes_where_a_kernel_takes_no_bias(family: str, flash_attention: str) -> None:
+    """FlashAttention gets them as one more channel: rows with padding, caches, beams and later turns equal SDPA's."""
+    model, kernel = vlm_models.build(family), flash_attention
+    both, alone = batch(model, family, "^ab#cdef", "^a#g#hi"), batch(model, family, "^ab#cd", numbers=[[0]])
+    ways: list[dict[str, Any]] = [
+        {}, {"prefill_chunk_size": 5}, {"num_beams": 2}, {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+    ]  # fmt: skip
+    turn = batch(model, family, "x#yz", numbers=[[4]])
+    images = {k: v for k, v in turn.items() if k.startswith(("pixel", "image"))}
+
+    def results() -> list[tuple[Tensor, Tensor]]:
+        found = [by_generate(model, arguments, **way) for arguments in (both, alone) for way in ways]
+        out = model.generate(**alone, **GREEDY)
+        whole = longer(model, longer(model, alone, out.sequences[:, -STEPS:]), turn["input_ids"])
+        text = {k: v for k, v in whole.items() if not k.startswith(("pixel", "image"))}
+        found.append(by_generate(model, {**text, **images, **cache_of(out)}))
+        ids = alone["input_ids"]
+        logits = [model(**arguments).logits[:, -8:] for arguments in (both, alone)]  # these are no padding
+        return [*found, *((ids, one) for one in logits)]
+
+    method = crossget.Ward(crossget.Keep(0.3))
+    with torch.no_grad(), crossget.attach(model, SIZED) as attached:
+        expected = results()
+        attached.reducer = method
+        plain = results()
+        attached.reducer = SIZED["connector"]
+        set_kernel(model, kernel)
+        found = results()
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+        attached.reducer = method
+        for one, other in zip(results(), plain, strict=True):
+            assert_same(one, other)
+        assert (plain[-1][1] - expected[-1][1]).abs().max() > 0.01 * expected[-1][1].abs().max()  # sizes matter here
+
+
+def test_sizes_where_a_kernel_gets_no_mask(kernels: None) -> None:
+    model = vlm_models.build("llava")
+    arguments = batch(model, "llava", "^ab#cdef", numbers=[[0]])
+    attention = model.model.language_model.layers[0].self_attn
+    with crossget.attach(model, SIZED):
+        expected = by_generate(model, arguments)
+    set_kernel(model, "without_mask")
+    names = list(ALL_ATTENTION_FUNCTIONS)
+    before = {**attention.__dict__}
+    with crossget.attach(model, SIZED):
+        assert_same(by_generate(model, arguments), expected)
+        assert attention.config._attn_implementation == "without_mask"
+        copied = copy.deepcopy(model)
+        assert copied.model.language_model.layers[0].self_attn.config.vocab_size == attention.config.vocab_size
+        assert_same(by_generate(copied, arguments), expected)
+        checkpoint(model.train(), use_reentrant=False)
+        gradients = []
+        for kernel in ("without_mask", "sdpa"):
+            set_kernel(model, kernel)
+            model(**arguments, labels=arguments["input_ids"], use_cache=False).loss.backward()
+            gradients.append(attention.q_proj.weight.grad)
+            model.zero_grad()
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    del copied
+    gc.collect()
+    assert attention.config is before["config"]
+    assert attention.__dict__.keys() == before.keys()
+    assert list(ALL_ATTENTION_FUNCTIONS) == names
+
+
+def test_sizes_after_a_kernel_that_failed(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waited for the failed call is not taken by a later one, and a kernel that is not asked for is an error."""
+    model = vlm_models.build("llava")
+    arguments, text = batch(model, "llava", "^ab#cd", numbers=[[0]]), {"input_ids": torch.tensor([[1, 7, 8, 9]])}
+    attention = model.model.language_model.layers[1].self_attn
+    set_kernel(model, "without_mask")
+    with torch.no_grad(), crossget.attach(model, SIZED):
+        expected, dense = model(**arguments).logits, model(**text).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(attention.o_proj, "forward", lambda x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(**arguments)
+            patch.setattr(attention.v_proj, "forward", lambda x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(**arguments)
+        assert torch.equal(model(**text).logits, dense)
+        assert torch.equal(model(**arguments).logits, expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "forward", lambda hidden_states, **more: (hidden_states, None))
+            with pytest.raises(RuntimeError, match="did not call the kernel 'without_mask'"):
+                model(**arguments)
+        assert torch.equal(model(**arguments).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [("flash_attention_2", "no further channel"), ("without_scaling", "changes its results")],
+)
+def test_kernels_that_take_no_sizes_are_refused(kernel: str, reason: str, kernels: None) -> None:
+    """Here FlashAttention is not installed."""
     model = vlm_models.build("llava")
     arguments = batch(model, "llava", *ROWS)
-    model.model.language_model.config._attn_implementation = kernel
+    set_kernel(model, kernel)
     before = dict(model.__dict__)
-    with pytest.raises(ValueError, match=f"proportional_attention=True.*{kernel}"):
+    with pytest.raises(ValueError, match=f"proportional_attention=True.*{kernel}.*{reason}"):
         crossget.attach(model, SIZED)
     assert model.__dict__ == before
-    model.model.language_model.config._attn_implementation = "sdpa"
+    set_kernel(model, "sdpa")
     with crossget.attach(model, SIZED):
-        model.model.language_model.config._attn_implementation = kernel  # after attaching
-        with pytest.raises(RuntimeError, match=f"{kernel}.*takes no bias"):
+        set_kernel(model, kernel)  # after attaching
+        model.model.vision_tower.register_forward_pre_hook(lambda *args: pytest.fail("encoded before the error"))
+        with pytest.raises(RuntimeError, match=f"{kernel}.*{reason}"):
             model(**arguments)
+
+
+def test_a_kernel_that_caps_scores_is_refused(flash_attention: str) -> None:
+    model = vlm_models.build("llava")
+    set_kernel(model, flash_attention)
+    model.model.language_model.layers[0].self_attn.attn_logit_softcapping = 50.0
+    with pytest.raises(ValueError, match="flash_attention_2.*behind a cap of the scores"):
+        crossget.attach(model, SIZED)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")  # transformers builds flex masks in this way
+def test_sizes_in_flex_attention() -> None:
+    model = vlm_models.build("llava")
+    arguments = batch(model, "llava", *ROWS)
+    with torch.no_grad(), crossget.attach(model, SIZED):
+        expected = logits_of(model, arguments)
+        set_kernel(model, "flex_attention")
+        found = logits_of(model, arguments)
+    # These are no padding.
+    torch.testing.assert_close(found[:, -8:], expected[:, -8:], rtol=1e-4, atol=2e-4 * float(expected.max()))
 
 
 # Tower and connector together ---------------------------------------------------------------------------------------
