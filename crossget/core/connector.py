@@ -354,7 +354,7 @@ class AttachedConnector(AttachedPlace[ConnectorRecord]):
         if isinstance(attentions, str):
             reason: str | None = attentions
         else:
-            reason = self._kernels.refusal(attentions, model.dtype, model.device)
+            reason = self._kernels.refusal(attentions, model)
         if reason is None:
             return None
         return (

@@ -184,7 +184,7 @@ class SizedKernels:
     def __init__(self) -> None:
         self._reasons: dict[tuple[str, int, torch.dtype, torch.device], str | None] = {}
 
-    def refusal(self, attentions: Sequence[Any], dtype: torch.dtype, device: torch.device) -> str | None:
+    def refusal(self, attentions: Sequence[Any], model: Any) -> str | None:
         """The reason why the kernel of one of the attentions takes no sizes; None: all do.
 
         Eager attention and SDPA take a bias. Another kernel is called with one more channel, for one query and a few
@@ -192,16 +192,15 @@ class SizedKernels:
 
         Args:
             attentions: of a language model.
-            dtype: of its activations.
-            device: where they are.
+            model: tells the dtype and the device of its activations.
         """
         for attention in attentions:
             name = attention.config._attn_implementation
             if name in RECOGNISED_KERNELS:
                 continue
-            key = name, _channels(attention), dtype, device
+            key = name, _channels(attention), model.dtype, model.device
             if key not in self._reasons:
-                self._reasons[key] = _refusal(attention, name, dtype, device)
+                self._reasons[key] = _refusal(attention, name, model.dtype, model.device)
             if (reason := self._reasons[key]) is not None:
                 return f"{reason}; use SDPA, as by model.set_attn_implementation('sdpa')"
         return None

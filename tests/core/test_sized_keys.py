@@ -123,7 +123,7 @@ def refusal(kernel: str, **fields: Any) -> str | None:
     module = Attention(kernel)
     vars(module).update(fields)
     state = torch.get_rng_state()
-    found = SizedKernels().refusal([module], torch.float32, torch.device("cpu"))
+    found = SizedKernels().refusal([module], SimpleNamespace(dtype=torch.float32, device=torch.device("cpu")))
     assert torch.equal(torch.get_rng_state(), state)
     return found
 
