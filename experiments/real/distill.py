@@ -5,16 +5,20 @@ minus the cosine with the dense features. The dense control gets the same traini
 what it loses or gains is what training alone does. Measured zero-shot, and by the nearest centroid of classes.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossget
+from crossget.core.files import replacing
 from crossget.core.training import parameter_groups
 from experiments.ablation.presets import TRAINED
 from experiments.ablation.run import cost, described
@@ -84,7 +88,7 @@ class Options(training.TrainingOptions):
     eval_batch: int = 25
     """Images per forward when measuring."""
     work: Path | None = None
-    """Folder for checkpoints, from which a stopped run goes on; without it there are none."""
+    """Folder for checkpoints, from which a stopped run goes on, and for what is trained towards; none without it."""
     results: Path = field(default=RESULTS)
     """Where the result files go."""
 
@@ -153,6 +157,14 @@ def encode_files(tower: nn.Module, files: Sequence[Path], setting: Setting, batc
     return torch.cat(parts)
 
 
+def stored(file: Path, make: Callable[[], Tensor]) -> Tensor:
+    """Return the tensor of a file, which is made and written first if it does not exist."""
+    if not file.exists():
+        with replacing(file) as new:
+            save_file({"targets": make()}, new)
+    return load_file(file)["targets"]
+
+
 @dataclass(frozen=True)
 class Centroids:
     """Photographs with classes: centroids of some are compared with others.
@@ -216,7 +228,13 @@ def load(options: Options) -> Callable[[Run], Json | None]:
 
     @cache
     def targets() -> Tensor:
-        return encode_files(loaded.tower, files, setting, options.eval_batch, device)
+        def encoded() -> Tensor:
+            return encode_files(loaded.tower, files, setting, options.eval_batch, device)
+
+        if options.work is None:
+            return encoded()
+        known = json.dumps([given["model"], given["weights"], *map(str, files)])
+        return stored(options.work / f"targets_{hashlib.sha256(known.encode()).hexdigest()[:16]}.safetensors", encoded)
 
     def build(run: Run) -> tuple[nn.Module, crossget.Attachment | None]:
         model = load_model(setting, options.weights)

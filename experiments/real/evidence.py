@@ -94,6 +94,14 @@ def budgets(results: Sequence[Json]) -> Iterator[str]:
         cells = [f"{found[kind]['result']['distance']:.4f}" if kind in found else "" for kind in kinds]
         lines.append([f"{title}, {presets.ROWS[name].label}, {share} %", *cells])
     yield markdown(lines, ["model, method, FLOPs", *kinds])
+    timed = [c["result"] for c in report.of_task(results, "budgets") if c["run"]["budget"] == "latency"]
+    kept = [one for one in timed if "refused" not in one]
+    if kept:
+        off = 100 * max(abs(one["predicted"] - one["measured"]) for one in kept)
+        yield (
+            f"Budgets of time: {len(kept)} of {len(timed)} can be kept; predicted and measured time differ by at most "
+            f"{off:.1f} points."
+        )
 
 
 def trained(results: Sequence[Json]) -> Iterator[str]:

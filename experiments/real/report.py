@@ -52,7 +52,7 @@ def of_task(results: Sequence[Json], task: str) -> list[Json]:
         ValueError: they come from different photographs, texts or weights.
     """
     own = [content for content in results if content["run"]["task"] == task]
-    for name in ("data", "texts", "weights", "n"):
+    for name in ("data", "texts", "weights", "n", "trained_on", "measured_on"):
         by_tower: dict[Any, Any] = {}
         for content in own:
             run = content["run"]
@@ -250,7 +250,7 @@ def budgets(results: Sequence[Json]) -> Iterator[str]:
     if not own:
         return
     yield "## Fitted schedules"
-    run = own[0]["run"]
+    run = min((content["run"] for content in own), key=lambda run: str(run["budget"]))  # one of flops
     yield (
         f"Fitted on {run['fitted_on']} photographs, measured on {run['measured_on']} others. "
         f"{provenance(own, 'open_clip_torch', 'transformers')} The distance is of the output from the dense model's, "
@@ -283,7 +283,7 @@ def times(own: Sequence[Json]) -> Iterator[str]:
     lines = []
     for content in own:
         run, result = content["run"], content["result"]
-        cells = [run["model"], presets.ROWS[run["preset"]].label, run["share"]]
+        cells = [run["model"], run["fitted_on"], presets.ROWS[run["preset"]].label, run["share"]]
         if "refused" in result:
             lines.append([*cells, "refused", "", ""])
             continue
@@ -292,10 +292,10 @@ def times(own: Sequence[Json]) -> Iterator[str]:
         lines.append([*cells, f"{100 * result['predicted']:.1f}", measured, f"{100 * share_of(result):.1f}"])
     where = " and ".join(sorted({measured_on(content["environment"]) for content in own}))
     yield (
-        f"Budgets of time, in batches of {own[0]['run']['fitted_on']}, on a machine shared with other work ({where}). "
-        "Brackets are quartiles."
+        f"Budgets of time ({where}). Brackets are quartiles of the measured calls. A budget that no schedule of the "
+        "method keeps is refused."
     )
-    yield markdown(lines, ["model", "method", "time asked, %", "predicted", "measured", "FLOPs, %"], 2)
+    yield markdown(lines, ["model", "batch", "method", "time asked, %", "predicted", "measured", "FLOPs, %"], 3)
 
 
 def precision_rows(results: Sequence[Json]) -> dict[tuple[str, str, int | None], Json]:

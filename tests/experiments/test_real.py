@@ -253,9 +253,14 @@ def test_budgets_from_photographs_to_a_table(files: Path, tower: Any, tmp_path: 
         assert len(unpack(result["distances"])) == 3
     assert "2 photographs, measured on 3 others" in "\n".join(report.budgets(contents))
     assert all(f"{c['result']['distance']:.4f}" in "\n".join(evidence.budgets(contents)) for c in contents)
-    refused = {"run": {**contents[0]["run"], "budget": "latency", "share": 60}, "result": {"refused": "no"}}
-    shown = "\n".join(report.budgets([*contents, {**contents[0], **refused}]))
-    assert "refused" in shown
+    time = {**contents[0]["run"], "budget": "latency", "share": 60, "fitted_on": 8}
+    kept = {**contents[0]["result"], "predicted": 0.6, "measured": 0.625, "spread": [0.5, 0.7]}
+    of_time = [{**contents[0], "run": time, "result": result} for result in ({"refused": "no"}, kept)]
+    shown = "\n".join(report.budgets([*of_time, *contents]))
+    assert "2 photographs, measured on 3 others" in shown
+    assert "62.5 [50, 70]" in shown
+    assert "1 of 2 can be kept" in "\n".join(evidence.budgets([*contents, *of_time]))
+    assert "differ by at most 2.5 points" in "\n".join(evidence.budgets([*contents, *of_time]))
     with pytest.raises(ValueError, match="needs --backbone"):
         budgets.load_fitting(replace(options, backbone=None), "dinov2")
 
@@ -276,6 +281,8 @@ def test_training_from_photographs_to_a_table(files: Path, tmp_path: Path) -> No
     assert rows["control"]["history"][0]["loss"] < rows["tome"]["history"][0]["loss"]
     assert min(rows["crossget"]["cross_tokens"]) > 0
     assert rows["dense"]["centroids"]["n"] == 12
+    (targets,) = (tmp_path / "work").glob("targets_*.safetensors")
+    assert distill.stored(targets, lambda: pytest.fail("computed again")).shape[0] == 8
     assert "8 photographs to train on" in "\n".join(report.trained(contents))
     assert f"{rows['tome']['cosine']:.4f}" in "\n".join(evidence.trained(contents))
 
