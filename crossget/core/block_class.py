@@ -156,7 +156,8 @@ def _subclass(base: type) -> Any:
                 return call_with_hooks(*args, **kwargs)
 
             def proceed(*args: Any, block_call: Any, **kwargs: Any) -> Any:
-                return call_with_hooks(*args, **kwargs, **{_CALL: block_call})
+                run: Callable[..., Any] = self._call_impl if block_call.uncompiled else call_with_hooks
+                return run(*args, **kwargs, **{_CALL: block_call})
 
             return found.runner.call_block(self, proceed, args, kwargs)
 

@@ -14,7 +14,7 @@ Shapes: B batch, T tokens of a block, T0 tokens of the host, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from crossget.core.watch import replaced_functions
 from crossget.methods.indexing import sequence_numbers, size_of, take
 from crossget.methods.matching import MergePlan, shares
 from crossget.methods.merging import unmerge
-from crossget.methods.reducers import Reducer
+from crossget.methods.reducers import Joining, Reducer
 
 OutputForm = Literal["tokens", "without_cross_token", "grid"]
 """What a block returns to the host: all its tokens; these without the cross token; or the full grid [B, T0, C]."""
@@ -185,6 +185,27 @@ class TokenState:
         numbers = None if batch == 1 else sequence_numbers(batch, device)
         return TokenState(forward, positions, positions, protected, valid, end, weights=weights, numbers=numbers)
 
+    def as_reduced(self) -> TokenState:
+        """The state of the start, in the form that it has behind a reduction: sizes and norms of 1 are tensors.
+
+        If the method may drop tokens, some may be missing.
+
+        Compiled code of a block distinguishes None from a tensor, strides of 0 from others, and views from others. So
+        one graph runs the first block and the others.
+        """
+
+        def copied(x: Tensor) -> Tensor:
+            return x.clone(memory_format=torch.contiguous_format)
+
+        ones = torch.ones(self.positions.shape, device=self.positions.device)
+        return replace(
+            self, positions=copied(self.positions), source=copied(self.source), protected=copied(self.protected),
+            sizes=ones, norms=ones.clone() if self.forward.reducer.norm_correction else None, reduced=True,
+            valid=None if self.valid is None else copied(self.valid),
+            end=None if self.end is None else copied(self.end[:, None]).squeeze(1),
+            has_dropped=not isinstance(self.forward.reducer, Joining),
+        )  # fmt: skip
+
     @property
     def length(self) -> int:
         """T0, the number of tokens of the host's sequence."""
@@ -224,8 +245,9 @@ class TokenState:
         index = self.source.clamp(min=0) if self.has_dropped else self.source
         source = plan.index.gather(1, index)
         share = None if self.weights is None else shares(plan)
-        # Without a cross token behind them, the protected tokens stay where they are.
-        stay = self.prefix is not None and not self.has_cross_token
+        # Without a cross token behind them, the protected tokens stay where they are. A view made in a graph is another
+        # kind of input for the graph of the next block.
+        stay = self.prefix is not None and not self.has_cross_token and not torch.compiler.is_compiling()
         n_kept = size_of(plan.kept, 1)
         return TokenState(
             self.forward,

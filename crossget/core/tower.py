@@ -15,6 +15,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -73,6 +74,9 @@ class BlockCall:
             is replaced.
         class_token_only: the block computes one token only.
         skipped: the host does not use the block's output, so the block is not computed and returns its input.
+        alone: the block is compiled by itself, and this call is outside of its graph. What it returns is no view, which
+            would be another kind of input for the graph of the next block.
+        uncompiled: the block runs eagerly all the same.
         n_returned: number of values that the previous block has returned as a tuple; 0: it has returned a tensor.
         state_after: of the tokens after the block.
         score: [B, T] the importance scores that the reducer used; None: it used none.
@@ -82,6 +86,8 @@ class BlockCall:
 
     state_after: TokenState
     skipped: bool = False
+    alone: bool = False
+    uncompiled: bool = False
     n_returned: int = 0
     score: Tensor | None = None
     recorded_tokens: Tensor | None = None
@@ -114,12 +120,14 @@ class AttachedTower:
         generating: forwards run as in the host's `generate`, see `Attachment.generating`.
         prompt_is_short: the host's `generate` runs, and has been given a prompt that fits the reduced tokens.
         identity: tells this tower from others, see `crossget.core.image_prompts`. Copies have the same one.
+        has_graph: compiled code of a block that is not the first exists, where blocks are compiled one by one.
     """
 
     def __init__(self, tower: Tower, reducer: Reducer) -> None:
         self.tower = tower
         self.handed_over = HandedOver()
         self.identity = uuid.uuid4().hex
+        self.has_graph = False
         self._records: ThreadValue[ForwardRecord] = ThreadValue()
         self._latest_record = ForwardRecord()
         self.recording = False
@@ -334,6 +342,7 @@ class AttachedTower:
         forward.record.tokens[layer] = size_of(state.positions, 1)
         block_call.skipped = not self._must_compute(forward, layer, n_returned)
         block_call.n_returned = n_returned
+        block_call.alone = _compiled_alone(block)
         if torch.compiler.is_compiling():
             out = proceed(*args, block_call=block_call, **kwargs)
         else:
@@ -349,7 +358,11 @@ class AttachedTower:
                 if isinstance(error, RuntimeError) and not state.unmodified and "size" in str(error):
                     raise RuntimeError(self._failed(block, state, error)) from error
                 raise
+        if block_call.uncompiled:  # no view, see `TokenState.advance`
+            after = block_call.state_after
+            block_call.state_after = replace(after, protected=after.protected.clone())
         self._finish(out, block_call, layer)
+        self.has_graph = self.has_graph or (layer > 0 and block_call.alone)
         return out
 
     def _find_carried(self, block: nn.Module, tokens: Tensor) -> Carried | None:
@@ -395,12 +408,20 @@ class AttachedTower:
         )  # fmt: skip
         if self.recording and not torch.compiler.is_compiling():
             forward.record.blocks = {}
-        state = TokenState.start(forward, batch, tokens.device, end=end, valid=valid)
-        token = None
+        state, alone, token = TokenState.start(forward, batch, tokens.device, end=end, valid=valid), False, None
+        if _compiled_alone(block):
+            # The graph of a later block is for this one, too: in that block, the tokens and the full grid are not of
+            # one length by accident, which the compiler would take for a rule.
+            state, alone = state.as_reduced(), True
         if forward.has_cross_token:
             origin = self._cross_token_origin(tokens, valid) if end is None else token_at(tokens, end)
             token = self.make_cross_token(origin.squeeze(1), forward.record, 0)
-        return self._make_call(state, 0, cross_token=token, appends_cross_token=True)
+        block_call = self._make_call(
+            state, 0, cross_token=token, appends_cross_token=token is not None,
+            input_is_full_grid=alone and forward.outputs.between == "grid",
+        )  # fmt: skip
+        block_call.uncompiled = alone and not self.has_graph
+        return block_call
 
     def _entry_info(self, host_tokens: Tensor) -> EntryInfo:
         """What the host's entry points have found for the forward that begins, or is recomputed, with these tokens."""
@@ -573,6 +594,7 @@ class AttachedTower:
         if state.forward.record.blocks is not None:
             block_call.recorded_tokens = tokens_after
         returned = watch.from_batch(self._in_output_form(tokens_after, watch.state, block_call))
+        returned = returned.clone() if block_call.alone else returned
         return (returned, *out[1:]) if isinstance(out, tuple) else returned
 
     def _watch(self, tokens: Tensor, state: TokenState, block_call: BlockCall) -> Merge:
@@ -764,3 +786,8 @@ def split_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _is_eager() -> bool:
     """Whether the forward is neither compiled nor traced."""
     return not torch.compiler.is_compiling() and not torch._C._is_tracing()
+
+
+def _compiled_alone(block: nn.Module) -> bool:
+    """Whether the block is compiled by itself (`block.compile()`), so that `call_block` runs outside of its graph."""
+    return not torch.compiler.is_compiling() and getattr(block, "_compiled_call_impl", None) is not None
