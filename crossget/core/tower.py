@@ -469,7 +469,10 @@ class AttachedTower:
         class_token_only = is_last and forward.outputs.class_token_only and not state.unmodified
         if class_token_only:
             forward.record.class_token_only = True
-        r, by_length = (0, None) if class_token_only else self._wanted(state, layer, size_of(state.positions, 1))
+        tokens = size_of(state.positions, 1)
+        r, by_length = (0, None) if class_token_only else self._wanted(state, layer, tokens)
+        if forward.reducer.removes_half:  # here, as compiled code of the block would distinguish a larger r
+            r = min(r, max(0, (tokens - forward.n_protected) // 2))
         return BlockCall(state, r, output_form, by_length=by_length, class_token_only=class_token_only, **inputs)
 
     def _wanted(self, state: TokenState, layer: int, tokens: int) -> tuple[int, Tensor | None]:

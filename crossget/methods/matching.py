@@ -410,7 +410,11 @@ def _bipartite_by(
         first, end = candidates.prefix, candidates.prefix + candidates.n_free
         nearest = similar(slice(first + 1, end, 2), slice(first, end, 2)).max(-1)
         scores = None if importance is None else importance[:, first + 1 : end : 2]
-        best = candidates.argsort(_priority(nearest.values, scores))[:, :r]
+        best = candidates.argsort(_priority(nearest.values, scores))
+        if torch.compiler.is_compiling():  # a slice that may be the whole would be code of its own
+            best = best.index_select(1, torch.arange(r, device=best.device))
+        else:
+            best = best[:, :r]
         return best * 2 + (first + 1), nearest.indices.gather(1, best) * 2 + first
     a, b, own = _split(candidates)
     values, indices = [], []

@@ -176,6 +176,11 @@ class Reducer:
         return as_schedule(self.r)
 
     @property
+    def removes_half(self) -> bool:
+        """Whether `reduce` removes at most half of the unprotected tokens of a block."""
+        return False
+
+    @property
     def proportional_attention(self) -> bool | None:
         """Whether log(size) of each key is added to the attention scores. A field of `Joining`."""
         return True
@@ -330,6 +335,10 @@ class Merging(Joining):
     key_stride: int | None = None
     ties: Ties | None = None
     seed: int | None = None
+
+    @property
+    def removes_half(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -509,6 +518,10 @@ class Random(Joining):
 
     seed: int = 0
 
+    @property
+    def removes_half(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_int(self, "seed", 0)
@@ -540,6 +553,10 @@ class TopK(Reducer):
 
     importance: ImportanceName | None = "class_token"
     keys: HeadsName | None = None
+
+    @property
+    def removes_half(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -99,3 +99,27 @@ def test_the_towers_of_libraries_have_one_graph_each() -> None:
             before = len(graphs)
             torch.testing.assert_close(call(3), expected[1], rtol=1e-4, atol=1e-5)
             assert len(graphs) == before
+
+
+@pytest.mark.parametrize(
+    "reducer", [crossget.ToMe(6), crossget.CrossGET(6)], ids=lambda reducer: type(reducer).__name__
+)
+@pytest.mark.skipif(not COMPILES, reason="torch 2.8 is the first that traces a block which is watched")
+def test_a_block_from_which_half_is_removed_has_the_same_graph(reducer: Reducer) -> None:
+    """More is asked for than the last blocks can give."""
+    model, graphs = Plain(depth=4).eval(), list[Any]()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad(), crossget.attach(model, reducer) as attached:
+        expected, tokens = model(TOKENS), attached.tokens
+        after = tokens["visual"][-1]
+        assert tokens["visual"][-2] - after < 6
+        for block in model.stages:
+            block.compile(backend=backend, dynamic=True, fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(model(TOKENS), expected, rtol=1e-5, atol=1e-5)
+        assert len(graphs) == 1
