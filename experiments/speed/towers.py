@@ -280,9 +280,7 @@ def calls(
         torch.compile(torch.sin)(x.float())
     for name, form in forms.items():
         form(x)  # sets up what cannot be traced: transformers' hooks, for one
-        # The blocks of the ideal differ in their numbers of tokens, which their code does not take from its input.
-        by_block = run.mode == "blocks" and name != IDEAL
-        found[name] = partial(blocks_compiled(form, setup) if by_block else compiled(form, x.is_cuda), x)
+        found[name] = partial(blocks_compiled(form, setup) if run.mode == "blocks" else compiled(form, x.is_cuda), x)
         costs[name] = first_call(found[name])
     return found, costs
 
