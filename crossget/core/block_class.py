@@ -25,6 +25,16 @@ _CALL = "crossget_call"
 _BOUND_FORWARDS = ("forward", "_old_forward")
 
 
+class Call:
+    """What a runner hands from `call_block` to `run_forward`.
+
+    Attributes:
+        uncompiled: the block runs eagerly, even if it is compiled by itself.
+    """
+
+    uncompiled: bool = False
+
+
 class Runner(Protocol):
     """Runs a block in two steps: `call_block` outside of the block's hooks, `run_forward` inside of them."""
 
@@ -155,7 +165,7 @@ def _subclass(base: type) -> Any:
             if found is None or _is_symbolic(args, kwargs):  # a block that torch.fx takes for a leaf runs later
                 return call_with_hooks(*args, **kwargs)
 
-            def proceed(*args: Any, block_call: Any, **kwargs: Any) -> Any:
+            def proceed(*args: Any, block_call: Call, **kwargs: Any) -> Any:
                 run: Callable[..., Any] = self._call_impl if block_call.uncompiled else call_with_hooks
                 return run(*args, **kwargs, **{_CALL: block_call})
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossget.core.block_class import key_of
+from crossget.core.block_class import Call, key_of
 from crossget.core.carried import (
     EntryInfo,
     get_carried,
@@ -51,7 +51,7 @@ class FirstToken:
         self.record = record or ForwardRecord()
 
 
-class DecoderCall:
+class DecoderCall(Call):
     """One call of one block of a decoder. Not a tuple: hooks rebuild tuples, with other tensors inside.
 
     Attributes:

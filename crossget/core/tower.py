@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossget.core.adapters import RECOGNISED_KERNELS, Tower
-from crossget.core.block_class import argument_names, base_of, key_of, owner_of
+from crossget.core.block_class import Call, argument_names, base_of, key_of, owner_of
 from crossget.core.carried import (
     Carried,
     EntryInfo,
@@ -60,7 +60,7 @@ TextEnds = tuple[int, "Tensor | None", "Tensor | None"]
 there is no padding, or it is found in the attention's mask)."""
 
 
-class BlockCall:
+class BlockCall(Call):
     """One call of one block: its inputs and its results.
 
     Attributes:
@@ -76,7 +76,7 @@ class BlockCall:
         skipped: the host does not use the block's output, so the block is not computed and returns its input.
         alone: the block is compiled by itself, and this call is outside of its graph. What it returns is no view, which
             would be another kind of input for the graph of the next block.
-        uncompiled: the block runs eagerly all the same.
+        uncompiled: see `Call`.
         n_returned: number of values that the previous block has returned as a tuple; 0: it has returned a tensor.
         state_after: of the tokens after the block.
         score: [B, T] the importance scores that the reducer used; None: it used none.
@@ -87,7 +87,6 @@ class BlockCall:
     state_after: TokenState
     skipped: bool = False
     alone: bool = False
-    uncompiled: bool = False
     n_returned: int = 0
     score: Tensor | None = None
     recorded_tokens: Tensor | None = None
