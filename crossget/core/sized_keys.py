@@ -93,8 +93,9 @@ _in_use: weakref.WeakSet[SizedConfig] = weakref.WeakSet()
 
 
 def _forget(host: str) -> None:
-    if not any(config._host == host for config in _in_use):
-        kernels_of(host).pop(NAME, None)
+    kernels = kernels_of(host)  # several modules share them
+    if not any(kernels_of(config._host) is kernels for config in _in_use):
+        kernels.pop(NAME, None)
 
 
 def kernels_of(host: str) -> MutableMapping[str, Any]:

@@ -119,6 +119,20 @@ def test_nothing_of_it_stays() -> None:
     assert before == KERNELS
 
 
+def test_hosts_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken from the kernels with one attention stays for an attention of another module."""
+    other = ModuleType("another_host")
+    other.ALL_ATTENTION_FUNCTIONS = KERNELS  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "another_host", other)
+    first, second = Attention(), type("Other", (Attention,), {"__module__": "another_host"})()
+    for module in (first, second):
+        set_sizes(module, KeySizes(torch.zeros(1, 3), 3))
+    restore(first)
+    assert sized_keys.NAME in KERNELS
+    restore(second)
+    assert sized_keys.NAME not in KERNELS
+
+
 def refusal(kernel: str, **fields: Any) -> str | None:
     module = Attention(kernel)
     vars(module).update(fields)
