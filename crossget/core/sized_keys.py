@@ -106,7 +106,7 @@ def kernels_of(host: str) -> MutableMapping[str, Any]:
 
 def set_sizes(attention: Any, sizes: KeySizes | None) -> None:
     """Let sizes wait for the next call of an attention in this thread; None: there are none."""
-    config = attention.config
+    config = getattr(attention, "config", None)
     if not isinstance(config, SizedConfig):
         if sizes is None:
             return
@@ -120,7 +120,7 @@ def check_taken(attention: Any) -> None:
     Raises:
         RuntimeError: it has not.
     """
-    config = attention.config
+    config = getattr(attention, "config", None)
     if isinstance(config, SizedConfig) and config._waiting.get() is not None:
         config._waiting.set(None)
         raise RuntimeError(
@@ -132,8 +132,9 @@ def check_taken(attention: Any) -> None:
 
 def restore(attention: Any) -> None:
     """Give an attention its own configuration again."""
-    if isinstance(attention.config, SizedConfig):
-        attention.config = attention.config._config
+    config = getattr(attention, "config", None)
+    if isinstance(config, SizedConfig):
+        attention.config = config._config
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -196,7 +197,7 @@ class SizedKernels:
             model: tells the dtype and the device of its activations.
         """
         for attention in attentions:
-            name = attention.config._attn_implementation
+            name = getattr(getattr(attention, "config", None), "_attn_implementation", "sdpa")
             if name in RECOGNISED_KERNELS:
                 continue
             key = name, _channels(attention), model.dtype, model.device
@@ -208,8 +209,8 @@ class SizedKernels:
 
 
 def _channels(attention: Any) -> int:
-    """D, the number of channels of a head's queries and keys."""
-    return int(getattr(attention, "head_dim", None) or attention.qk_head_dim)
+    """D, the number of channels of a head's queries and keys; 0: it is not known."""
+    return int(getattr(attention, "head_dim", None) or getattr(attention, "qk_head_dim", None) or 0)
 
 
 def _refusal(attention: Any, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -218,6 +219,8 @@ def _refusal(attention: Any, name: str, dtype: torch.dtype, device: torch.device
         return f"its kernel {name!r} takes no bias behind a cap of the scores"
     if name not in kernels_of(type(attention).__module__):
         return f"its kernel {name!r} is not found by its name"
+    if _channels(attention) == 0:
+        return f"its kernel {name!r} takes no bias, and the number of channels of its heads is not known"
     channels, keys, heads = _channels(attention), 4, int(getattr(attention, "num_key_value_groups", 1))
     scaling = float(getattr(attention, "scaling", channels**-0.5))
     # Numbers that half precision holds exactly. No random ones: the state of the generator stays.

@@ -167,6 +167,7 @@ def _all_channels(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, *, s
         (_caps, {}, "changes its results"),
         (_all_channels, {}, "changes its results"),
         (None, {}, "is not found by its name"),
+        (plain, {"head_dim": None}, "channels of its heads is not known"),
         (plain, {"attn_logit_softcapping": 30.0}, "behind a cap of the scores"),
     ],
 )
