@@ -250,14 +250,14 @@ def budgets(results: Sequence[Json]) -> Iterator[str]:
     if not own:
         return
     yield "## Fitted schedules"
-    run = min((content["run"] for content in own), key=lambda run: str(run["budget"]))  # one of flops
+    by_flops = [content for content in own if content["run"]["budget"] == "flops"]
+    run = (by_flops or own)[0]["run"]
     yield (
         f"Fitted on {run['fitted_on']} photographs, measured on {run['measured_on']} others. "
         f"{provenance(own, 'open_clip_torch', 'transformers')} The distance is of the output from the dense model's, "
         "squared, over its squared norm."
     )
-    by_key = {tuple(c["run"][key] for key in ("tower", "preset", "distribution", "share")): c for c in own
-              if c["run"]["budget"] == "flops"}  # fmt: skip
+    by_key = {tuple(c["run"][key] for key in ("tower", "preset", "distribution", "share")): c for c in by_flops}
     lines = []
     for (tower, name, distribution, share), content in by_key.items():
         result, base = content["result"], by_key.get((tower, name, presets.ROWS[name].distribution, share))
