@@ -1,18 +1,18 @@
 """docs/evidence.md: a short table for each study of published models; RESULTS.md has all rows with intervals."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.ablation.presets import TRAINED
 from experiments.lib.files import ROOT, Json, short_name
-from experiments.lib.statistics import paired_ratio
+from experiments.lib.statistics import Values, paired_ratio
 from experiments.lib.study import Page
 from experiments.lib.tables import markdown
 from experiments.real import presets, report, saliency
 from experiments.real.clip import RESULTS
-from experiments.real.report import BASE, percent, share_of
+from experiments.real.report import BASE, Classified, percent, share_of
 
 SHORT = ("tome", "complete_graph", "guided_ensemble", "crossget", "ward", "ward_reading", "topk")
 """The rows of classification that the short table has."""
@@ -111,29 +111,34 @@ def trained(results: Sequence[Json]) -> Iterator[str]:
         return
     run = own[0]["run"]
     recipe = next(c["result"]["recipe"] for c in own if "recipe" in c["result"])
+    reductions = " and ".join(str(r) for r in sorted({r for _, r, _ in rows} - {0}, reverse=True))
     yield "### Trained by distillation"
     yield (
-        f"The same CLIP at r = {max(r for _, r, _ in rows)}. Trained: {recipe['epochs']} pass over {run['trained_on']} "
-        f"photographs without labels, in batches of {recipe['batch']}. Measured: {run['measured_on']} ImageNet "
-        "photographs."
+        f"The same CLIP at r = {reductions}. Trained: {recipe['epochs']} pass over {run['trained_on']} photographs "
+        f"without labels, in batches of {recipe['batch']}. Measured: {run['measured_on']} ImageNet photographs."
     )
     lines = []
-    for name, r in dict.fromkeys((name, r) for name, r, _ in rows):
-        group = [content for (other, s, _), content in rows.items() if (other, s) == (name, r)]
-        found = [report.read([content]) for content in group]
-        base = rows.get((BASE, r, group[0]["run"]["seed"]))
+    for name, r in sorted(dict.fromkeys((name, r) for name, r, _ in rows), key=lambda one: (one[1] > 0, -one[1])):
+        found = {s: report.read([content]) for (*key, s), content in rows.items() if key == [name, r]}
+        shared = [s for s in found if (BASE, r, s) in rows]
         ratio = ""
-        if base is not None and name != BASE and r > 0:
-            ratio = percent(paired_ratio(found[0].divergence.mean(0), report.read([base]).divergence.mean(0)))
+        if shared and name != BASE:
+            base = (report.read([rows[BASE, r, s]]) for s in shared)
+            ratio = percent(paired_ratio(divergence(found[s] for s in shared), divergence(base)))
+        cosines = [rows[name, r, s]["result"]["cosine"] for s in found]
         lines.append([
-            f"{TRAINED[name].label}, {len(group)} seeds" if len(group) > 1 else TRAINED[name].label,
-            f"{100 * found[0].share:.0f}",
-            f"{np.mean([c['result']['cosine'] for c in group]):.4f}",
-            f"{np.mean([row.divergence.mean() for row in found]):.3f}", f"{np.mean([row.top1 for row in found]):.1f}",
-            ratio,
+            f"{TRAINED[name].label}, {len(found)} seeds" if len(found) > 1 else TRAINED[name].label,
+            f"{100 * next(iter(found.values())).share:.0f}", f"{np.mean(cosines):.4f}",
+            f"{divergence(found.values()).mean():.3f}", f"{np.mean([row.top1 for row in found.values()]):.1f}", ratio,
         ])  # fmt: skip
     headers = ["row", "FLOPs, %", "cosine with dense", "KL", "top-1, %", "KL in % of trained ToMe's"]
     yield markdown(lines, headers)
+
+
+def divergence(rows: Iterable[Classified]) -> Values:
+    """Return the KL [n] of every photograph, the mean over sets of texts and over seeds."""
+    mean: Values = np.mean([row.divergence.mean(0) for row in rows], 0)
+    return mean
 
 
 CHAPTERS: tuple[Callable[[Sequence[Json]], Iterator[str]], ...] = (zero_shot, maps, budgets, trained)

@@ -232,7 +232,7 @@ def trained(results: Sequence[Json]) -> Iterator[str]:
     for (name, r, seed), content in rows.items():
         row = read([content])
         result, base = content["result"], rows.get((BASE, r, seed))
-        beside = show(paired_bootstrap(row.divergence[0], read([base]).divergence[0]), 3) if base and seed == 0 else ""
+        beside = show(paired_bootstrap(row.divergence[0], read([base]).divergence[0]), 3) if base else ""
         centroids = result.get("centroids")
         lines.append([
             f"{100 * row.share:.1f}", TRAINED[name].label, "" if seed is None else seed, f"{result['cosine']:.4f}",

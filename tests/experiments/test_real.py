@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 
 import crossget
 from crossget.methods.reducers import TowerFacts, View
-from experiments.lib.files import Json, read_results, unpack
+from experiments.lib.files import Json, pack, read_results, unpack
 from experiments.real import budgets, clip, distill, evidence, picture, precision, report, saliency, speed, zero_shot
 from experiments.real.presets import ROWS
 from tests.support.small_clip import registered
@@ -285,6 +285,28 @@ def test_training_from_photographs_to_a_table(files: Path, tmp_path: Path) -> No
     assert distill.stored(targets, lambda: pytest.fail("computed again")).shape[0] == 8
     assert "8 photographs to train on" in "\n".join(report.trained(contents))
     assert f"{rows['tome']['cosine']:.4f}" in "\n".join(evidence.trained(contents))
+
+
+def distilled(preset: str, seed: int | None, divergences: list[float]) -> Json:
+    """A result of distillation at r = 16, of two photographs."""
+    run = {"task": "trained", "preset": preset, "r": 16, "seed": seed, "trained_on": 8, "measured_on": 2}
+    sets = {"one": {"correct": "01", "divergences": pack(np.array(divergences))}}
+    spent = {"gflops": {"dense": 2.0, "reduced": 1.0}}
+    result = {"sets": sets, "cosine": 0.9, "recipe": {"epochs": 1, "batch": 8}, **spent}
+    return {"run": run, "result": result}
+
+
+def test_trained_rows_are_means_over_seeds_and_compared_at_the_seeds_that_both_have() -> None:
+    tome = [distilled("tome", seed, [1 + seed, 3 + seed]) for seed in (0, 2)]
+    guided = [distilled("crossget", 0, [2, 6]), distilled("crossget", 1, [9, 9])]
+    contents = [*tome, *guided, distilled("full_size", 2, [0, 1])]
+    lines = "\n".join(evidence.trained(contents)).splitlines()
+    cells = {row[1]: row[2:] for row in ([cell.strip() for cell in line.split("|")] for line in lines) if len(row) > 3}
+    assert cells["ToMe, 2 seeds"][2] == "3.000"
+    assert cells["ToMe, 2 seeds"][4] == ""
+    assert cells["CrossGET, 2 seeds"][2] == "6.500"
+    assert cells["CrossGET, 2 seeds"][4].startswith("200 ")  # 4 of 2: the seed 0 alone is ToMe's, too
+    assert cells["CrossGET, ensemble: size"][4].startswith("12 ")  # 0.5 of 4
 
 
 def test_photographs_to_train_on_are_spread_over_all_folders(files: Path, tmp_path: Path) -> None:
