@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 import crossget
-from crossget import Random, ToMe, TopK, Ward
+from crossget import Aligned, Random, ToMe, TopK, Ward
 from crossget.methods.reducers import Reducer
 from experiments.ablation.presets import FULL, UNTRAINED
 
@@ -22,11 +22,13 @@ class Row:
         label: how tables call it.
         method: what is attached, at r = 0; None: nothing.
         distribution: of `crossget.fit_schedule`: the method's own, which no image decides.
+        multiple: the tokens left behind a block are a multiple of this number.
     """
 
     label: str
     method: Reducer | None
     distribution: Literal["constant", "ramped"] = "constant"
+    multiple: int = 1
 
 
 WARD = Ward(0)
@@ -45,6 +47,8 @@ ROWS: dict[str, Row] = {
     "random": Row("Random", Random(0)),
     "tome_skip": Row("ToMe, class token only", ToMe(0, class_token_only=True)),
     "topk_attention": Row("TopK, by class attention", TopK(0, importance="class_attention")),
+    "tome_aligned": Row("ToMe, multiples of 16 tokens", ToMe(0), multiple=16),
+    "ward_aligned": Row("Ward, multiples of 16 tokens", WARD, "ramped", multiple=16),
 }
 
 
@@ -57,8 +61,16 @@ def fit(model: nn.Module, one: Tensor, row: Row, budget: int) -> Reducer:
         row: not the dense model.
         budget: multiply-adds, in % of the dense model's.
     """
-    fitted = crossget.fit_schedule(
-        model, one, flops=budget / 100, reducer=row.method, distribution=row.distribution
-    ).reducer
-    assert isinstance(fitted, Reducer)
-    return fitted
+    share = budget / 100
+    while True:
+        fitted = crossget.fit_schedule(model, one, flops=share, reducer=row.method, distribution=row.distribution)
+        assert isinstance(fitted.reducer, Reducer)
+        if row.multiple == 1:
+            return fitted.reducer
+        aligned = replace(fitted.reducer, r=Aligned(fitted.schedule, row.multiple))
+        with crossget.attach(model, aligned):
+            flops = crossget.count_flops(model, one)
+        above = flops.total / flops.dense.total - budget / 100
+        if above <= 0:
+            return aligned
+        share -= max(above, 0.002)  # steps to multiples keep more than the schedule that they follow

@@ -22,7 +22,7 @@ import crossget
 from crossget.methods.reducers import TowerFacts, View
 from experiments.lib.files import Json, pack, read_results, unpack
 from experiments.real import budgets, clip, distill, evidence, picture, precision, report, saliency, speed, zero_shot
-from experiments.real.presets import ROWS
+from experiments.real.presets import ROWS, fit
 from tests.support.small_clip import registered
 
 NAME = "real-small"
@@ -112,6 +112,16 @@ def test_zero_shot_from_photographs_to_tables(files: Path, tmp_path: Path) -> No
     contents[0]["run"]["data"] = {"folder": "others"}
     with pytest.raises(ValueError, match="differ in 'data'"):
         report.zero_shot_rows(contents)
+
+
+@pytest.mark.slow
+def test_rows_of_multiples_leave_them_and_keep_the_budget(files: Path) -> None:
+    tower, images = clip.image_tower(NAME), torch.randn(1, 3, 64, 64)
+    with crossget.attach(tower, fit(tower, images, ROWS["tome_aligned"], 80)) as attached:
+        spent = crossget.count_flops(tower, images)
+        first, second = attached.tokens["visual"]
+    assert (first, second % 16) == (65, 0)
+    assert 0.6 < spent.total / spent.dense.total <= 0.8
 
 
 def test_speed_takes_the_schedules_of_zero_shot(files: Path, tmp_path: Path) -> None:
