@@ -109,10 +109,12 @@ class EntryInfo:
     Attributes:
         text: a text tower's `TextEnds`, or a decoder's `FirstToken`; None: neither.
         outputs: `HostOutputs`; None: the tower's default.
+        uncompiled: see `Call`. A checkpoint recomputes the block as it ran, though compiled code exists by then.
     """
 
     text: Any = None
     outputs: Any = None
+    uncompiled: bool = False
 
 
 def recomputing() -> bool:

@@ -119,14 +119,15 @@ class AttachedTower:
         generating: forwards run as in the host's `generate`, see `Attachment.generating`.
         prompt_is_short: the host's `generate` runs, and has been given a prompt that fits the reduced tokens.
         identity: tells this tower from others, see `crossget.core.image_prompts`. Copies have the same one.
-        has_graph: compiled code of a block that is not the first exists, where blocks are compiled one by one.
+        compiled: the modes (with gradients, training) for which compiled code of a block that is not the first exists,
+            where blocks are compiled one by one.
     """
 
     def __init__(self, tower: Tower, reducer: Reducer) -> None:
         self.tower = tower
         self.handed_over = HandedOver()
         self.identity = uuid.uuid4().hex
-        self.has_graph = False
+        self.compiled: set[tuple[bool, bool]] = set()
         self._records: ThreadValue[ForwardRecord] = ThreadValue()
         self._latest_record = ForwardRecord()
         self.recording = False
@@ -361,7 +362,8 @@ class AttachedTower:
             after = block_call.state_after
             block_call.state_after = replace(after, protected=after.protected.clone())
         self._finish(out, block_call, layer)
-        self.has_graph = self.has_graph or (layer > 0 and block_call.alone)
+        if layer > 0 and block_call.alone:
+            self.compiled.add(_mode(block))
         return out
 
     def _find_carried(self, block: nn.Module, tokens: Tensor) -> Carried | None:
@@ -391,7 +393,8 @@ class AttachedTower:
         batch = self.tower.layout.batch(host_tokens, arguments.values())
         tokens = self.tower.layout.to_batch(host_tokens, batch)
         length = size_of(tokens, 1)
-        info = self._entry_info(host_tokens)
+        alone = _compiled_alone(block)
+        info = self._entry_info(host_tokens, uncompiled=alone and _mode(block) not in self.compiled)
         end, valid = self._text_ends(tokens, info.text)
         if self.tower.padding and valid is None:
             candidates = ("attn_mask", *self.tower.masks)
@@ -407,11 +410,11 @@ class AttachedTower:
         )  # fmt: skip
         if self.recording and not torch.compiler.is_compiling():
             forward.record.blocks = {}
-        state, alone, token = TokenState.start(forward, batch, tokens.device, end=end, valid=valid), False, None
-        if _compiled_alone(block):
+        state, token = TokenState.start(forward, batch, tokens.device, end=end, valid=valid), None
+        if alone:
             # The graph of a later block is for this one, too: in that block, the tokens and the full grid are not of
             # one length by accident, which the compiler would take for a rule.
-            state, alone = state.as_reduced(), True
+            state = state.as_reduced()
         if forward.has_cross_token:
             origin = self._cross_token_origin(tokens, valid) if end is None else token_at(tokens, end)
             token = self.make_cross_token(origin.squeeze(1), forward.record, 0)
@@ -419,15 +422,15 @@ class AttachedTower:
             state, 0, cross_token=token, appends_cross_token=token is not None,
             input_is_full_grid=alone and forward.outputs.between == "grid",
         )  # fmt: skip
-        block_call.uncompiled = alone and not self.has_graph
+        block_call.uncompiled = info.uncompiled
         return block_call
 
-    def _entry_info(self, host_tokens: Tensor) -> EntryInfo:
+    def _entry_info(self, host_tokens: Tensor, uncompiled: bool) -> EntryInfo:
         """What the host's entry points have found for the forward that begins, or is recomputed, with these tokens."""
         if recomputing():
             stored = stored_entry_info(host_tokens) or self.handed_over.at_address(host_tokens, EntryInfo)
             return stored or EntryInfo()
-        info = EntryInfo(self.text_info.get(), self.current_outputs())
+        info = EntryInfo(self.text_info.get(), self.current_outputs(), uncompiled)
         self.text_info.set(None)
         store_entry_info(host_tokens, info)
         if _is_eager():
@@ -788,6 +791,11 @@ def split_tokens(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _is_eager() -> bool:
     """Whether the forward is neither compiled nor traced."""
     return not torch.compiler.is_compiling() and not torch._C._is_tracing()
+
+
+def _mode(block: nn.Module) -> tuple[bool, bool]:
+    """What compiled code of a block is made for, beside the kinds of its inputs."""
+    return torch.is_grad_enabled(), block.training
 
 
 def _compiled_alone(block: nn.Module) -> bool:

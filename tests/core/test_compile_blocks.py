@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from plain_host import TOKENS, Plain, registered
+from torch import Tensor
 
 import crossget
 from contract import COMPILES
@@ -123,3 +124,48 @@ def test_a_block_from_which_half_is_removed_has_the_same_graph(reducer: Reducer)
         for _ in range(2):
             torch.testing.assert_close(model(TOKENS), expected, rtol=1e-5, atol=1e-5)
         assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at inputs of a graph
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        crossget.ToMe(4),
+        *(pytest.param(method(4), marks=pytest.mark.slow) for method in (crossget.CrossGET, crossget.Ward)),
+    ],
+    ids=lambda reducer: type(reducer).__name__,
+)
+@pytest.mark.skipif(not COMPILES, reason="torch 2.8 is the first that traces a block which is watched")
+def test_blocks_are_trained_by_one_graph(reducer: Reducer, checkpointing: bool) -> None:
+    """Gradients are those of eager blocks. A checkpoint recomputes the first block eagerly, as it ran at first."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, embed_dim=48, num_heads=3)
+    model.set_grad_checkpointing(checkpointing)
+    images, graphs = torch.randn(3, 3, 32, 32), list[Any]()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with crossget.attach(model.train(), reducer) as attached:
+        attached.register_parameters(model)
+
+        def gradients(batch: int) -> list[Tensor]:
+            model.zero_grad(set_to_none=True)
+            model(images[:batch]).square().sum().backward()
+            return [p.grad for p in model.parameters() if p.grad is not None]
+
+        expected = [gradients(2), gradients(3)]
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(backend=backend, dynamic=True)
+        with torch.no_grad():
+            model.eval()(images)  # its graph has no gradients
+        model.train()
+        graphs.clear()
+        # Ward's last block computes its class token alone, and has its own.
+        number = 2 if isinstance(reducer, crossget.Ward) else 1
+        for batch, found in zip((2, 2, 3), (expected[0], *expected), strict=True):
+            torch.testing.assert_close(gradients(batch), found, rtol=1e-4, atol=1e-5)
+            assert len(graphs) == number
