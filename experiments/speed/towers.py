@@ -12,7 +12,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -151,11 +151,13 @@ class Run:
     train: bool
     rounds: int
     multiple: int = 1
+    checkpointing: bool = False
 
     @property
     def slug(self) -> str:
         """The result file's name."""
-        kind = "train" if self.train else self.mode
+        kind = f"{self.mode}_train" if self.train else self.mode
+        kind += "_checkpointing" if self.checkpointing else ""
         kind += f"_multiples{self.multiple}" if self.multiple > 1 else ""
         return f"towers/{self.tower}_{self.device.partition(':')[0]}_{self.dtype}_{kind}_batch{self.batch}"
 
@@ -180,6 +182,8 @@ class Options:
     """The tokens left behind a block are a multiple of this number."""
     train: bool = False
     """Time a forward and backward pass in training mode."""
+    checkpointing: bool = False
+    """With `train`: every block is recomputed in the backward pass."""
     rounds: int = 11
     """Timed turns of each method."""
     results: Path = field(default=RESULTS)
@@ -201,13 +205,12 @@ def grid(options: Options) -> list[Run]:
             f"--rounds {options.rounds} --batch {options.batch} --multiple {options.multiple}: expected numbers of at "
             "least 1"
         )
-    if options.train and options.mode != "eager":
-        raise ValueError(f"--train and --mode {options.mode} were given: training is timed in eager mode only")
-    return [
-        Run(tower, batch, options.dtype, options.device, options.mode, options.train, options.rounds, options.multiple)
-        for tower in options.towers
-        for batch in options.batch
-    ]
+    if options.checkpointing and (not options.train or options.mode == "compile"):
+        raise ValueError(
+            f"--checkpointing was given: expected --train and --mode eager or blocks, got --mode {options.mode}"
+        )
+    shared = {f.name: getattr(options, f.name) for f in fields(Run) if f.name not in ("tower", "batch")}
+    return [Run(tower, batch, **shared) for tower in options.towers for batch in options.batch]
 
 
 def variants(setup: Setup, dtype: torch.dtype, device: str) -> dict[str, Entry]:
@@ -271,8 +274,16 @@ def calls(
     run: Run, setup: Setup, forms: Mapping[str, Entry], x: Tensor
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Json]]:
     """Return what is timed of each method, and what it took to compile it."""
+    for form in forms.values():
+        form.train(run.train)
+        if run.checkpointing:
+            recomputed(form.model)
+
+    def call_of(form: Entry, called: Callable[[Tensor], Any]) -> Callable[[], Any]:
+        return partial(step, called, trainable(form), x) if run.train else partial(called, x)
+
     if run.mode == "eager":
-        return {name: _trained(form, x) if run.train else partial(form, x) for name, form in forms.items()}, {}
+        return {name: call_of(form, form) for name, form in forms.items()}, {}
     found: dict[str, Callable[[], Any]] = {}
     costs: dict[str, Json] = {}
     torch._dynamo.reset()
@@ -280,9 +291,21 @@ def calls(
         torch.compile(torch.sin)(x.float())
     for name, form in forms.items():
         form(x)  # sets up what cannot be traced: transformers' hooks, for one
-        found[name] = partial(blocks_compiled(form, setup) if run.mode == "blocks" else compiled(form, x.is_cuda), x)
+        found[name] = call_of(form, blocks_compiled(form, setup) if run.mode == "blocks" else compiled(form, x.is_cuda))
         costs[name] = first_call(found[name])
     return found, costs
+
+
+def trainable(form: Entry) -> list[nn.Parameter]:
+    """Return the parameters of a form, with those of what is attached to it."""
+    attachment = find_attachment(form)
+    return [*form.parameters(), *(attachment.parameters() if attachment else [])]
+
+
+def recomputed(model: Any) -> None:
+    """Switch on gradient checkpointing, which timm, open_clip and versions of transformers call differently."""
+    names = ("set_grad_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
 def compiled(form: Entry, on_cuda: bool) -> Callable[[Tensor], Any]:
@@ -328,13 +351,6 @@ def first_call(call: Callable[[], Any]) -> Json:
     with nothing_cached(), config.patch({limit: 64}):
         call()
     return {"seconds": round(time.perf_counter() - start, 3), "kernels": metrics.generated_kernel_count}
-
-
-def _trained(form: Entry, x: Tensor) -> Callable[[], None]:
-    form.train()
-    attachment = find_attachment(form)
-    parameters = [*form.parameters(), *(attachment.parameters() if attachment else [])]
-    return partial(step, form, parameters, x)
 
 
 def launches(call: Callable[[], Any], device: torch.device, depth: int) -> float | None:
@@ -428,7 +444,8 @@ COLUMNS = ["tower", "", "batch", "dense, ms", "by FLOPs", *REDUCED, IDEAL, *(f"{
 
 def kind_of(run: Json) -> str:
     """Return what is timed of a tower: its dtype, how it runs, and the multiple of its token counts."""
-    kind = f"{run['dtype']}, {'training step' if run['train'] else run['mode']}"
+    kind = f"{run['dtype']}, {run['mode']}" + (", training step" if run["train"] else "")
+    kind += ", checkpointing" if run.get("checkpointing") else ""
     return kind + (f", multiples of {run['multiple']}" if run.get("multiple", 1) > 1 else "")
 
 
@@ -454,7 +471,13 @@ def in_order(contents: Sequence[Json]) -> list[Json]:
     kinds = ["eager", "blocks", "compile"]
 
     def place(run: Json) -> tuple[Any, ...]:
-        how = run["dtype"], run["train"], run.get("multiple", 1), kinds.index(run["mode"])
+        how = (
+            run["dtype"],
+            run["train"],
+            run.get("checkpointing", False),
+            run.get("multiple", 1),
+            kinds.index(run["mode"]),
+        )
         return run["device"], order[run["tower"]], *how, run["batch"]
 
     return sorted(contents, key=lambda content: place(content["run"]))

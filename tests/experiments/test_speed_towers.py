@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,9 @@ def test_what_is_promised_and_what_is_realised() -> None:
 def test_the_queue() -> None:
     runs = grid(Options(towers=("vit-b", "vit-h"), batch=(1, 8), device="cpu"))
     assert [(run.tower, run.batch) for run in runs] == [("vit-b", 1), ("vit-b", 8), ("vit-h", 1), ("vit-h", 8)]
-    with pytest.raises(ValueError, match="training is timed in eager mode"):
-        grid(Options(mode="compile", train=True, device="cpu"))
+    for options in (Options(device="cpu"), Options(device="cpu", train=True, mode="compile")):
+        with pytest.raises(ValueError, match="--checkpointing was given: expected --train and --mode eager or blocks"):
+            grid(replace(options, checkpointing=True))
     for wrong in ({"rounds": 0}, {"batch": ()}, {"multiple": 0}):
         with pytest.raises(ValueError, match="--rounds .* --multiple .*: expected numbers of at least 1"):
             grid(Options(device="cpu", **wrong))
@@ -190,6 +192,30 @@ def test_each_form_is_compiled_once_and_as_a_whole(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not COMPILES, reason="this torch cannot compile an attached model")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at inputs of a graph
+@pytest.mark.parametrize(
+    ("tower", "mode", "checkpointing"),
+    [("tiny", "compile", False), ("tiny", "blocks", True), ("tiny-llava", "blocks", True)],
+)
+def test_a_compiled_training_step_is_measured(
+    tower: Any, mode: Any, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_with: Any = torch.compile
+
+    def traced(model: Any, mode: str = "", **options: Any) -> Any:  # without inductor, which takes minutes
+        return compile_with(model, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    shared = {"mode": mode, "train": True, "checkpointing": checkpointing, "results": tmp_path}
+    assert STUDY.run(Options(towers=(tower,), **shared, **SMALL)) == 1
+    (content,) = read_results(tmp_path)
+    assert all(found["compile"]["seconds"] > 0 for found in content["result"]["rows"])
+    assert f"{mode}, training step" in table([content])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILES, reason="this torch cannot compile an attached model")
 @pytest.mark.parametrize(("tower", "mode", "multiple"), [("tiny-text", "compile", 1), ("tiny", "blocks", 8)])
 def test_compiled(tmp_path: Path, tower: Any, mode: Any, multiple: int) -> None:
     options = Options(towers=(tower,), mode=mode, multiple=multiple, results=tmp_path, **SMALL)
