@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch._dynamo
 from plain_host import TOKENS, Plain, registered
 from torch import Tensor
 
@@ -169,3 +170,46 @@ def test_blocks_are_trained_by_one_graph(reducer: Reducer, checkpointing: bool) 
         for batch, found in zip((2, 2, 3), (expected[0], *expected), strict=True):
             torch.testing.assert_close(gradients(batch), found, rtol=1e-4, atol=1e-5)
             assert len(graphs) == number
+
+
+CHECKPOINTS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at inputs of a graph
+@pytest.mark.parametrize("alone", [True, False], ids=["blocks", "whole"])
+@pytest.mark.parametrize(
+    "reducer", [crossget.ToMe(2), crossget.CrossGET(2)], ids=lambda reducer: type(reducer).__name__
+)
+@pytest.mark.skipif(not COMPILES, reason="torch 2.8 is the first that traces a block which is watched")
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, CHECKPOINTS), reason="this torch has no checkpoints in a graph")
+def test_a_graph_may_have_gradient_checkpoints(reducer: Reducer, alone: bool) -> None:
+    """Newer layers of transformers have theirs inside of their forward; the whole of timm's model has all of them."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model: Any = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=32, patch_size=8)).train()
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    images = torch.randn(2, 3, 32, 32)
+
+    def gradients(called: Any) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        called(images)[1].square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    with torch._dynamo.config.patch({CHECKPOINTS: True}), crossget.attach(model, reducer) as attached:
+        attached.register_parameters(model)
+        expected, called, (tower,) = gradients(model), model, attached.towers.values()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        if alone:
+            for block in tower.blocks:
+                block.compile(backend="aot_eager", dynamic=True)
+        else:
+            called = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            torch.testing.assert_close(gradients(called), expected, rtol=1e-4, atol=1e-5)
+        found = torch._dynamo.utils.counters
+        assert found["stats"]["unique_graphs"] == 1
+        assert not found["graph_break"]
