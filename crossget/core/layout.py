@@ -287,15 +287,8 @@ class PackedMerge(Merge):
             whole = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
             super().on_queries_and_keys(*whole)
 
-    def on_fused_attention(self, *inputs: Any) -> None:
-        super().on_fused_attention(*inputs)
-        self._join_received()
-
-    def on_probabilities(self, probabilities: Tensor) -> None:
-        super().on_probabilities(probabilities)
-        self._join_received()
-
-    def _join_received(self) -> None:
+    def on_received(self, received: Tensor) -> None:
+        super().on_received(received)
         if len(self._received) == self.batch > 1:
             self._received = [torch.cat(self._received)]
 

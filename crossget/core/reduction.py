@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from crossget.core import masks
 from crossget.core.state import TokenState, token_at
 from crossget.core.watch import IN_PLACE, LINEAR, PLUS, Watch, additive, lower_triangle
-from crossget.methods.importance import attention_received, by_attention
+from crossget.methods.importance import attention_received, by_attention, wide
 from crossget.methods.indexing import size_of
 from crossget.methods.matching import MergePlan
 from crossget.methods.merging import merge_by, norm_correction
@@ -134,12 +134,16 @@ class Merge(Watch):
                 bias = bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
                 bias = bias if bias.shape[2] == 1 else self._scored_rows(bias)
             scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
-            self._received.append(attention_received(self._scored_rows(queries), keys, bias, scale, self.state.valid))
+            self.on_received(attention_received(self._scored_rows(queries), keys, bias, scale, self.state.valid))
 
     def on_probabilities(self, probabilities: Tensor) -> None:
         if self._wants_attention:
-            heads = self.by_head(probabilities.detach())
-            self._received.append(by_attention(self._scored_rows(heads).float(), self.state.valid).mean(1))
+            heads = self._scored_rows(self.by_head(probabilities.detach()))
+            self.on_received(by_attention(wide(heads), self.state.valid).mean(1))
+
+    def on_received(self, received: Tensor) -> None:
+        """Called with the attention that tokens receive [B, T], of every attention before the residual."""
+        self._received.append(received)
 
     @property
     def _wants_attention(self) -> bool:

@@ -323,8 +323,8 @@ class Watch(TorchFunctionMode):
             logits = torch.baddbmm(mask.flatten(0, 1), scaled.flatten(0, 1), keys.flatten(0, 1)).view(mask.shape)
         self.attention_seen = self.softmax_seen = True
         self.on_queries_and_keys(q, k)
-        self.on_fused_attention(q, k, mask, False, None)
         weights = logits.softmax(-1)
+        self.on_probabilities(weights)
         weights = F.dropout(weights, dropout_p) if dropout_p > 0 else weights
         return weights @ v, weights
 

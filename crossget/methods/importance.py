@@ -142,9 +142,9 @@ def mean_attention(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: fl
     heads, count = int(queries.shape[1]), int(queries.shape[2])
     keys = keys.repeat_interleave(heads // int(keys.shape[1]), 1)
     step = max(1, _MEAN_SCORES // (int(queries.shape[0]) * heads * int(keys.shape[2])))
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    total = torch.zeros(len(keys), keys.shape[2], dtype=wide, device=keys.device)
-    real = torch.ones(len(keys), count, dtype=wide, device=keys.device)
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    total = torch.zeros(len(keys), keys.shape[2], dtype=dtype, device=keys.device)
+    real = torch.ones(len(keys), count, dtype=dtype, device=keys.device)
     if bias is not None and count == keys.shape[2]:
         own = bias[:, 0, 0] if bias.shape[2] == 1 else bias[:, 0].diagonal(dim1=1, dim2=2)
         real = real * (own > torch.finfo(bias.dtype).min / 2)
@@ -152,7 +152,7 @@ def mean_attention(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: fl
         scores = (queries[:, :, start : start + step] * scale) @ keys.transpose(-1, -2)
         if bias is not None:
             scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, start : start + step])
-        total += torch.einsum("bq,bhqt->bt", real[:, start : start + step], scores.softmax(-1, dtype=wide))
+        total += torch.einsum("bq,bhqt->bt", real[:, start : start + step], scores.softmax(-1, dtype=dtype))
     return total / (heads * real.sum(1, keepdim=True))
 
 
@@ -170,8 +170,12 @@ def _received(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, 
     scores = (queries * scale) @ keys.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    return by_attention(wide.softmax(-1), valid).sum(1)
+    return by_attention(wide(scores).softmax(-1), valid).sum(1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The same in float32, if it is in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _part(bias: Tensor | None, rows: slice, heads: slice) -> Tensor | None:
