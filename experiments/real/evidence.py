@@ -1,5 +1,6 @@
 """docs/evidence.md: a short table for each study of published models; RESULTS.md has all rows with intervals."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from experiments.real import presets, report, saliency
 from experiments.real.clip import RESULTS
 from experiments.real.report import BASE, Classified, percent, share_of
 
+CROSSGET = "crossget"
+PARTS = ("full_", "cross_token")
+"""Beginnings of the names of rows with one part of CrossGET exchanged, or trained alone."""
 SHORT = ("tome", "complete_graph", "guided_ensemble", "crossget", "ward", "ward_reading", "topk")
 """The rows of classification that the short table has."""
 
@@ -39,7 +43,7 @@ def zero_shot(results: Sequence[Json]) -> Iterator[str]:
         row = rows["dense", 100]
         yield (
             f"CLIP ViT-B/16, {row.correct.shape[1]} ImageNet photographs, mean of {len(row.correct)} sets of texts, "
-            f"float32. Dense: {np.mean(row.top1):.1f} %. Cells: KL from the dense model, top-1 in %."
+            f"float32. Dense: {np.mean(row.top1):.1f} %. Columns: FLOPs. Cells: KL from the dense model, top-1 in %."
         )
     for name in SHORT:
         cells = []
@@ -50,7 +54,7 @@ def zero_shot(results: Sequence[Json]) -> Iterator[str]:
         ratio = percent(paired_ratio(one.divergence.mean(0), base.divergence.mean(0))) if one and base else ""
         if any(cells):
             lines.append([presets.ROWS[name].label, *cells, "" if name == BASE else ratio])
-    headers = [*(f"{budget} % of the FLOPs" for budget in budgets), f"KL at {budgets[-1]} %, in % of ToMe's"]
+    headers = [*(f"{budget} %" for budget in budgets), f"KL at {budgets[-1]} %, in % of ToMe's"]
     yield markdown(lines, ["method", *headers])
 
 
@@ -115,24 +119,31 @@ def trained(results: Sequence[Json]) -> Iterator[str]:
     yield "### Trained by distillation"
     yield (
         f"The same CLIP at r = {reductions}. Trained: {recipe['epochs']} pass over {run['trained_on']} photographs "
-        f"without labels, in batches of {recipe['batch']}. Measured: {run['measured_on']} ImageNet photographs."
+        f"without labels, in batches of {recipe['batch']}. Measured: {run['measured_on']} ImageNet photographs; "
+        "nearest class centroids of Caltech-101."
     )
-    lines = []
+    lines, parts = [], []
     for name, r in sorted(dict.fromkeys((name, r) for name, r, _ in rows), key=lambda one: (one[1] > 0, -one[1])):
         found = {s: report.read([content]) for (*key, s), content in rows.items() if key == [name, r]}
-        shared = [s for s in found if (BASE, r, s) in rows]
+        base = CROSSGET if name.startswith(PARTS) else BASE
+        shared = [s for s in found if (base, r, s) in rows]
         ratio = ""
-        if shared and name != BASE:
-            base = (report.read([rows[BASE, r, s]]) for s in shared)
-            ratio = percent(paired_ratio(divergence(found[s] for s in shared), divergence(base)))
-        cosines = [rows[name, r, s]["result"]["cosine"] for s in found]
+        if shared and name != base:
+            other = (report.read([rows[base, r, s]]) for s in shared)
+            ratio = percent(paired_ratio(divergence(found[s] for s in shared), divergence(other)))
+        label = TRAINED[name].label
+        if base == CROSSGET:
+            parts.append(f"{label.partition(', ')[2]} {ratio}")
+            continue
+        right = [rows[name, r, s]["result"].get("centroids", {}).get("top1", math.nan) for s in found]
         lines.append([
-            f"{TRAINED[name].label}, {len(found)} seeds" if len(found) > 1 else TRAINED[name].label,
-            f"{100 * next(iter(found.values())).share:.0f}", f"{np.mean(cosines):.4f}",
-            f"{divergence(found.values()).mean():.3f}", f"{np.mean([row.top1 for row in found.values()]):.1f}", ratio,
+            f"{label}, {len(found)} seeds" if len(found) > 1 else label,
+            f"{100 * next(iter(found.values())).share:.0f}", f"{divergence(found.values()).mean():.3f}", ratio,
+            f"{np.mean([row.top1 for row in found.values()]):.1f}", f"{np.mean(right):.1f}",
         ])  # fmt: skip
-    headers = ["row", "FLOPs, %", "cosine with dense", "KL", "top-1, %", "KL in % of trained ToMe's"]
-    yield markdown(lines, headers)
+    yield markdown(lines, ["row", "FLOPs, %", "KL", "in % of trained ToMe's", "top-1, %", "centroids, %"])
+    if parts:
+        yield f"KL of parts in % of CrossGET's: {'; '.join(parts)}."
 
 
 def divergence(rows: Iterable[Classified]) -> Values:

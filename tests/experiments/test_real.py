@@ -294,7 +294,7 @@ def test_training_from_photographs_to_a_table(files: Path, tmp_path: Path) -> No
     (targets,) = (tmp_path / "work").glob("targets_*.safetensors")
     assert distill.stored(targets, lambda: pytest.fail("computed again")).shape[0] == 8
     assert "8 photographs to train on" in "\n".join(report.trained(contents))
-    assert f"{rows['tome']['cosine']:.4f}" in "\n".join(evidence.trained(contents))
+    assert f"{rows['tome']['centroids']['top1']:.1f}" in "\n".join(evidence.trained(contents))
 
 
 def distilled(preset: str, seed: int | None, divergences: list[float]) -> Json:
@@ -309,14 +309,13 @@ def distilled(preset: str, seed: int | None, divergences: list[float]) -> Json:
 def test_trained_rows_are_means_over_seeds_and_compared_at_the_seeds_that_both_have() -> None:
     tome = [distilled("tome", seed, [1 + seed, 3 + seed]) for seed in (0, 2)]
     guided = [distilled("crossget", 0, [2, 6]), distilled("crossget", 1, [9, 9])]
-    contents = [*tome, *guided, distilled("full_size", 2, [0, 1])]
+    contents = [*tome, *guided, distilled("full_size", 0, [1, 3])]
     lines = "\n".join(evidence.trained(contents)).splitlines()
     cells = {row[1]: row[2:] for row in ([cell.strip() for cell in line.split("|")] for line in lines) if len(row) > 3}
-    assert cells["ToMe, 2 seeds"][2] == "3.000"
-    assert cells["ToMe, 2 seeds"][4] == ""
-    assert cells["CrossGET, 2 seeds"][2] == "6.500"
-    assert cells["CrossGET, 2 seeds"][4].startswith("200 ")  # 4 of 2: the seed 0 alone is ToMe's, too
-    assert cells["CrossGET, ensemble: size"][4].startswith("12 ")  # 0.5 of 4
+    assert cells["ToMe, 2 seeds"][1:3] == ["3.000", ""]
+    assert cells["CrossGET, 2 seeds"][1] == "6.500"
+    assert cells["CrossGET, 2 seeds"][2].startswith("200 ")  # 4 of 2: the seed 0 alone is ToMe's, too
+    assert "KL of parts in % of CrossGET's: ensemble: size 50 [" in lines[-1]  # 2 of 4
 
 
 def test_photographs_to_train_on_are_spread_over_all_folders(files: Path, tmp_path: Path) -> None:
