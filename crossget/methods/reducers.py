@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -140,6 +140,9 @@ class Reducer:
         ValueError: a field has a value that is not among its choices, or one that has no effect beside the others.
     """
 
+    removes_half: ClassVar[bool] = False
+    """Whether `reduce` removes at most half of the unprotected tokens of a block."""
+
     r: int | Sequence[int] | Schedule = field(kw_only=False)
     cross_token: bool = False
     strip_cross_token: bool = False
@@ -174,11 +177,6 @@ class Reducer:
     def schedule(self) -> Schedule:
         """`r` as a schedule."""
         return as_schedule(self.r)
-
-    @property
-    def removes_half(self) -> bool:
-        """Whether `reduce` removes at most half of the unprotected tokens of a block."""
-        return False
 
     @property
     def proportional_attention(self) -> bool | None:
@@ -327,6 +325,8 @@ class Merging(Joining):
         seed: seed of the random matching; refused with any other matching. None: 0.
     """
 
+    removes_half: ClassVar[bool] = True
+
     matching: MatchingName = "complete_graph"
     guided_matching: bool | None = None
     importance: ImportanceName | None = None
@@ -335,10 +335,6 @@ class Merging(Joining):
     key_stride: int | None = None
     ties: Ties | None = None
     seed: int | None = None
-
-    @property
-    def removes_half(self) -> bool:
-        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -516,11 +512,9 @@ class Random(Joining):
         seed: the choice depends on it, on the index in the batch and on the number of tokens without padding.
     """
 
-    seed: int = 0
+    removes_half: ClassVar[bool] = True
 
-    @property
-    def removes_half(self) -> bool:
-        return True
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -551,12 +545,10 @@ class TopK(Reducer):
         keys: the keys that a guide's query is compared with, as in `Merging`; refused if `importance` has no guide.
     """
 
+    removes_half: ClassVar[bool] = True
+
     importance: ImportanceName | None = "class_token"
     keys: HeadsName | None = None
-
-    @property
-    def removes_half(self) -> bool:
-        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
