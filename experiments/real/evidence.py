@@ -154,7 +154,7 @@ CHAPTERS: tuple[Callable[[Sequence[Json]], Iterator[str]], ...] = (zero_shot, ma
 
 def generated(results: Sequence[Json]) -> str:
     """Return the generated part."""
-    where = f"Device: {machine(results)}, shared with other work; accuracies do not depend on that."
+    where = f"Device: {machine(results)}."
     return "\n\n".join([where, *(paragraph for chapter in CHAPTERS for paragraph in chapter(results))])
 
 
