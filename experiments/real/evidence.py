@@ -62,7 +62,7 @@ def maps(results: Sequence[Json]) -> Iterator[str]:
         return
     yield "### Dense prediction: saliency maps"
     yield (
-        f"DINOv2 ViT-S/14 with a decoder of dense features, {own[0]['result']['n']} photographs. "
+        f"DINOv2 ViT-S/14, {own[0]['result']['n']} photographs. "
         f"Cells: mean absolute error and IoU in % with the dense map "
         f"([picture](../experiments/real/{report.PICTURE})). TopK's dropped patches get the mean of the others."
     )
