@@ -70,7 +70,6 @@ def fit(model: nn.Module, one: Tensor, row: Row, budget: int) -> Reducer:
         aligned = replace(fitted.reducer, r=Aligned(fitted.schedule, row.multiple))
         with crossget.attach(model, aligned):
             flops = crossget.count_flops(model, one)
-        above = flops.total / flops.dense.total - budget / 100
-        if above <= 0:
+        if flops.total <= budget / 100 * flops.dense.total:
             return aligned
-        share -= max(above, 0.002)  # steps to multiples keep more than the schedule that they follow
+        share -= 0.002  # steps to multiples keep more than the schedule that they follow

@@ -473,14 +473,8 @@ def in_order(contents: Sequence[Json]) -> list[Json]:
     kinds = ["eager", "blocks", "compile"]
 
     def place(run: Json) -> tuple[Any, ...]:
-        how = (
-            run["dtype"],
-            run["train"],
-            run.get("checkpointing", False),
-            run.get("multiple", 1),
-            kinds.index(run["mode"]),
-        )
-        return run["device"], order[run["tower"]], *how, run["batch"]
+        how = run["dtype"], run["train"], run.get("checkpointing", False), run.get("multiple", 1)
+        return run["device"], order[run["tower"]], *how, kinds.index(run["mode"]), run["batch"]
 
     return sorted(contents, key=lambda content: place(content["run"]))
 
