@@ -1,6 +1,5 @@
 """docs/evidence.md: a short table for each study of published models; RESULTS.md has all rows with intervals."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -132,11 +131,12 @@ def trained(results: Sequence[Json]) -> Iterator[str]:
         if base == CROSSGET:
             parts.append(f"{label.partition(', ')[2]} {ratio}")
             continue
-        right = [rows[name, r, s]["result"].get("centroids", {}).get("top1", math.nan) for s in found]
+        centroids = [rows[name, r, s]["result"].get("centroids") for s in found]
+        right = f"{np.mean([one['top1'] for one in centroids]):.1f}" if all(centroids) else ""
         lines.append([
             f"{label}, {len(found)} seeds" if len(found) > 1 else label,
             f"{100 * next(iter(found.values())).share:.0f}", f"{divergence(found.values()).mean():.3f}", ratio,
-            f"{np.mean([row.top1 for row in found.values()]):.1f}", f"{np.mean(right):.1f}",
+            f"{np.mean([row.top1 for row in found.values()]):.1f}", right,
         ])  # fmt: skip
     yield markdown(lines, ["row", "FLOPs, %", "KL", "in % of trained ToMe's", "top-1, %", "centroids, %"])
     if parts:

@@ -34,6 +34,8 @@ from experiments.speed.ideal import cut
 RESULTS = Path(__file__).parent / "results"
 DENSE, CROSSGET, TOME, WARD, IDEAL = "dense", "CrossGET", "ToMe-style", "Ward", "ideal"
 METHODS = (DENSE, CROSSGET, TOME, WARD, IDEAL)
+CHECKPOINTS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+"""Setting of Dynamo that lets a graph watch the block in a checkpoint."""
 TowerName = Literal[
     "vit-b", "vit-l-336", "vit-h", "dinov2-s-518", "dinov2-l-518", "clip-text", "llava-tower", "tiny", "tiny-text",
     "tiny-llava",
@@ -438,8 +440,6 @@ def row(
     }
 
 
-CHECKPOINTS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-"""Setting of Dynamo that lets a graph watch the block in a checkpoint."""
 REDUCED = (CROSSGET, TOME, WARD)
 COLUMNS = ["tower", "", "batch", "dense, ms", "by FLOPs", *REDUCED, IDEAL, *(f"{n} above the ideal" for n in REDUCED)]
 

@@ -313,6 +313,7 @@ def test_trained_rows_are_means_over_seeds_and_compared_at_the_seeds_that_both_h
     lines = "\n".join(evidence.trained(contents)).splitlines()
     cells = {row[1]: row[2:] for row in ([cell.strip() for cell in line.split("|")] for line in lines) if len(row) > 3}
     assert cells["ToMe, 2 seeds"][1:3] == ["3.000", ""]
+    assert cells["ToMe, 2 seeds"][4] == ""  # not measured by centroids
     assert cells["CrossGET, 2 seeds"][1] == "6.500"
     assert cells["CrossGET, 2 seeds"][2].startswith("200 ")  # 4 of 2: the seed 0 alone is ToMe's, too
     assert "KL of parts in % of CrossGET's: ensemble: size 50 [" in lines[-1]  # 2 of 4
