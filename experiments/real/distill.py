@@ -64,7 +64,7 @@ class Options(training.TrainingOptions):
     train: tuple[Path, ...]
     """Folders of photographs to train on; all images in them and below count, labels or not."""
     data: Path
-    """Measure zero-shot on this folder: labels.csv (file,label), or one folder of images per class."""
+    """Measure zero-shot on all of this folder: labels.csv (file,label), or one folder of images per class."""
     texts: Path
     """Safetensors file with embeddings [classes, E] of its classes' texts, by the name of the set."""
     sets: tuple[str, ...] = ()
@@ -83,8 +83,8 @@ class Options(training.TrainingOptions):
     """Seeds of the order."""
     images: int = 400
     """So many photographs to train on, evenly spread over the sorted list."""
-    measured_on: int = 250
-    """So many photographs of each of centroids' splits, and of the odd ones of `data`, likewise."""
+    centroids_of: int = 250
+    """So many photographs of each split of `classes`, likewise."""
     eval_batch: int = 25
     """Images per forward when measuring."""
     work: Path | None = None
@@ -215,10 +215,10 @@ def load(options: Options) -> Callable[[Run], Json | None]:
     measuring = Measuring(
         options.data, options.texts, options.sets, options.weights, options.model, options.eval_batch, device
     )
-    loaded = measuring.load().part("odd", options.measured_on)
+    loaded = measuring.load()  # both halves, since the recipe is chosen on photographs to train on
     images = loaded.images
     setting = setting_of(options.model, 1 << 30)
-    centroids = find_centroids(setting, options.classes, options.measured_on) if options.classes else None
+    centroids = find_centroids(setting, options.classes, options.centroids_of) if options.classes else None
     files = photographs(options.train, options.images)
     dense = encode(loaded.tower, images.pixels, options.eval_batch, device)
     given = {
