@@ -111,12 +111,13 @@ def trained(results: Sequence[Json]) -> Iterator[str]:
         return
     run = own[0]["run"]
     recipe = next(c["result"]["recipe"] for c in own if "recipe" in c["result"])
+    precision = "" if recipe["precision"] == "no" else f", autocast to {recipe['precision']}"
     reductions = " and ".join(str(r) for r in sorted({r for _, r, _ in rows} - {0}, reverse=True))
     yield "### Trained by distillation"
     yield (
         f"The same CLIP at r = {reductions}. Trained: {recipe['epochs']} pass over {run['trained_on']} photographs "
-        f"without labels, in batches of {recipe['batch']}. Measured: {run['measured_on']} ImageNet photographs; "
-        "nearest class centroids of Caltech-101."
+        f"without labels, in batches of {recipe['batch']}{precision}. Measured: {run['measured_on']} ImageNet "
+        "photographs; nearest class centroids of Caltech-101."
     )
     lines, parts = [], []
     for name, r in sorted(dict.fromkeys((name, r) for name, r, _ in rows), key=lambda one: (one[1] > 0, -one[1])):

@@ -1,5 +1,6 @@
 """The tables of published models: RESULTS.md has all rows with their intervals."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,10 +211,23 @@ def maps(results: Sequence[Json]) -> Iterator[str]:
     yield markdown(lines, headers, 2)
 
 
+OF_ONE_RUN = {"seed", "workers", "save_every"}
+"""What of a recipe may differ between the rows of one table."""
+
+
 def trained_rows(results: Sequence[Json]) -> dict[tuple[str, int, int | None], Json]:
-    """Return the results by (row, r, seed), in the order of `TRAINED`."""
+    """Return the results by (row, r, seed), in the order of `TRAINED`.
+
+    Raises:
+        ValueError: they are trained by different recipes.
+    """
     order = list(TRAINED)
     own = sorted(of_task(results, "trained"), key=lambda c: (c["run"]["r"], order.index(c["run"]["preset"])))
+    recipes = [c["result"]["recipe"] for c in own if "recipe" in c["result"]]
+    for name in set().union(*recipes) - OF_ONE_RUN:
+        values = {json.dumps(recipe.get(name)) for recipe in recipes}
+        if len(values) > 1:
+            raise ValueError(f"rows are trained with {name} {sorted(values)}: run them again with --overwrite")
     return {(c["run"]["preset"], c["run"]["r"], c["run"]["seed"]): c for c in own}
 
 

@@ -302,7 +302,8 @@ def distilled(preset: str, seed: int | None, divergences: list[float]) -> Json:
     run = {"task": "trained", "preset": preset, "r": 16, "seed": seed, "trained_on": 8, "measured_on": 2}
     sets = {"one": {"correct": "01", "divergences": pack(np.array(divergences))}}
     spent = {"gflops": {"dense": 2.0, "reduced": 1.0}}
-    result = {"sets": sets, "cosine": 0.9, "recipe": {"epochs": 1, "batch": 8}, **spent}
+    recipe = {"epochs": 1, "batch": 8, "precision": "bf16", "seed": seed}
+    result = {"sets": sets, "cosine": 0.9, "recipe": recipe, **spent}
     return {"run": run, "result": result}
 
 
@@ -317,6 +318,14 @@ def test_trained_rows_are_means_over_seeds_and_compared_at_the_seeds_that_both_h
     assert cells["CrossGET, 2 seeds"][1] == "6.500"
     assert cells["CrossGET, 2 seeds"][2].startswith("200 ")  # 4 of 2: the seed 0 alone is ToMe's, too
     assert "KL of parts in % of CrossGET's: ensemble: size 50 [" in lines[-1]  # 2 of 4
+
+
+def test_rows_of_different_recipes_are_no_table() -> None:
+    one, other = distilled("tome", 0, [1, 3]), distilled("crossget", 0, [2, 6])
+    assert "in batches of 8, autocast to bf16." in "\n".join(evidence.trained([one, other]))
+    other["result"]["recipe"]["precision"] = "no"
+    with pytest.raises(ValueError, match=r"trained with precision .*bf16.*no"):
+        report.trained_rows([one, other])
 
 
 def test_photographs_to_train_on_are_spread_over_all_folders(files: Path, tmp_path: Path) -> None:
