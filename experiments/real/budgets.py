@@ -7,7 +7,7 @@ output, over the squared norm of the dense model's.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from experiments.ablation.run import cost, described
 from experiments.ablation.settings import load_images, load_model
 from experiments.lib.files import Json, check_names, file_digest, pack
 from experiments.lib.study import Study
-from experiments.real.clip import HALVES, RESULTS, evenly, setting_of
+from experiments.real.clip import HALVES, Clip, Photographs, evenly, setting_of
 from experiments.real.presets import ROWS
 from experiments.real.saliency import load_backbone, square
 
@@ -48,20 +48,14 @@ class Run:
         return f"{self.task}/{self.tower}/{self.preset}_{self.distribution}_{self.budget}_{self.share}"
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Clip, Photographs):
     """What to measure, and with what."""
 
-    data: Path
-    """Folder of photographs with labels.csv (file,label), or with one folder of images per class."""
-    weights: Path | None = None
-    """Safetensors file of the CLIP image tower's parameters; without it open_clip downloads OpenAI's."""
     backbone: Path | None = None
     """Safetensors file of a transformers Dinov2Model's parameters; the other model needs none."""
     config: Path | None = None
     """JSON file with what of the Dinov2Config differs from a ViT-S/14 for 518 pixels."""
-    model: str = "ViT-B-16-quickgelu"
-    """Name of the CLIP in open_clip."""
     towers: tuple[TowerName, ...] = ("clip", "dinov2")
     """Models to fit."""
     presets: tuple[str, ...] = METHODS
@@ -78,12 +72,6 @@ class Options:
     """Photographs to measure on."""
     batch: int = 25
     """Images per forward when measuring."""
-    device: str = "cpu"
-    """Where the model runs."""
-    overwrite: bool = False
-    """Run again what has a result file."""
-    results: Path = field(default=RESULTS)
-    """Where the result files go."""
 
 
 def grid(options: Options) -> list[Run]:

@@ -101,26 +101,40 @@ def evenly(items: Sequence[int], limit: int | None) -> list[int]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """What every study takes that classifies photographs by texts."""
+@dataclass(frozen=True, kw_only=True)
+class Photographs:
+    """What every study takes that trains nothing."""
 
     data: Path
     """Folder of photographs with labels.csv (file,label), or with one folder of images per class."""
-    texts: Path
-    """Safetensors file with embeddings [classes, E] of the classes' texts, by the name of the set."""
-    sets: tuple[str, ...] = ()
-    """Sets of that file; all, where none is named."""
-    weights: Path | None = None
-    """Safetensors file of the image tower's parameters; without it open_clip downloads OpenAI's."""
-    model: str = "ViT-B-16-quickgelu"
-    """Name of the model in open_clip."""
-    batch: int = 25
-    """Images per forward."""
     device: str = "cpu"
     """Where the model runs."""
     overwrite: bool = False
     """Run again what has a result file."""
+    results: Path = RESULTS
+    """Where the result files go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Which CLIP."""
+
+    weights: Path | None = None
+    """Safetensors file of the image tower's parameters; without it open_clip downloads OpenAI's."""
+    model: str = "ViT-B-16-quickgelu"
+    """Name of the model in open_clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Clip, Photographs):
+    """What every study takes that classifies photographs by texts."""
+
+    texts: Path
+    """Safetensors file with embeddings [classes, E] of the classes' texts, by the name of the set."""
+    sets: tuple[str, ...] = ()
+    """Sets of that file; all, where none is named."""
+    batch: int = 25
+    """Images per forward when measuring."""
 
     def load(self) -> Loaded:
         """Read everything.

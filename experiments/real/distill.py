@@ -28,7 +28,7 @@ from experiments.lib import processes, training
 from experiments.lib.data import Dataset, Labelled, Skipping, collate, read_image
 from experiments.lib.files import Json, check_names
 from experiments.lib.study import Study, measured_device
-from experiments.real.clip import RESULTS, Measuring, classified, encode, evenly, setting_of
+from experiments.real.clip import RESULTS, Clip, Measuring, classified, encode, evenly, setting_of
 
 RECIPE = training.Recipe(
     epochs=1, batch=8, lr=3e-6, weight_decay=0.05, warmup=0.2, clip=1.0, lr_factors={"model.crossget": 100.0}
@@ -58,7 +58,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(training.TrainingOptions):
+class Options(training.TrainingOptions, Clip):
     """What to train, on which photographs, and what to measure with."""
 
     train: tuple[Path, ...]
@@ -71,10 +71,6 @@ class Options(training.TrainingOptions):
     """Sets of that file; all, where none is named."""
     classes: Path | None = None
     """Measure centroids on this folder with `train/CLASS` and `test/CLASS`; none without it."""
-    weights: Path | None = None
-    """Safetensors file of the image tower's parameters; without it open_clip downloads OpenAI's."""
-    model: str = "ViT-B-16-quickgelu"
-    """Name of the model in open_clip."""
     presets: tuple[str, ...] = PRESETS
     """Rows to run."""
     r: tuple[int, ...] = (16,)
@@ -213,8 +209,9 @@ def load(options: Options) -> Callable[[Run], Json | None]:
     """Return the function that trains and measures one run."""
     device = measured_device()
     measuring = Measuring(
-        options.data, options.texts, options.sets, options.weights, options.model, options.eval_batch, device
-    )
+        data=options.data, texts=options.texts, sets=options.sets, weights=options.weights, model=options.model,
+        batch=options.eval_batch, device=device,
+    )  # fmt: skip
     loaded = measuring.load()  # both halves, since the recipe is chosen on photographs to train on
     images = loaded.images
     setting = setting_of(options.model, 1 << 30)

@@ -7,7 +7,6 @@ coarse pairs are merged, so that features and their distance from the dense mode
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,7 +28,7 @@ from crossget.methods.schedules import Schedule
 from experiments.ablation.run import described
 from experiments.lib.files import Json, check_names
 from experiments.lib.study import Study
-from experiments.real.clip import RESULTS, Measuring, classified, encode
+from experiments.real.clip import Measuring, classified, encode
 from experiments.real.presets import ROWS, fit
 
 Rounding = Literal["none", "vectors", "similarities"]
@@ -135,7 +134,7 @@ class Run:
         return f"{self.task}/{self.preset}_{self.rounding}{channels}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options(Measuring):
     """What to measure, and with what."""
 
@@ -149,8 +148,6 @@ class Options(Measuring):
     """Multiply-adds of the method as it is, in % of the dense model's; all its runs remove the same tokens."""
     limit: int = 100
     """So many of the odd photographs, evenly spread over the sorted list."""
-    results: Path = field(default=RESULTS)
-    """Where the result files go."""
 
 
 def grid(options: Options) -> list[Run]:

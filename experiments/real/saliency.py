@@ -6,7 +6,7 @@ gets the feature of its token, a patch that TopK dropped the mean of the patches
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from experiments.ablation.run import cost, described
 from experiments.ablation.settings import Setting, load_images
 from experiments.lib.files import Json, check_names, file_digest, pack
 from experiments.lib.study import Study
-from experiments.real.clip import RESULTS
+from experiments.real.clip import Photographs
 from experiments.real.presets import BUDGETS, Row, fit
 
 ROWS: dict[str, Row] = {
@@ -73,12 +73,10 @@ class Run:
         return f"{self.task}/{self.preset}_{self.budget}"
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Photographs):
     """What to measure, and with what."""
 
-    data: Path
-    """Folder of photographs with labels.csv (file,label), or with one folder of images per class."""
     backbone: Path
     """Safetensors file with the parameters of a transformers Dinov2Model."""
     decoder: Path
@@ -92,13 +90,7 @@ class Options:
     limit: int | None = None
     """Take this many photographs only, evenly spread over the sorted list."""
     batch: int = 25
-    """Images per forward."""
-    device: str = "cpu"
-    """Where the model runs."""
-    overwrite: bool = False
-    """Run again what has a result file."""
-    results: Path = field(default=RESULTS)
-    """Where the result files go."""
+    """Images per forward when measuring."""
 
 
 def load_backbone(weights: Path, config: Path | None = None) -> nn.Module:

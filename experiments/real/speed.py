@@ -5,8 +5,7 @@ speed; the photographs and weights are those whose accuracy stands beside it.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import crossget
@@ -14,7 +13,7 @@ from experiments.ablation.run import cost, described
 from experiments.ablation.settings import load_images, load_model
 from experiments.lib.files import Json, check_names, file_digest
 from experiments.lib.study import Study
-from experiments.real.clip import RESULTS, setting_of
+from experiments.real.clip import Clip, Photographs, setting_of
 from experiments.real.presets import ROWS, fit
 
 
@@ -34,16 +33,10 @@ class Run:
         return f"{self.task}/{self.budget}_batch{self.images}"
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Clip, Photographs):
     """What to time, and with what."""
 
-    data: Path
-    """Folder of photographs with labels.csv (file,label), or with one folder of images per class."""
-    weights: Path | None = None
-    """Safetensors file of the image tower's parameters; without it open_clip downloads OpenAI's."""
-    model: str = "ViT-B-16-quickgelu"
-    """Name of the model in open_clip."""
     presets: tuple[str, ...] = ("tome", "crossget", "ward")
     """Rows to time, beside the dense model."""
     budgets: tuple[int, ...] = (69, 50)
@@ -52,12 +45,6 @@ class Options:
     """Photographs per forward."""
     rounds: int = 11
     """Timed turns of each method."""
-    device: str = "cpu"
-    """Where the model runs."""
-    overwrite: bool = False
-    """Run again what has a result file."""
-    results: Path = field(default=RESULTS)
-    """Where the result files go."""
 
 
 def grid(options: Options) -> list[Run]:

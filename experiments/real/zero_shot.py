@@ -5,9 +5,8 @@ them. Nothing is chosen on photographs: one of them gives the shapes.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from crossget.methods.reducers import Reducer
 from experiments.ablation.run import cost, described
 from experiments.lib.files import Json, check_names
 from experiments.lib.study import Study
-from experiments.real.clip import RESULTS, Loaded, Measuring, classified, encode
+from experiments.real.clip import Loaded, Measuring, classified, encode
 from experiments.real.presets import BUDGETS, ROWS, fit
 
 
@@ -36,7 +35,7 @@ class Run:
         return f"{self.task}/{self.half}/{self.preset}" + ("" if self.preset == "dense" else f"_{self.budget}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options(Measuring):
     """What to measure, and with what."""
 
@@ -46,8 +45,6 @@ class Options(Measuring):
     """Multiply-adds, in % of the dense model's."""
     halves: tuple[Literal["odd", "even"], ...] = ("odd", "even")
     """Every second photograph of the sorted list."""
-    results: Path = field(default=RESULTS)
-    """Where the result files go."""
 
 
 def grid(options: Options) -> list[Run]:

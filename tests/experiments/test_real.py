@@ -146,8 +146,8 @@ def test_the_command_repeats_one_run(files: Path) -> None:
     runs = zero_shot.grid(options)
     assert len(runs) == len(set(runs)) == 2 * (1 + 4 * (len(ROWS) - 1))
     assert zero_shot.STUDY.command(options, runs[1]) == (
-        "python -m experiments.run real-zero-shot --data photos --texts texts.safetensors --sets one two --weights "
-        f"clip.safetensors --model {NAME} --presets tome --budgets 50 --halves odd"
+        "python -m experiments.run real-zero-shot --data photos --weights clip.safetensors "
+        f"--model {NAME} --texts texts.safetensors --sets one two --presets tome --budgets 50 --halves odd"
     )
     fewer = precision.Options(**given(files))
     names = ["tome_none", "tome_vectors", "tome_similarities", "tome_none_32", "tome_none_16", "tome_none_8"]
