@@ -26,6 +26,8 @@ def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new,
     ):
         for item in sorted(old, key=lambda item: item.name):
+            if ".egg-info" in item.name:  # made anew where it is needed; PKG-INFO has the metadata
+                continue
             item.mtime, item.uid, item.gid, item.uname, item.gname, item.pax_headers = time, 0, 0, "", "", {}
             item.mode = 0o755 if item.isdir() or item.mode & 0o100 else 0o644
             new.addfile(item, old.extractfile(item) if item.isreg() else None)

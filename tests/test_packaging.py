@@ -196,7 +196,9 @@ def test_sdist_is_small_and_the_same_bytes_each_time(tmp_path: Path) -> None:
         assert {item.mtime for item in archive} == {1700000000}
     assert len(first) < 1.2e6
     assert {"tests/test_packaging.py", "docs/quickstart.md", "experiments/run.py", "build_backend.py"} <= names
-    assert not [name for name in names if "/results" in name or name.endswith((".png", ".pyc", "results.csv"))]
+    assert "PKG-INFO" in names
+    assert not [name for name in names if "/results" in name or ".egg-info" in name]
+    assert not [name for name in names if name.endswith((".png", ".pyc", "results.csv"))]
     assert build_sdist(tmp_path / "second", "1700000000") == first
     assert build_sdist(tmp_path / "third", "1800000000") != first
 
