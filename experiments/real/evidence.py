@@ -82,8 +82,8 @@ def budgets(results: Sequence[Json]) -> Iterator[str]:
     yield "### Fitted schedules"
     yield (
         f"Fitted on {run['fitted_on']} photographs, measured on {run['measured_on']} others. Cells: "
-        "squared distance of the output from the dense model's, over its squared norm. Predicted and counted FLOPs "
-        f"differ by at most {100 * largest:.2f} points."
+        "squared distance of the output from the dense model's, over its squared norm. Counted FLOPs: within "
+        f"{100 * largest:.2f} points of the predicted."
     )
     kinds = ("constant", "ramped", "measured")
     lines = []
