@@ -251,8 +251,9 @@ def test_precision_from_photographs_to_a_table(files: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("tower", ["clip", "dinov2"])
 def test_budgets_from_photographs_to_a_table(files: Path, tower: Any, tmp_path: Path) -> None:
     options = budgets.Options(
-        files / "photos", files / "clip.safetensors", files / "dinov2.safetensors", files / "dinov2.json", model=NAME,
-        towers=(tower,), presets=("tome",), flops=(69,), latencies=(), fitted_on=2, measured_on=3, results=tmp_path,
+        data=files / "photos", weights=files / "clip.safetensors", backbone=files / "dinov2.safetensors",
+        config=files / "dinov2.json", model=NAME, towers=(tower,), presets=("tome",), flops=(69,),
+        latencies=(), fitted_on=2, measured_on=3, results=tmp_path,
     )  # fmt: skip
     contents = measured(budgets.STUDY, options)
     assert len(contents) == 3
