@@ -224,7 +224,7 @@ def trained_rows(results: Sequence[Json]) -> dict[tuple[str, int, int | None], J
     order = list(TRAINED)
     own = sorted(of_task(results, "trained"), key=lambda c: (c["run"]["r"], order.index(c["run"]["preset"])))
     recipes = [c["result"]["recipe"] for c in own if "recipe" in c["result"]]
-    for name in set().union(*recipes) - OF_ONE_RUN:
+    for name in sorted(set().union(*recipes) - OF_ONE_RUN):
         values = {json.dumps(recipe.get(name)) for recipe in recipes}
         if len(values) > 1:
             raise ValueError(f"rows are trained with {name} {sorted(values)}: run them again with --overwrite")
